@@ -1,0 +1,47 @@
+# make miniature   the study: trains LLaVA-1.5 and OLA-VLM in miniature, probes both, writes runs/miniature/
+#                  (ARGS="--seeds 3" passes options on: `.venv/bin/ola-vlm miniature --help` lists them)
+# make test        the tests; make test-all adds the slow ones
+# make style       ruff's linter and formatter, checking only
+# make clean       removes caches and build files; .venv and runs stay
+#
+# Any Python from 3.11 on will do; `make PYTHON=/path/to/python miniature` takes a certain one.
+
+VENV := .venv
+CANDIDATES := python3 python python3.13 python3.12 python3.11
+RECENT := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(RECENT)" 2>/dev/null && echo $$p && break; done)
+
+.PHONY: miniature test test-all style clean
+.DELETE_ON_ERROR:
+
+miniature: $(VENV)/installed.stamp
+	$(VENV)/bin/ola-vlm miniature $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/dev.stamp
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+style: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf build ola_vlm.egg-info .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# A stamp is written when its step is complete, so that an interrupted installation goes on and a second make is instant.
+$(VENV)/torch.stamp:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found; give one: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --progress-bar off "torch>=2.9" "torchvision>=0.24"
+	touch $@
+
+$(VENV)/installed.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(VENV)/bin/python -m pip install --progress-bar off --editable .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/installed.stamp
+	$(VENV)/bin/python -m pip install --progress-bar off --editable ".[dev]"
+	touch $@

@@ -1,0 +1,32 @@
+"""`ola-vlm SUBCOMMAND`: thin; each subcommand is a module's `main(argv)`, imported only when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("ola_vlm.train", "train one stage: --recipe NAME [--any_field value]"),
+    "miniature": ("ola_vlm.miniature.study", "train LLaVA and OLA-VLM in miniature, probe both, compare them"),
+    "convert": ("ola_vlm.convert.reference", "turn a checkpoint of the reference implementation into ours"),
+    "export": ("ola_vlm.convert.export", "write a checkpoint of ours as a plain LLaVA model"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: ola-vlm SUBCOMMAND [arguments]   (ola-vlm SUBCOMMAND --help says more)", "", *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise SystemExit(f"ola-vlm: unknown subcommand {name!r}\n{usage()}")
+    importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""OLA-VLM -> plain LLaVA: `ola-vlm export`. Task tokens are rows of the vocabulary, so the logits stay the same."""
+
+import argparse
+
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ..processing_ola_vlm import OlaVlmProcessor
+
+TRAINING_ONLY = ("predictors.", "queries.", "logit_scales.")
+
+
+def export_llava(model: OlaVlmForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The same model without predictors, query tables and logit scales; `model` is not changed."""
+    fields = model.config.to_dict()
+    for field in ["model_type", "tasks", "task_token_ids", "auto_map", "architectures", "transformers_version"]:
+        fields.pop(field, None)
+    plain = LlavaForConditionalGeneration(LlavaConfig(**fields)).to(model.dtype)
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(TRAINING_ONLY)}
+    plain.load_state_dict(weights)
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
+def export_processor(processor: OlaVlmProcessor) -> LlavaProcessor:
+    """
+    LLaVA's processor whose chat template writes the task tokens after `<image>`: they are ordinary text for it.
+    Prompts that don't come from the template have to say `<image><gen_0>...` themselves.
+    """
+    expanded = processor.image_token + "".join(processor.task_tokens)
+    template = processor.chat_template
+    if template is not None:
+        template = template.replace(processor.image_token, expanded)
+    return LlavaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        chat_template=template,
+        image_token=processor.image_token,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+    )
+
+
+def main(argv: list[str] | None = None):
+    """`ola-vlm export CHECKPOINT OUT`."""
+    parser = argparse.ArgumentParser(prog="ola-vlm export", description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or repository of an OLA-VLM")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    args = parser.parse_args(argv)
+    model = OlaVlmForConditionalGeneration.from_pretrained(args.checkpoint)
+    export_llava(model).save_pretrained(args.out)
+    try:
+        processor = OlaVlmProcessor.from_pretrained(args.checkpoint)
+    except OSError:
+        print(f"Wrote the model alone to {args.out}: the checkpoint has no processor.")
+        return
+    export_processor(processor).save_pretrained(args.out)
+    print(f"Wrote model and processor to {args.out}.")

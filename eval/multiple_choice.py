@@ -1,0 +1,126 @@
+"""Multiple-choice questions about an image (CV-Bench's form): generate the answers, then score them.
+
+A question is `{"id", "image": path, "question": prompt and options, "choices": [str], "answer": "(A)", "task": str}`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# Tried from top to bottom; the first that names an offered letter decides. Capital letters only where a lower-case
+# one could be the article "a".
+CUE = r"(?i:answer|option|choice)\b(?i:\s+is)?(?i:\s+option)?[\s:*]*"
+RULES = [
+    re.compile(r"^\W*\(\s*([A-Za-z])\s*\)"),  # "(B)", "(B) 3", "**(b)**"
+    re.compile(r"^\W*([A-Za-z])\W*$"),  # "B", "b.", "B)"
+    re.compile(r"^\W*([A-Z])\s*[.:),]"),  # "B. 3", "B) because"
+    re.compile(CUE + r"\(\s*([A-Za-z])\s*\)"),  # "The answer is (B), not (A)"
+    re.compile(CUE + r"([A-Z])\b"),  # "The answer is B", "Answer: B"
+]
+HEDGE = re.compile(r"^\W*\(?[A-Z]\)?\s*(?:or|and|/|,)\s*\(?[A-Z]\b")  # "(A) or (B)" claims both: no answer
+PARENTHESISED = re.compile(r"\(\s*([A-Za-z])\s*\)")
+
+
+def parse_choice(text: str, choices: Sequence[str]) -> str | None:
+    """The chosen option as "(A)", or None when the text names none or several of them.
+
+    Letters come first, then the options' own words ("3", "The left box."); a letter that was not offered is ignored.
+    """
+    text = text.strip()
+    offered = LETTERS[: len(choices)]
+    if not text or HEDGE.search(text):
+        return None
+    for rule in RULES:
+        match = rule.search(text)
+        if match and match[1].upper() in offered:
+            return f"({match[1].upper()})"
+    letters = {letter.upper() for letter in PARENTHESISED.findall(text)} & set(offered)
+    if letters:
+        return f"({letters.pop()})" if len(letters) == 1 else None
+    # spaces make whole words: "1" is not named by "10"
+    words, options = f" {_plain(text)} ", [f" {_plain(choice)} " for choice in choices]
+    named = [i for i, option in enumerate(options) if option in words]
+    # "left" is inside "far left": an option that another named option contains does not count
+    named = [i for i in named if not any(i != j and options[i] in options[j] for j in named)]
+    return f"({offered[named[0]]})" if len(named) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"[\w.-]*\w", text.lower()))
+
+
+@torch.inference_mode()
+def generate_answers(
+    model,
+    processor,
+    questions: Sequence[dict],
+    image_folder: str | Path = ".",
+    batch_size: int = 64,
+    max_new_tokens: int = 8,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[dict]:
+    """The questions with the model's raw answer as `"output"`, in the given order.
+
+    Greedy and left-padded, so that an answer does not depend on its batch mates. `progress` wraps the batches'
+    iterator (`tqdm`); the model's train/eval mode is put back afterwards.
+    """
+    was_training = model.training
+    model.eval()
+    # alike lengths side by side waste no padding; the sort is stable, so an image's questions stay together
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]["question"]))
+    outputs = [""] * len(questions)
+    try:
+        for start in progress(range(0, len(order), batch_size)):
+            batch = order[start : start + batch_size]
+            images = {}
+            for path in {questions[i]["image"] for i in batch}:
+                with Image.open(Path(image_folder) / path) as image:
+                    images[path] = image.convert("RGB")
+            chats = [
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image", "image": images[questions[i]["image"]]},
+                            {"type": "text", "text": questions[i]["question"]},
+                        ],
+                    }
+                ]
+                for i in batch
+            ]
+            inputs = processor.apply_chat_template(
+                chats,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            ).to(model.device, model.dtype)
+            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+            answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, answer in zip(batch, answers, strict=True):
+                outputs[i] = answer
+    finally:
+        model.train(was_training)
+    return [{**question, "output": output} for question, output in zip(questions, outputs, strict=True)]
+
+
+def is_correct(record: dict) -> bool:
+    """Whether an answered question's `"output"` names its `"answer"`; an unreadable output is wrong."""
+    return parse_choice(record["output"], record["choices"]) == record["answer"]
+
+
+def score(records: Sequence[dict]) -> dict[str, float]:
+    """Accuracy (0 to 1) for every task, and `"average"`: the mean over tasks."""
+    if not records:
+        raise ValueError("no answers to score: generate_answers got an empty list of questions")
+    by_task: dict[str, list[bool]] = {}
+    for record in records:
+        by_task.setdefault(record["task"], []).append(is_correct(record))
+    accuracy = {task: sum(correct) / len(correct) for task, correct in by_task.items()}
+    return {**accuracy, "average": sum(accuracy.values()) / len(accuracy)}

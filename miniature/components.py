@@ -1,0 +1,507 @@
+"""The miniature's own pretrained parts, trained from nothing on rendered scenes, each in its real transformers class.
+
+    python -m ola_vlm.miniature.components [--only language_model ...] [--work runs/components] [--out miniature/weights]
+
+Interrupted runs resume from ``--work``. Every part is measured on held-out scenes; the command fails below a floor.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.numpy import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OneFormerConfig,
+    OneFormerForUniversalSegmentation,
+    PreTrainedTokenizerFast,
+    SwinConfig,
+)
+
+from ola_vlm.miniature import world
+
+WEIGHTS = Path(__file__).parent / "weights"
+GRID, PATCH = 8, 8
+IMAGE_MEAN, IMAGE_STD = [0.5] * 3, [0.25] * 3
+FLOORS = {  # measure: (bound, whether a smaller figure is better)
+    "language_model": ("accuracy", 0.90, False),
+    "vision_tower": ("retrieval over chance", 5.0, False),
+    "gen": ("retrieval over chance", 5.0, False),
+    "depth": ("absolute relative error", 0.12, True),
+    "seg": ("mIoU", 0.35, False),
+}
+STEPS = {"language_model": 3500, "vision_tower": 1600, "gen": 700, "depth": 1600, "seg": 2500}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}> "
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %} <end>{% endgeneration %}"
+    "{% elif message['content'] is string %}{{ message['content'] }} "
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the world's whole language, with the chat template (assistant spans are marked)."""
+    scenes = world.sample_scenes(200, seed=99)
+    rng, words = np.random.default_rng(0), set("describe the image . , and a yes no not is it are".split())
+    for i in range(len(scenes)):
+        texts = [world.caption(scenes, i, rng), world.description(scenes, i, rng)]
+        for q in world.questions(scenes, i) + world.fetch_questions(scenes, i):
+            texts += [q["question"], q["answer"]]
+        words.update(word for text in texts for word in text.split())
+    words.update(f"{axis}{k}" for axis in "xyz" for k in range(world.BINS))
+    special = ["<pad>", "<s>", "<unk>", "<end>", "<user>", "<assistant>", "<system>"]  # CLIP takes id 2 for no end
+    vocabulary = {word: i for i, word in enumerate([*special, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\([A-D]\)|\w+|[^\w\s]"), "removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=special[4:],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="right",
+    )
+
+
+def preprocess(images: np.ndarray) -> torch.Tensor:
+    """(N, H, W, 3) uint8 -> normalised (N, 3, H, W) fp32, as every part's saved preprocessor does."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - IMAGE_MEAN[0]) / IMAGE_STD[0]
+
+
+def fit(model, loss_of_step, steps: int, lr: float, work: Path, desc: str, weight_decay: float = 0.01):
+    """Adam with warm-up and cosine decay; a state is kept each minute in ``work`` and taken up again."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    state, start, saved, kept = work / f"{desc}.pt", 0, time.time(), []
+    if state.exists():
+        kept_state = torch.load(state, weights_only=True)
+        model.load_state_dict(kept_state["model"])
+        optimizer.load_state_dict(kept_state["optimizer"])
+        start = kept_state["step"]
+    model.train()
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, mininterval=5)
+    for step in bar:
+        share = min((step + 1) / (0.03 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * share
+        loss = loss_of_step(np.random.default_rng([7, step]), step / steps)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{desc}: the loss is {loss.item()} at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        kept.append(loss.item())
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{np.mean(kept[-50:]):.4f}")
+        if time.time() - saved > 60 or step + 1 == steps:
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(parts, state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)
+            saved = time.time()
+    return model.eval()
+
+
+def scene_arrays(work: Path, count: int, seed: int, desc: str) -> tuple[world.Scenes, dict[str, np.ndarray]]:
+    """Rendered scenes, kept on disk between runs."""
+    path = work / f"{desc}_{count}.safetensors"
+    if path.exists():
+        stored = load_file(path)
+        scenes = world.Scenes(**{name[6:]: value for name, value in stored.items() if name.startswith("scene.")})
+        return scenes, {name: value for name, value in stored.items() if not name.startswith("scene.")}
+    scenes, arrays = world.make_scenes(count, seed, desc=desc)
+    save_file({**arrays, **{f"scene.{k}": np.ascontiguousarray(v) for k, v in vars(scenes).items()}}, path)
+    return scenes, arrays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language model
+# ---------------------------------------------------------------------------------------------------------------------
+def _encode_chats(tokenizer, chats: list[list[tuple[str, str]]]) -> dict[str, torch.Tensor]:
+    """Chats of (user, assistant) turns -> right-padded ids and labels (answers and end tokens only)."""
+    ids, labels = [], []
+    user, assistant, end = tokenizer.convert_tokens_to_ids(["<user>", "<assistant>", "<end>"])
+    for chat in chats:
+        row, label = [tokenizer.bos_token_id], [-100]
+        for question, answer in chat:
+            q = tokenizer(question, add_special_tokens=False).input_ids
+            a = [*tokenizer(answer, add_special_tokens=False).input_ids, end]
+            row += [user, *q, assistant, *a]
+            label += [-100] * (len(q) + 2) + a
+        ids.append(row)
+        labels.append(label)
+    longest = max(map(len, ids))
+    pad = tokenizer.pad_token_id
+    return {
+        "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in ids]),
+        "labels": torch.tensor([row + [-100] * (longest - len(row)) for row in labels]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
+    }
+
+
+def _ordinal_start(model, tokenizer, rng):
+    """Coordinate words start on a smooth curve, so that neighbours are alike: numbers are ordered in any real LLM."""
+    width = model.config.hidden_size
+    with torch.no_grad():
+        for axis in "xyz":
+            directions = torch.from_numpy(rng.normal(0, 1, (4, width))).float()
+            for k in range(world.BINS):
+                s = (k + 0.5) / world.BINS
+                code = torch.tensor([2 * s - 1, math.cos(math.pi * s), math.cos(2 * math.pi * s), 1.0])
+                row = (code @ directions) / 2
+                model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(f"{axis}{k}")] = 0.08 * row
+
+
+def train_language_model(work: Path, out: Path, steps: int):
+    """A small Llama that answers the world's questions from a textual description; returns accuracy by task."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.08,  # about 1 / sqrt(width): with 0.02 nothing was learnt in 450 steps
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    _ordinal_start(model, tokenizer, np.random.default_rng(0))
+    pool = world.sample_scenes(20_000, seed=21)
+
+    def loss(rng, share):
+        chats = []
+        for i in rng.integers(0, len(pool), 16):
+            text = world.description(pool, i, rng)
+            turns = world.conversation(pool, i, 10, rng, fetch_share=0.5, ranges=True)
+            chat = [(turn["question"], turn["answer"]) for turn in turns]
+            if rng.random() < 0.25:
+                chat.insert(int(rng.integers(len(chat))), ("describe the image .", world.caption(pool, i, rng)))
+            chat[0] = (f"{text} {chat[0][0]}", chat[0][1])
+            chats.append(chat)
+        return model(**_encode_chats(tokenizer, chats)).loss
+
+    fit(model, loss, steps, 1.5e-3, work, "language_model")
+    scenes, rng = world.sample_scenes(2000, seed=22), np.random.default_rng(1)
+    accuracy = {}
+    asked = world.balanced(scenes, 400, seed=0)
+    for task in world.TASKS:
+        rows = [q for q in asked if q["task"] == task]
+        right = 0
+        for start in range(0, len(rows), 100):
+            part = rows[start : start + 100]
+            chats = [[(f"{world.description(scenes, q['scene'], rng)} {q['question']}", q["answer"])] for q in part]
+            batch = _encode_chats(tokenizer, chats)
+            first = (batch["labels"] >= 0).int().argmax(1)
+            with torch.no_grad():
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            at = torch.arange(len(part))
+            right += (logits[at, first - 1].argmax(-1) == batch["labels"][at, first]).sum().item()
+        accuracy[task] = right / len(rows)
+    model.half().save_pretrained(out / "language_model")
+    tokenizer.save_pretrained(out / "language_model")
+    return {"accuracy": float(np.mean(list(accuracy.values()))), **accuracy}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP: the base vision tower (dense captions keep its patches local) and the gen teacher (whole captions only)
+# ---------------------------------------------------------------------------------------------------------------------
+HAZE_WORDS = ("clear", "pale", "faint")
+
+
+def _region_phrases(scenes: world.Scenes, arrays: dict, index: np.ndarray):
+    """Dense captions: each patch's share of each object (B, GRID**2, K) and each object's phrase id (B, K)."""
+    clear = np.exp(-scenes.haze[index, 3:] * (scenes.z[index] - 2.5))
+    haze = (clear < 0.62).astype(int) + (clear < 0.42)
+    phrase = (haze * len(world.COLORS) + scenes.color[index]) * len(world.SHAPES) + scenes.shape[index]
+    mask = arrays["mask"][index].reshape(-1, GRID, PATCH, GRID, PATCH)
+    of_color = scenes.color[index][:, None, None, None, None] + 2
+    share = (mask[..., None] == of_color).mean((2, 4)).reshape(len(index), GRID * GRID, world.SLOTS)
+    alone = (scenes.color[index][:, :, None] == scenes.color[index][:, None]).sum(2) == 1
+    return share * (alone & (scenes.color[index] >= 0))[:, None], phrase
+
+
+def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
+    """CLIP on image-caption pairs; ``dense`` adds region-phrase pairs on the features LLaVA reads (layer -2)."""
+    torch.manual_seed(1 if dense else 2)
+    tokenizer = build_tokenizer()
+    for word in HAZE_WORDS:
+        tokenizer.add_tokens(word)
+    vision = dict(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=world.SIZE,
+        patch_size=PATCH,
+        projection_dim=64,
+    )
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+    model.region_projection = torch.nn.Linear(128, 64, bias=False)
+    scenes, arrays = scene_arrays(work, 12_000, 11, "scenes_train")
+
+    def encode_text(texts):
+        texts = [f"<s> {text} <end>" for text in texts]
+        batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        return F.normalize(model.get_text_features(**batch).pooler_output, dim=-1)
+
+    names = list(world.COLORS)
+    phrases = [f"a {haze} {color} {shape}" for haze in HAZE_WORDS for color in names for shape in world.SHAPES]
+
+    def loss(rng, share):
+        index = rng.integers(0, len(scenes), 64)
+        vision_out = model.vision_model(preprocess(arrays["image"][index]), output_hidden_states=True)
+        image = F.normalize(model.visual_projection(vision_out.pooler_output), dim=-1)
+        captions = [world.caption(scenes, i, rng) for i in index]
+        if dense:
+            both = encode_text(captions + phrases)
+            written, phrase = both[: len(index)], both[len(index) :]
+        else:
+            written = encode_text(captions)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ written.T
+        diagonal = torch.arange(len(index))
+        total = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
+        if dense:
+            cover, wanted = _region_phrases(scenes, arrays, index)
+            b, p, k = np.nonzero(cover > 0.35)  # patch-level pairs: a patch that shows mostly one object
+            patches = model.region_projection(vision_out.hidden_states[-2][:, 1:])[b, p]
+            region = F.cross_entropy(20 * F.normalize(patches, dim=-1) @ phrase.T, torch.from_numpy(wanted[b, k]))
+            total = 0.3 * total + region
+        return total
+
+    fit(model, loss, steps, 1e-3, work, name)
+    held, pictures = scene_arrays(work, 1000, 12, "scenes_held_out")
+    with torch.no_grad():
+        seen = model.get_image_features(pixel_values=preprocess(pictures["image"][:200])).pooler_output
+        rng = np.random.default_rng(0)
+        right = F.normalize(seen, dim=-1) @ encode_text([world.caption(held, i, rng) for i in range(200)]).T
+        top1 = (right.argmax(1) == torch.arange(200)).float().mean().item()
+        figures = {"retrieval over chance": top1 * 200, "retrieval at 1 of 200": top1}
+        if dense:
+            cover, wanted = _region_phrases(held, pictures, np.arange(len(held)))
+            b, p, k = np.nonzero(cover > 0.35)
+            hidden = model.vision_model(preprocess(pictures["image"]), output_hidden_states=True).hidden_states[-2]
+            patches = F.normalize(model.region_projection(hidden[:, 1:])[b, p], dim=-1)
+            guess = (patches @ encode_text(phrases).T).argmax(1).numpy()
+            figures["patch phrase accuracy"] = float((guess == wanted[b, k]).mean())
+            colors = len(world.COLORS)
+            figures["patch colour accuracy"] = float((guess // 4 % colors == wanted[b, k] // 4 % colors).mean())
+            figures["patch shape accuracy"] = float((guess % 4 == wanted[b, k] % 4).mean())
+    if dense:
+        tower = CLIPVisionModel(model.config.vision_config)
+    else:
+        tower = CLIPVisionModelWithProjection(model.config.vision_config)
+        tower.visual_projection.load_state_dict(model.visual_projection.state_dict())
+    source = tower.vision_model if hasattr(tower, "vision_model") else tower
+    source.load_state_dict(model.vision_model.state_dict())
+    _save(tower, out / name)
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Depth and segmentation teachers
+# ---------------------------------------------------------------------------------------------------------------------
+def train_depth(work: Path, out: Path, steps: int):
+    """Depth-Anything: predicts 4 / depth (relative inverse depth); returns the mean absolute relative error."""
+    torch.manual_seed(3)
+    backbone = Dinov2Config(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        mlp_ratio=3,
+        image_size=64,
+        patch_size=PATCH,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+        layerscale_value=0.5,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=PATCH,
+        reassemble_hidden_size=128,
+        neck_hidden_sizes=[24, 48, 64, 64],
+        fusion_hidden_size=32,
+        head_hidden_size=16,
+        depth_estimation_type="relative",
+    )
+    model = DepthAnythingForDepthEstimation(config)
+    torch.nn.init.constant_(model.head.conv3.bias, 0.6)
+    scenes, arrays = scene_arrays(work, 12_000, 11, "scenes_train")
+
+    def loss(rng, share):
+        index = rng.integers(0, len(scenes), 24)
+        predicted = model(preprocess(arrays["image"][index])).predicted_depth.clamp(min=0.02)
+        error = (predicted.log() - torch.from_numpy(4 / arrays["depth"][index]).log()).abs()
+        weight = 1 + 2 * torch.from_numpy(arrays["mask"][index] >= 2)  # objects are a tenth of the pixels
+        return (weight * error).sum() / weight.sum()
+
+    fit(model, loss, steps, 1e-3, work, "depth")
+    _, held = scene_arrays(work, 1000, 12, "scenes_held_out")
+    with torch.no_grad():
+        pixels = preprocess(held["image"]).split(100)
+        depth = 4 / torch.cat([model(p).predicted_depth.clamp(min=0.02) for p in pixels])
+    truth = torch.from_numpy(held["depth"])
+    relative, things = ((depth - truth).abs() / truth), torch.from_numpy(held["mask"] >= 2)
+    _save(model, out / "depth")
+    return {
+        "absolute relative error": relative.mean().item(),
+        "absolute relative error on objects": relative[things].mean().item(),
+    }
+
+
+def train_seg(work: Path, out: Path, steps: int):
+    """OneFormer, semantic task: classes are sky, floor and the object colours; returns the mIoU of a data set."""
+    torch.manual_seed(4)
+    backbone = SwinConfig(
+        image_size=64,
+        patch_size=2,
+        embed_dim=24,
+        depths=[1, 1, 2, 1],
+        num_heads=[2, 4, 6, 8],
+        window_size=4,
+        mlp_ratio=2.0,
+        drop_path_rate=0.0,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = OneFormerConfig(
+        backbone_config=backbone,
+        num_labels=len(world.CLASSES),
+        id2label=dict(enumerate(world.CLASSES)),
+        num_queries=16,
+        strides=[2, 4, 8, 16],
+        common_stride=2,
+        conv_dim=64,
+        mask_dim=64,
+        hidden_dim=64,
+        encoder_feedforward_dim=128,
+        dim_feedforward=128,
+        encoder_layers=1,
+        decoder_layers=3,
+        query_dec_layers=1,
+        num_attention_heads=4,
+        train_num_points=512,
+        dropout=0.0,
+        task_seq_len=4,
+        is_training=False,
+    )
+    model = OneFormerForUniversalSegmentation(config)
+    scenes, arrays = scene_arrays(work, 12_000, 11, "scenes_train")
+
+    def loss(rng, share):
+        index = rng.integers(0, len(scenes), 8)
+        masks = torch.from_numpy(arrays["mask"][index]).long()
+        labels = [mask.unique() for mask in masks]
+        wanted = [(mask[None] == label[:, None, None]).float() for mask, label in zip(masks, labels, strict=True)]
+        task = torch.ones(len(index), config.task_seq_len)
+        pixels = preprocess(arrays["image"][index])
+        return model(pixels, task_inputs=task, mask_labels=wanted, class_labels=labels).loss.squeeze()
+
+    fit(model, loss, steps, 1e-3, work, "seg", weight_decay=0.05)
+    _, held = scene_arrays(work, 1000, 12, "scenes_held_out")
+    confusion = np.zeros((len(world.CLASSES),) * 2)
+    with torch.no_grad():
+        for start in range(0, 1000, 50):
+            pixels = preprocess(held["image"][start : start + 50])
+            result = model(pixels, task_inputs=torch.ones(len(pixels), config.task_seq_len))
+            classes = result.class_queries_logits.softmax(-1)[..., :-1]
+            maps = torch.einsum("bqc,bqhw->bchw", classes, result.masks_queries_logits.sigmoid())
+            guess = F.interpolate(maps, (64, 64), mode="bilinear").argmax(1).numpy()
+            truth = held["mask"][start : start + 50]
+            np.add.at(confusion, (truth.ravel(), guess.ravel()), 1)
+    iou = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
+    _save(model, out / "seg")
+    return {"mIoU": float(iou.mean()), **{name: float(x) for name, x in zip(world.CLASSES, iou, strict=True)}}
+
+
+def _save(model, folder: Path):
+    """Half precision on disk, with the preprocessor that every part shares."""
+    model.half().save_pretrained(folder)
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"height": world.SIZE, "width": world.SIZE},
+        "do_center_crop": False,
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+
+
+TRAINERS = {
+    "language_model": train_language_model,
+    "vision_tower": lambda work, out, steps: train_clip(work, out, steps, "vision_tower", dense=True),
+    "gen": lambda work, out, steps: train_clip(work, out, steps, "gen", dense=False),
+    "depth": train_depth,
+    "seg": train_seg,
+}
+
+
+def main(argv=None) -> int:
+    """Train the chosen parts, print and write their quality; 1 when one lies below its floor."""
+    parser = argparse.ArgumentParser(prog="python -m ola_vlm.miniature.components", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(TRAINERS), default=list(TRAINERS), help="parts to train")
+    parser.add_argument("--work", type=Path, default=Path("runs/components"), help="training states and scenes")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the finished parts go")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=float, default=1.0, help="multiplies every part's number of steps")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in args.only:
+        start = time.time()
+        figures = TRAINERS[name](args.work, args.out, max(1, int(STEPS[name] * args.steps)))
+        measure, bound, smaller = FLOORS[name]
+        passed = figures[measure] <= bound if smaller else figures[measure] >= bound
+        failed += [] if passed else [name]
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+        verdict = "ok" if passed else f"BELOW THE FLOOR ({measure} {bound})"
+        print(f"{name}: {shown}; {time.time() - start:.0f} s; {verdict}", flush=True)
+        path = args.out / "quality.json"
+        quality = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**quality, name: figures}, indent=2, sort_keys=True) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The world on disk, in the formats that real data has: PNG images, LLaVA JSON, multiple-choice questions; and the
+checks that its questions must be *seen* to be answered."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from ola_vlm.miniature import world
+
+SIZES = {"train": 6000, "validation": 600, "test": 1400}
+SEEDS = {"train": 101, "validation": 102, "test": 103}
+QUESTIONS = {"validation": 100, "test": 500}  # a task
+PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *world.COLORS.values()])  # a colour for each class
+TURNS = 8  # question-answer turns an image in instruction tuning
+
+
+def _conversations(turns: list[tuple[str, str]]) -> list[dict]:
+    first = [("<image>\n" + turns[0][0], turns[0][1]), *turns[1:]]
+    return [{"from": who, "value": text} for turn in first for who, text in zip(("human", "gpt"), turn, strict=True)]
+
+
+def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str, int] = QUESTIONS) -> dict:
+    """Render all splits into ``folder``; returns the checks, which are also in ``world.json``.
+
+    images/<split>_<i>.png; <split>.safetensors (depth fp16 metres, mask uint8, scene.*); pretrain.json and
+    finetune.json (LLaVA's format); <split>_questions.json (``id, image, question, choices, answer, task``);
+    contact_sheet.png. Nothing is done again if world.json is there with the same sizes.
+    """
+    asked = {"sizes": sizes, "questions": questions}
+    done = folder / "world.json"
+    if done.exists() and (checks := json.loads(done.read_text()))["asked"] == asked:
+        return checks
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng, scenes = np.random.default_rng(5), {}
+    for split, count in sizes.items():
+        scenes[split], arrays = world.make_scenes(count, SEEDS[split], desc=f"rendering {split}")
+        for i, image in enumerate(tqdm(arrays["image"], desc=f"writing {split}", unit="image")):
+            Image.fromarray(image).save(folder / "images" / f"{split}_{i:05d}.png", compress_level=1)
+        stored = {f"scene.{name}": np.ascontiguousarray(value) for name, value in vars(scenes[split]).items()}
+        save_file(
+            {"depth": arrays["depth"].astype(np.float16), "mask": arrays["mask"], **stored},
+            folder / f"{split}.safetensors",
+        )
+        if split == "train":
+            captions = [[("describe the image .", world.caption(scenes[split], i, rng))] for i in range(count)]
+            chats = [world.conversation(scenes[split], i, TURNS, rng) for i in range(count)]
+            chats = [[(turn["question"], turn["answer"]) for turn in chat] for chat in chats]
+            for name, turns in (("pretrain", captions), ("finetune", chats)):
+                rows = [
+                    {"id": f"{split}_{i:05d}", "image": f"{split}_{i:05d}.png", "conversations": _conversations(row)}
+                    for i, row in enumerate(turns)
+                ]
+                (folder / f"{name}.json").write_text(json.dumps(rows))
+        elif split in questions:
+            rows = world.balanced(scenes[split], questions[split], SEEDS[split])
+            for n, row in enumerate(rows):
+                row.update(id=f"{split}_{n:05d}", image=f"{split}_{row['scene']:05d}.png")
+            (folder / f"{split}_questions.json").write_text(json.dumps(rows))
+    checks = {"asked": asked, **check(folder, scenes)}
+    contact_sheet(folder)
+    done.write_text(json.dumps(checks, indent=2) + "\n")
+    return checks
+
+
+def referents(scenes: world.Scenes, arrays: dict) -> np.ndarray:
+    """(S, 3, 3): image column and row of the centre and root of the area of the red, blue and green objects, as
+    seen, in image widths."""
+    grid = (np.arange(world.SIZE) + 0.5) / world.SIZE
+    seen = arrays["mask"][..., None] == 2 + np.arange(len(world.REFERENTS))
+    area = seen.sum((1, 2)).clip(min=1)
+    column, row = seen.sum(1).transpose(0, 2, 1) @ grid / area, seen.sum(2).transpose(0, 2, 1) @ grid / area
+    return np.stack([column, row, np.sqrt(area) / world.SIZE], -1)
+
+
+def _features(row: dict, seen: np.ndarray) -> np.ndarray:
+    """Positions and sizes of a question's referents, in the order of the question."""
+    index = {color: k for k, color in enumerate(world.REFERENTS)}
+    anchor = [] if row["task"] == "depth" else [row["question"].split(" object ?")[0].split()[-1]]
+    named = anchor + [choice.split()[0] for choice in row["choices"]]
+    return seen[row["scene"], [index[color] for color in named]].ravel()
+
+
+def _logistic_accuracy(train: list, test: list, pairs: bool) -> float:
+    """Test accuracy of a logistic regression on (features, answer is (A)); ``pairs`` adds squares and products."""
+
+    def design(rows):
+        x = torch.tensor(np.stack([row[0] for row in rows]), dtype=torch.float64)
+        if pairs:
+            x = torch.cat([x, (x[:, :, None] * x[:, None])[:, *torch.triu_indices(x.shape[1], x.shape[1])]], 1)
+        return x, torch.tensor([row[1] for row in rows], dtype=torch.float64)
+
+    (x, y), (x_test, y_test) = design(train), design(test)
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    weight = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def logits(x):
+        return ((x - mean) / std) @ weight[1:] + weight[0]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits(x), y) + 1e-4 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return ((logits(x_test) > 0) == (y_test > 0)).double().mean().item()
+
+
+def check(folder: Path, scenes: dict[str, world.Scenes]) -> dict:
+    """What can be known without seeing. ``text_only``: accuracy by task of the best possible reader of the question
+    alone (each text's most frequent training answer). ``position_size``: a logistic regression on the referents'
+    image positions and sizes, per task; ``position_size_pairs``: the same with all squares and products, so that
+    it also knows distances in the image."""
+    asked = {
+        "train": [
+            {"scene": i, **q} for i in range(len(scenes["train"])) for q in world.questions(scenes["train"], i)
+        ],
+        "test": json.loads((folder / "test_questions.json").read_text()),
+    }
+    tally: dict[str, dict[str, int]] = {}
+    for row in asked["train"]:
+        counts = tally.setdefault(row["question"], {})
+        counts[row["answer"]] = counts.get(row["answer"], 0) + 1
+    best = {text: max(counts, key=counts.get) for text, counts in tally.items()}
+    text_only = {
+        task: float(np.mean([best[q["question"]] == q["answer"] for q in asked["test"] if q["task"] == task]))
+        for task in world.TASKS
+    }
+    seen = {split: referents(scenes[split], load_file(folder / f"{split}.safetensors")) for split in asked}
+    found = {"text_only": text_only, "position_size": {}, "position_size_pairs": {}}
+    for task in ("depth", "distance"):
+        rows = {
+            split: [(_features(q, seen[split]), float(q["answer"] == "(A)")) for q in qs if q["task"] == task]
+            for split, qs in asked.items()
+        }
+        found["position_size"][task] = _logistic_accuracy(rows["train"], rows["test"], pairs=False)
+        found["position_size_pairs"][task] = _logistic_accuracy(rows["train"], rows["test"], pairs=True)
+    return found
+
+
+def contact_sheet(folder: Path, count: int = 6) -> None:
+    """One row of test scenes with exact depth and masks, and a question of each task; contact_sheet.png."""
+    arrays = load_file(folder / "test.safetensors")
+    rows = json.loads((folder / "test_questions.json").read_text())
+    per_task = [[q for q in rows if q["task"] == task] for task in world.TASKS]
+    chosen = [per_task[i % 4][i * 7 % len(per_task[i % 4])] for i in range(count)]
+    figure, axes = plt.subplots(3, count, figsize=(2.7 * count, 9.2), layout="constrained")
+    for column, q in enumerate(chosen):
+        i = q["scene"]
+        image = np.asarray(Image.open(folder / "images" / q["image"]))
+        depth = axes[1, column].imshow(arrays["depth"][i].astype(float), cmap="viridis_r", vmin=3, vmax=world.SKY)
+        axes[0, column].imshow(image)
+        axes[2, column].imshow(PALETTE[arrays["mask"][i]])
+        text = textwrap.fill(f"{q['task']}: {q['question']} -> {q['answer']}", 30)
+        axes[0, column].set_title(text, fontsize=10)
+    for name, row in zip(("image", "depth", "semantic mask"), axes, strict=True):
+        row[0].set_ylabel(name, fontsize=12)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    figure.colorbar(depth, ax=axes[1, :], label="metres (20: sky)")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PALETTE]
+    figure.legend(handles, world.CLASSES, loc="outside lower center", ncols=len(PALETTE), fontsize=10)
+    figure.savefig(folder / "contact_sheet.png", dpi=75)
+    plt.close(figure)

@@ -1,0 +1,69 @@
+"""The paper's runs (arXiv 2412.09585, section 4 and Table 1), CLIP-ViT-L/14-336 as base encoder.
+
+They need GPUs, LLaVA's data and the real weights, and have not been run by this project yet; the small local form of
+each is in `recipes/miniature.py`. Expected: CV-Bench, MMStar, RealWorldQA and OK-VQA average 57.6 (Llama-3) and 57.7
+(Phi-3) for OLA-VLM, 55.1 and 57.3 for LLaVA-1.5 (Table 1). The paper used 16 MI300X.
+"""
+
+from ..configuration_ola_vlm import default_tasks
+
+LANGUAGE_MODELS = {
+    "llama3": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "phi3": "microsoft/Phi-3-mini-4k-instruct",
+}
+TEACHERS = {
+    "gen": {"encoder": "clip_image", "path": "stabilityai/stable-diffusion-2-1-unclip"},
+    "depth": {"encoder": "depth_anything", "path": "depth-anything/Depth-Anything-V2-Large-hf"},
+    "seg": {"encoder": "oneformer", "path": "shi-labs/oneformer_coco_swin_large"},
+}
+# One epoch each, cosine schedule, 3% warm-up, no weight decay, bf16; batches are for 16 devices.
+COMMON = {
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "weight_decay": 0.0,
+    "bf16": True,
+    "activation_checkpointing": True,
+    "max_length": 2048,
+    "logging_steps": 10,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "dataloader_num_workers": 4,
+    "dataloader_drop_last": True,
+}
+
+
+def pretrain(llm: str, method: str = "ola_vlm") -> dict:
+    """PT: captions, next-token prediction and (`ola_vlm`) the embedding losses; batch 256, lr 1e-3.
+
+    torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe llama3_vit_pretrain
+    """
+    return COMMON | {
+        "stage": "pretrain",
+        "output_dir": f"runs/{llm}_vit_{method}/pretrain",
+        "vision_tower": "openai/clip-vit-large-patch14-336",
+        "language_model": LANGUAGE_MODELS[llm],
+        "tasks": default_tasks() if method == "ola_vlm" else [],
+        "teachers": TEACHERS,
+        "target_cache": "runs/targets",
+        "data": "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+        "image_folder": "data/LLaVA-Pretrain/images",
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 16,
+    }
+
+
+def finetune(llm: str, method: str = "ola_vlm") -> dict:
+    """IFT: LLaVA-665K, next-token prediction, task tokens frozen; batch 128, lr 2e-5.
+
+    torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe llama3_vit_finetune
+    """
+    return COMMON | {
+        "stage": "finetune",
+        "output_dir": f"runs/{llm}_vit_{method}/finetune",
+        "checkpoint": f"runs/{llm}_vit_{method}/pretrain",
+        "data": "data/LLaVA-Instruct/llava_v1_5_mix665k.json",
+        "image_folder": "data/LLaVA-Instruct/images",
+        "learning_rate": 2e-5,
+        "per_device_train_batch_size": 8,
+    }

@@ -1,0 +1,241 @@
+"""Parts -> OLA-VLM, reference checkpoint -> OLA-VLM, OLA-VLM -> plain LLaVA."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import encode, make_tokenizer, random_rows, tiny_tasks
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+from ola_vlm.convert.export import main as export
+from ola_vlm.convert.parts import build_ola_vlm, load_vision_tower
+from ola_vlm.convert.reference import convert_reference, rename_key
+from ola_vlm.convert.reference import main as convert
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+
+GOLDEN = Path(__file__).parent / "golden"
+TOWER = str(GOLDEN / "clip_vit_336")
+
+
+# Parts
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parts_keep_their_weights(make_model, tiny_parts, tied_parts, tied):
+    parts = tied_parts if tied else tiny_parts
+    model, processor = make_model(parts=parts)
+    llm = AutoModelForCausalLM.from_pretrained(parts.language_model)
+    tower = CLIPVisionModel.from_pretrained(parts.vision_tower)
+    for name, value in tower.state_dict().items():
+        assert model.model.vision_tower.state_dict()[name].equal(value)
+    old = llm.get_input_embeddings().weight.data
+    for name, value in llm.model.state_dict().items():
+        ours = model.model.language_model.state_dict()[name]
+        assert (ours[: len(old)] if name == "embed_tokens.weight" else ours).equal(value)
+    new = model.get_input_embeddings().weight.data
+    assert len(new) == len(processor.tokenizer) == len(old) + 9 == model.config.text_config.vocab_size
+    torch.testing.assert_close(new[model.config.image_token_id], old.mean(0))
+    assert new[model.config.task_token_ids].equal(model.task_token_embeddings().data)
+    assert model.config.tie_word_embeddings == tied
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    head = model.lm_head.weight.data
+    assert head[: len(old)].equal(llm.lm_head.weight.data)
+    if not tied:
+        torch.testing.assert_close(head[len(old) :], llm.lm_head.weight.data.mean(0).expand(9, -1))
+    # text goes through as through the LLM alone
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        assert model(input_ids=ids).logits[..., : len(old)].allclose(llm(input_ids=ids).logits, atol=1e-5)
+    assert model.generation_config.eos_token_id == 2 and model.generation_config.pad_token_id == 0
+    assert str(parts.folder) not in json.dumps(model.config.to_dict())
+
+
+def test_parts_as_objects_and_padded_vocabulary(tiny_parts):
+    """An LLM whose table is longer than its tokenizer keeps its size; Phi-3 as LLM, a CLIP pair as tower."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+    llm = Phi3ForCausalLM(Phi3Config(**sizes, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    pair = CLIPModel(
+        CLIPConfig(
+            vision_config={**sizes, "image_size": 32, "patch_size": 8},
+            text_config={**sizes, "vocab_size": 20},
+            projection_dim=16,
+        )
+    )
+    folder = tiny_parts.folder / "clip_pair"
+    pair.save_pretrained(folder)
+    tower = load_vision_tower(str(folder))
+    assert tower.embeddings.patch_embedding.weight.equal(pair.vision_model.embeddings.patch_embedding.weight)
+    before = {name: value.clone() for name, value in llm.state_dict().items()}
+    model, processor = build_ola_vlm(tower, llm, tokenizer, tasks=tiny_tasks())
+    assert model.config.text_config.vocab_size == 64 and llm.config.vocab_size == 64
+    assert all(value.equal(before[name]) for name, value in llm.state_dict().items())
+    weight, old = model.lm_head.weight.data, before["lm_head.weight"]
+    known = len(tokenizer)
+    assert weight[:known].equal(old[:known]) and weight[known + 9 :].equal(old[known + 9 :])
+    torch.testing.assert_close(weight[known], old[:known].mean(0))
+    output = model(**encode(processor, random_rows(2)), output_predictions=True)
+    assert output.predictions["seg"][2].shape == (2, 16, 14)
+
+
+def test_parts_that_do_not_fit(make_model):
+    with pytest.raises(ValueError, match=r"tasks\[depth\]\.layers .* from 1 to 4"):
+        make_model(tasks=[{"name": "depth"}])
+
+
+# The reference's checkpoints
+
+
+def copy_reference(folder: Path, change_weights=None, **config) -> str:
+    """The reference checkpoint in `folder` with other config fields and `change_weights` (in place) applied."""
+    fields = json.loads((GOLDEN / "reference_checkpoint" / "config.json").read_text()) | config
+    weights = load_file(GOLDEN / "reference_checkpoint" / "model.safetensors")
+    if change_weights is not None:
+        change_weights(weights)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    save_file(weights, folder / "model.safetensors")
+    return str(folder)
+
+
+def test_convert_without_tokenizer_writes_the_model_alone(tmp_path, capsys):
+    convert([str(GOLDEN / "reference_checkpoint"), str(tmp_path), "--vision-tower", TOWER])
+    assert "without --tokenizer" in capsys.readouterr().out
+    assert not (tmp_path / "processor_config.json").exists() and not (tmp_path / "tokenizer.json").exists()
+    model = OlaVlmForConditionalGeneration.from_pretrained(tmp_path)
+    gen, depth, seg = model.config.tasks
+    assert [gen["layers"], depth["layers"], seg["layers"]] == [[2, 4], [1, 3], [2, 3]]
+    assert (depth["predictor_dim"], depth["output_mlp"], seg["predictor_dim"]) == (64, True, 56)
+    assert model.config.image_token_id == 512 and model.config.task_token_ids == list(range(513, 537))
+    reference = load_file(GOLDEN / "reference_checkpoint" / "model.safetensors")
+    assert model.queries["seg"].equal(reference["model.special_seg_tokens"])
+    assert model.predictors["depth"]["3"].output_mlp[2].bias.equal(reference["image_depth_heads.1.linear_1.2.bias"])
+    assert model.get_input_embeddings().weight[:512].equal(reference["model.embed_tokens.weight"])
+    means = reference["model.special_depth_tokens"].view(8, 72, 64).mean(1)
+    torch.testing.assert_close(model.get_input_embeddings().weight[521:529].data, means)
+    original, _ = convert_reference(str(GOLDEN / "reference_checkpoint"), TOWER)
+    assert all(value.equal(model.state_dict()[name]) for name, value in original.state_dict().items())
+
+
+def test_convert_with_tokenizer(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "out"
+    source, tokenizer = str(GOLDEN / "reference_checkpoint"), str(tmp_path / "tokenizer")
+    convert([source, str(out), "--vision-tower", TOWER, "--tokenizer", tokenizer])
+    model, processor = OlaVlmForConditionalGeneration.from_pretrained(out), OlaVlmProcessor.from_pretrained(out)
+    assert processor.task_token_ids == model.config.task_token_ids == list(range(35, 59))  # free rows of the table
+    assert model.config.text_config.vocab_size == 512
+    batch = encode(processor, random_rows(1))
+    with torch.no_grad():
+        output = model(**batch, output_predictions=True)
+    assert output.predictions["depth"][3].shape == (1, 576, 48)
+
+
+def test_convert_finds_the_tower_beside_the_checkpoint(tmp_path):
+    shutil.copytree(TOWER, tmp_path / "tiny-clip-vit-336")
+    model, _ = convert_reference(copy_reference(tmp_path / "checkpoint"))
+    assert model.config.vision_config.hidden_size == 32
+
+
+def test_convert_lists_unknown_and_missing_keys(tmp_path):
+    def extra(weights):
+        weights["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+        weights["image_seg_heads.0.linear_2.0.weight"] = torch.ones(3)
+        weights["image_gen_heads.2.projector.proj_in.bias"] = torch.ones(3)
+        weights["oneformer.backbone.weight"] = torch.ones(3)
+
+    names = r"image_gen_heads\.2.*image_seg_heads\.0\.linear_2.*oneformer"
+    with pytest.raises(ValueError, match=f"3 keys of the checkpoint are unknown: .*{names}"):
+        convert_reference(copy_reference(tmp_path / "extra", extra), TOWER)
+
+    def fewer(weights):
+        del weights["model.special_gen_tokens"], weights["image_depth_heads.1.projector.proj_in.bias"]
+
+    with pytest.raises(ValueError, match=r"2 weights are missing.*predictors\.depth\.3\.proj_in\.bias.*queries\.gen"):
+        convert_reference(copy_reference(tmp_path / "fewer", fewer), TOWER)
+    with pytest.raises(ValueError, match="model_type is 'mamba'"):
+        convert_reference(copy_reference(tmp_path / "other", model_type="mamba"), TOWER)
+
+
+def test_convert_drops_only_what_is_listed():
+    layers = {"depth": [1, 3]}
+    assert rename_key("image_depth_heads.0.linear_2.0.weight", layers) is None
+    assert rename_key("image_depth_heads.1.linear_3.2.bias", layers) is None
+    assert rename_key("da_v2_head.depth_head.projects.0.bias", layers) is None
+    assert rename_key("image_depth_heads.1.linear_1.2.bias", layers) == "predictors.depth.3.output_mlp.2.bias"
+
+
+def test_convert_phi3(tmp_path):
+    """The same key table; Phi-3's fused projections keep transformers' names."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    llm = Phi3ForCausalLM(Phi3Config(**sizes, num_hidden_layers=4, vocab_size=512, pad_token_id=0))
+
+    def phi3(weights):
+        for name in list(weights):
+            if name.startswith(("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head.")):
+                del weights[name]
+        weights.update(llm.state_dict())
+
+    model, _ = convert_reference(copy_reference(tmp_path / "phi3", phi3, model_type="ola_phi3", **sizes), TOWER)
+    assert model.model.language_model.layers[0].self_attn.qkv_proj.weight.shape == (192, 64)
+    ids = torch.arange(4, 20)[None]
+    llm.config.rms_norm_eps = model.config.text_config.rms_norm_eps
+    with torch.no_grad():
+        ours, theirs = model(input_ids=ids).logits[..., :512], llm.eval()(input_ids=ids).logits
+    assert model.config.text_config.rope_parameters["rope_theta"] == 500000.0  # the checkpoint's own
+    assert ours.shape == theirs.shape and ours.isfinite().all()
+
+
+# Plain LLaVA
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_export_is_llava_with_the_same_logits(make_model, tiny_parts, tied_parts, tmp_path, tied, capsys):
+    model, processor = make_model(parts=tied_parts if tied else tiny_parts)
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    export([str(tmp_path / "ours"), str(tmp_path / "plain")])
+    assert "Wrote model and processor" in capsys.readouterr().out
+    fields = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert fields["model_type"] == "llava" and fields["architectures"] == ["LlavaForConditionalGeneration"]
+    assert not {"tasks", "task_token_ids", "auto_map"} & set(fields)
+    assert not list((tmp_path / "plain").glob("*.py"))
+    plain, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    names = load_file(tmp_path / "plain" / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"language_model", "vision_tower", "multi_modal_projector"}
+
+    rows = random_rows(3, [1, 2, 0])
+    batch = encode(processor, rows)
+    assert plain.eval()(**batch).logits.equal(model(**batch).logits)
+    assert plain.generation_config.suppress_tokens == model.never_emitted
+    plain_processor = LlavaProcessor.from_pretrained(tmp_path / "plain")
+    again = encode(plain_processor, rows)
+    assert again["input_ids"].equal(batch["input_ids"]) and again["pixel_values"].equal(batch["pixel_values"])
+    # and the plain class reads our own folder
+    direct = LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert direct.eval()(**batch).logits.equal(model(**batch).logits)
+
+
+def test_export_without_processor(make_model, tmp_path, capsys):
+    model, _ = make_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "ours")
+    export([str(tmp_path / "ours"), str(tmp_path / "plain")])
+    assert "no processor" in capsys.readouterr().out
+    assert load_file(tmp_path / "plain" / "model.safetensors")["language_model.lm_head.weight"].dtype == torch.bfloat16

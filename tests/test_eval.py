@@ -1,0 +1,173 @@
+"""eval/: answers are read in every form in which models give them, and compared with honest statistics."""
+
+import numpy as np
+import pytest
+from conftest import random_image
+
+from ola_vlm.eval.multiple_choice import generate_answers, is_correct, parse_choice, score
+from ola_vlm.eval.statistics import compare_answers, paired_comparison
+
+NUMBERS = ["2", "3", "10", "1"]
+SIDES = ["left", "far left", "the blue box"]
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "expected"),
+    [
+        ("(B)", NUMBERS, "(B)"),
+        ("( B )", NUMBERS, "(B)"),
+        ("(b)", NUMBERS, "(B)"),
+        ("**(B)**", NUMBERS, "(B)"),
+        ("B", NUMBERS, "(B)"),
+        ("b.", NUMBERS, "(B)"),
+        ("B.", NUMBERS, "(B)"),
+        ("B) 3", NUMBERS, "(B)"),
+        ("B: 3", NUMBERS, "(B)"),
+        ("B 3", NUMBERS, "(B)"),
+        ("(B) 3", NUMBERS, "(B)"),
+        ("The answer is (B)", NUMBERS, "(B)"),
+        ("The answer is B.", NUMBERS, "(B)"),
+        ("The answer is (B), not (A)", NUMBERS, "(B)"),
+        ("Answer: B", NUMBERS, "(B)"),
+        ("The correct option is B because", NUMBERS, "(B)"),
+        ("I would say (B).", NUMBERS, "(B)"),
+        ("3", NUMBERS, "(B)"),
+        ("There are 3 of them.", NUMBERS, "(B)"),
+        ("10", NUMBERS, "(C)"),
+        ("far left", SIDES, "(B)"),
+        ("It is on the left.", SIDES, "(A)"),
+        ("The blue box", SIDES, "(C)"),
+        ("The answer is a blue box: the blue box", SIDES, "(C)"),
+        ("", NUMBERS, None),
+        ("   ", NUMBERS, None),
+        ("(F)", NUMBERS, None),
+        ("E", NUMBERS, None),
+        ("a table", NUMBERS, None),
+        ("(A) or (B)", NUMBERS, None),
+        ("A and B", NUMBERS, None),
+        ("2 or 3", NUMBERS, None),
+        ("Either (A) is right or (C)", NUMBERS, None),
+        ("same", ["same", "same"], None),
+        ("I do not know", NUMBERS, None),
+    ],
+)
+def test_parse_choice(text, choices, expected):
+    assert parse_choice(text, choices) == expected
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Two images with three questions each, of different lengths."""
+    asked = []
+    for i in range(6):
+        random_image(i // 3).save(tmp_path / f"{i // 3}.png")
+        text = " what is the color of the cube ?" + " red" * (i % 3)
+        asked.append({"id": f"q{i}", "image": f"{i // 3}.png", "question": text, "choices": ["red", "blue"]})
+    return [{**question, "answer": "(A)", "task": "depth"} for question in asked]
+
+
+def test_batched_answers_equal_single_ones(make_model, questions, tmp_path):
+    model, processor = make_model()
+    model.train()
+    batched = generate_answers(model, processor, questions, tmp_path, batch_size=4, max_new_tokens=5)
+    assert model.training, "the model's mode is put back"
+    assert [record["id"] for record in batched] == [question["id"] for question in questions]
+    single = [generate_answers(model, processor, [q], tmp_path, max_new_tokens=5)[0] for q in questions]
+    assert [record["output"] for record in batched] == [record["output"] for record in single]
+    assert len({record["output"] for record in batched}) > 1, "answers of six prompts must not all be alike"
+    assert all("output" not in question for question in questions)
+
+
+def test_generate_answers_reports_progress_by_batch(make_model, questions, tmp_path):
+    model, processor = make_model(tasks=[])
+    batches = []
+
+    def progress(iterator):
+        for item in iterator:
+            batches.append(item)
+            yield item
+
+    generate_answers(model, processor, questions, tmp_path, batch_size=4, max_new_tokens=1, progress=progress)
+    assert batches == [0, 4]
+
+
+def record(id, output, answer="(A)", task="depth"):
+    return {"id": id, "output": output, "answer": answer, "task": task, "choices": ["2", "3"]}
+
+
+def test_score_is_the_mean_over_tasks_not_over_questions():
+    records = [record(i, "(A)") for i in range(3)] + [record(3, "(A)", "(B)", "count")]
+    assert score(records) == {"depth": 1.0, "count": 0.0, "average": 0.5}
+
+
+def test_an_empty_answer_is_wrong_and_takes_nothing_from_its_neighbour():
+    assert [is_correct(r) for r in (record(0, "(A)"), record(1, ""), record(2, "(A)"))] == [True, False, True]
+
+
+def test_score_refuses_an_empty_list():
+    with pytest.raises(ValueError, match="no answers"):
+        score([])
+
+
+def test_mcnemar_of_one_seed_matches_the_binomial():
+    a = np.array([True] * 50 + [False] * 10 + [True] * 2 + [False] * 38)
+    b = np.array([True] * 50 + [True] * 10 + [False] * 2 + [False] * 38)
+    result = paired_comparison(a, b)
+    assert result["difference"] == pytest.approx(0.08)
+    # two-sided binomial: 2 * (1 + 12 + 66) / 2**12
+    assert result["p"] == pytest.approx(2 * 79 / 4096)
+    assert result["test"] == "exact McNemar" and result["n"] == 100
+    low, high = result["ci95"]
+    # the bootstrap's normal approximation: .08 +- 1.96 * sqrt((.12 - .0064) / 100)
+    assert low == pytest.approx(0.08 - 0.066, abs=0.015) and high == pytest.approx(0.08 + 0.066, abs=0.015)
+
+
+def test_equal_models_do_not_differ():
+    same = np.ones((3, 20), bool)
+    assert paired_comparison(same[0], same[0])["p"] == 1.0
+    result = paired_comparison(same, same)
+    assert result["difference"] == 0 and result["ci95"] == [0, 0] and result["p"] == 1.0
+
+
+def test_sign_flips_agree_with_mcnemar_when_all_seeds_are_copies():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(200) < 0.5, rng.random(200) < 0.6
+    one, three = paired_comparison(a, b), paired_comparison(np.stack([a] * 3), np.stack([b] * 3))
+    assert three["p"] == pytest.approx(one["p"], abs=0.02)
+    assert three["ci95"] == pytest.approx(one["ci95"], abs=0.02)
+    assert three["seed_differences"] == pytest.approx([one["difference"]] * 3)
+
+
+def test_p_values_of_the_null_are_uniform():
+    rng = np.random.default_rng(1)
+    ps = [paired_comparison(*(rng.random((2, 2, 100)) < 0.6), seed=i)["p"] for i in range(200)]
+    assert 0.01 <= np.mean(np.array(ps) < 0.05) <= 0.1
+
+
+def test_strata_weigh_alike_whatever_their_size():
+    a, b = np.zeros((2, 100), bool), np.zeros((2, 100), bool)
+    b[:, :10] = True  # everything in the small stratum, nothing in the large one
+    result = paired_comparison(a, b, strata=["small"] * 10 + ["large"] * 90)
+    assert result["difference"] == pytest.approx(0.5)
+    assert result["ci95"] == pytest.approx([0.5, 0.5])  # questions are drawn within their stratum
+
+
+@pytest.mark.parametrize("shapes", [((3,), (4,)), ((1, 3), (2, 3)), ((0,), (0,))])
+def test_unpaired_answers_are_refused(shapes):
+    with pytest.raises(ValueError, match="equal, non-empty shapes"):
+        paired_comparison(*(np.ones(shape, bool) for shape in shapes))
+
+
+def test_compare_answers_by_task_and_on_average():
+    wrong = [[record(i, "(B)", task="depth" if i < 5 else "count") for i in range(20)] for _ in range(2)]
+    better = [[{**r, "output": "(A)" if r["task"] == "depth" else "(B)"} for r in seed] for seed in wrong]
+    compared = compare_answers(wrong, better)
+    assert {task: result["difference"] for task, result in compared.items()} == {
+        "depth": 1,
+        "count": 0,
+        "average": 0.5,
+    }
+    with pytest.raises(ValueError, match="same questions in the same order"):
+        compare_answers(wrong, [seed[::-1] for seed in better])
+    with pytest.raises(ValueError, match="seeds are paired"):
+        compare_answers(wrong, better[:1])

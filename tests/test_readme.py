@@ -1,0 +1,47 @@
+"""The README keeps its word: its example runs, its tree is the tree."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from ola_vlm.eval.multiple_choice import parse_choice
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_answers_in_five_lines():
+    """In a fresh process that cannot import the package: the checkpoint brings its own code."""
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(example.strip().splitlines()) <= 5
+    forget = "import sys; sys.modules['ola_vlm'] = None\n"
+    run = subprocess.run([sys.executable, "-c", forget + example], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert parse_choice(run.stdout, ["red object", "blue object"]), f"no answer in {run.stdout!r}"
+
+
+def test_the_tree_is_the_tree():
+    house = README.split("## The house")[1].split("```")[1]
+    named = {line.split()[0].rstrip("/") for line in house.strip().splitlines()}
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {path.name for path in ROOT.glob("*.py")}
+    assert named == rooms | {"docs", "tests"}
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_paper_to_code_names_what_exists():
+    """Every `module.name` in the index is a file and a name in it; every bare name stands somewhere in the code."""
+    index = (ROOT / "docs" / "paper_to_code.md").read_text()
+    sources = {path: path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]}
+    everything = "\n".join(text for path, text in sources.items() if path.parent.name != "tests")
+    for name in re.findall(r"`([A-Za-z_.]+)(?:\[[^`]*)?`", index):
+        parts = name.split(".")
+        files = [ROOT.joinpath(*parts[:depth]).with_suffix(".py") for depth in range(1, len(parts))]
+        text = next((file.read_text() for file in files if file.is_file()), everything)
+        missing = [part for part in parts if not re.search(rf"\b{part}\b", text + "".join(map(str, files)))]
+        assert not missing, f"{name}: {missing}"

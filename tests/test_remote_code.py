@@ -1,0 +1,78 @@
+"""A checkpoint folder is enough: a fresh process that can't import the package loads and runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from conftest import encode, random_rows
+
+SCRIPT = """
+import importlib.abc, json, sys
+
+class NoPackage(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"ola_vlm", "diffusers", "gradio", "trl", "datasets"}:
+            raise ModuleNotFoundError(f"{name} is not here")
+
+sys.meta_path.insert(0, NoPackage())
+try:
+    import ola_vlm
+    raise SystemExit("the package can be imported")
+except ModuleNotFoundError:
+    pass
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+
+folder, batch = sys.argv[1], torch.load(sys.argv[2])
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert config.model_type == "ola_vlm" and [task["name"] for task in config.tasks] == ["gen", "depth", "seg"]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+assert type(processor).__name__ == "OlaVlmProcessor" and len(processor.task_tokens) == 8
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+assert tokenizer.convert_tokens_to_ids("<gen_0>") == config.task_token_ids[0]
+assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "OlaVlmForConditionalGeneration"
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    output = model(**batch["inputs"], output_predictions=True)
+assert output.logits.equal(batch["logits"])
+assert output.predictions["depth"][1].equal(batch["prediction"])
+image = Image.new("RGB", (60, 20), "red")
+content = [{"type": "image", "image": image}, {"type": "text", "text": " what is this ?"}]
+messages = [{"role": "user", "content": content}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+new = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+assert new.shape[1] > inputs["input_ids"].shape[1]
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+answer = pipe(messages, max_new_tokens=4, do_sample=False, return_full_text=False)
+assert isinstance(answer[0]["generated_text"], str)
+model.save_pretrained(sys.argv[3])
+again = AutoModelForImageTextToText.from_pretrained(sys.argv[3], trust_remote_code=True).eval()
+with torch.no_grad():
+    assert again(**batch["inputs"]).logits.equal(batch["logits"])
+print(json.dumps({"answer": answer[0]["generated_text"]}))
+"""
+
+
+def test_remote_code_in_a_fresh_process(make_model, tmp_path):
+    model, processor = make_model()
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    inputs = dict(encode(processor, random_rows(2)))
+    with torch.no_grad():
+        output = model(**inputs, output_predictions=True)
+    saved = {"inputs": inputs, "logits": output.logits, "prediction": output.predictions["depth"][1]}
+    torch.save(saved, tmp_path / "batch.pt")
+    script = tmp_path / "use.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, str(script), str(folder), str(tmp_path / "batch.pt"), str(tmp_path / "again")]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "answer" in json.loads(done.stdout.strip().splitlines()[-1])

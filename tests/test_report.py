@@ -1,0 +1,123 @@
+"""miniature/report.py: the report is a pure function of report.json, and says no more than the numbers do."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from ola_vlm.miniature.report import CAPTIONS, CONTROL, holm, report_text, write_report
+
+TASKS = ["count", "relation", "depth", "distance"]
+
+
+def accuracy(value):
+    return {**dict.fromkeys(TASKS, value), "average": value}
+
+
+def seed_results(seed, gain, losses):
+    probes = {"depth": {str(layer): {"ridge": 0.5 + gain, "ridge_plain": 0.9 + gain} for layer in range(3)}}
+    return {
+        "seed": seed,
+        "curve": [{"step": step, "accuracy": accuracy(0.5 + step / 1000 + gain)} for step in (0, 100, 200)],
+        "accuracy": accuracy(0.7 + gain),
+        "probes": {"pretrain": probes, "finetune": probes},
+        "losses": {f"depth/{i}/{part}": [[1, 2.0], [2, 1.0]] for i in (1, 2) for part in ("smooth_l1", "contrastive")}
+        if losses
+        else {"ntp": [[1, 3.0]]},
+        "seconds": {"pretrain": 10.0, "finetune": 20.0},
+        "peak_memory_mb": 512.0,
+    }
+
+
+def compared(difference, p, p_seeds=None, num_seeds=1):
+    return {
+        "difference": difference,
+        "ci95": [difference - 0.02, difference + 0.02],
+        "p": p,
+        "n": 400,
+        "test": "a test",
+        "p_seeds": p_seeds,
+        "seed_differences": [difference] * num_seeds,
+    }
+
+
+@pytest.fixture
+def results():
+    gains = {"llava": 0.0, "ola_vlm": 0.1, CONTROL: 0.01}
+    return {
+        "methods": {
+            name: {"seeds": [seed_results(seed, gain + seed / 100, name != "llava") for seed in range(2)]}
+            for name, gain in gains.items()
+        },
+        "chance": {**dict.fromkeys(TASKS, 0.5), "count": 0.25},
+        "comparison": {
+            "count": compared(0.1, 0.001, 0.01, 2),
+            "relation": compared(-0.1, 0.001, 0.01, 2),
+            "depth": compared(0.05, 0.04, 0.01, 2),
+            "distance": compared(0.1, 0.001, 0.3, 2),
+            "average": compared(0.1, 0.001, 0.01, 2),
+        },
+        "machine": "two cores",
+        "world": {"text-only accuracy": {"count": 0.26, "depth": 0.51}, "components": {"seg": {"mIoU": 0.4}}},
+    }
+
+
+def test_the_report_is_a_pure_function_of_its_folder(results, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "decoded_depth.png")
+    report = write_report(tmp_path, results)
+    text = report.read_text()
+    assert json.loads((tmp_path / "report.json").read_text()) == results
+    for name in CAPTIONS.keys() - {"world.png", "decoded_seg.png"}:
+        assert f"({name})" in text
+        with Image.open(tmp_path / name) as picture:
+            assert name == "decoded_depth.png" or picture.width >= 1000
+    assert "world.png" not in text
+    report.unlink()
+    assert write_report(tmp_path).read_text() == text
+
+
+def line_of(text, start):
+    return next(line for line in text.splitlines() if line.startswith(start))
+
+
+def test_verdicts_are_no_stronger_than_the_tests(results):
+    text = report_text(results, [])
+    assert "**better**. +10.0 points [+8.0, +12.0], p = 0.001" in line_of(text, "- count:")
+    assert "**worse**. -10.0 points" in line_of(text, "- relation:")
+    assert "**better for these trained models, not shown for new seeds**" in line_of(text, "- distance:")
+    assert "positive in 2 of 2" in line_of(text, "- count:")
+    # significant alone, but not as two of four
+    results["comparison"]["depth"]["p"], results["comparison"]["relation"]["p"] = 0.04, 0.03
+    text = report_text(results, [])
+    assert "**no difference shown**" in line_of(text, "- depth:")
+    assert "**no difference shown**" in line_of(text, "- relation:")
+    for c in results["comparison"].values():
+        c |= {"p_seeds": None, "seed_differences": [c["difference"]]}
+    assert "**better for these trained models" in line_of(report_text(results, []), "- count:")
+
+
+def test_holm_corrects_for_the_number_of_tasks():
+    assert holm({"a": 0.04, "b": 0.02, "c": 0.5}) == {"b": False, "a": False, "c": False}
+    assert holm({"a": 0.04, "b": 0.01, "c": 0.02}) == {"b": True, "c": True, "a": True}
+
+
+def test_tables_and_checks(results):
+    text = report_text(results, [])
+    assert "| chance | 25.0 | 50.0 | 50.0 | 50.0 | 43.8 |" in text
+    assert "| llava | 70.5 ± 0.7 |" in text
+    assert "| ola_vlm | 10 | 20 | 512 |" in text
+    assert "- 0: +10.0, 100: +10.0, 200: +10.0." in text
+    assert "- depth after PT: 0: +0.100, 1: +0.100, 2: +0.100." in text
+    assert "- text-only accuracy: count 0.26, depth 0.51\n- components: seg (mIoU 0.4)" in text
+    assert "at least 10 points above chance" in text
+    for seed in results["methods"]["llava"]["seeds"]:
+        seed["accuracy"] |= {"count": 0.95, "depth": 0.55}
+    text = report_text(results, [])
+    assert "- count: llava is saturated at 95.0%." in text
+    assert "- depth: llava ends only +5.0 points from chance." in text
+
+
+def test_a_run_of_one_method_without_probes_or_losses_still_reports(results, tmp_path):
+    seed = {**results["methods"]["llava"]["seeds"][0], "probes": {}, "losses": {}}
+    text = write_report(tmp_path, {"methods": {"mine": {"seeds": [seed]}}, "chance": results["chance"]}).read_text()
+    assert "| mine | 70.0 |" in text and "(accuracy.png)" in text and "probes.png" not in text

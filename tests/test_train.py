@@ -1,0 +1,219 @@
+"""`train(args)` from files to a loadable checkpoint, the command line, and the recipes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_image, tiny_tasks
+from tiny_teachers import GRID, save_clip_image, save_depth_anything, save_oneformer
+from training_helpers import Interrupt, losses, weights
+
+from ola_vlm import cli
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.recipes import RECIPES, miniature
+from ola_vlm.targets.cache import TargetStatistics
+from ola_vlm.targets.encoders import ENCODERS
+from ola_vlm.train import last_checkpoint, main, train
+from ola_vlm.training.arguments import OlaVlmArguments
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_parts):
+    """Fields of a pre-training run on 8 images in LLaVA's format, with tiny teachers."""
+    folder = tmp_path_factory.mktemp("world")
+    samples = []
+    for i in range(8):
+        (folder / "images").mkdir(exist_ok=True)
+        random_image(i).save(folder / "images" / f"{i}.png")
+        turns = []
+        for k in range(3):
+            turns.append({"from": "human", "value": "<image>\nwhat is this ?" if k == 0 else "what color ?"})
+            turns.append({"from": "gpt", "value": f"the {['red', 'green', 'blue'][(i + k) % 3]} cube"})
+        samples.append({"id": f"scene-{i}", "image": f"{i}.png", "conversations": turns})
+    samples.append({"id": "text", "conversations": [{"from": "human", "value": "a ?"}, {"from": "gpt", "value": "b"}]})
+    (folder / "data.json").write_text(json.dumps(samples))
+    kinds = {"gen": "clip_image", "depth": "depth_anything", "seg": "oneformer"}
+    teachers = {}
+    for name, save in (("gen", save_clip_image), ("depth", save_depth_anything), ("seg", save_oneformer)):
+        torch.manual_seed(1)
+        save(folder / name)
+        teachers[name] = {"encoder": kinds[name], "path": str(folder / name)}
+    tasks = tiny_tasks()
+    for task in tasks:
+        encoder = ENCODERS[kinds[task["name"]]].from_pretrained(
+            folder / task["name"], 1 if task["name"] == "gen" else GRID
+        )
+        task.update(target_length=encoder.target_length, target_dim=encoder.target_dim)
+    return {
+        "vision_tower": tiny_parts.vision_tower,
+        "language_model": tiny_parts.language_model,
+        "tasks": tasks,
+        "teachers": teachers,
+        "data": str(folder / "data.json"),
+        "image_folder": str(folder / "images"),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+def arguments(world, output_dir, **changes):
+    return OlaVlmArguments(output_dir=str(output_dir), **(world | changes))
+
+
+def test_pretrain_then_finetune(world, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", asked.append)  # nobody is asked about running a checkpoint's code
+    cache = {"target_cache": str(tmp_path / "targets"), "standardize_targets": True}
+    trainer = train(arguments(world, tmp_path / "pretrain", **cache))
+    first = losses(trainer)[0]
+    assert len(losses(trainer)) == 3 and len(first) == 14 and all(value > 0 for value in first.values())
+    run = json.loads((tmp_path / "pretrain" / "run.json").read_text())
+    assert run["learning_rate"] == 0.01 and [task["name"] for task in run["tasks"]] == ["gen", "depth", "seg"]
+    statistics = TargetStatistics.load(tmp_path / "pretrain" / "target_statistics" / "depth.safetensors")
+    assert statistics.mean_QE.shape == (GRID * GRID, world["tasks"][1]["target_dim"])
+
+    parts = dict.fromkeys(("vision_tower", "language_model", "tasks", "teachers"))
+    finetune = {"stage": "finetune", "checkpoint": str(tmp_path / "pretrain"), **parts}
+    trainer = train(arguments(world, tmp_path / "finetune", **finetune))
+    assert all(sorted(step) == ["loss", "loss/ntp"] for step in losses(trainer))
+    before = OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "pretrain")
+    after = OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "finetune")
+    processor = OlaVlmProcessor.from_pretrained(tmp_path / "finetune")
+    assert not asked
+    assert processor.task_token_ids == after.config.task_token_ids
+    ids = after.config.task_token_ids
+    assert before.get_input_embeddings().weight[ids].equal(before.task_token_embeddings())
+    assert after.get_input_embeddings().weight[ids].equal(before.get_input_embeddings().weight[ids])
+    assert not after.lm_head.weight.equal(before.lm_head.weight)
+    assert not any("teacher" in name or "encoder_layers" in name for name in after.state_dict())
+    assert set(after.state_dict()) == set(trainer.model.state_dict())
+
+
+def test_cached_and_on_the_fly_targets_give_the_same_losses(world, tmp_path):
+    runs = []
+    for cache in (None, str(tmp_path / "targets")):
+        trainer = train(arguments(world, tmp_path / "run", target_cache=cache))
+        runs.append(losses(trainer))
+    for cached, computed in zip(runs[1], runs[0], strict=True):
+        assert cached == pytest.approx(computed, rel=1e-4)
+
+
+def test_shuffled_targets_are_a_different_run_of_the_same_model(world, tmp_path):
+    steps = {}
+    for shuffled in (False, True):
+        trainer = train(arguments(world, tmp_path / "run", shuffle_targets=shuffled, max_steps=1))
+        steps[shuffled] = losses(trainer)[0]
+    assert steps[True]["loss/ntp"] == pytest.approx(steps[False]["loss/ntp"], rel=1e-6)
+    for name in ("loss/depth/1/contrastive", "loss/seg/2/smooth_l1", "loss/gen/4/smooth_l1"):
+        assert abs(steps[True][name] - steps[False][name]) > 1e-6
+
+
+def test_methods_start_from_the_same_projector(world, tmp_path):
+    projectors = []
+    for tasks in (world["tasks"], []):
+        trainer = train(arguments(world, tmp_path / "run", tasks=tasks, max_steps=1, learning_rate=0.0))
+        projectors.append({k: v for k, v in weights(trainer.model).items() if "projector" in k})
+    assert all(projectors[1][name].equal(value) for name, value in projectors[0].items())
+
+
+def test_killed_run_resumes_from_its_last_complete_checkpoint(world, tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    whole = train(arguments(world, tmp_path / "whole", **saved))
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments(world, tmp_path / "killed", **saved), callbacks=[Interrupt(3)])
+    (tmp_path / "killed" / "checkpoint-3").mkdir()  # killed while saving: no trainer state yet
+    assert last_checkpoint(tmp_path / "killed").endswith("checkpoint-2")
+    resumed = train(arguments(world, tmp_path / "killed", **saved, resume_from_checkpoint="true"))
+    assert losses(resumed) == losses(whole)
+    for name, value in weights(whole.model).items():
+        assert value.equal(weights(resumed.model)[name]), name
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_tower": None}, "vision_tower and language_model"),
+        ({"checkpoint": "somewhere"}, "either checkpoint or"),
+        ({"teachers": {"depth": {}}}, r"need one teacher each.*\['depth'\]"),
+        ({"stage": "posttrain"}, "'posttrain' is unknown"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
+    ],
+)
+def test_wrong_arguments_name_the_field(world, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(arguments(world, tmp_path, **changes))
+
+
+def test_command_line(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", lambda: world | {"output_dir": str(tmp_path / "from_recipe")})
+    one_task = json.dumps(world["tasks"][1:2])
+    teachers = json.dumps({"depth": world["teachers"]["depth"]})
+    changes = ["--tasks", one_task, "--teachers", teachers, "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    cli.main(["train", "--recipe", "tiny", *changes, "--weight-decay=0.25"])
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["recipe"] == "tiny" and run["max_steps"] == 1 and run["weight_decay"] == 0.25
+    assert [task["name"] for task in run["tasks"]] == ["depth"] and run["learning_rate"] == 0.01
+    model = OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert list(model.predictors) == ["depth"]
+    assert not (tmp_path / "from_recipe").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_step", "1"], "unknown field --max_step: did you mean --max_steps"),  # no abbreviations either
+        (["--recipe", "miniature_pretrain", "--nonsense=3"], "unknown field --nonsense=3"),
+    ],
+)
+def test_unknown_fields_are_errors(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        main(argv)
+
+
+def test_unknown_fields_of_a_recipe_are_errors(monkeypatch):
+    monkeypatch.setitem(RECIPES, "broken", lambda: {"learning_rat": 1.0})
+    with pytest.raises(SystemExit, match=r"broken.*learning_rat"):
+        main(["--recipe", "broken"])
+
+
+def test_subcommands(capsys):
+    with pytest.raises(SystemExit, match="unknown subcommand 'dance'"):
+        cli.main(["dance"])
+    cli.main([])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("train", "miniature", "convert", "export"))
+
+
+def test_train_runs_as_a_script():
+    command = [sys.executable, "train.py", "--recipe", "miniature_pretrain", "--unknown", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "unknown field --unknown" in done.stderr
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_recipes_make_valid_arguments(name, tmp_path):
+    values = RECIPES[name]()
+    changes = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    args = OlaVlmArguments(**(values | changes))
+    assert args.stage in values["output_dir"] and args.weight_decay == 0
+
+
+def test_miniature_methods_differ_in_what_they_should_only():
+    llava, ola, shuffled = (miniature.pretrain(method) for method in miniature.METHODS)
+    for other, fields in ((llava, {"tasks", "output_dir"}), (shuffled, {"shuffle_targets", "output_dir"})):
+        assert {field for field in ola if ola[field] != other[field]} == fields
+    assert shuffled["shuffle_targets"] and not ola["shuffle_targets"] and llava["tasks"] == []
+    with pytest.raises(ValueError, match="'lava'"):
+        miniature.finetune("lava")

@@ -1,0 +1,323 @@
+"""What trains, what stays bit-frozen, and that accumulation, resuming and evaluation change nothing."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_rows, tiny_tasks
+from training_helpers import IMAGES, Interrupt, losses, make_trainer, target_source, weights
+
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.training.stages import PARTS, STAGES, apply_stage
+
+PT_PARTS = ["loss/ntp"] + [
+    f"loss/{task['name']}/{layer}/{part}"
+    for task in tiny_tasks()
+    for layer in task["layers"]
+    for part in ("smooth_l1", "contrastive")
+]
+
+
+def part_of(name):
+    return next(PARTS[component] for component in name.split(".") if component in PARTS)
+
+
+def moved_parts(before, after):
+    """part -> names of its parameters that changed, and of those that did not."""
+    moved, frozen = {}, {}
+    for name, value in before.items():
+        (frozen if after[name].equal(value) else moved).setdefault(part_of(name), []).append(name)
+    return moved, frozen
+
+
+def test_pretrain_losses_are_positive_and_move_what_they_should(make_model, tmp_path):
+    model, processor = make_model()
+    before = weights(model)
+    trainer = make_trainer(model, processor, tmp_path)
+    trainer.train()
+    for step in losses(trainer):
+        assert sorted(step) == sorted([*PT_PARTS, "loss"])
+        assert all(value > 0 for value in step.values())  # masks zeroed before the loss would give exactly 0
+        total = step["loss/ntp"]
+        for task in model.config.tasks:
+            for layer in task["layers"]:
+                smooth_l1, contrastive = (
+                    step[f"loss/{task['name']}/{layer}/{p}"] for p in ("smooth_l1", "contrastive")
+                )
+                total += task["loss_weight"] * (smooth_l1 + task["contrastive_weight"] * contrastive)
+        assert step["loss"] == pytest.approx(total, rel=1e-5)
+    moved, frozen = moved_parts(before, weights(model))
+    assert set(moved) == set(STAGES["pretrain"].trains)
+    assert set(frozen) == {"vision_tower", "language_model"}
+
+
+def test_every_embedding_loss_moves_its_own_predictor(make_model, tmp_path):
+    model, processor = make_model()
+    trainer = make_trainer(model, processor, tmp_path)
+    batch = trainer.data_collator(random_rows(4))
+    trainer.compute_loss(model.train(), batch).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (part_of(name) in STAGES["pretrain"].trains), name
+        if parameter.grad is not None:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("method", ["ola_vlm", "llava"])
+def test_finetune_moves_projector_and_llm_only(make_model, tmp_path, method):
+    model, processor = make_model(tasks=tiny_tasks() if method == "ola_vlm" else [])
+    before = weights(model)
+    trainer = make_trainer(model, processor, tmp_path, stage="finetune")
+    trainer.train()
+    assert all(sorted(step) == ["loss", "loss/ntp"] for step in losses(trainer))
+    assert losses(trainer)[0]["loss"] == pytest.approx(losses(trainer)[0]["loss/ntp"])
+    moved, frozen = moved_parts(before, weights(model))
+    assert set(moved) == {"projector", "language_model"}
+    assert set(frozen) == {"vision_tower", "predictors", "queries", "logit_scales"} - (
+        {"predictors", "queries", "logit_scales"} if method == "llava" else set()
+    )
+
+
+def test_llava_pretrains_its_projector_by_next_token_prediction(make_model, tmp_path):
+    model, processor = make_model(tasks=[])
+    before = weights(model)
+    trainer = make_trainer(model, processor, tmp_path)
+    trainer.train()
+    assert all(sorted(step) == ["loss", "loss/ntp"] for step in losses(trainer))
+    moved, frozen = moved_parts(before, weights(model))
+    assert set(moved) == {"projector"} and set(frozen) == {"vision_tower", "language_model"}
+
+
+def test_visual_pretrain_trains_the_whole_llava(make_model, tmp_path):
+    model, processor = make_model()
+    before = weights(model)
+    make_trainer(model, processor, tmp_path, stage="visual_pretrain").train()
+    moved, _ = moved_parts(before, weights(model))
+    assert set(moved) == {"vision_tower", "projector", "language_model"}
+
+
+def test_unknown_stage_names_the_known_ones(make_model):
+    with pytest.raises(ValueError, match=r"'pretraining'.*pretrain"):
+        apply_stage(make_model()[0], "pretraining")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_task_tokens_are_bit_frozen_in_finetuning(make_model, tiny_parts, tied_parts, tmp_path, tied):
+    parts = tied_parts if tied else tiny_parts
+    model, processor = make_model(parts=parts)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    options = {"stage": "finetune", "weight_decay": 0.1, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    tables = {"in": model.get_input_embeddings().weight, "out": model.get_output_embeddings().weight}
+    before = {name: table.detach().clone() for name, table in tables.items()}
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model, processor, tmp_path, callbacks=[Interrupt(4)], **options).train()
+
+    resumed, _ = make_model(parts=parts, seed=1)
+    trainer = make_trainer(resumed, processor, tmp_path, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    ids = model.config.task_token_ids
+    assert len(ids) == 8
+    seen = trainer.data_collator(trainer.train_dataset)["input_ids"].unique().tolist()
+    # Words; <image> is replaced by pixels, </s> ends each row and padding is not attended to.
+    neighbours = [i for i in seen if i not in [*ids, model.config.image_token_id, *processor.tokenizer.all_special_ids]]
+    for after in (model, resumed):
+        for name, table in {"in": after.get_input_embeddings(), "out": after.get_output_embeddings()}.items():
+            assert table.weight[ids].equal(before[name][ids]), f"task tokens moved ({name}put embeddings)"
+            moved = (table.weight != before[name]).any(1)
+            assert moved[neighbours].all(), f"neighbours did not move ({name}put embeddings)"
+
+
+def test_accumulated_micro_batches_equal_one_batch(make_model, tmp_path):
+    # The second micro-batch of the first step has no image; the third differs from the first in its number of images.
+    runs = {}
+    for size, accumulation in ((16, 1), (4, 4), (2, 8)):
+        model, processor = make_model()
+        trainer = make_trainer(
+            model,
+            processor,
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+            optim="sgd",
+            learning_rate=0.1,
+            train_sampling_strategy="sequential",
+        )
+        trainer.train()
+        runs[size] = losses(trainer), weights(model)
+    for size in (4, 2):
+        for step, expected in zip(runs[size][0], runs[16][0], strict=True):
+            assert step == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        for name, value in runs[size][1].items():
+            torch.testing.assert_close(value, runs[16][1][name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_interrupted_and_resumed_equals_uninterrupted(make_model, tmp_path, stage):
+    options = {
+        "stage": stage,
+        "max_steps": 6,  # one epoch has 4 steps
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    model, processor = make_model()
+    whole = make_trainer(model, processor, tmp_path / "whole", **options)
+    whole.train()
+    for step in (3, 5, 6):
+        folder = tmp_path / f"interrupted-{step}"
+        first, _ = make_model()
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(first, processor, folder, callbacks=[Interrupt(step)], **options).train()
+        second, _ = make_model(seed=1)  # other weights: all must come from the checkpoint
+        resumed = make_trainer(second, processor, folder, **options)
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step - 1}"))
+        assert losses(resumed) == losses(whole)
+        for name, value in weights(second).items():
+            if part_of(name) in STAGES[stage].trains or stage == "pretrain":
+                assert value.equal(weights(model)[name]), name
+        states = (trainer.optimizer.state_dict()["state"] for trainer in (resumed, whole))
+        for mine, other in zip(*(state.values() for state in states), strict=True):
+            assert all(mine[key].equal(other[key]) for key in mine)
+
+
+def test_pretrained_checkpoint_carries_the_task_tokens_as_rows(make_model, tmp_path):
+    model, processor = make_model()
+    trainer = make_trainer(model, processor, tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    for folder in ("checkpoint-1", "checkpoint-2"):
+        loaded = OlaVlmForConditionalGeneration.from_pretrained(tmp_path / folder)
+        rows = loaded.get_input_embeddings().weight[loaded.config.task_token_ids]
+        assert rows.equal(loaded.task_token_embeddings())
+    assert weights(loaded)["queries.depth"].equal(weights(model)["queries.depth"])
+    batch = trainer.data_collator(random_rows(2))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():  # the same function: from query tables in training, from the vocabulary afterwards
+        torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_nothing_of_a_teacher_is_in_the_checkpoint(make_model, tmp_path):
+    model, processor = make_model()
+    names = set(model.state_dict())
+
+    class Teacher(torch.nn.Module):
+        def __init__(self, task):
+            super().__init__()
+            self.weight, self.source = torch.nn.Parameter(torch.ones(1)), target_source(task)
+
+        def forward(self, images):
+            return self.source(images) * self.weight.detach()
+
+    sources = {task["name"]: Teacher(task) for task in model.config.tasks}
+    trainer = make_trainer(model, processor, tmp_path, sources=sources, max_steps=1)
+    trainer.train()
+    assert set(model.state_dict()) == names
+    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_steps_without_any_image_are_finite_and_embedding_losses_exactly_zero(make_model, tmp_path):
+    model, processor = make_model()
+    trainer = make_trainer(model, processor, tmp_path, rows=random_rows(16, 0))
+    trainer.train()
+    for step in losses(trainer):
+        assert step["loss"] == pytest.approx(step["loss/ntp"]) and step["loss"] > 0
+        assert all(step[name] == 0 for name in PT_PARTS[1:])
+
+
+def test_right_targets_are_learnt_and_those_of_another_sample_are_not(make_model, tmp_path):
+    # Trained on the right targets, the predictors tell images apart: swapped targets cost more.
+    task = tiny_tasks()[0] | {"target_length": 1, "contrastive_weight": 1.0}
+    model, processor = make_model(tasks=[task])
+    rows = random_rows(8)
+    trainer = make_trainer(model, processor, tmp_path, rows=rows, max_steps=60, learning_rate=5e-3)
+    trainer.train()
+    assert losses(trainer)[-1]["loss/gen/4/contrastive"] < 0.6 * losses(trainer)[0]["loss/gen/4/contrastive"]
+    right = trainer.evaluate(rows)
+    swapped = [{**row, "target_images": rows[i - 1]["images"]} for i, row in enumerate(rows)]
+    assert trainer.evaluate(swapped)["eval_loss"] > right["eval_loss"] + 0.2
+
+
+@pytest.mark.parametrize("bad", ["depth", "ntp"])
+def test_non_finite_loss_halts_before_the_step_and_names_it_and_its_rows(make_model, tmp_path, bad):
+    model, processor = make_model()
+    tasks = {task["name"]: task for task in model.config.tasks}
+    sources = {name: target_source(task) for name, task in tasks.items()}
+    if bad == "depth":
+        right = sources["depth"]
+
+        def poisoned(images):  # from the 9th image on, i.e. in the second step
+            targets = right(images)
+            calls.append(len(images))
+            return targets if len(calls) < 2 else targets * math.nan
+
+        sources["depth"], calls = poisoned, []
+    trainer = make_trainer(
+        model, processor, tmp_path, rows=random_rows(16), sources=sources, train_sampling_strategy="sequential"
+    )
+    before = {}
+
+    class Watch(Interrupt):
+        def on_step_begin(self, args, state, control, **kwargs):
+            before.update(weights(model))
+            if bad == "ntp" and state.global_step == 1:
+                trainer.model.lm_head.weight.data.fill_(math.inf)
+
+    trainer.add_callback(Watch(0))
+    with pytest.raises(FloatingPointError, match=r"at step 2 on rank 0: .*") as error:
+        trainer.train()
+    assert ("depth/1/smooth_l1" if bad == "depth" else "loss/ntp") in str(error.value)
+    assert all(f"'row-{i}'" in str(error.value) for i in range(8, 16)) and "'row-7'" not in str(error.value)
+    assert trainer.state.global_step == 1
+    for name, value in weights(model).items():
+        if part_of(name) in STAGES["pretrain"].trains:
+            assert value.equal(before[name])
+
+
+def test_evaluation_logs_the_same_losses_and_changes_nothing(make_model, tmp_path):
+    model, processor = make_model()
+    trainer = make_trainer(model, processor, tmp_path, max_steps=1, per_device_eval_batch_size=16)
+    before = weights(model)
+    metrics = trainer.evaluate(trainer.train_dataset)
+    assert all(value.equal(before[name]) for name, value in weights(model).items())
+    trainer = make_trainer(model, processor, tmp_path, max_steps=1, per_device_train_batch_size=16)
+    trainer.train()
+    for name, value in losses(trainer)[0].items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5)
+
+
+def test_logged_losses_are_means_over_the_steps_since_the_last_log(make_model, tmp_path):
+    runs = []
+    for every in (1, 2):
+        model, processor = make_model()
+        trainer = make_trainer(model, processor, tmp_path, max_steps=4, logging_steps=every)
+        trainer.train()
+        runs.append(losses(trainer))
+    for k, entry in enumerate(runs[1]):
+        for name, value in entry.items():
+            assert value == pytest.approx((runs[0][2 * k][name] + runs[0][2 * k + 1][name]) / 2, rel=1e-4)
+
+
+def test_bf16_weights_train_and_losses_stay_fp32(make_model, tmp_path):
+    model, processor = make_model(dtype=torch.bfloat16)
+    trainer = make_trainer(model, processor, tmp_path, max_steps=1)
+    trainer.train()
+    assert all(value > 0 for value in losses(trainer)[0].values())
+    loss = trainer.compute_loss(model.train(), trainer.data_collator(random_rows(2)))
+    assert loss.dtype == torch.float32
+
+
+def test_methods_see_the_same_rows_in_the_same_order(make_model, tmp_path):
+    orders = []
+    for tasks in ([], tiny_tasks()):
+        model, processor = make_model(tasks=tasks)
+        trainer = make_trainer(model, processor, tmp_path, seed=3)
+        seen = []
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows, seen=seen, collate=collate: (
+            seen.append([r["id"] for r in rows]) or collate(rows)
+        )
+        trainer.train()
+        orders.append(seen)
+    assert orders[0] == orders[1] and len(IMAGES) == 16

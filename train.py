@@ -1,0 +1,149 @@
+"""Train one stage: `python train.py --recipe NAME [--any_field value]` (= `ola-vlm train ...`).
+
+A recipe is a dict of fields of `OlaVlmArguments` (recipes/); any field can be overridden on the command line. The
+effective configuration goes to `output_dir/run.json`, model and processor to `output_dir`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, TrainerCallback, set_seed
+from transformers.utils import logging
+
+from ola_vlm.convert.parts import build_ola_vlm
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.recipes import RECIPES
+from ola_vlm.targets.cache import TargetCache, TargetStatistics, image_key
+from ola_vlm.targets.encoders import ENCODERS
+from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.data import LlavaRows, OlaVlmCollator, TargetSource
+from ola_vlm.training.stages import apply_stage
+from ola_vlm.training.trainer import OlaVlmTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def load_model(args: OlaVlmArguments) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
+    """From `checkpoint`, or built from parts."""
+    parts = [args.vision_tower, args.language_model]
+    if args.checkpoint and any([*parts, args.tokenizer, args.tasks, args.model_overrides]):
+        raise ValueError("a checkpoint has its own parts and tasks: give either checkpoint or vision_tower etc.")
+    if args.checkpoint:
+        model = OlaVlmForConditionalGeneration.from_pretrained(args.checkpoint, dtype=args.torch_dtype)
+        return model, OlaVlmProcessor.from_pretrained(args.checkpoint)
+    if not all(parts):
+        raise ValueError("nothing to train: give checkpoint, or vision_tower and language_model")
+    overrides = {"dtype": args.torch_dtype, **(args.model_overrides or {})}
+    model, processor = build_ola_vlm(*parts, args.tokenizer, args.tasks or [], **overrides)
+    set_seed(args.seed)  # other tasks draw other numbers before: this way methods start from the same projector
+    model.model.multi_modal_projector.apply(model._init_weights)
+    return model, processor
+
+
+def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: LlavaRows) -> dict[str, TargetSource]:
+    """Each task's teacher; with `target_cache`, read from there after filling it with what it lacks."""
+    teachers, names = args.teachers or {}, [task["name"] for task in tasks]
+    if set(names) != set(teachers):
+        raise ValueError(f"the tasks {names} need one teacher each, `teachers` has {list(teachers)}")
+    keys = [image_key(image) for image in rows.images()] if args.target_cache else []
+    sources = {}
+    for task in tasks:
+        name, teacher = task["name"], dict(teachers[task["name"]])
+        load = ENCODERS[teacher.pop("encoder")].from_pretrained
+        encoder = load(teacher.pop("path"), grid=math.isqrt(task["target_length"]), device=args.device, **teacher)
+        source, all_targets = encoder.encode, (encoder.encode([image]) for image in rows.images())
+        if args.target_cache:
+            with args.main_process_first(desc=f"targets of {name}"):
+                source = TargetCache(args.target_cache, encoder.fingerprint)
+                if not set(keys) <= set(source.keys):
+                    source.fill(encoder, rows.images())
+            all_targets = (source.read(keys[i : i + 64]) for i in range(0, len(keys), 64))
+        if args.standardize_targets:
+            # By the training images' statistics, which go with the run: predictions are restored before decoding.
+            statistics = TargetStatistics.fit(all_targets)
+            if args.should_save:
+                statistics.save(Path(args.output_dir) / "target_statistics" / f"{name}.safetensors")
+            source = partial(_standardized, source, statistics)
+        sources[name] = source
+    return sources
+
+
+def _standardized(source: TargetSource, statistics: TargetStatistics, images: list) -> torch.Tensor:
+    return statistics.standardize(source(images))
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete checkpoint: the trainer's state is what is written last."""
+    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
+    folders = sorted((state.parent for state in states), key=lambda folder: int(folder.name.split("-")[1]))
+    return str(folders[-1]) if folders else None
+
+
+def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), recipe: str | None = None):
+    """Runs one stage to its end and returns the `OlaVlmTrainer` (`.model`, `.state.log_history`)."""
+    set_seed(args.seed)
+    model, processor = load_model(args)
+    stage = apply_stage(model, args.stage)
+    tasks = model.config.tasks if stage.embedding_losses else []
+
+    rows = LlavaRows(args.data, args.image_folder)
+    if args.max_length:
+        rows.drop_longer_than(args.max_length, OlaVlmCollator(processor))
+    sources = target_sources(args, tasks, rows) if tasks else {}
+    if tasks and args.shuffle_targets:
+        rows.shuffle_targets(args.seed)
+
+    trainer = OlaVlmTrainer(
+        model,
+        args,
+        data_collator=OlaVlmCollator(processor, sources, tasks),
+        train_dataset=rows,
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )
+    if args.should_save:
+        run = json.dumps({"recipe": recipe, **args.to_dict()}, indent=2)
+        (Path(args.output_dir) / "run.json").write_text(run + "\n", encoding="utf-8")
+    resume = args.resume_from_checkpoint
+    if str(resume).lower() == "true":
+        resume = last_checkpoint(args.output_dir)
+        logger.info(f"resuming from {resume or 'the beginning: there is no checkpoint yet'}")
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    model.task_tokens_from_queries = False  # save_model has just written them into the vocabulary
+    return trainer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(OlaVlmArguments, prog="ola-vlm train", allow_abbrev=False)
+    parser.add_argument("--recipe", choices=list(RECIPES), help="where the fields' values come from")
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--recipe")
+    recipe = chooser.parse_known_args(argv)[0].recipe
+    fields = {field.name for field in dataclasses.fields(OlaVlmArguments) if field.init}
+    values = RECIPES[recipe]() if recipe in RECIPES else {}
+    if unknown := sorted(set(values) - fields):
+        raise SystemExit(f"recipe {recipe}: unknown fields {unknown}")
+    parser.set_defaults(**values)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0].replace("-", "_"), fields)
+        raise SystemExit(f"unknown field {unknown[0]}" + (f": did you mean --{close[0]}?" if close else ""))
+    values = vars(namespace)
+    recipe = values.pop("recipe")
+    train(OlaVlmArguments(**values), recipe=recipe)
+
+
+if __name__ == "__main__":
+    main()

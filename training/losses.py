@@ -1,0 +1,67 @@
+"""The embedding loss between a predictor's output and its teacher's features (paper, section 3.3; Objective).
+
+N images of this micro-batch, M images of the whole optimiser step, Q queries, E target width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+MAX_LOGIT_SCALE = 100.0
+
+
+class EmbeddingLoss(NamedTuple):
+    """Scalars in fp32; `total` = smooth_l1 + contrastive_weight * contrastive."""
+
+    smooth_l1: torch.Tensor
+    contrastive: torch.Tensor
+    total: torch.Tensor
+
+
+def embedding_loss(
+    prediction_NQE: torch.Tensor,
+    target_NQE: torch.Tensor,
+    logit_scale: torch.Tensor,
+    contrastive_weight: float = 0.3,
+    targets_MQE: torch.Tensor | None = None,
+    offset: int = 0,
+    num_images: int | None = None,
+) -> EmbeddingLoss:
+    """Smooth-L1 (beta 1) plus InfoNCE of one predictor, in fp32 whatever the inputs' dtype.
+
+    Rows are images; samples without an image have no row, so they are neither anchors nor negatives. With N = 0 every
+    part is exactly 0 and still connected to the graph, so that all ranks run the same backward pass.
+
+    Args:
+        prediction_NQE: this micro-batch's predictions.
+        target_NQE: their targets; any shape (N, ...) that equals the predictions'.
+        logit_scale: learnable scalar s; similarities are multiplied by min(exp(s), 100).
+        contrastive_weight: weight of the contrastive part in `total`.
+        targets_MQE: the contrastive columns, all targets of the optimiser step (all ranks and micro-batches); targets
+            are constants, so gathering them is exact, unlike gathering predictions. Default: `target_NQE`.
+        offset: the column of this micro-batch's first target.
+        num_images: divisor of both sums, the step's image count; the losses of its micro-batches then add up to the
+            loss of one big batch. Default: N.
+    """
+    if prediction_NQE.shape != target_NQE.shape:
+        raise ValueError(
+            f"predictions {tuple(prediction_NQE.shape)} and targets {tuple(target_NQE.shape)} differ in shape: "
+            "check the task's target_length and target_dim against its teacher"
+        )
+    divisor = max(len(prediction_NQE) if num_images is None else num_images, 1)
+    prediction = prediction_NQE.float().flatten(1)
+    target = target_NQE.float().flatten(1)
+    columns = target if targets_MQE is None else targets_MQE.float().flatten(1)
+
+    smooth_l1 = F.smooth_l1_loss(prediction, target, reduction="none").mean(dim=1).sum() / divisor
+
+    scale = logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
+    # Dividing the logits by the columns' norms spares a normalised copy of all targets.
+    cosine_NM = F.normalize(prediction, dim=1) @ columns.T / columns.norm(dim=1).clamp(min=1e-12)
+    if len(columns) > 0:
+        labels = offset + torch.arange(len(prediction), device=prediction.device)
+        contrastive = F.cross_entropy(scale * cosine_NM, labels, reduction="sum") / divisor
+    else:
+        contrastive = (scale * cosine_NM).sum()
+    return EmbeddingLoss(smooth_l1, contrastive, smooth_l1 + contrastive_weight * contrastive)
