@@ -27,7 +27,7 @@ from ola_vlm.training.arguments import OlaVlmArguments
 PROBE_SPLITS = {"train": 1500, "validation": 300, "test": 500}
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 PROMPT = "describe the image ."
-CURVE_POINTS = 6
+CURVE_POINTS = 5
 
 
 def teacher_caches(root: Path) -> dict[str, tuple]:
@@ -94,7 +94,9 @@ class Arm:
 
     def evaluate(self, model, step: int) -> None:
         """Generates all test answers; keeps the raw outputs and a point of the curve."""
-        answers = generate_answers(model, self.processor, self.questions, self.root / "data" / "images", batch_size=100)
+        answers = generate_answers(
+            model, self.processor, self.questions, self.root / "data" / "images", batch_size=100
+        )
         (self.folder / f"answers_{step}.json").write_text(json.dumps(answers))
 
     def probe(self, stage: str) -> None:

@@ -1,6 +1,6 @@
-"""The miniature's own pretrained parts, trained from nothing on rendered scenes, each in its real transformers class.
+"""The miniature's own pretrained parts, trained from nothing on rendered scenes, each in its transformers class.
 
-    python -m ola_vlm.miniature.components [--only language_model ...] [--work runs/components] [--out miniature/weights]
+    python -m ola_vlm.miniature.components [--only language_model ...]
 
 Interrupted runs resume from ``--work``. Every part is measured on held-out scenes; the command fails below a floor.
 """
@@ -46,7 +46,8 @@ FLOORS = {  # measure: (bound, whether a smaller figure is better)
     "depth": ("absolute relative error", 0.12, True),
     "seg": ("mIoU", 0.35, False),
 }
-STEPS = {"language_model": 3500, "vision_tower": 1600, "gen": 700, "depth": 1600, "seg": 2500}
+STEPS = {"language_model": 3500, "vision_tower": 1600, "gen": 500, "depth": 900, "seg": 1800}
+WORDS = ("describe", "the", "image", ".", ",", "and", "a", "yes", "no", "not", "is", "it", "are")  # and the world's
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}> "
     "{% if message['role'] == 'assistant' %}{% generation %}"
@@ -62,7 +63,7 @@ CHAT_TEMPLATE = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the world's whole language, with the chat template (assistant spans are marked)."""
     scenes = world.sample_scenes(200, seed=99)
-    rng, words = np.random.default_rng(0), set("describe the image . , and a yes no not is it are".split())
+    rng, words = np.random.default_rng(0), set(WORDS)
     for i in range(len(scenes)):
         texts = [world.caption(scenes, i, rng), world.description(scenes, i, rng)]
         for q in world.questions(scenes, i) + world.fetch_questions(scenes, i):
@@ -142,26 +143,39 @@ def scene_arrays(work: Path, count: int, seed: int, desc: str) -> tuple[world.Sc
 # ---------------------------------------------------------------------------------------------------------------------
 # Language model
 # ---------------------------------------------------------------------------------------------------------------------
-def _encode_chats(tokenizer, chats: list[list[tuple[str, str]]]) -> dict[str, torch.Tensor]:
-    """Chats of (user, assistant) turns -> right-padded ids and labels (answers and end tokens only)."""
-    ids, labels = [], []
+def _encode_chats(tokenizer, chats: list[tuple[str, list[tuple[str, str]]]], apart: bool = False) -> dict:
+    """(description, turns) chats -> right-padded ids and labels (answers and end tokens only).
+
+    ``apart``: each turn sees the description and itself only, at the positions of a first turn, so that one sequence
+    holds many one-question chats about a scene (a mask (B, 1, T, T) and position ids say so).
+    """
+    rows = []
     user, assistant, end = tokenizer.convert_tokens_to_ids(["<user>", "<assistant>", "<end>"])
-    for chat in chats:
-        row, label = [tokenizer.bos_token_id], [-100]
-        for question, answer in chat:
+    for text, turns in chats:
+        ids = [tokenizer.bos_token_id, user, *tokenizer(text, add_special_tokens=False).input_ids]
+        prefix, labels, block, positions = len(ids), [-100] * len(ids), [0] * len(ids), list(range(len(ids)))
+        for j, (question, answer) in enumerate(turns):
             q = tokenizer(question, add_special_tokens=False).input_ids
             a = [*tokenizer(answer, add_special_tokens=False).input_ids, end]
-            row += [user, *q, assistant, *a]
-            label += [-100] * (len(q) + 2) + a
-        ids.append(row)
-        labels.append(label)
-    longest = max(map(len, ids))
-    pad = tokenizer.pad_token_id
-    return {
-        "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in ids]),
-        "labels": torch.tensor([row + [-100] * (longest - len(row)) for row in labels]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
-    }
+            q = q if j == 0 or apart else [user, *q]
+            ids += [*q, assistant, *a]
+            labels += [-100] * (len(q) + 1) + a
+            block += [j + 1] * (len(q) + 1 + len(a))
+            start = prefix if apart else len(positions)
+            positions += range(start, start + len(q) + 1 + len(a))
+        rows.append((ids, labels, block, positions))
+    longest = max(len(row[0]) for row in rows)
+    fills = (tokenizer.pad_token_id, -100, -1, 0)
+    ids, labels, block, positions = (
+        torch.tensor([row[k] + [fill] * (longest - len(row[k])) for row in rows]) for k, fill in enumerate(fills)
+    )
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": (block >= 0).long()}
+    if apart:
+        sees = (block[:, None] == block[:, :, None]) | (block[:, None] == 0)
+        sees &= torch.ones(longest, longest, dtype=torch.bool).tril()
+        mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
+        batch |= {"attention_mask": mask, "position_ids": positions}
+    return batch
 
 
 def _ordinal_start(model, tokenizer, rng):
@@ -202,15 +216,16 @@ def train_language_model(work: Path, out: Path, steps: int):
         chats = []
         for i in rng.integers(0, len(pool), 16):
             text = world.description(pool, i, rng)
-            turns = world.conversation(pool, i, 10, rng, fetch_share=0.5, ranges=True)
+            # first to look attributes up, then to compare them
+            turns = world.conversation(pool, i, 10, rng, fetch_share=1.0 if share < 0.12 else 0.4, ranges=True)
             chat = [(turn["question"], turn["answer"]) for turn in turns]
+            chat.insert(int(rng.integers(len(chat))), ("what is where ?", world.listing(pool, i)))
             if rng.random() < 0.25:
                 chat.insert(int(rng.integers(len(chat))), ("describe the image .", world.caption(pool, i, rng)))
-            chat[0] = (f"{text} {chat[0][0]}", chat[0][1])
-            chats.append(chat)
-        return model(**_encode_chats(tokenizer, chats)).loss
+            chats.append((text, chat))
+        return model(**_encode_chats(tokenizer, chats, apart=share < 0.5 or rng.random() < 0.5)).loss
 
-    fit(model, loss, steps, 1.5e-3, work, "language_model")
+    fit(model, loss, steps, 2e-3, work, "language_model")
     scenes, rng = world.sample_scenes(2000, seed=22), np.random.default_rng(1)
     accuracy = {}
     asked = world.balanced(scenes, 400, seed=0)
@@ -219,7 +234,7 @@ def train_language_model(work: Path, out: Path, steps: int):
         right = 0
         for start in range(0, len(rows), 100):
             part = rows[start : start + 100]
-            chats = [[(f"{world.description(scenes, q['scene'], rng)} {q['question']}", q["answer"])] for q in part]
+            chats = [(world.description(scenes, q["scene"], rng), [(q["question"], q["answer"])]) for q in part]
             batch = _encode_chats(tokenizer, chats)
             first = (batch["labels"] >= 0).int().argmax(1)
             with torch.no_grad():
@@ -256,26 +271,26 @@ def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
     tokenizer = build_tokenizer()
     for word in HAZE_WORDS:
         tokenizer.add_tokens(word)
-    vision = dict(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=world.SIZE,
-        patch_size=PATCH,
-        projection_dim=64,
-    )
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=40,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": world.SIZE,
+        "patch_size": PATCH,
+        "projection_dim": 64,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 40,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
     model.region_projection = torch.nn.Linear(128, 64, bias=False)
     scenes, arrays = scene_arrays(work, 12_000, 11, "scenes_train")

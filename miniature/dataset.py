@@ -16,7 +16,7 @@ from ola_vlm.miniature import world
 
 SIZES = {"train": 6000, "validation": 600, "test": 1400}
 SEEDS = {"train": 101, "validation": 102, "test": 103}
-QUESTIONS = {"validation": 100, "test": 500}  # a task
+QUESTIONS = {"test": 400}  # a task
 PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *world.COLORS.values()])  # a colour for each class
 TURNS = 8  # question-answer turns an image in instruction tuning
 
@@ -120,9 +120,7 @@ def check(folder: Path, scenes: dict[str, world.Scenes]) -> dict:
     image positions and sizes, per task; ``position_size_pairs``: the same with all squares and products, so that
     it also knows distances in the image."""
     asked = {
-        "train": [
-            {"scene": i, **q} for i in range(len(scenes["train"])) for q in world.questions(scenes["train"], i)
-        ],
+        "train": [{"scene": i, **q} for i in range(len(scenes["train"])) for q in world.questions(scenes["train"], i)],
         "test": json.loads((folder / "test_questions.json").read_text()),
     }
     tally: dict[str, dict[str, int]] = {}

@@ -1,7 +1,7 @@
 """The main job: LLaVA-1.5 and OLA-VLM in miniature, compared. `ola-vlm miniature` = `make miniature`.
 
-World -> components -> targets -> arms (a process each, one thread) -> report. Everything lands in --out; a step that is
-done is not done again with --resume.
+World -> components -> targets -> arms (a process each, one thread) -> report. Everything lands in --out; with
+--resume a step that is done is not done again.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def run_arms(root: Path, arms: list[tuple[str, int]], overrides: dict, workers: 
 
 
 def collect(root: Path, methods: list[str], seeds: int, seconds: dict, checks: dict) -> dict:
-    """report.json's content from the arms' folders; one ridge strength for all, chosen on validation."""
+    """report.json's content from the arms' folders; one ridge strength a task for all arms, chosen on validation."""
     folders = {method: [recipe.run_folder(method, seed, root) for seed in range(seeds)] for method in methods}
     stages = ("pretrain", "finetune")
     probes = {
@@ -113,13 +113,17 @@ def collect(root: Path, methods: list[str], seeds: int, seconds: dict, checks: d
         for folder in of
         for stage in stages
     }
-    strength = choose_strength([scores["validation"] for scores in probes.values()])
+    validation = [scores["validation"] for scores in probes.values()]
+    strengths = {task: choose_strength(validation, task) for task in (t["name"] for t in recipe.TASKS)}
     found, answers = {}, {}
     for method, of in folders.items():
         results = []
         for folder in of:
             result = json.loads((folder / "result.json").read_text())
-            result["probes"] = {stage: probes[folder, stage]["test"][strength] for stage in stages}
+            result["probes"] = {
+                stage: {task: probes[folder, stage]["test"][best][task] for task, best in strengths.items()}
+                for stage in stages
+            }
             results.append(result)
         found[method] = {"seeds": results}
         answers[method] = [
@@ -136,7 +140,7 @@ def collect(root: Path, methods: list[str], seeds: int, seconds: dict, checks: d
         **({"comparison": main_pair} if main_pair else {}),
         "comparisons": compared,
         "world": {**checks, "components": json.loads(quality.read_text()) if quality.exists() else {}},
-        "ridge_strength": float(strength),
+        "ridge_strength": strengths,
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -191,7 +195,9 @@ def main(argv=None) -> dict:
     parser.add_argument("--methods", nargs="+", choices=recipe.METHODS, default=list(recipe.METHODS))
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--resume", action="store_true", help="go on with what an earlier run left in --out")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="arms at a time, one thread each")
+    parser.add_argument(
+        "--workers", type=int, default=(os.cpu_count() or 1) + 1, help="arms at a time, one thread each"
+    )
     parser.add_argument("--shrunk", action="store_true", help="4 steps on a few scenes: checks the chain only")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.workers < 1:
@@ -208,7 +214,8 @@ def main(argv=None) -> dict:
         nonlocal start
         seconds[name], start = time.time() - start, time.time()
 
-    sizes, questions = (SHRUNK[k] if args.shrunk else v for k, v in (("sizes", dataset.SIZES), ("questions", dataset.QUESTIONS)))
+    sizes = SHRUNK["sizes"] if args.shrunk else dataset.SIZES
+    questions = SHRUNK["questions"] if args.shrunk else dataset.QUESTIONS
     checks = dataset.write_world(root / "data", sizes, questions)
     shutil.copy2(root / "data" / "contact_sheet.png", root / "world.png")
     for name in ("text_only", "position_size", "position_size_pairs"):

@@ -7,14 +7,10 @@ grows with depth, the cast shadow's place on the ground), not guessed from where
 Shapes: S scenes, K object slots, P = SIZE * SIZE pixels.
 """
 
-import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 SIZE = 64  # pixels
@@ -161,7 +157,9 @@ def _cast(scenes: Scenes, origin: np.ndarray, direction: np.ndarray):
             c, s, scale = (x[index, k, None, None].astype(np.float32) for x in (cos, sin, radius))
 
             def turn(x, c=c, s=s):
-                return np.concatenate([c * x[..., :1] - s * x[..., 2:], x[..., 1:2], s * x[..., :1] + c * x[..., 2:]], -1)
+                return np.concatenate(
+                    [c * x[..., :1] - s * x[..., 2:], x[..., 1:2], s * x[..., :1] + c * x[..., 2:]], -1
+                )
 
             o = turn(origin[index] - centre[index, k, None].astype(np.float32)) / scale
             t, normal = _intersect(shape, np.broadcast_to(o, direction[index].shape), turn(direction[index]) / scale)
@@ -236,9 +234,23 @@ def coordinates(scenes: Scenes, i: int, k: int) -> list[str]:
 
 
 def description(scenes: Scenes, i: int, rng: np.random.Generator) -> str:
-    """The scene as text: every object with its coordinate words, in random order."""
-    objects = [f"{color} {shape} {' '.join(coordinates(scenes, i, k))}" for k, color, shape in _objects(scenes, i)]
+    """The scene as text: every object's coordinate words and shape, each with the object's colour (by which questions
+    name it) right behind it, objects in random order."""
+    objects = [
+        " ".join(f"{word} {color}" for word in (*coordinates(scenes, i, k), shape))
+        for k, color, shape in _objects(scenes, i)
+    ]
     rng.shuffle(objects)
+    return " ; ".join(objects)
+
+
+def listing(scenes: Scenes, i: int) -> str:
+    """The same words with the name first, in the order of the colours: to write it, objects must be looked up by name
+    (what makes a small language model learn to)."""
+    objects = [
+        " ".join(f"{color} {word}" for word in (shape, *coordinates(scenes, i, k)))
+        for k, color, shape in _objects(scenes, i)
+    ]
     return " ; ".join(objects)
 
 

@@ -7,12 +7,46 @@ each is in `recipes/miniature.py`. Expected: CV-Bench, MMStar, RealWorldQA and O
 
 from ..configuration_ola_vlm import default_tasks
 
+
+def chat_template(first: str, header: str, end: str) -> str:
+    """A template that marks answers as `{% generation %}`, which the models' own ones don't.
+
+    `first`: text before the conversation; `header`: Jinja expression of a turn's head, in which ROLE is the speaker.
+    """
+    content = "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}"
+    turn = content + "{% endfor %}" + end
+    return (
+        first
+        + "{% for message in messages %}{{ "
+        + header.replace("ROLE", "message['role']")
+        + " }}{% if message['role'] == 'assistant' %}{% generation %}"
+        + turn
+        + "{% endgeneration %}{% else %}"
+        + turn
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
+        + header.replace("ROLE", "'assistant'")
+        + " }}{% endif %}"
+    )
+
+
+# The reference's conversations (LLaVA's system prompt for Llama-3, Phi-3's own for Phi-3).
+CHAT_TEMPLATES = {
+    "llama3": chat_template(
+        "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nA chat between a curious user and an artificial "
+        "intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
+        "<|eot_id|>",
+        "'<|start_header_id|>' + ROLE + '<|end_header_id|>\n\n'",
+        "<|eot_id|>",
+    ),
+    "phi3": chat_template("<|system|>\nYou are a helpful AI assistant.<|end|>", "'\n<|' + ROLE + '|>\n'", "<|end|>"),
+}
 LANGUAGE_MODELS = {
     "llama3": "meta-llama/Meta-Llama-3-8B-Instruct",
     "phi3": "microsoft/Phi-3-mini-4k-instruct",
 }
 TEACHERS = {
-    "gen": {"encoder": "clip_image", "path": "stabilityai/stable-diffusion-2-1-unclip"},
+    # The folder image_encoder of stabilityai/stable-diffusion-2-1-unclip, with its feature_extractor's configuration.
+    "gen": {"encoder": "clip_image", "path": "models/stable-diffusion-2-1-unclip/image_encoder"},
     "depth": {"encoder": "depth_anything", "path": "depth-anything/Depth-Anything-V2-Large-hf"},
     "seg": {"encoder": "oneformer", "path": "shi-labs/oneformer_coco_swin_large"},
 }
@@ -43,6 +77,7 @@ def pretrain(llm: str, method: str = "ola_vlm") -> dict:
         "output_dir": f"runs/{llm}_vit_{method}/pretrain",
         "vision_tower": "openai/clip-vit-large-patch14-336",
         "language_model": LANGUAGE_MODELS[llm],
+        "model_overrides": {"chat_template": CHAT_TEMPLATES[llm]},
         "tasks": default_tasks() if method == "ola_vlm" else [],
         "teachers": TEACHERS,
         "target_cache": "runs/targets",

@@ -118,7 +118,9 @@ def test_task_tokens_are_bit_frozen_in_finetuning(make_model, tiny_parts, tied_p
     assert len(ids) == 8
     seen = trainer.data_collator(trainer.train_dataset)["input_ids"].unique().tolist()
     # Words; <image> is replaced by pixels, </s> ends each row and padding is not attended to.
-    neighbours = [i for i in seen if i not in [*ids, model.config.image_token_id, *processor.tokenizer.all_special_ids]]
+    neighbours = [
+        i for i in seen if i not in [*ids, model.config.image_token_id, *processor.tokenizer.all_special_ids]
+    ]
     for after in (model, resumed):
         for name, table in {"in": after.get_input_embeddings(), "out": after.get_output_embeddings()}.items():
             assert table.weight[ids].equal(before[name][ids]), f"task tokens moved ({name}put embeddings)"

@@ -1,0 +1,118 @@
+"""`ola-vlm miniature` from end to end, shrunken: 4 steps a stage on a few scenes, with the shipped components."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ola_vlm.miniature import components, study, world
+from ola_vlm.recipes import miniature as recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "run"
+    return out, study.main(["--shrunk", "--out", str(out)])
+
+
+def test_report_has_every_field_of_every_method(run):
+    out, results = run
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(results))
+    assert list(results["methods"]) == list(recipe.METHODS)
+    tasks = {*world.TASKS, "average"}
+    assert set(results["chance"]) == set(results["comparison"]) == tasks
+    for method, found in results["methods"].items():
+        (seed,) = found["seeds"]
+        assert [point["step"] for point in seed["curve"]] == [1, 2, 3, 4]
+        assert seed["accuracy"] == seed["curve"][-1]["accuracy"]
+        assert set(seed["accuracy"]) == tasks
+        for stage in ("pretrain", "finetune"):
+            assert set(seed["probes"][stage]) == {"gen", "depth", "seg"}
+            for layers in seed["probes"][stage].values():
+                assert list(layers) == ["0", "1", "2", "3", "4"]
+                assert all(-1 <= score <= 1 for layer in layers.values() for score in layer.values())
+        embedding = [name for name in seed["losses"] if name.count("/") == 2]
+        assert bool(embedding) == (method != "llava")
+        assert all(value > 0 for name in embedding for _, value in seed["losses"][name])
+        assert seed["peak_memory_mb"] > 100
+        assert {"pretrain", "finetune", "answering", "probing"} <= set(seed["seconds"])
+
+
+def test_methods_share_their_start_and_differ_after_it(run):
+    """Same data and same first projector: the text loss of the first step is that of the same captions."""
+    losses = {method: found["seeds"][0]["losses"] for method, found in run[1]["methods"].items()}
+    of_depth = "depth/2/smooth_l1"
+    assert losses["ola_vlm"][of_depth] != losses["ola_vlm_shuffled"][of_depth]
+    assert losses["ola_vlm"]["ntp"][0] == pytest.approx(losses["ola_vlm_shuffled"]["ntp"][0], rel=1e-4)
+
+
+def test_figures_and_report_are_there(run):
+    out, _ = run
+    for name in ("summary", "accuracy", "probes", "probes_plain", "losses", "decoded_depth", "decoded_seg", "world"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+    assert "OLA-VLM" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("method", recipe.METHODS)
+def test_checkpoints_load_as_remote_code(run, method):
+    folder = run[0] / method
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    content = [{"type": "image"}, {"type": "text", "text": "how many cubes are there ? (A) 0 (B) 1 (C) 2 (D) 3"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    image = Image.new("RGB", (64, 64), (120, 40, 40))
+    inputs = processor(text=text, images=image, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] > inputs["input_ids"].shape[1]
+    assert not set(generated[0, inputs["input_ids"].shape[1] :].tolist()) & set(model.never_emitted)
+
+
+def test_resume_does_nothing_twice_and_a_used_folder_is_refused(run, capsys):
+    out, results = run
+    stamp = (out / "ola_vlm" / "seed0" / "result.json").stat().st_mtime_ns
+    again = study.main(["--shrunk", "--out", str(out), "--resume"])
+    assert again["methods"] == results["methods"]
+    assert (out / "ola_vlm" / "seed0" / "result.json").stat().st_mtime_ns == stamp
+    with pytest.raises(SystemExit):
+        study.main(["--shrunk", "--out", str(out)])
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_failed_arm_shows_its_log(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)arm \('llava', 0\) failed.*Error"):
+        study.run_arms(tmp_path, [("llava", 0)], {}, workers=1)
+
+
+# strict: the mark must go as soon as the language model reaches its floor (docs/LOG.md tells how far it is)
+NOT_YET = {"language_model": pytest.mark.xfail(strict=True, reason="below its floor of 90%")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_YET.get(name, ())) for name in components.FLOORS])
+def test_shipped_component_is_above_its_floor(name):
+    measure, bound, smaller = components.FLOORS[name]
+    quality = json.loads((components.WEIGHTS / "quality.json").read_text())[name][measure]
+    assert quality <= bound if smaller else quality >= bound
+
+
+def test_shipped_weights_are_small():
+    def size(name):
+        return sum(path.stat().st_size for path in (components.WEIGHTS / name).iterdir())
+
+    assert sum(map(size, components.FLOORS)) < 15e6
+    assert all(size(method) < 8e6 for method in ("llava", "ola_vlm"))
+
+
+def test_tokenizer_round_trip_and_assistant_spans():
+    tokenizer = components.build_tokenizer()
+    text = "where is the red object with respect to the blue object ? (A) left (B) right"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == text
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "(A)"}]
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [i for i, m in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if m]
+    assert tokenizer.convert_ids_to_tokens(marked) == ["(A)", "<end>"]

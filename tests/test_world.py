@@ -1,0 +1,128 @@
+"""The miniature world: exact geometry, balanced questions, and nothing to be learnt without seeing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ola_vlm.miniature import dataset, world
+
+
+def one_object(shape: str, u: float, v: float, z: float, r: float) -> world.Scenes:
+    """A scene with one red object; the other slots are empty."""
+    scenes = world.sample_scenes(1, seed=0)
+    scenes.color[:] = -1
+    scenes.color[0, 0], scenes.shape[0, 0] = 0, world.SHAPES.index(shape)
+    scenes.u[0, 0], scenes.v[0, 0], scenes.z[0, 0], scenes.r[0, 0], scenes.yaw[0, 0] = u, v, z, r, 0.0
+    return scenes
+
+
+def test_ball_depth_is_exact():
+    scenes = one_object("ball", u=0.1, v=0.1, z=5.0, r=0.12)
+    arrays = world.render(scenes)
+    column, row = int((0.1 + 0.5) * world.SIZE), int((world.HORIZON - 0.1) * world.SIZE)
+    x, y = (column + 0.5) / world.SIZE - 0.5, world.HORIZON - (row + 0.5) / world.SIZE
+    d, centre, radius = np.array([x, y, 1.0]), np.array([0.5, 0.5, 5.0]), 0.6
+    b, c = d @ centre, centre @ centre - radius**2
+    assert arrays["depth"][0, row, column] == pytest.approx((b - np.sqrt(b * b - d @ d * c)) / (d @ d), rel=1e-5)
+    assert arrays["mask"][0, row, column] == world.CLASSES.index("red")
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_apparent_size_does_not_depend_on_depth(shape):
+    areas = [world.render(one_object(shape, 0.0, 0.1, z, 0.12))["visible"][0, 0] for z in (4.0, 8.0)]
+    assert areas[0] == pytest.approx(areas[1], rel=0.08)
+    assert areas[0] > 60
+
+
+def test_nearer_object_hides_the_farther_and_haze_pales_it():
+    scenes = one_object("ball", 0.0, 0.1, 4.0, 0.1)
+    scenes.color[0, 1], scenes.shape[0, 1] = 1, 0
+    for name, value in {"u": 0.05, "v": 0.1, "z": 8.0, "r": 0.1}.items():
+        getattr(scenes, name)[0, 1] = value
+    arrays = world.render(scenes)
+    row, red, both = int(0.2 * world.SIZE), int(0.46 * world.SIZE), int(0.52 * world.SIZE)
+    assert arrays["mask"][0, row, both] == arrays["mask"][0, row, red] == world.CLASSES.index("red")
+    near, far = one_object("ball", 0.0, 0.1, 4.0, 0.1), one_object("ball", 0.0, 0.1, 9.0, 0.1)
+    colors = [world.render(s)["image"][0, row, 32].astype(int) for s in (near, far)]
+    haze = 255 * near.haze[0, :3]
+    assert np.abs(colors[1] - haze).sum() < np.abs(colors[0] - haze).sum()
+
+
+def test_ground_depth_and_sky():
+    arrays = world.render(one_object("cube", 0.3, 0.2, 6.0, 0.08))
+    bottom = -(world.HORIZON - (world.SIZE - 0.5) / world.SIZE)
+    assert arrays["depth"][0, -1, 0] == pytest.approx(world.CAMERA_HEIGHT / bottom, rel=1e-5)
+    assert arrays["depth"][0, 0, 0] == world.SKY
+    assert arrays["mask"][0, 0, 0] == world.CLASSES.index("sky")
+    assert arrays["mask"][0, -1, 0] == world.CLASSES.index("floor")
+
+
+def test_answers_follow_the_scene():
+    scenes = world.sample_scenes(60, seed=4)
+    position, names = scenes.position(), list(world.COLORS)
+    for i in range(len(scenes)):
+        slot = {names[c]: k for k, c in enumerate(scenes.color[i]) if c >= 0}
+        for q in world.questions(scenes, i):
+            right = q["choices"]["ABCD".index(q["answer"][1])]
+            words = q["question"].split()
+            if q["task"] == "relation":
+                first, second = slot[words[3]], slot[words[9]]
+                u, v = scenes.u[i], scenes.v[i]
+                holds = {
+                    "left": u[first] < u[second],
+                    "right": u[first] > u[second],
+                    "above": v[first] > v[second],
+                    "below": v[first] < v[second],
+                }
+                assert holds[right]
+            elif q["task"] == "depth":
+                other = next(c for c in q["choices"] if c != right)
+                assert position[i, slot[right.split()[0]], 2] < position[i, slot[other.split()[0]], 2]
+            elif q["task"] == "distance":
+                anchor = position[i, slot[words[6]]]
+                other = next(c for c in q["choices"] if c != right)
+                near, far = (np.linalg.norm(anchor - position[i, slot[c.split()[0]]]) for c in (right, other))
+                assert near < far
+            else:
+                shape = words[2].removesuffix("s")
+                count = (scenes.shape[i][scenes.color[i] >= 0] == world.SHAPES.index(shape)).sum()
+                assert right == str(count)
+
+
+def test_every_text_has_its_answers_equally_often():
+    rows = world.balanced(world.sample_scenes(500, seed=3), per_task=48, seed=0)
+    for task in world.TASKS:
+        of_task = [q for q in rows if q["task"] == task]
+        assert len({q["scene"] for q in of_task}) == len(of_task) == 48
+        counts: dict[str, list[str]] = {}
+        for q in of_task:
+            counts.setdefault(q["question"], []).append(q["answer"])
+        for answers in counts.values():
+            assert len({answers.count(a) for a in answers}) == 1
+    with pytest.raises(ValueError, match="too few scenes"):
+        world.balanced(world.sample_scenes(20, seed=3), per_task=48, seed=0)
+
+
+def test_same_seed_same_world_other_seed_another():
+    first, again, other = (world.render(world.sample_scenes(3, seed), seed)["image"] for seed in (5, 5, 6))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_world_on_disk_is_llava_data(tmp_path):
+    sizes, questions = {"train": 40, "test": 320}, {"test": 48}
+    checks = dataset.write_world(tmp_path, sizes, questions)
+    for task in world.TASKS:
+        assert checks["text_only"][task] == pytest.approx(world.CHANCE[task], abs=0.02)
+    rows = json.loads((tmp_path / "finetune.json").read_text())
+    assert len(rows) == 40
+    for row in rows:
+        assert (tmp_path / "images" / row["image"]).exists()
+        assert row["conversations"][0]["value"].startswith("<image>\n")
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (len(row["conversations"]) // 2)
+    assert len(json.loads((tmp_path / "test_questions.json").read_text())) == 4 * 48
+    assert (tmp_path / "contact_sheet.png").stat().st_size > 10_000
+    stamp = (tmp_path / "images" / "train_00000.png").stat().st_mtime_ns
+    assert dataset.write_world(tmp_path, sizes, questions) == checks
+    assert (tmp_path / "images" / "train_00000.png").stat().st_mtime_ns == stamp
