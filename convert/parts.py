@@ -33,7 +33,7 @@ def load_vision_tower(path: str) -> PreTrainedModel:
 def build_processor(tokenizer, image_config, tasks, image_size=None, statistics=None, chat_template=None):
     """
     Processor for a ViT tower with the config `image_config`: pads an image to a square with its mean colour, never
-    crops (DESIGN: what the teachers see too), resizes it to `image_size`. Adds `<image>` and the task tokens to the
+    crops (the teachers see the same square), resizes it to `image_size`. Adds `<image>` and the task tokens to the
     tokenizer. `statistics`: (mean, std) of the tower's pixel values, CLIP's by default.
     """
     image_mean, image_std = statistics or (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)

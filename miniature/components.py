@@ -46,7 +46,7 @@ FLOORS = {  # measure: (bound, whether a smaller figure is better)
     "depth": ("absolute relative error", 0.12, True),
     "seg": ("mIoU", 0.35, False),
 }
-STEPS = {"language_model": 3500, "vision_tower": 1600, "gen": 500, "depth": 900, "seg": 1800}
+STEPS = {"language_model": 6000, "vision_tower": 1600, "gen": 500, "depth": 900, "seg": 1800}
 WORDS = ("describe", "the", "image", ".", ",", "and", "a", "yes", "no", "not", "is", "it", "are")  # and the world's
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}> "
@@ -188,7 +188,8 @@ def _ordinal_start(model, tokenizer, rng):
                 s = (k + 0.5) / world.BINS
                 code = torch.tensor([2 * s - 1, math.cos(math.pi * s), math.cos(2 * math.pi * s), 1.0])
                 row = (code @ directions) / 2
-                model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(f"{axis}{k}")] = 0.08 * row
+                # half a curve, half its own: on the curve alone neighbours are too alike to be copied exactly
+                model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(f"{axis}{k}")] += 0.05 * row
 
 
 def train_language_model(work: Path, out: Path, steps: int):
@@ -217,7 +218,10 @@ def train_language_model(work: Path, out: Path, steps: int):
         for i in rng.integers(0, len(pool), 16):
             text = world.description(pool, i, rng)
             # first to look attributes up, then to compare them
-            turns = world.conversation(pool, i, 10, rng, fetch_share=1.0 if share < 0.12 else 0.4, ranges=True)
+            early = share < 0.55
+            turns = world.conversation(
+                pool, i, 4 if early else 10, rng, fetch_share=1.0 if early else 0.4, ranges=True
+            )
             chat = [(turn["question"], turn["answer"]) for turn in turns]
             chat.insert(int(rng.integers(len(chat))), ("what is where ?", world.listing(pool, i)))
             if rng.random() < 0.25:
