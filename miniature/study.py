@@ -31,6 +31,7 @@ from ola_vlm.recipes import miniature as recipe
 from ola_vlm.targets.cache import TargetStatistics
 from ola_vlm.visualize import predictions_figure
 
+SHIPPED = ("llava", "ola_vlm")
 # A run of a minute that checks the chain, not the numbers.
 SHRUNK = {
     "sizes": {"train": 48, "validation": 24, "test": 320},
@@ -180,12 +181,18 @@ def decoded_figures(root: Path, count: int = 4) -> None:
         )
 
 
-def publish(root: Path, methods: list[str]) -> None:
-    """The first seed's fine-tuned checkpoint becomes <out>/<method>/, ready for from_pretrained."""
+def publish(root: Path, methods: list[str], ship: bool = False) -> None:
+    """The first seed's fine-tuned checkpoint becomes <out>/<method>/, ready for from_pretrained; ``ship`` also puts
+    LLaVA and OLA-VLM, in half precision, where a clone finds them."""
     for method in methods:
         for path in (recipe.run_folder(method, 0, root) / "finetune").iterdir():
             if path.is_file() and path.name not in ("training_args.bin", "log_history.json"):
                 shutil.copy2(path, root / method / path.name)
+        if ship and method in SHIPPED:
+            OlaVlmForConditionalGeneration.from_pretrained(root / method, dtype=torch.float16).save_pretrained(
+                recipe.WEIGHTS / method
+            )
+            OlaVlmProcessor.from_pretrained(root / method).save_pretrained(recipe.WEIGHTS / method)
 
 
 def main(argv=None) -> dict:
@@ -199,6 +206,9 @@ def main(argv=None) -> dict:
         "--workers", type=int, default=(os.cpu_count() or 1) + 1, help="arms at a time, one thread each"
     )
     parser.add_argument("--shrunk", action="store_true", help="4 steps on a few scenes: checks the chain only")
+    parser.add_argument(
+        "--ship", action="store_true", help="also write half-precision checkpoints to miniature/weights"
+    )
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.workers < 1:
         parser.error("--seeds and --workers must be at least 1")
@@ -226,7 +236,7 @@ def main(argv=None) -> dict:
     arms = [(method, seed) for seed in range(args.seeds) for method in args.methods]
     run_arms(root, arms, overrides, args.workers)
     lap("arms")
-    publish(root, args.methods)
+    publish(root, args.methods, args.ship)
     if "ola_vlm" in args.methods:
         decoded_figures(root)
     results = collect(root, args.methods, args.seeds, seconds, {k: v for k, v in checks.items() if k != "asked"})

@@ -1,0 +1,133 @@
+"""Configuration of OLA-VLM: LLaVA's, and a list of distillation tasks (paper: arXiv 2412.09585, section 3)."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlavaConfig
+
+KEY_GROUPS = ["system", "image", "task", "text"]
+
+# What a task needs beyond its name; None means that it has to be given (or is derived in `normalize_task`).
+TASK_FIELDS = {
+    "name": None,
+    "layers": None,
+    "num_task_tokens": 8,
+    "target_length": None,
+    "target_dim": None,
+    "loss_weight": 0.5,
+    "contrastive_weight": 0.3,
+    "predictor_depth": 1,
+    "predictor_heads": 4,
+    "predictor_head_dim": 32,
+    "predictor_ffn_mult": 1,
+    "predictor_dim": None,
+    "output_mlp": False,
+    "keys": KEY_GROUPS,
+}
+PAPER_TASKS = {
+    "gen": {"layers": [12, 20], "target_length": 1, "target_dim": 1024},
+    "depth": {"layers": [8, 20], "target_length": 576, "target_dim": 1024, "output_mlp": True},
+    "seg": {"layers": [10, 18], "target_length": 576, "target_dim": 1536},
+}
+
+
+def default_tasks() -> list[dict]:
+    """The paper's three tasks in its token order (section 4.1 and table III), for a 32-layer LLM and 24x24 targets."""
+    return [{"name": name, **fields} for name, fields in PAPER_TASKS.items()]
+
+
+def task_token_strings(tasks: list[dict]) -> list[str]:
+    """The vocabulary entries `<name_i>` of all tasks, in the order in which they follow an image's tokens."""
+    return [f"<{task['name']}_{i}>" for task in tasks for i in range(task["num_task_tokens"])]
+
+
+def _check(condition: bool, field: str, value, remedy: str):
+    if not condition:
+        raise ValueError(f"{field} is {value!r}: {remedy}.")
+
+
+def _is_count(value, least: int = 1) -> bool:
+    return type(value) is int and value >= least
+
+
+def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
+    """
+    One task with every field filled in and checked against the LLM (`hidden_size` wide, `num_layers` deep).
+
+    Fields (see `TASK_FIELDS` for defaults; gen, depth and seg have the paper's): `layers` are 1-based decoder blocks;
+    the target is (`target_length`, `target_dim`) an image; the loss is `loss_weight` * sum over layers of
+    (smooth-L1 + `contrastive_weight` * contrastive); `predictor_*` is the size of the resampler; `output_mlp` puts a
+    Linear-ReLU-Linear on its output; `keys` says which tokens the predictor attends to.
+    Raises ValueError naming the field and the remedy.
+    """
+    name = task.get("name")
+    _check(isinstance(name, str) and name.isidentifier(), "tasks[].name", name, "give each task an identifier as name")
+    unknown = sorted(set(task) - set(TASK_FIELDS))
+    _check(not unknown, f"tasks[{name}]", unknown, f"unknown fields, the known ones are {list(TASK_FIELDS)}")
+    task = {**TASK_FIELDS, **PAPER_TASKS.get(name, {}), **task}
+
+    def check(field, condition, remedy):
+        _check(condition, f"tasks[{name}].{field}", task[field], remedy)
+
+    least = {"num_task_tokens": 0, "predictor_dim": 1, "target_length": 1, "target_dim": 1}
+    least |= {f"predictor_{part}": 1 for part in ["depth", "heads", "head_dim", "ffn_mult"]}
+    if task["predictor_dim"] is None:  # the reference's sizes: only depth with task tokens is as wide as the LLM
+        wide = name == "depth" and task["num_task_tokens"] != 0
+        task["predictor_dim"] = hidden_size if wide else task["target_dim"]
+    for field in ["target_length", "target_dim", *(field for field in least if not field.startswith("target"))]:
+        check(field, _is_count(task[field], least[field]), f"give an integer of at least {least[field]}")
+    layers = task["layers"]
+    is_list = isinstance(layers, (list, tuple)) and len(layers) > 0 and all(type(layer) is int for layer in layers)
+    check("layers", is_list and len(set(layers)) == len(layers), "list one or more different layers")
+    check("layers", min(layers) >= 1 and max(layers) <= num_layers, f"choose from 1 to {num_layers}, the LLM's layers")
+    for field in ["loss_weight", "contrastive_weight"]:
+        check(field, isinstance(task[field], (int, float)) and task[field] >= 0, "give a number of at least 0")
+    tokens, length = task["num_task_tokens"], task["target_length"]
+    divisible = tokens == 0 or length == 1 or length % tokens == 0
+    check("num_task_tokens", divisible, f"choose a divisor of target_length {length} (each token stands for a group)")
+    check("output_mlp", isinstance(task["output_mlp"], bool), "give true or false")
+    keys = task["keys"]
+    known = isinstance(keys, (list, tuple)) and len(keys) > 0 and set(keys) <= set(KEY_GROUPS)
+    check("keys", known, f"list one or more of {KEY_GROUPS}")
+    return {**task, "layers": sorted(layers), "keys": [key for key in KEY_GROUPS if key in keys]}
+
+
+@strict
+class OlaVlmConfig(LlavaConfig):
+    """
+    `tasks`: list of task dicts in token order (`normalize_task`), none by default, which is plain LLaVA.
+    `task_token_ids`: vocabulary ids of all task tokens in sequence order, as many as the tasks' `num_task_tokens`.
+    """
+
+    model_type = "ola_vlm"
+    # Trainer's evaluation needs a list here.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "image_hidden_states",
+        "predictions",
+        "logit_scales",
+    ]
+
+    tasks: list | None = None
+    task_token_ids: list | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        text = self.text_config
+        self.tasks = [normalize_task(task, text.hidden_size, text.num_hidden_layers) for task in self.tasks or []]
+        names = [task["name"] for task in self.tasks]
+        _check(len(set(names)) == len(names), "tasks", names, "give each task its own name")
+        self.task_token_ids = ids = list(self.task_token_ids or [])
+        count = sum(task["num_task_tokens"] for task in self.tasks)
+        _check(len(ids) == count, "task_token_ids", ids, f"the tasks need {count} ids, build_ola_vlm finds them")
+        usable = len({*ids, self.image_token_id}) == count + 1 and all(0 <= i < text.vocab_size for i in ids)
+        _check(not ids or usable, "task_token_ids", ids, f"give different ids within the {text.vocab_size} embeddings")
+        # One class can register for one Auto class only; both names lead to the same model.
+        auto_map = dict(self.__dict__.get("auto_map") or {})
+        auto_map.setdefault("AutoModel", "modeling_ola_vlm.OlaVlmForConditionalGeneration")
+        self.auto_map = auto_map
+
+
+OlaVlmConfig.register_for_auto_class()

@@ -1,0 +1,58 @@
+"""Processor of OLA-VLM: LLaVA's, with the task tokens after each image's placeholders (paper, figure 4)."""
+
+from transformers import LlavaProcessor
+
+
+class OlaVlmProcessor(LlavaProcessor):
+    """
+    Expands each `<image>` of the text into the image's placeholders and then `task_tokens`.
+
+    `task_tokens`: vocabulary entries of the tokenizer, in sequence order (`task_token_strings(config.tasks)`); the
+    other arguments are LLaVA's. Every argument is named, since a processor saves only the named ones.
+    Raises ValueError if the tokenizer lacks one of the tokens.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        task_tokens=None,
+        **kwargs,
+    ):
+        self.task_tokens = list(task_tokens or [])
+        missing = [token for token in [image_token, *self.task_tokens] if token not in tokenizer.get_vocab()]
+        if missing:
+            raise ValueError(f"The tokenizer lacks {missing}: add them as special tokens, as build_ola_vlm does.")
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """ProcessorMixin's. The class is at hand, so nobody is asked whether to run the folder's own code."""
+        kwargs.setdefault("trust_remote_code", False)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def task_token_ids(self) -> list[int]:
+        """Ids of the task tokens in sequence order: equal to the model's `config.task_token_ids`."""
+        return self.tokenizer.convert_tokens_to_ids(self.task_tokens)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The text that stands for one image: its placeholders, then the task tokens."""
+        return super().replace_image_token(image_inputs, image_idx, **kwargs) + "".join(self.task_tokens)
+
+
+OlaVlmProcessor.register_for_auto_class()

@@ -1,0 +1,380 @@
+"""
+OLA-VLM (arXiv 2412.09585): a LLaVA whose chosen LLM layers predict the features of specialised vision encoders.
+
+Shapes: B batch, T sequence, N images of the batch in order, V image tokens an image, K task tokens of a task,
+Q queries of a task (= its target's length), R rows of its query table, H LLM width, D predictor width, E target width.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_ola_vlm import OlaVlmConfig
+
+# Custom code gets no checkpoint key conversion of its own, and would silently load LLaVA files with a random lm_head.
+for ours, theirs in {"ola_vlm": "llava", "OlaVlmModel": "LlavaModel"}.items():
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+
+
+@dataclass
+class OlaVlmCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
+    """
+    LLaVA's output, and with `output_predictions=True`:
+    `predictions[task][layer]`: predicted target embeddings (N, Q, E), images in the order of `pixel_values`.
+    `logit_scales[task]`: the learnable log-temperature of the task's contrastive loss, a scalar.
+    """
+
+    predictions: dict[str, dict[int, Tensor]] | None = None
+    logit_scales: dict[str, Tensor] | None = None
+
+
+class PredictorLayer(nn.Module):
+    """Perceiver layer: the queries attend to the tokens and to themselves, then a feed-forward net."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, ffn_mult: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_tokens = nn.LayerNorm(dim)
+        self.norm_queries = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, dim * ffn_mult, bias=False),
+            nn.GELU(),
+            nn.Linear(dim * ffn_mult, dim, bias=False),
+        )
+
+    def forward(self, tokens_BTD: Tensor, queries: Tensor, sample_N: Tensor, key_mask_NT: Tensor) -> Tensor:
+        """`queries` (1 or N, Q, D); image n attends to the tokens of row `sample_N[n]` where `key_mask_NT[n]`."""
+        images, length = len(sample_N), queries.shape[1]
+        queries_normed = self.norm_queries(queries)
+        # Tokens are projected once a row and queries once if all images share them; only then copied to each image.
+        kv_tokens = self.to_kv(self.norm_tokens(tokens_BTD))[sample_N]
+        kv_queries = self.to_kv(queries_normed).expand(images, -1, -1)
+        key, value = torch.cat([kv_tokens, kv_queries], dim=1).chunk(2, dim=-1)
+        query = self.to_q(queries_normed).expand(images, -1, -1)
+        mask = F.pad(key_mask_NT, (0, length), value=True)[:, None, None]
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        queries = queries + self.to_out(attended.transpose(1, 2).flatten(2))
+        return queries + self.ffn(queries)
+
+
+class EmbeddingPredictor(nn.Module):
+    """
+    P^l_task of the paper (section 3.2): a Perceiver resampler from a layer's states to one image's target embedding.
+
+    Without task tokens it owns its queries (`latents`, in its own width); else it gets them in the LLM's width, and as
+    many as the target is long are made of them by tiling, or, if that doesn't come out even, by repeating their mean.
+    """
+
+    def __init__(self, task: dict, hidden_size: int):
+        super().__init__()
+        dim, target_dim = task["predictor_dim"], task["target_dim"]
+        sizes = (dim, task["predictor_heads"], task["predictor_head_dim"], task["predictor_ffn_mult"])
+        self.target_length = task["target_length"]
+        if task["num_task_tokens"] == 0:
+            self.latents = nn.Parameter(torch.randn(1, self.target_length, dim) / math.sqrt(dim))
+        else:
+            self.register_parameter("latents", None)
+        self.proj_in = nn.Linear(hidden_size, dim)
+        self.layers = nn.ModuleList([PredictorLayer(*sizes) for _ in range(task["predictor_depth"])])
+        self.proj_out = nn.Linear(dim, target_dim)
+        self.norm_out = nn.LayerNorm(target_dim)
+        mlp = [nn.Linear(target_dim, target_dim), nn.ReLU(), nn.Linear(target_dim, target_dim)]
+        self.output_mlp = nn.Sequential(*mlp) if task["output_mlp"] else nn.Identity()
+
+    def forward(self, states_BTH: Tensor, queries: Tensor | None, sample_N: Tensor, key_mask_NT: Tensor) -> Tensor:
+        """`queries` (1 or N, R, H), None without task tokens; returns (N, Q, E)."""
+        dtype = self.proj_in.weight.dtype
+        if self.latents is not None:
+            queries = self.latents
+        else:
+            if self.target_length % queries.shape[1] != 0:
+                queries = queries.mean(1, keepdim=True)
+            queries = self.proj_in(queries.repeat(1, self.target_length // queries.shape[1], 1).to(dtype))
+        tokens_BTD = self.proj_in(states_BTH.to(dtype))
+        for layer in self.layers:
+            queries = layer(tokens_BTD, queries, sample_N, key_mask_NT)
+        return self.output_mlp(self.norm_out(self.proj_out(queries)))
+
+
+@dataclass
+class ImageLayout:
+    """Where the images of a batch are: found by token id, whatever the prompt, the padding side and their number."""
+
+    sample_N: Tensor  # the row that holds image n
+    groups_NT: dict[str, Tensor]  # for each of KEY_GROUPS but "task": which tokens of that row belong to it
+    task_columns_NK: dict[str, Tensor]  # columns of image n's own task tokens
+
+    @classmethod
+    def find(cls, input_ids: Tensor, attention_mask: Tensor | None, num_images: int, config) -> "ImageLayout":
+        """`input_ids`, `attention_mask` (B, T). Raises ValueError if the tokens don't fit to `num_images`."""
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask_BT.shape != input_ids.shape:
+            shapes = f"{tuple(mask_BT.shape)} and {tuple(input_ids.shape)}"
+            raise ValueError(f"Predictions need a mask of the shape of input_ids, got {shapes}: pass whole sequences.")
+        attended_BT, is_image_BT = mask_BT.bool(), input_ids == config.image_token_id
+        places = is_image_BT.flatten().nonzero().flatten()
+        if len(places) != 0 if num_images == 0 else len(places) % num_images != 0:
+            raise ValueError(f"{len(places)} image tokens don't divide among {num_images} images.")
+        places_NV = places.view(num_images, -1) if num_images else places.view(0, 1)
+        columns, sample_N = input_ids.shape[1], places_NV[:, 0] // input_ids.shape[1]
+        owner_BT = (is_image_BT.flatten().cumsum(0) - 1).view_as(input_ids) // places_NV.shape[1]
+        own_image_NT = is_image_BT[sample_N] & (owner_BT[sample_N] == torch.arange(num_images).to(owner_BT)[:, None])
+
+        # The n-th occurrence of a task token belongs to the n-th image.
+        ids = torch.tensor(config.task_token_ids, device=input_ids.device, dtype=input_ids.dtype)
+        is_token_KP = input_ids.flatten() == ids[:, None]
+        found_K = is_token_KP.sum(1)
+        fits = bool((found_K == num_images).all())
+        places_KN = is_token_KP.nonzero()[:, 1].view(len(ids), num_images) if fits else None
+        if not fits or bool((places_KN // columns != sample_N).any()):
+            found = dict(zip(config.task_token_ids, found_K.tolist(), strict=True))
+            what = f"Task tokens (id: how many) are {found} for {num_images} images"
+            raise ValueError(f"{what}: every image needs all of them in its row, as the processor writes them.")
+        counts = {task["name"]: task["num_task_tokens"] for task in config.tasks}
+        columns_NK = (places_KN % columns).T.split(list(counts.values()), dim=1)
+        task_columns, is_task_BT = dict(zip(counts, columns_NK, strict=True)), is_token_KP.any(0).view_as(input_ids)
+
+        words_NT = (attended_BT & ~is_image_BT & ~is_task_BT)[sample_N]
+        before_image_NT = (is_image_BT.cumsum(1) == 0)[sample_N]
+        image_NT = own_image_NT & attended_BT[sample_N]
+        groups = {"system": words_NT & before_image_NT, "image": image_NT, "text": words_NT & ~before_image_NT}
+        return cls(sample_N, groups, task_columns)
+
+    def key_mask(self, task: dict) -> Tensor:
+        """(N, T): what the task's predictors see for image n; never padding, other images or other tasks' tokens."""
+        mask_NT = torch.zeros_like(self.groups_NT["image"])
+        for group in task["keys"]:
+            if group == "task":
+                mask_NT = mask_NT.scatter(1, self.task_columns_NK[task["name"]], True)
+            else:
+                mask_NT = mask_NT | self.groups_NT[group]
+        return mask_NT
+
+
+class OlaVlmModel(LlavaModel):
+    """LLaVA's backbone; in pre-training the task tokens' embeddings are passed in instead of looked up."""
+
+    config: OlaVlmConfig
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs):
+        if pixel_values.shape[0] > 0:
+            return super().get_image_features(pixel_values=pixel_values, **kwargs)
+        # No image in the batch: the projector runs on no rows, so that its gradients are zeros, not None (DDP).
+        weight = self.multi_modal_projector.linear_1.weight
+        features = self.multi_modal_projector(weight.new_zeros(0, weight.shape[1]))
+        return BaseModelOutputWithPooling(pooler_output=[features])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        task_token_embeds: Tensor | None = None,
+        **kwargs,
+    ):
+        """`task_token_embeds` (all tasks' K, H) replace the vocabulary's rows of `config.task_token_ids`."""
+        if task_token_embeds is None or input_ids is None:
+            return super().forward(
+                input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
+            )
+        ids = torch.tensor(self.config.task_token_ids, device=input_ids.device)
+        match_BTK = input_ids[..., None] == ids
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        replacement = task_token_embeds.to(inputs_embeds.dtype)[match_BTK.int().argmax(-1)]
+        inputs_embeds = torch.where(match_BTK.any(-1, keepdim=True), replacement, inputs_embeds)
+        features = None
+        if pixel_values is not None:
+            vision = {k: kwargs.pop(k, None) for k in ["vision_feature_layer", "vision_feature_select_strategy"]}
+            features = torch.cat(self.get_image_features(pixel_values, return_dict=True, **vision).pooler_output)
+            features = features.to(inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+        outputs = super().forward(inputs_embeds=inputs_embeds, **kwargs)
+        outputs.image_hidden_states = features
+        return outputs
+
+
+class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
+    """
+    LLaVA with embedding predictors: `predictors[task][str(layer)]`, `queries[task]` (R, H), `logit_scales[task]` (1,).
+
+    `task_tokens_from_queries`: True in pre-training, when the query tables produce the task tokens (group means) and
+    learn from the LLM; False otherwise, when task tokens are ordinary rows of the vocabulary.
+    With no tasks it is LLaVA: same keys, same logits, same loss.
+    """
+
+    config_class = OlaVlmConfig
+    config: OlaVlmConfig
+
+    def __init__(self, config: OlaVlmConfig):
+        LlavaPreTrainedModel.__init__(self, config)
+        text = config.text_config
+        self.model = OlaVlmModel(config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.task_tokens_from_queries = False
+        if config.tasks:  # no empty containers otherwise: they would show in FSDP plans and module listings
+            self.predictors, self.queries = nn.ModuleDict(), nn.ParameterDict()
+            self.logit_scales = nn.ParameterDict()
+        for task in config.tasks:
+            layers = {str(layer): EmbeddingPredictor(task, text.hidden_size) for layer in task["layers"]}
+            self.predictors[task["name"]] = nn.ModuleDict(layers)
+            self.logit_scales[task["name"]] = nn.Parameter(torch.full((1,), 2.0))  # FSDP2 can't shard a scalar
+            if task["num_task_tokens"] > 0:
+                rows = max(task["target_length"], task["num_task_tokens"])
+                self.queries[task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
+        self.never_emitted = [config.image_token_id, *config.task_token_ids]  # inputs only
+        self.generation_config.suppress_tokens = self.never_emitted
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # Only modules with parameters of their own come here, and not the backbone's: of the linear layers the head
+        # and the predictors'. The latter start as torch initialises them (and the reference does).
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear) and module is not self.lm_head:
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, EmbeddingPredictor):
+            init.normal_(module.latents, std=1 / math.sqrt(module.latents.shape[-1]))
+        elif self.config.tasks and module is self.queries:
+            for queries in module.values():
+                init.normal_(queries)
+        elif self.config.tasks and module is self.logit_scales:
+            for logit_scale in module.values():
+                init.constant_(logit_scale, 2.0)
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """Also takes the names that `save_pretrained` writes: `Trainer` resumes from its files through this method."""
+        renamings = [t for t in get_model_conversion_mapping(self) if isinstance(t, WeightRenaming)]
+        renamed = {rename_source_key(name, renamings, [])[0]: value for name, value in state_dict.items()}
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+    def task_token_embeddings(self) -> Tensor:
+        """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables."""
+        counts = {task["name"]: task["num_task_tokens"] for task in self.config.tasks}
+        return torch.cat([table.unflatten(0, (counts[name], -1)).mean(1) for name, table in self.queries.items()])
+
+    @torch.no_grad()
+    def write_task_tokens(self):
+        """Write `task_token_embeddings` into the vocabulary's rows (before every save in pre-training)."""
+        if self.config.task_token_ids:
+            weight = self.get_input_embeddings().weight
+            weight[self.config.task_token_ids] = self.task_token_embeddings().to(weight.dtype)
+
+    def predict_embeddings(
+        self,
+        hidden_states: Mapping[int, Tensor] | tuple,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        num_images: int,
+    ) -> dict[str, dict[int, Tensor]]:
+        """
+        predictions[task][layer] (N, Q, E) from `hidden_states[layer]` (B, T, H), 1-based, 0 being the embeddings.
+        `input_ids`, `attention_mask` (B, T). Raises ValueError if image or task tokens don't fit to `num_images`.
+        """
+        layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config)
+        predictions = {}
+        for task in self.config.tasks:
+            name, key_mask_NT = task["name"], layout.key_mask(task)
+            predictions[name] = {}
+            for layer in task["layers"]:
+                states_BTH, queries = hidden_states[layer], None
+                if task["num_task_tokens"] > 0 and task["target_length"] > 1:
+                    queries = self.queries[name][None]
+                elif task["num_task_tokens"] > 0:  # a single query is the mean of the task tokens' states
+                    queries = states_BTH[layout.sample_N[:, None], layout.task_columns_NK[name]]
+                predictor = self.predictors[name][str(layer)]
+                predictions[name][layer] = predictor(states_BTH, queries, layout.sample_N, key_mask_NT)
+        return predictions
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_sizes: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        output_predictions: bool = False,
+        **kwargs,
+    ) -> OlaVlmCausalLMOutputWithPast:
+        """
+        LLaVA's forward; `output_predictions=True` adds `predictions` and `logit_scales` and needs `input_ids` and a
+        mask (B, T) of whole sequences. Without images predictions have zero rows but stay in the graph.
+        """
+        wanted = kwargs.pop("output_hidden_states", None)
+        wanted = self.config.output_hidden_states if wanted is None else wanted
+        output_predictions = output_predictions and len(self.config.tasks) > 0
+        if output_predictions and input_ids is None:
+            raise ValueError("output_predictions=True finds images by token id: pass input_ids, not inputs_embeds.")
+        if wanted:
+            kwargs["output_hidden_states"] = True if output_predictions else wanted
+        elif output_predictions:  # keep the chosen layers only
+            kwargs["output_hidden_states"] = sorted({layer for task in self.config.tasks for layer in task["layers"]})
+        if self.task_tokens_from_queries and self.config.task_token_ids:
+            kwargs["task_token_embeds"] = self.task_token_embeddings()
+        outputs = super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            candidates = outputs.logits
+            if self.config.tasks:
+                # Tokens that are never emitted are no candidates: their rows in the head neither learn nor disturb.
+                never = torch.tensor(self.never_emitted, device=candidates.device)
+                candidates = candidates.index_fill(-1, never, torch.finfo(candidates.dtype).min)
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=candidates, labels=labels, vocab_size=vocab_size, **kwargs)
+        predictions = logit_scales = None
+        if output_predictions:
+            num_images = 0 if pixel_values is None else pixel_values.shape[0]
+            predictions = self.predict_embeddings(outputs.hidden_states, input_ids, attention_mask, num_images)
+            logit_scales = {name: scale[0] for name, scale in self.logit_scales.items()}
+        outputs = {**outputs, "hidden_states": outputs.hidden_states if wanted else None, "loss": loss}
+        return OlaVlmCausalLMOutputWithPast(**outputs, predictions=predictions, logit_scales=logit_scales)
+
+
+OlaVlmForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+__all__ = ["EmbeddingPredictor", "OlaVlmForConditionalGeneration", "OlaVlmModel"]
