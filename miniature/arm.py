@@ -49,7 +49,7 @@ def probe_paths(root: Path, splits: dict[str, int]) -> dict[str, list[Path]]:
 
 
 class Clock:
-    """Seconds by name, kept with the arm's folder so that an interrupted arm adds up."""
+    """Seconds by name, kept on disk so that an interrupted run adds up."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -22,7 +22,7 @@ from transformers import logging
 
 from ola_vlm.eval.statistics import compare_answers
 from ola_vlm.miniature import dataset, world
-from ola_vlm.miniature.arm import PROBE_SPLITS, PROMPT, probe_paths, teacher_caches
+from ola_vlm.miniature.arm import PROBE_SPLITS, PROMPT, Clock, probe_paths, teacher_caches
 from ola_vlm.miniature.report import write_report
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.probing.ridge import choose_strength
@@ -218,28 +218,23 @@ def main(argv=None) -> dict:
     root.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     overrides = SHRUNK["arm"] if args.shrunk else {}
-    seconds, start = {}, time.time()
-
-    def lap(name: str) -> None:
-        nonlocal start
-        seconds[name], start = time.time() - start, time.time()
-
+    clock = Clock(root / "seconds.json")
     sizes = SHRUNK["sizes"] if args.shrunk else dataset.SIZES
     questions = SHRUNK["questions"] if args.shrunk else dataset.QUESTIONS
     checks = dataset.write_world(root / "data", sizes, questions)
     shutil.copy2(root / "data" / "contact_sheet.png", root / "world.png")
     for name in ("text_only", "position_size", "position_size_pairs"):
         print(f"{name}: " + ", ".join(f"{task} {100 * value:.1f}%" for task, value in checks[name].items()))
-    lap("world")
+    clock.lap("world")
     fill_targets(root, overrides.get("probe_splits", PROBE_SPLITS))
-    lap("targets")
+    clock.lap("targets")
     arms = [(method, seed) for seed in range(args.seeds) for method in args.methods]
     run_arms(root, arms, overrides, args.workers)
-    lap("arms")
+    clock.lap("arms")
     publish(root, args.methods, args.ship)
     if "ola_vlm" in args.methods:
         decoded_figures(root)
-    results = collect(root, args.methods, args.seeds, seconds, {k: v for k, v in checks.items() if k != "asked"})
+    results = collect(root, args.methods, args.seeds, clock.seconds, {k: v for k, v in checks.items() if k != "asked"})
     report = write_report(root, results)
     print(report.read_text())
     return results
