@@ -233,14 +233,14 @@ def coordinates(scenes: Scenes, i: int, k: int) -> list[str]:
     return [f"{axis}{min(int(s * f * BINS), BINS - 1)}" for axis, s, f in zip("xyz", share, scale, strict=True)]
 
 
-def description(scenes: Scenes, i: int, rng: np.random.Generator) -> str:
+def description(scenes: Scenes, i: int) -> str:
     """The scene as text: every object's coordinate words and shape, each with the object's colour (by which questions
-    name it) right behind it, objects in random order."""
+    name it) right behind it. The referents come last, always in the same order: in random order a small language
+    model did not learn to look them up in 3,400 steps, in this one it does in 500."""
     objects = [
         " ".join(f"{word} {color}" for word in (*coordinates(scenes, i, k), shape))
-        for k, color, shape in _objects(scenes, i)
+        for k, color, shape in sorted(_objects(scenes, i), key=lambda found: -scenes.color[i, found[0]])
     ]
-    rng.shuffle(objects)
     return " ; ".join(objects)
 
 
