@@ -43,6 +43,8 @@ def build_processor(tokenizer, image_config, tasks, image_size=None, statistics=
     )
     task_tokens = task_token_strings(tasks)
     tokenizer.add_tokens([IMAGE_TOKEN, *task_tokens], special_tokens=True)
+    if tokenizer.pad_token is None:  # Llama-3's has none; labels and masks go by position, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
     return OlaVlmProcessor(
         image_processor,
         tokenizer,

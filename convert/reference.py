@@ -87,6 +87,8 @@ def convert_state_dict(state_dict: dict[str, Tensor], layers: dict[str, list[int
 def read_tasks(config: dict, depth_mlp: bool) -> list[dict]:
     """Our task list from the reference's config; heads are numbered in the order of each task's `layers`."""
     tasks = []
+    if "aux_mode" not in config:  # the reference's plain LLaVA baseline
+        return tasks
     for name in config["aux_mode"].split("-"):
         section, layers, loss_weight = TASK_CONFIGS[name]
         fields = config[section]
@@ -134,6 +136,8 @@ def convert_reference(reference: str, vision_tower: str | None = None, tokenizer
     state_dict = {}
     for shard in sorted(folder.glob("*.safetensors")):
         state_dict |= load_file(shard)
+    if not state_dict:
+        raise ValueError(f"no *.safetensors in {folder}: save the checkpoint as safetensors first")
     tasks = read_tasks(fields, any(".linear_1." in key for key in state_dict))
     converted = convert_state_dict(state_dict, {task["name"]: task["layers"] for task in tasks})
 
@@ -161,9 +165,12 @@ def convert_reference(reference: str, vision_tower: str | None = None, tokenizer
             converted[name] = grow_table(converted[name], first, max(ids) + 1)
     model = OlaVlmForConditionalGeneration(config).to(next(iter(converted.values())).dtype)
     given = set(converted) | ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    missing = sorted(set(model.state_dict()) - given)
+    names = set(model.state_dict())
+    missing, unknown = sorted(names - given), sorted(set(converted) - names)
     if missing:
         raise ValueError(f"{len(missing)} weights are missing in the checkpoint: {missing}")
+    if unknown:
+        raise ValueError(f"{len(unknown)} weights of the checkpoint have no place in ours: {unknown}")
     model.load_state_dict(converted, strict=not config.tie_word_embeddings)
     model.write_task_tokens()
     for field in ["bos_token_id", "eos_token_id", "pad_token_id"]:

@@ -25,7 +25,7 @@ from ola_vlm.train import load_model, train
 from ola_vlm.training.arguments import OlaVlmArguments
 
 PROBE_SPLITS = {"train": 1500, "validation": 300, "test": 500}
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+STRENGTHS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 PROMPT = "describe the image ."
 CURVE_POINTS = 5
 

@@ -188,6 +188,10 @@ def publish(root: Path, methods: list[str], ship: bool = False) -> None:
         for path in (recipe.run_folder(method, 0, root) / "finetune").iterdir():
             if path.is_file() and path.name not in ("training_args.bin", "log_history.json"):
                 shutil.copy2(path, root / method / path.name)
+        statistics = recipe.run_folder(method, 0, root) / "pretrain" / "target_statistics"
+        for folder in (root, recipe.WEIGHTS) if ship and method in SHIPPED else (root,):
+            if statistics.exists():  # predictions are standardised: without these they can't be decoded
+                shutil.copytree(statistics, folder / method / "target_statistics", dirs_exist_ok=True)
         if ship and method in SHIPPED:
             OlaVlmForConditionalGeneration.from_pretrained(root / method, dtype=torch.float16).save_pretrained(
                 recipe.WEIGHTS / method
@@ -216,6 +220,10 @@ def main(argv=None) -> dict:
     if root.exists() and any(root.iterdir()) and not args.resume:
         parser.error(f"{args.out} is not empty: add --resume to go on with it, or choose another --out")
     root.mkdir(parents=True, exist_ok=True)
+    settings = root / "settings.json"
+    if settings.exists() and json.loads(settings.read_text()) != {"shrunk": args.shrunk}:
+        parser.error(f"{args.out} was begun {'without' if args.shrunk else 'with'} --shrunk: choose another --out")
+    settings.write_text(json.dumps({"shrunk": args.shrunk}))
     logging.set_verbosity_error()
     overrides = SHRUNK["arm"] if args.shrunk else {}
     clock = Clock(root / "seconds.json")

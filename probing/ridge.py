@@ -115,6 +115,8 @@ class ModelProbe:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         self.text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        bos = processor.tokenizer.bos_token  # some chat templates write it, others leave it to the tokenizer
+        self.add_special_tokens = not (bos and self.text.startswith(bos))
         self.probes: dict[tuple[int, int], RidgeProbe] = {}  # (Q, layer)
         self.means: dict[str, Tensor] = {}  # task -> training images' mean target (Q, E)
         self.groups: dict[int, list[str]] = {}  # Q -> its tasks
@@ -127,7 +129,7 @@ class ModelProbe:
             images=list(images),
             padding=True,
             return_tensors="pt",
-            add_special_tokens=False,
+            add_special_tokens=self.add_special_tokens,
         ).to(self.model.device, self.model.dtype)
         hidden = self.model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states
         is_image_BT = inputs["input_ids"] == self.model.config.image_token_id

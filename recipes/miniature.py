@@ -39,6 +39,8 @@ def _common(method: str, seed: int, root: str | Path, stage: str) -> dict:
         "weight_decay": 0.0,
         "learning_rate": 1e-3,
         "logging_steps": 10,
+        "save_steps": 45,
+        "save_total_limit": 1,
         "dataloader_drop_last": True,
         "use_cpu": True,
     }

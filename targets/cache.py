@@ -87,7 +87,7 @@ class TargetCache:
         pending: dict[str, Tensor] = {}
         encoded, images = 0, iter(images)
         while batch := list(itertools.islice(images, batch_size)):
-            new = {key: image for image in batch if (key := image_key(image)) not in self._rows | pending.keys()}
+            new = {key: image for image in batch if (key := image_key(image)) not in self._rows and key not in pending}
             if new:
                 pending |= zip(new, encoder.encode(list(new.values()), batch_size).to(self.dtype), strict=True)
             encoded += len(new)

@@ -169,6 +169,15 @@ def test_convert_lists_unknown_and_missing_keys(tmp_path):
         convert_reference(copy_reference(tmp_path / "fewer", fewer), TOWER)
     with pytest.raises(ValueError, match="model_type is 'mamba'"):
         convert_reference(copy_reference(tmp_path / "other", model_type="mamba"), TOWER)
+    (tmp_path / "extra" / "model.safetensors").rename(tmp_path / "extra" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no \*\.safetensors"):
+        convert_reference(tmp_path / "extra", TOWER)
+
+    def norm_alone(weights):
+        weights["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+
+    with pytest.raises(ValueError, match=r"1 weights of the checkpoint have no place in ours: .*q_norm"):
+        convert_reference(copy_reference(tmp_path / "norm", norm_alone), TOWER)
 
 
 def test_convert_drops_only_what_is_listed():

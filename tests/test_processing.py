@@ -28,6 +28,15 @@ def test_sequence_is_image_then_task_tokens_in_order(make_model):
     assert names[:2] == ["<seg_0>", "<seg_1>"] and names[-2:] == ["<gen_0>", "<gen_1>"]
 
 
+def test_tokenizer_without_a_pad_token_pads_with_its_end_token(make_model):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    _, processor = make_model(tokenizer=tokenizer)
+    batch = encode(processor, [*random_rows(1, 1), *random_rows(1, 0)])
+    assert processor.tokenizer.pad_token == "</s>"
+    assert (batch["attention_mask"] == 0).any()
+
+
 def test_text_alone(make_model):
     _, processor = make_model()
     batch = encode(processor, random_rows(2, 0))

@@ -128,6 +128,18 @@ def test_task_tokens_are_bit_frozen_in_finetuning(make_model, tiny_parts, tied_p
             assert moved[neighbours].all(), f"neighbours did not move ({name}put embeddings)"
 
 
+def test_frozen_rows_are_the_right_ones_in_bf16(make_model):
+    """bf16 holds no id above 256 exactly: the frozen rows must not be found through the gradient's type."""
+    model, _ = make_model()
+    model = model.bfloat16()
+    model.resize_token_embeddings(400, mean_resizing=False)
+    model.config.task_token_ids = [301, 303]
+    apply_stage(model, "finetune")
+    rows = model.get_input_embeddings().weight
+    rows.float().sum().backward()
+    assert (rows.grad == 0).all(1).nonzero().flatten().tolist() == [301, 303]
+
+
 def test_accumulated_micro_batches_equal_one_batch(make_model, tmp_path):
     # The second micro-batch of the first step has no image; the third differs from the first in its number of images.
     runs = {}

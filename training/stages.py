@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -55,6 +56,7 @@ def apply_stage(model: nn.Module, name: str) -> Stage:
     task_token_ids = model.config.task_token_ids
     if stage.task_tokens == "frozen" and task_token_ids:
         rows = model.get_input_embeddings().weight
-        rows.register_hook(lambda grad: grad.index_fill(0, grad.new_tensor(task_token_ids).long(), 0))
+        ids = torch.tensor(task_token_ids)  # not of the gradient's type: bf16 holds no id above 256 exactly
+        rows.register_hook(lambda grad: grad.index_fill(0, ids.to(grad.device), 0))
     logger.info(f"stage {name}: trains {dict(trained)} parameters, frozen {dict(frozen)}")
     return stage
