@@ -80,6 +80,9 @@ def test_resume_does_nothing_twice_and_a_used_folder_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         study.main(["--shrunk", "--out", str(out)])
     assert "--resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study.main(["--out", str(out), "--resume"])
+    assert "begun with --shrunk" in capsys.readouterr().err
 
 
 def test_failed_arm_shows_its_log(tmp_path):
@@ -104,6 +107,14 @@ def test_shipped_weights_are_small():
 
     assert sum(map(size, components.FLOORS)) < 15e6
     assert all(size(method) < 8e6 for method in ("llava", "ola_vlm"))
+
+
+@pytest.mark.parametrize("method", study.SHIPPED)
+def test_shipped_checkpoints_carry_todays_code(method):
+    """They bring their own copies of the hub files; `ola-vlm miniature --resume --ship` writes them again."""
+    for name in ("configuration", "modeling", "processing"):
+        own = components.WEIGHTS / method / f"{name}_ola_vlm.py"
+        assert own.read_text() == (components.WEIGHTS.parents[1] / own.name).read_text()
 
 
 def test_tokenizer_round_trip_and_assistant_spans():
