@@ -1,8 +1,10 @@
 """Configuration of OLA-VLM: LLaVA's, and a list of distillation tasks (paper: arXiv 2412.09585, section 3)."""
 
+import math
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
+from torch.nn import ModuleDict
 from transformers import LlavaConfig
 
 KEY_GROUPS = ["system", "image", "task", "text"]
@@ -60,8 +62,12 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
     Linear-ReLU-Linear on its output; `keys` says which tokens the predictor attends to.
     Raises ValueError naming the field and the remedy.
     """
+    _check(isinstance(task, dict), "tasks[]", task, 'give each task as a dict such as {"name": "depth"}')
     name = task.get("name")
-    _check(isinstance(name, str) and name.isidentifier(), "tasks[].name", name, "give each task an identifier as name")
+    usable = isinstance(name, str) and name.isidentifier() and not hasattr(ModuleDict, name)
+    _check(
+        usable, "tasks[].name", name, "give each task an identifier as name, and no attribute of torch's ModuleDict"
+    )
     unknown = sorted(set(task) - set(TASK_FIELDS))
     _check(not unknown, f"tasks[{name}]", unknown, f"unknown fields, the known ones are {list(TASK_FIELDS)}")
     task = {**TASK_FIELDS, **PAPER_TASKS.get(name, {}), **task}
@@ -81,14 +87,16 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
     check("layers", is_list and len(set(layers)) == len(layers), "list one or more different layers")
     check("layers", min(layers) >= 1 and max(layers) <= num_layers, f"choose from 1 to {num_layers}, the LLM's layers")
     for field in ["loss_weight", "contrastive_weight"]:
-        check(field, isinstance(task[field], (int, float)) and task[field] >= 0, "give a number of at least 0")
+        is_weight = isinstance(task[field], (int, float)) and 0 <= task[field] < math.inf
+        check(field, is_weight, "give a finite number of at least 0")
     tokens, length = task["num_task_tokens"], task["target_length"]
     divisible = tokens == 0 or length == 1 or length % tokens == 0
     check("num_task_tokens", divisible, f"choose a divisor of target_length {length} (each token stands for a group)")
     check("output_mlp", isinstance(task["output_mlp"], bool), "give true or false")
     keys = task["keys"]
-    known = isinstance(keys, (list, tuple)) and len(keys) > 0 and set(keys) <= set(KEY_GROUPS)
+    known = isinstance(keys, (list, tuple)) and len(keys) > 0 and all(key in KEY_GROUPS for key in keys)
     check("keys", known, f"list one or more of {KEY_GROUPS}")
+    check("keys", tokens > 0 or any(key != "task" for key in keys), "add image: without task tokens there is no key")
     return {**task, "layers": sorted(layers), "keys": [key for key in KEY_GROUPS if key in keys]}
 
 
@@ -103,9 +111,11 @@ class OlaVlmConfig(LlavaConfig):
     # Trainer's evaluation needs a list here.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
+        "cache",
         "hidden_states",
         "attentions",
         "image_hidden_states",
+        "image_outputs",
         "predictions",
         "logit_scales",
     ]
@@ -122,7 +132,8 @@ class OlaVlmConfig(LlavaConfig):
         self.task_token_ids = ids = list(self.task_token_ids or [])
         count = sum(task["num_task_tokens"] for task in self.tasks)
         _check(len(ids) == count, "task_token_ids", ids, f"the tasks need {count} ids, build_ola_vlm finds them")
-        usable = len({*ids, self.image_token_id}) == count + 1 and all(0 <= i < text.vocab_size for i in ids)
+        within = all(_is_count(i, 0) and i < text.vocab_size for i in ids)
+        usable = within and len({*ids, self.image_token_id}) == count + 1
         _check(not ids or usable, "task_token_ids", ids, f"give different ids within the {text.vocab_size} embeddings")
         # One class can register for one Auto class only; both names lead to the same model.
         auto_map = dict(self.__dict__.get("auto_map") or {})

@@ -8,15 +8,14 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import math
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainerCallback, set_seed
-from transformers.utils import logging
 
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
@@ -29,7 +28,7 @@ from ola_vlm.training.data import LlavaRows, OlaVlmCollator, TargetSource
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.trainer import OlaVlmTrainer
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger("ola_vlm.train")  # as a script the module is "__main__"
 
 
 def load_model(args: OlaVlmArguments) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
@@ -54,6 +53,9 @@ def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: LlavaRows
     teachers, names = args.teachers or {}, [task["name"] for task in tasks]
     if set(names) != set(teachers):
         raise ValueError(f"the tasks {names} need one teacher each, `teachers` has {list(teachers)}")
+    for name, teacher in teachers.items():
+        if teacher.get("encoder") not in ENCODERS or "path" not in teacher:
+            raise ValueError(f"teachers[{name!r}] is {teacher}: give its path, and as encoder one of {list(ENCODERS)}")
     keys = [image_key(image) for image in rows.images()] if args.target_cache else []
     sources = {}
     for task in tasks:
@@ -64,9 +66,9 @@ def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: LlavaRows
         if args.target_cache:
             with args.main_process_first(desc=f"targets of {name}"):
                 source = TargetCache(args.target_cache, encoder.fingerprint)
-                if not set(keys) <= set(source.keys):
+                if any(key not in source for key in keys):
                     source.fill(encoder, rows.images())
-            all_targets = (source.read(keys[i : i + 64]) for i in range(0, len(keys), 64))
+            all_targets = (source.read([key]) for key in keys)
         if args.standardize_targets:
             # By the training images' statistics, which go with the run: predictions are restored before decoding.
             statistics = TargetStatistics.fit(all_targets)
@@ -83,13 +85,14 @@ def _standardized(source: TargetSource, statistics: TargetStatistics, images: li
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint: the trainer's state is what is written last."""
-    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
-    folders = sorted((state.parent for state in states), key=lambda folder: int(folder.name.split("-")[1]))
-    return str(folders[-1]) if folders else None
+    folders = [str(state.parent) for state in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    return max(folders, key=lambda folder: int(folder.rpartition("-")[2]), default=None)
 
 
 def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), recipe: str | None = None):
     """Runs one stage to its end and returns the `OlaVlmTrainer` (`.model`, `.state.log_history`)."""
+    if args.data is None:
+        raise ValueError("nothing to train on: give data, a LLaVA-format JSON file")
     set_seed(args.seed)
     model, processor = load_model(args)
     stage = apply_stage(model, args.stage)
@@ -102,14 +105,9 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
     if tasks and args.shuffle_targets:
         rows.shuffle_targets(args.seed)
 
-    trainer = OlaVlmTrainer(
-        model,
-        args,
-        data_collator=OlaVlmCollator(processor, sources, tasks),
-        train_dataset=rows,
-        processing_class=processor,
-        callbacks=list(callbacks),
-    )
+    options = {"processing_class": processor, "callbacks": list(callbacks)}
+    collator = OlaVlmCollator(processor, sources, tasks)
+    trainer = OlaVlmTrainer(model, args, data_collator=collator, train_dataset=rows, **options)
     if args.should_save:
         run = json.dumps({"recipe": recipe, **args.to_dict()}, indent=2)
         (Path(args.output_dir) / "run.json").write_text(run + "\n", encoding="utf-8")
@@ -125,24 +123,23 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(OlaVlmArguments, prog="ola-vlm train", allow_abbrev=False)
-    parser.add_argument("--recipe", choices=list(RECIPES), help="where the fields' values come from")
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--recipe")
+    chooser.add_argument("--recipe", choices=list(RECIPES), help="where the fields' values come from")
     recipe = chooser.parse_known_args(argv)[0].recipe
-    fields = {field.name for field in dataclasses.fields(OlaVlmArguments) if field.init}
-    values = RECIPES[recipe]() if recipe in RECIPES else {}
-    if unknown := sorted(set(values) - fields):
-        raise SystemExit(f"recipe {recipe}: unknown fields {unknown}")
+    parser = HfArgumentParser(OlaVlmArguments, prog="ola-vlm train", allow_abbrev=False, parents=[chooser])
+    values = RECIPES[recipe]() if recipe else {}
     parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0].replace("-", "_"), fields)
-        raise SystemExit(f"unknown field {unknown[0]}" + (f": did you mean --{close[0]}?" if close else ""))
-    values = vars(namespace)
-    recipe = values.pop("recipe")
-    train(OlaVlmArguments(**values), recipe=recipe)
+    fields = [field.name for field in dataclasses.fields(OlaVlmArguments) if field.init]
+    if unknown := [*(f"{recipe}.{name}" for name in values if name not in fields), *unknown]:
+        asked = unknown[0].split("=")[0].rpartition(".")[2].lstrip("-").replace("-", "_")
+        close = difflib.get_close_matches(asked, fields, n=1)
+        advice = f"did you mean --{close[0]}?" if close else "`ola-vlm train --help` lists all"
+        raise SystemExit(f"unknown field {unknown[0]}: {advice}")
+    args = OlaVlmArguments(**{name: getattr(namespace, name) for name in fields})
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ola_vlm").setLevel("INFO" if args.should_log else "WARNING")
+    train(args, recipe=recipe)
 
 
 if __name__ == "__main__":

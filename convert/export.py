@@ -1,6 +1,7 @@
 """OLA-VLM -> plain LLaVA: `ola-vlm export`. Task tokens are rows of the vocabulary, so the logits stay the same."""
 
 import argparse
+import copy
 
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -12,9 +13,8 @@ TRAINING_ONLY = ("predictors.", "queries.", "logit_scales.")
 
 def export_llava(model: OlaVlmForConditionalGeneration) -> LlavaForConditionalGeneration:
     """The same model without predictors, query tables and logit scales; `model` is not changed."""
-    fields = model.config.to_dict()
-    for field in ["model_type", "tasks", "task_token_ids", "auto_map", "architectures", "transformers_version"]:
-        fields.pop(field, None)
+    ours = {"model_type", "tasks", "task_token_ids", "auto_map", "architectures", "transformers_version"}
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in ours}
     plain = LlavaForConditionalGeneration(LlavaConfig(**fields)).to(model.dtype)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(TRAINING_ONLY)}
     plain.load_state_dict(weights)
@@ -27,19 +27,15 @@ def export_processor(processor: OlaVlmProcessor) -> LlavaProcessor:
     LLaVA's processor whose chat template writes the task tokens after `<image>`: they are ordinary text for it.
     Prompts that don't come from the template have to say `<image><gen_0>...` themselves.
     """
-    expanded = processor.image_token + "".join(processor.task_tokens)
+    processor = copy.deepcopy(processor)
+    processor.image_processor.__dict__.pop("auto_map", None)  # a loaded one's name our code, which isn't written
+    processor.tokenizer.init_kwargs.pop("auto_map", None)
     template = processor.chat_template
     if template is not None:
-        template = template.replace(processor.image_token, expanded)
-    return LlavaProcessor(
-        processor.image_processor,
-        processor.tokenizer,
-        patch_size=processor.patch_size,
-        vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        chat_template=template,
-        image_token=processor.image_token,
-        num_additional_image_tokens=processor.num_additional_image_tokens,
-    )
+        template = template.replace(processor.image_token, processor.image_token + "".join(processor.task_tokens))
+    names = ["patch_size", "vision_feature_select_strategy", "image_token", "num_additional_image_tokens"]
+    fields = {name: getattr(processor, name) for name in names}
+    return LlavaProcessor(processor.image_processor, processor.tokenizer, chat_template=template, **fields)
 
 
 def main(argv: list[str] | None = None):

@@ -1,6 +1,8 @@
 """Build an OLA-VLM (or, with no tasks, a LLaVA) from a pretrained vision tower, LLM and tokenizer."""
 
+import contextlib
 import copy
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlavaImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -22,38 +25,53 @@ from ..processing_ola_vlm import OlaVlmProcessor
 IMAGE_TOKEN = "<image>"
 
 
-def load_vision_tower(path: str) -> PreTrainedModel:
-    """The vision tower in a folder or repository; of a CLIP-like pair of towers, its vision half."""
+def load_vision_config(path: str) -> PreTrainedConfig:
+    """The config of the vision tower in a folder or repository; of a CLIP-like pair of towers, its vision half's."""
     config = AutoConfig.from_pretrained(path)
-    if "vision_config" in config.sub_configs:
-        config = config.vision_config
-    return AutoModel.from_pretrained(path, config=config)
+    return config.vision_config if "vision_config" in config.sub_configs else config
 
 
-def build_processor(tokenizer, image_config, tasks, image_size=None, statistics=None, chat_template=None):
+def load_vision_tower(path: str) -> PreTrainedModel:
+    """The tower with that config."""
+    return AutoModel.from_pretrained(path, config=load_vision_config(path))
+
+
+def build_processor(
+    tokenizer, vision_config, tasks, statistics=None, chat_template=None, class_tokens=1, strategy="default"
+) -> OlaVlmProcessor:
     """
-    Processor for a ViT tower with the config `image_config`: pads an image to a square with its mean colour, never
-    crops (the teachers see the same square), resizes it to `image_size`. Adds `<image>` and the task tokens to the
-    tokenizer. `statistics`: (mean, std) of the tower's pixel values, CLIP's by default.
+    Processor for a ViT tower: pads an image to a square with its mean colour, never crops (the teachers see the same
+    square). Adds `<image>` and the task tokens to the tokenizer. `statistics`: (mean, std) of the tower's pixel
+    values, CLIP's by default. `class_tokens`: of the tower, one of which is left out by the `strategy` "default".
     """
-    image_mean, image_std = statistics or (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    side = {"height": image_size or image_config.image_size, "width": image_size or image_config.image_size}
+    mean, std = statistics or (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    side = {"height": vision_config.image_size, "width": vision_config.image_size}
     image_processor = LlavaImageProcessor(
-        do_pad=True, size=side, crop_size=side, do_center_crop=False, image_mean=image_mean, image_std=image_std
+        do_pad=True, size=side, crop_size=side, do_center_crop=False, image_mean=mean, image_std=std
     )
     task_tokens = task_token_strings(tasks)
     tokenizer.add_tokens([IMAGE_TOKEN, *task_tokens], special_tokens=True)
     if tokenizer.pad_token is None:  # Llama-3's has none; labels and masks go by position, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
-    return OlaVlmProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=image_config.patch_size,
-        vision_feature_select_strategy="default",
-        chat_template=chat_template or tokenizer.chat_template,
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,
-        task_tokens=task_tokens,
+    class_token = {"num_additional_image_tokens": class_tokens, "vision_feature_select_strategy": strategy}
+    options = {"chat_template": chat_template or tokenizer.chat_template, "task_tokens": task_tokens, **class_token}
+    return OlaVlmProcessor(image_processor, tokenizer, patch_size=vision_config.patch_size, **options)
+
+
+def build_config(text_config, vision_config, tasks, token_ids: list[int], num_tokens: int, **fields) -> OlaVlmConfig:
+    """`token_ids`: of `<image>` and the task tokens; `num_tokens`: the vocabulary's least size."""
+    text_config, vision_config = copy.deepcopy(text_config), copy.deepcopy(vision_config)
+    text_config.name_or_path = vision_config.name_or_path = ""  # no paths of this machine in the checkpoint
+    text_config.vocab_size = max(num_tokens, text_config.vocab_size)
+    return OlaVlmConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_index=token_ids[0],
+        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        tasks=tasks,
+        task_token_ids=token_ids[1:],
+        **fields,
     )
 
 
@@ -63,12 +81,31 @@ def grow_table(weight: Tensor, known: int, total: int) -> Tensor:
     return torch.cat([weight[:known], mean.expand(total - known, -1), weight[total:]])
 
 
+@torch.no_grad()
+def check_logits(language_model: PreTrainedModel):
+    """ValueError unless the logits are the head of the backbone's states, which is all that LLaVA computes."""
+    training, ids = language_model.training, torch.arange(4, device=language_model.device)[None]
+    own = language_model.eval()(input_ids=ids).logits
+    states = language_model.base_model(inputs_embeds=language_model.get_input_embeddings()(ids)).last_hidden_state
+    language_model.train(training)
+    if not language_model.get_output_embeddings()(states).allclose(own, rtol=1e-4, atol=1e-4 * own.abs().max().item()):
+        name = type(language_model).__name__
+        raise ValueError(f"{name} computes its logits with more than a linear head: take another LLM.")
+
+
+@torch.no_grad()
+def count_class_tokens(vision_tower: PreTrainedModel) -> int:
+    """Tokens of the tower beyond its patches: CLIP's has one, SigLIP's none."""
+    side = vision_tower.config.image_size
+    blank = torch.zeros(1, 3, side, side, dtype=vision_tower.dtype, device=vision_tower.device)
+    return vision_tower(blank).last_hidden_state.shape[1] - (side // vision_tower.config.patch_size) ** 2
+
+
 def build_ola_vlm(
     vision_tower: str | PreTrainedModel,
     language_model: str | PreTrainedModel,
     tokenizer=None,
     tasks: list[dict] = (),
-    image_size: int | None = None,
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
     **config_overrides,
@@ -79,57 +116,46 @@ def build_ola_vlm(
     The parts keep their weights; projector, predictors and query tables are new. The rows of `<image>` and of the task
     tokens start as the mean of the known rows; the task tokens' input rows as the means of their query tables.
     `dtype`: the LLM's by default. `config_overrides`: further fields of `OlaVlmConfig`.
-    Raises ValueError for tasks that don't fit the LLM (`normalize_task`) and for an LLM head with a bias.
+    Raises ValueError for tasks that don't fit the LLM (`normalize_task`) and for an LLM whose logits LLaVA can't give.
     """
+    if unknown := config_overrides.keys() - {field.name for field in dataclasses.fields(OlaVlmConfig)}:
+        raise ValueError(f"config_overrides has {sorted(unknown)}: no fields of OlaVlmConfig")
     statistics = None
     if isinstance(vision_tower, str):
-        try:
+        with contextlib.suppress(OSError):  # a tower may be saved without its processor
             own = AutoImageProcessor.from_pretrained(vision_tower)
             statistics = (own.image_mean, own.image_std)
-        except OSError:  # a tower saved without its processor
-            statistics = None
         vision_tower = load_vision_tower(vision_tower)
-    if tokenizer is None:
-        tokenizer = language_model if isinstance(language_model, str) else language_model.name_or_path
-    if isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if isinstance(language_model, str):
         language_model = AutoModelForCausalLM.from_pretrained(language_model)
-    head = language_model.get_output_embeddings()
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer or language_model.name_or_path)
+    text_config, head = language_model.config, language_model.get_output_embeddings()
     if head.bias is not None:
-        raise ValueError(
-            f"The head of {type(language_model).__name__} has a bias, LLaVA's has none: take another LLM."
-        )
+        raise ValueError(f"{type(language_model).__name__}'s head has a bias, LLaVA's has none: take another LLM.")
+    embeddings, backbone = language_model.get_input_embeddings(), language_model.base_model
+    name = next(name for name, parameter in backbone.named_parameters() if parameter is embeddings.weight)
+    if text_config.tie_word_embeddings and name != "embed_tokens.weight":
+        raise ValueError(f"{type(language_model).__name__} ties its head to {name}, LLaVA can't: take another LLM.")
+    check_logits(language_model)
 
-    text_config, vision_config = copy.deepcopy(language_model.config), copy.deepcopy(vision_tower.config)
-    text_config.name_or_path = vision_config.name_or_path = ""  # no paths of this machine in the checkpoint
     tasks = [normalize_task(task, text_config.hidden_size, text_config.num_hidden_layers) for task in tasks]
     tokenizer = copy.deepcopy(tokenizer)  # the caller's doesn't change
     known = min(len(tokenizer), text_config.vocab_size)
-    processor = build_processor(tokenizer, vision_config, tasks, image_size, statistics, chat_template)
-    side = processor.image_processor.size["height"]
-    text_config.vocab_size = max(len(tokenizer), text_config.vocab_size)
-    config = OlaVlmConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        image_token_index=processor.image_token_id,
-        image_seq_length=(side // vision_config.patch_size) ** 2,
-        tie_word_embeddings=text_config.tie_word_embeddings,
-        tasks=tasks,
-        task_token_ids=processor.task_token_ids,
-        **config_overrides,
-    )
+    class_tokens = count_class_tokens(vision_tower)
+    config_overrides.setdefault("vision_feature_select_strategy", "default" if class_tokens else "full")
+    options = statistics, chat_template, class_tokens, config_overrides["vision_feature_select_strategy"]
+    processor = build_processor(tokenizer, vision_tower.config, tasks, *options)
+    ids = [processor.image_token_id, *processor.task_token_ids]
+    config = build_config(text_config, vision_tower.config, tasks, ids, len(tokenizer), **config_overrides)
     model = OlaVlmForConditionalGeneration(config).to(dtype or language_model.dtype)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
-    embeddings, backbone = language_model.get_input_embeddings().weight, language_model.base_model
-    name = next(name for name, parameter in backbone.named_parameters() if parameter is embeddings)
-    grown = {name: grow_table(embeddings.data, known, len(tokenizer))}
+    grown = {name: grow_table(embeddings.weight.data, known, len(tokenizer))}
     model.model.language_model.load_state_dict(backbone.state_dict() | grown)
     if not config.tie_word_embeddings:
         model.lm_head.weight.data.copy_(grow_table(head.weight.data, known, len(tokenizer)))
     model.write_task_tokens()
-    for field in ["bos_token_id", "eos_token_id", "pad_token_id"]:
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for field in ["bos_token_id", "eos_token_id"]:
         setattr(model.generation_config, field, getattr(language_model.generation_config, field))
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), processor

@@ -4,13 +4,14 @@ A question is `{"id", "image": path, "question": prompt and options, "choices": 
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
-from PIL import Image
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from ola_vlm.targets.encoders import open_image
 
 # Tried from top to bottom; the first that names an offered letter decides. Capital letters only where a lower-case
 # one could be the article "a".
@@ -32,7 +33,7 @@ def parse_choice(text: str, choices: Sequence[str]) -> str | None:
     Letters come first, then the options' own words ("3", "The left box."); a letter that was not offered is ignored.
     """
     text = text.strip()
-    offered = LETTERS[: len(choices)]
+    offered = ascii_uppercase[: len(choices)]
     if not text or HEDGE.search(text):
         return None
     for rule in RULES:
@@ -71,28 +72,15 @@ def generate_answers(
     """
     was_training = model.training
     model.eval()
-    # alike lengths side by side waste no padding; the sort is stable, so an image's questions stay together
+    # alike lengths side by side waste no padding; the sort is stable
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]["question"]))
-    outputs = [""] * len(questions)
+    outputs = {}
     try:
         for start in progress(range(0, len(order), batch_size)):
-            batch = order[start : start + batch_size]
-            images = {}
-            for path in {questions[i]["image"] for i in batch}:
-                with Image.open(Path(image_folder) / path) as image:
-                    images[path] = image.convert("RGB")
-            chats = [
-                [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "image", "image": images[questions[i]["image"]]},
-                            {"type": "text", "text": questions[i]["question"]},
-                        ],
-                    }
-                ]
-                for i in batch
-            ]
+            batch, chats = order[start : start + batch_size], []
+            for question in (questions[i] for i in batch):
+                image = {"type": "image", "image": open_image(Path(image_folder) / question["image"])}
+                chats.append([{"role": "user", "content": [image, {"type": "text", "text": question["question"]}]}])
             inputs = processor.apply_chat_template(
                 chats,
                 add_generation_prompt=True,
@@ -103,11 +91,10 @@ def generate_answers(
             ).to(model.device, model.dtype)
             tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
             answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, answer in zip(batch, answers, strict=True):
-                outputs[i] = answer
+            outputs |= zip(batch, answers, strict=True)
     finally:
         model.train(was_training)
-    return [{**question, "output": output} for question, output in zip(questions, outputs, strict=True)]
+    return [{**question, "output": outputs[i]} for i, question in enumerate(questions)]
 
 
 def is_correct(record: dict) -> bool:
@@ -119,8 +106,8 @@ def score(records: Sequence[dict]) -> dict[str, float]:
     """Accuracy (0 to 1) for every task, and `"average"`: the mean over tasks."""
     if not records:
         raise ValueError("no answers to score: generate_answers got an empty list of questions")
-    by_task: dict[str, list[bool]] = {}
+    by_task = defaultdict(list)
     for record in records:
-        by_task.setdefault(record["task"], []).append(is_correct(record))
+        by_task[record["task"]].append(is_correct(record))
     accuracy = {task: sum(correct) / len(correct) for task, correct in by_task.items()}
     return {**accuracy, "average": sum(accuracy.values()) / len(accuracy)}

@@ -3,13 +3,16 @@ checks that its questions must be *seen* to be answered."""
 
 import json
 import textwrap
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
 from ola_vlm.miniature import world
@@ -43,11 +46,8 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
         scenes[split], arrays = world.make_scenes(count, SEEDS[split], desc=f"rendering {split}")
         for i, image in enumerate(tqdm(arrays["image"], desc=f"writing {split}", unit="image")):
             Image.fromarray(image).save(folder / "images" / f"{split}_{i:05d}.png", compress_level=1)
-        stored = {f"scene.{name}": np.ascontiguousarray(value) for name, value in vars(scenes[split]).items()}
-        save_file(
-            {"depth": arrays["depth"].astype(np.float16), "mask": arrays["mask"], **stored},
-            folder / f"{split}.safetensors",
-        )
+        stored = {"depth": arrays["depth"].astype(np.float16), "mask": arrays["mask"]}
+        world.save_scenes(folder / f"{split}.safetensors", scenes[split], stored)
         if split == "train":
             captions = [[("describe the image .", world.caption(scenes[split], i, rng))] for i in range(count)]
             chats = [world.conversation(scenes[split], i, TURNS, rng) for i in range(count)]
@@ -87,33 +87,6 @@ def _features(row: dict, seen: np.ndarray) -> np.ndarray:
     return seen[row["scene"], [index[color] for color in named]].ravel()
 
 
-def _logistic_accuracy(train: list, test: list, pairs: bool) -> float:
-    """Test accuracy of a logistic regression on (features, answer is (A)); ``pairs`` adds squares and products."""
-
-    def design(rows):
-        x = torch.tensor(np.stack([row[0] for row in rows]), dtype=torch.float64)
-        if pairs:
-            x = torch.cat([x, (x[:, :, None] * x[:, None])[:, *torch.triu_indices(x.shape[1], x.shape[1])]], 1)
-        return x, torch.tensor([row[1] for row in rows], dtype=torch.float64)
-
-    (x, y), (x_test, y_test) = design(train), design(test)
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    weight = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
-
-    def logits(x):
-        return ((x - mean) / std) @ weight[1:] + weight[0]
-
-    def closure():
-        optimizer.zero_grad()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits(x), y) + 1e-4 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return ((logits(x_test) > 0) == (y_test > 0)).double().mean().item()
-
-
 def check(folder: Path, scenes: dict[str, world.Scenes]) -> dict:
     """What can be known without seeing. ``text_only``: accuracy by task of the best possible reader of the question
     alone (each text's most frequent training answer). ``position_size``: a logistic regression on the referents'
@@ -123,11 +96,10 @@ def check(folder: Path, scenes: dict[str, world.Scenes]) -> dict:
         "train": [{"scene": i, **q} for i in range(len(scenes["train"])) for q in world.questions(scenes["train"], i)],
         "test": json.loads((folder / "test_questions.json").read_text()),
     }
-    tally: dict[str, dict[str, int]] = {}
+    tally: defaultdict[str, Counter] = defaultdict(Counter)
     for row in asked["train"]:
-        counts = tally.setdefault(row["question"], {})
-        counts[row["answer"]] = counts.get(row["answer"], 0) + 1
-    best = {text: max(counts, key=counts.get) for text, counts in tally.items()}
+        tally[row["question"]][row["answer"]] += 1
+    best = {text: counts.most_common(1)[0][0] for text, counts in tally.items()}
     text_only = {
         task: float(np.mean([best[q["question"]] == q["answer"] for q in asked["test"] if q["task"] == task]))
         for task in world.TASKS
@@ -136,11 +108,12 @@ def check(folder: Path, scenes: dict[str, world.Scenes]) -> dict:
     found = {"text_only": text_only, "position_size": {}, "position_size_pairs": {}}
     for task in ("depth", "distance"):
         rows = {
-            split: [(_features(q, seen[split]), float(q["answer"] == "(A)")) for q in qs if q["task"] == task]
+            split: list(zip(*[(_features(q, seen[split]), q["answer"]) for q in qs if q["task"] == task], strict=True))
             for split, qs in asked.items()
         }
-        found["position_size"][task] = _logistic_accuracy(rows["train"], rows["test"], pairs=False)
-        found["position_size_pairs"][task] = _logistic_accuracy(rows["train"], rows["test"], pairs=True)
+        for name, degree in (("position_size", 1), ("position_size_pairs", 2)):
+            model = make_pipeline(PolynomialFeatures(degree), StandardScaler(), LogisticRegression(max_iter=2000))
+            found[name][task] = model.fit(*rows["train"]).score(*rows["test"])
     return found
 
 

@@ -9,8 +9,10 @@ Shapes: S scenes, K object slots, P = SIZE * SIZE pixels.
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations, permutations
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 SIZE = 64  # pixels
@@ -18,6 +20,7 @@ SLOTS = 5
 CAMERA_HEIGHT = 2.4  # metres above the ground
 HORIZON = 0.3  # the horizon lies this share of the image below its top edge
 NEAR, FAR, SKY = 3.5, 9.5, 20.0  # metres: range of object depths, and the depth written for the sky
+HEIGHT = HORIZON + CAMERA_HEIGHT / FAR  # objects' centres lie in this upper part of the image
 COLORS = {
     "red": (0.86, 0.10, 0.10),
     "blue": (0.12, 0.20, 0.88),
@@ -32,7 +35,8 @@ CLASSES = ("sky", "floor", *COLORS)  # semantic classes of the masks
 TASKS = ("count", "relation", "depth", "distance")
 CHANCE = {"count": 0.25, "relation": 0.5, "depth": 0.5, "distance": 0.5, "average": 0.4375}
 BINS = 12  # coordinate words a direction in textual descriptions: x0..x11, y0..y11, z0..z11
-DEPTH_MARGIN, DISTANCE_MARGIN = 1.25, 1.35  # asked pairs differ at least by this ratio
+DEPTH_RATIO = (1.06, 1.4)  # asked pairs differ by a ratio within; larger ones are told right in 99% of cases
+DISTANCE_RATIO = 1.5  # at least
 
 
 @dataclass
@@ -59,6 +63,19 @@ class Scenes:
     def position(self) -> np.ndarray:
         """World coordinates (S, K, 3) of the centres, in metres."""
         return np.stack([self.u * self.z, self.v * self.z, self.z], -1)
+
+
+def save_scenes(path, scenes: Scenes, arrays: dict[str, np.ndarray]) -> None:
+    """One safetensors file: the arrays under their names, the scenes' parameters as ``scene.<name>``."""
+    parameters = {f"scene.{name}": np.ascontiguousarray(value) for name, value in vars(scenes).items()}
+    save_file({**arrays, **parameters}, path)
+
+
+def load_scenes(path) -> tuple[Scenes, dict[str, np.ndarray]]:
+    """What `save_scenes` wrote."""
+    arrays = load_file(path)
+    parameters = {name: arrays.pop(name) for name in list(arrays) if name.startswith("scene.")}
+    return Scenes(**{name.removeprefix("scene."): value for name, value in parameters.items()}), arrays
 
 
 def sample_scenes(count: int, seed: int) -> Scenes:
@@ -132,14 +149,8 @@ def _intersect(shape: int, o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np
             on_cap = np.any([t == cap for cap, _ in caps], 0)
             hit = o + np.where(np.isfinite(t), t, 0)[..., None] * d
             side_y = k * np.hypot(hit[..., 0], hit[..., 2])
-            normal = np.stack(
-                [
-                    np.where(on_cap, 0, hit[..., 0]),
-                    np.where(on_cap, -np.sign(dy), side_y),
-                    np.where(on_cap, 0, hit[..., 2]),
-                ],
-                -1,
-            )
+            normal = np.stack([hit[..., 0], side_y, hit[..., 2]], -1)
+            normal = np.where(on_cap[..., None], -np.sign(dy)[..., None] * [0, 1, 0], normal)
     return t, normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-9)
 
 
@@ -226,10 +237,10 @@ def coordinates(scenes: Scenes, i: int, k: int) -> list[str]:
     """The coordinate words of an object: image column, row (both from the top left) and depth, BINS steps each."""
     share = (
         scenes.u[i, k] + 0.5,
-        HORIZON - scenes.v[i, k],  # objects' centres lie in the upper part of the image
+        HORIZON - scenes.v[i, k],
         np.log(scenes.z[i, k] / NEAR) / np.log(FAR / NEAR),
     )
-    scale = (1.0, 1 / (HORIZON + CAMERA_HEIGHT / FAR), 1.0)
+    scale = (1.0, 1 / HEIGHT, 1.0)
     return [f"{axis}{min(int(s * f * BINS), BINS - 1)}" for axis, s, f in zip("xyz", share, scale, strict=True)]
 
 
@@ -242,6 +253,16 @@ def description(scenes: Scenes, i: int) -> str:
         for k, color, shape in sorted(_objects(scenes, i), key=lambda found: -scenes.color[i, found[0]])
     ]
     return " ; ".join(objects)
+
+
+def blend(scenes: Scenes, i: int, rng: np.random.Generator, length: int = 32) -> list[list[str]]:
+    """The scene as patches tell it: ``length`` positions with the words that share one; every object's colour, shape
+    and coordinates at 1 to 4 random positions, a full stop elsewhere."""
+    words, free = [["."] for _ in range(length)], iter(rng.permutation(length))
+    for k, color, shape in _objects(scenes, i):
+        for _ in range(rng.integers(1, 5)):
+            words[next(free)] = [color, shape, *coordinates(scenes, i, k)]
+    return words
 
 
 def listing(scenes: Scenes, i: int) -> str:
@@ -265,40 +286,34 @@ def questions(scenes: Scenes, i: int) -> list[dict]:
     position, found = scenes.position()[i], []
 
     def add(task, text, options, right):
-        found.append(
-            {
-                "task": task,
-                "question": f"{text} ? {_choices(options)}",
-                "choices": list(options),
-                "answer": f"({'ABCD'[options.index(right)]})",
-            }
-        )
+        text, answer = f"{text} ? {_choices(options)}", f"({'ABCD'[options.index(right)]})"
+        found.append({"task": task, "question": text, "choices": list(options), "answer": answer})
 
     shapes = [shape for _, _, shape in _objects(scenes, i)]
     for shape in SHAPES:
         if shapes.count(shape) <= 3:
-            add("count", f"how many {shape}s are there", ["0", "1", "2", "3"], str(shapes.count(shape)))
-    for a, b in (("red", "blue"), ("red", "green"), ("blue", "green")):
-        ka, kb = slot[a], slot[b]
-        for first, second, k, j in ((a, b, ka, kb), (b, a, kb, ka)):
-            for options, axis, sign in ((["left", "right"], scenes.u, -1), (["above", "below"], scenes.v, 1)):
-                gap = sign * (axis[i, k] - axis[i, j])
-                if abs(gap) > 0.08:
-                    text = f"where is the {first} object with respect to the {second} object"
-                    add("relation", text, options, options[0 if gap > 0 else 1])
-        if abs(np.log(position[ka, 2] / position[kb, 2])) > np.log(DEPTH_MARGIN):
-            closer = a if position[ka, 2] < position[kb, 2] else b
-            add("depth", "which object is closer to the camera", [f"{a} object", f"{b} object"], f"{closer} object")
+            add("count", f"how many {shape}s are there", list("0123"), str(shapes.count(shape)))
+    for a, b in permutations(REFERENTS, 2):
+        for options, axis, sign in ((["left", "right"], scenes.u, -1), (["above", "below"], scenes.v, 1)):
+            gap = sign * (axis[i, slot[a]] - axis[i, slot[b]])
+            if abs(gap) > 0.08:
+                text = f"where is the {a} object with respect to the {b} object"
+                add("relation", text, options, options[0 if gap > 0 else 1])
+    for a, b in combinations(REFERENTS, 2):
+        ratio = position[slot[a], 2] / position[slot[b], 2]
+        if DEPTH_RATIO[0] < max(ratio, 1 / ratio) < DEPTH_RATIO[1]:
+            options = [f"{a} object", f"{b} object"]
+            add("depth", "which object is closer to the camera", options, options[0 if ratio < 1 else 1])
     for anchor in REFERENTS:
         a, b = (color for color in REFERENTS if color != anchor)
         da, db = (np.linalg.norm(position[slot[anchor]] - position[slot[c]]) for c in (a, b))
         seen_a, seen_b = (
             np.hypot(*(axis[i, slot[anchor]] - axis[i, slot[c]] for axis in (scenes.u, scenes.v))) for c in (a, b)
         )
-        # closer in the image is closer in space in 78% of scenes: half of those are not asked about
+        # closer in the image is closer in space in 78% of scenes: most of those are not asked about
         # (`position_size_pairs` of the checks says what is left)
-        told_by_image = (da < db) == (seen_a < seen_b) and (1e4 * scenes.yaw[i, slot[anchor]]) % 1 < 0.5
-        if abs(np.log(da / db)) > np.log(DISTANCE_MARGIN) and not told_by_image:
+        told_by_image = (da < db) == (seen_a < seen_b) and (1e4 * scenes.yaw[i, slot[anchor]]) % 1 < 0.7
+        if max(da / db, db / da) > DISTANCE_RATIO and not told_by_image:
             options = [f"{a} object", f"{b} object"]
             add("distance", f"which object is closer to the {anchor} object", options, options[0 if da < db else 1])
     return found
@@ -355,12 +370,6 @@ def conversation(
         if len(picked) < turns and by_task[task]:
             picked.append(by_task[task].pop(rng.integers(len(by_task[task]))))
     return [picked[j] for j in rng.permutation(len(picked))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set on disk
-# ---------------------------------------------------------------------------------------------------------------------
-SPLIT_SEEDS = {"train": 1, "validation": 2, "test": 3}
 
 
 def _render_chunk(job: tuple[Scenes, int]) -> dict[str, np.ndarray]:

@@ -6,13 +6,15 @@ strength, to be chosen on validation images once and used for all methods alike.
 N images, V image tokens an image, Q positions of the target, H LLM width, E target width, R rows (N * Q).
 """
 
-import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..targets.encoders import open_image
 
 logger = logging.getLogger(__name__)
 
@@ -29,22 +31,20 @@ class RidgeProbe:
     """
 
     def __init__(self):
-        self.count = 0
-        self.mean_x = self.mean_y = self.xx = self.xy = 0.0
+        self.count, self.mean, self.scatter = 0, 0.0, 0.0  # of the rows (x, y): (H + E,), and (H, H + E)
         self._solved: dict[float, tuple[Tensor, Tensor]] = {}
 
     def update(self, x_RH: Tensor, y_RE: Tensor):
         """Adds rows: scatter matrices around the mean so far, merged by the parallel variance formula."""
-        x, y, rows = x_RH.double(), y_RE.double(), len(x_RH)
-        if len(y) != rows:
-            raise ValueError(f"{rows} inputs for {len(y)} targets: they must correspond row by row")
-        mean_x, mean_y = x.mean(0), y.mean(0)
-        x, y = x - mean_x, y - mean_y
-        delta_x, delta_y = mean_x - self.mean_x, mean_y - self.mean_y
-        weight, share = self.count * rows / (self.count + rows), rows / (self.count + rows)
-        self.xx = self.xx + x.T @ x + weight * torch.outer(delta_x, delta_x)
-        self.xy = self.xy + x.T @ y + weight * torch.outer(delta_x, delta_y)
-        self.mean_x, self.mean_y = self.mean_x + share * delta_x, self.mean_y + share * delta_y
+        width, rows = x_RH.shape[1], len(x_RH)
+        if len(y_RE) != rows:
+            raise ValueError(f"{rows} inputs for {len(y_RE)} targets: they must correspond row by row")
+        both = torch.cat([x_RH.double(), y_RE.double()], dim=1)
+        mean = both.mean(0)
+        both, delta, share = both - mean, mean - self.mean, rows / (self.count + rows)
+        between = self.count * share * torch.outer(delta[:width], delta)
+        self.scatter = self.scatter + both[:, :width].T @ both + between
+        self.mean = self.mean + share * delta
         self.count += rows
         self._solved.clear()
 
@@ -55,12 +55,13 @@ class RidgeProbe:
         if self.count == 0:
             raise ValueError("no rows to fit: call update() first")
         if strength not in self._solved:
-            std = (self.xx.diagonal() / self.count).sqrt()
+            width, covariance = len(self.scatter), self.scatter / self.count
+            std = covariance.diagonal().sqrt()
             std = torch.where(std > 1e-9, std, 1)
-            system = self.xx / self.count / torch.outer(std, std)
+            system = covariance[:, :width] / torch.outer(std, std)
             system.diagonal().add_(strength)
-            weights = torch.linalg.solve(system, self.xy / self.count / std[:, None]) / std[:, None]
-            self._solved[strength] = (weights, self.mean_y - self.mean_x @ weights)
+            weights = torch.linalg.solve(system, covariance[:, width:] / std[:, None]) / std[:, None]
+            self._solved[strength] = (weights, self.mean[width:] - self.mean[:width] @ weights)
         return self._solved[strength]
 
     def predict(self, x_RH: Tensor, strength: float) -> Tensor:
@@ -93,11 +94,8 @@ def to_positions(states_NVH: Tensor, length: int) -> Tensor:
     if side**2 != tokens or target_side**2 != length:
         raise ValueError(f"{tokens} image tokens, {length} positions: token-to-token probes need square grids of both")
     grid = states_NVH.transpose(1, 2).unflatten(2, (side, side))
-    if side > target_side:
-        grid = F.adaptive_avg_pool2d(grid, target_side)
-    else:
-        grid = F.interpolate(grid, size=(target_side, target_side), mode="bilinear", align_corners=False)
-    return grid.flatten(2).transpose(1, 2)
+    mode = "area" if side > target_side else "bilinear"
+    return F.interpolate(grid, size=target_side, mode=mode).flatten(2).transpose(1, 2)
 
 
 class ModelProbe:
@@ -106,7 +104,7 @@ class ModelProbe:
     Args:
         model, processor: OLA-VLM or any LLaVA of transformers with its processor.
         targets: for each task, the targets of all images (all, Q, E), or a function of a list of images such as a
-            TargetCache. Tasks of the same Q share one probe a layer (ridge solves each target channel by itself).
+            TargetCache.
         prompt: the user's words after the image. Image tokens don't see what follows them.
     """
 
@@ -117,113 +115,82 @@ class ModelProbe:
         self.text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         bos = processor.tokenizer.bos_token  # some chat templates write it, others leave it to the tokenizer
         self.add_special_tokens = not (bos and self.text.startswith(bos))
-        self.probes: dict[tuple[int, int], RidgeProbe] = {}  # (Q, layer)
+        self.probes: dict[tuple[str, int], RidgeProbe] = {}  # (task, layer)
         self.means: dict[str, Tensor] = {}  # task -> training images' mean target (Q, E)
-        self.groups: dict[int, list[str]] = {}  # Q -> its tasks
 
     @torch.no_grad()
     def states(self, images: Sequence) -> list[Tensor]:
         """The image tokens' states (N, V, H) at every layer: 0 (the embeddings) to the last."""
-        inputs = self.processor(
-            text=[self.text] * len(images),
-            images=list(images),
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=self.add_special_tokens,
-        ).to(self.model.device, self.model.dtype)
+        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": self.add_special_tokens}
+        inputs = self.processor(text=[self.text] * len(images), images=list(map(open_image, images)), **options)
+        inputs = inputs.to(self.model.device, self.model.dtype)
         hidden = self.model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states
         is_image_BT = inputs["input_ids"] == self.model.config.image_token_id
         return [states[is_image_BT].unflatten(0, (len(images), -1)).float() for states in hidden]
 
     def _batches(self, images: Sequence, indices: Iterable[int]) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
-        indices = iter(indices)
-        while rows := list(itertools.islice(indices, self.batch_size)):
-            batch = [images[i] for i in rows]
-            targets = {
-                task: source(batch) if callable(source) else source[rows] for task, source in self.targets.items()
-            }
-            yield self.states(batch), {task: target.to(self.model.device).float() for task, target in targets.items()}
+        for rows in torch.tensor(list(indices)).split(self.batch_size):
+            batch, targets = [images[i] for i in rows.tolist()], {}
+            for task, source in self.targets.items():
+                target = source(batch) if callable(source) else source[rows]
+                targets[task] = target.to(self.model.device).float()
+            yield self.states(batch), targets
 
     def fit(self, images: Sequence, indices: Iterable[int]) -> "ModelProbe":
         """Fits all probes in one pass over `images[i]` for i in `indices`."""
-        count, totals = 0, dict.fromkeys(self.targets, 0)
-        self.probes, self.groups = {}, {}
+        count, totals = 0, defaultdict(float)
+        self.probes = {}
         for states, targets in self._batches(images, indices):
-            if count == 0:
-                for task, target in targets.items():
-                    self.groups.setdefault(target.shape[1], []).append(task)
-            for length, tasks in self.groups.items():
-                y = torch.cat([targets[task] for task in tasks], dim=-1).flatten(0, 1)
-                for layer, state in enumerate(states):
-                    probe = self.probes.setdefault((length, layer), RidgeProbe())
-                    probe.update(to_positions(state, length).flatten(0, 1), y)
             count += len(states[0])
-            totals = {task: totals[task] + target.double().sum(0) for task, target in targets.items()}
+            for task, target in targets.items():
+                totals[task] += target.double().sum(0)
+                for layer, state in enumerate(states):
+                    inputs = to_positions(state, target.shape[1]).flatten(0, 1)
+                    self.probes.setdefault((task, layer), RidgeProbe()).update(inputs, target.flatten(0, 1))
         self.means = {task: (total / count).float() for task, total in totals.items()}
         return self
 
-    def _predict(self, states: list[Tensor], strength: float) -> Iterator[tuple[str, int, Tensor]]:
-        for length, tasks in self.groups.items():
-            widths = [self.means[task].shape[-1] for task in tasks]
-            for layer, state in enumerate(states):
-                x = to_positions(state, length)
-                y = self.probes[length, layer].predict(x.flatten(0, 1), strength).unflatten(0, x.shape[:2])
-                for task, prediction in zip(tasks, y.split(widths, -1), strict=True):
-                    yield task, layer, prediction
-
-    def predict(self, images: Sequence, strength: float) -> dict[str, dict[int, Tensor]]:
-        """Probed embeddings, predictions[task][layer] (N, Q, E), to be decoded like a predictor's."""
-        predictions: dict[str, dict[int, Tensor]] = {task: {} for task in self.means}
-        for start in range(0, len(images), self.batch_size):
-            for task, layer, value in self._predict(self.states(images[start : start + self.batch_size]), strength):
-                predictions[task].setdefault(layer, []).append(value.cpu())
-        return {task: {layer: torch.cat(parts) for layer, parts in of.items()} for task, of in predictions.items()}
+    def predict(self, states: list[Tensor], strength: float) -> Iterator[tuple[str, int, Tensor]]:
+        """Task, layer and embeddings (N, Q, E), to be decoded like a predictor's, for each probe; of `states()`."""
+        for (task, layer), probe in self.probes.items():
+            inputs = to_positions(states[layer], len(self.means[task]))
+            yield task, layer, probe.predict(inputs.flatten(0, 1), strength).unflatten(0, inputs.shape[:2])
 
     def score(self, images: Sequence, indices: Iterable[int], strengths: Sequence[float]) -> dict[float, Scores]:
         """For each strength {task: {layer: {"ridge": centred cosine, "ridge_plain": the paper's}}}, image means."""
-        totals: dict[tuple, Tensor] = {}
-        count = 0
+        count, totals = 0, defaultdict(float)
         for states, targets in self._batches(images, indices):
             count += len(states[0])
             for strength in strengths:
-                for task, layer, prediction in self._predict(states, strength):
-                    centred = centred_cosine(prediction, targets[task], self.means[task]).double().sum()
-                    plain = flat_cosine(prediction, targets[task]).double().sum()
-                    key = (strength, task, str(layer))
-                    totals[key] = totals.get(key, 0) + torch.stack([centred, plain])
-        scores: dict[float, Scores] = {}
+                for task, layer, prediction in self.predict(states, strength):
+                    centred = centred_cosine(prediction, targets[task], self.means[task])
+                    both = torch.stack([centred, flat_cosine(prediction, targets[task])])
+                    totals[strength, task, layer] += both.double().sum(1)
+        scores = {strength: {task: {} for task in self.means} for strength in strengths}
         for (strength, task, layer), total in totals.items():
             ridge, plain = (total / count).tolist()
-            scores.setdefault(strength, {}).setdefault(task, {})[layer] = {"ridge": ridge, "ridge_plain": plain}
+            scores[strength][task][str(layer)] = {"ridge": ridge, "ridge_plain": plain}
         return scores
 
 
-def choose_strength(validation: Iterable[dict[float, Scores]], task: str | None = None) -> float:
+def choose_strength(validation: Sequence[dict[float, Scores]], task: str | None = None) -> float:
     """The strength with the highest mean centred cosine over all methods given and layers, of one task or of all."""
-    totals: dict[float, list[float]] = {}
-    for method in validation:
-        for strength, scores in method.items():
-            chosen = scores.values() if task is None else [scores[task]]
-            totals.setdefault(strength, []).extend(layer["ridge"] for layers in chosen for layer in layers.values())
-    return max(totals, key=lambda strength: sum(totals[strength]) / len(totals[strength]))
+
+    def mean_score(strength):
+        tasks = [layers for scores in validation for name, layers in scores[strength].items() if task in (None, name)]
+        return sum(layer["ridge"] for layers in tasks for layer in layers.values()) / sum(map(len, tasks))
+
+    return max(validation[0], key=mean_score)
 
 
-def probe_model(
-    model,
-    processor,
-    images: Sequence,
-    targets: Targets,
-    splits: Mapping[str, Sequence[int]],
-    strengths: Sequence[float],
-    batch_size: int = 32,
-    prompt: str = "Describe the image.",
-) -> Scores:
+def probe_model(model, processor, images, targets: Targets, splits: Mapping, strengths, **options) -> Scores:
     """Probes on the states of every layer, fitted on `splits["train"]`, scored on `splits["test"]`.
 
     Pass the one strength that was chosen for all methods; of several, the best on `splits["validation"]` is taken.
-    Splits are indices into `images`. Returns {task: {"<layer>": {"ridge": f, "ridge_plain": f}}}, layers from 0.
+    Splits are indices into `images`; `options` are `ModelProbe`'s. Returns {task: {"<layer>": {"ridge": centred
+    cosine, "ridge_plain": plain}}}, layers from 0.
     """
-    probe = ModelProbe(model, processor, targets, batch_size, prompt).fit(images, splits["train"])
+    probe = ModelProbe(model, processor, targets, **options).fit(images, splits["train"])
     strength = strengths[0]
     if len(strengths) > 1:
         strength = choose_strength([probe.score(images, splits["validation"], strengths)])

@@ -5,14 +5,9 @@ from functools import partial
 from . import miniature, paper
 
 RECIPES = {
-    "llama3_vit_pretrain": partial(paper.pretrain, "llama3"),
-    "llama3_vit_finetune": partial(paper.finetune, "llama3"),
-    "phi3_vit_pretrain": partial(paper.pretrain, "phi3"),
-    "phi3_vit_finetune": partial(paper.finetune, "phi3"),
-    "llava_llama3_vit_pretrain": partial(paper.pretrain, "llama3", method="llava"),
-    "llava_llama3_vit_finetune": partial(paper.finetune, "llama3", method="llava"),
-    "llava_phi3_vit_pretrain": partial(paper.pretrain, "phi3", method="llava"),
-    "llava_phi3_vit_finetune": partial(paper.finetune, "phi3", method="llava"),
-    "miniature_pretrain": miniature.pretrain,
-    "miniature_finetune": miniature.finetune,
+    f"{prefix}{llm}_vit_{stage.__name__}": partial(stage, llm, method)
+    for prefix, method in [("", "ola_vlm"), ("llava_", "llava")]
+    for llm in paper.LANGUAGE_MODELS
+    for stage in [paper.pretrain, paper.finetune]
 }
+RECIPES |= {"miniature_pretrain": miniature.pretrain, "miniature_finetune": miniature.finetune}

@@ -5,6 +5,8 @@ Before them the study renders the data (`runs/miniature/data`); the parts are in
 
 from pathlib import Path
 
+from .paper import SCHEDULE
+
 METHODS = ("llava", "ola_vlm", "ola_vlm_shuffled")
 WEIGHTS = Path(__file__).parents[1] / "miniature" / "weights"
 # 8x8 image tokens; one task token a task keeps the paper's proportion (24 of 600). The LLM has 4 layers.
@@ -28,20 +30,15 @@ def run_folder(method: str, seed: int, root: str | Path = "runs/miniature") -> P
 def _common(method: str, seed: int, root: str | Path, stage: str) -> dict:
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: choose one of {METHODS}")
-    return {
+    return SCHEDULE | {
         "stage": stage,
         "seed": seed,
         "output_dir": str(run_folder(method, seed, root) / stage),
         "data": str(Path(root) / "data" / f"{stage}.json"),
         "image_folder": str(Path(root) / "data" / "images"),
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
-        "weight_decay": 0.0,
         "learning_rate": 1e-3,
-        "logging_steps": 10,
         "save_steps": 45,
         "save_total_limit": 1,
-        "dataloader_drop_last": True,
         "use_cpu": True,
     }
 
@@ -56,7 +53,7 @@ def pretrain(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
         "target_cache": str(Path(root) / "targets"),
         "standardize_targets": True,
         "shuffle_targets": method == "ola_vlm_shuffled",
-        "max_steps": 200,
+        "max_steps": 300,
         "per_device_train_batch_size": 32,
     }
 
@@ -65,6 +62,6 @@ def finetune(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
     """IFT on questions, task tokens frozen: python train.py --recipe miniature_finetune."""
     return _common(method, seed, root, "finetune") | {
         "checkpoint": str(run_folder(method, seed, root) / "pretrain"),
-        "max_steps": 450,
+        "max_steps": 500,
         "per_device_train_batch_size": 16,
     }

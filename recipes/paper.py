@@ -8,25 +8,18 @@ each is in `recipes/miniature.py`. Expected: CV-Bench, MMStar, RealWorldQA and O
 from ..configuration_ola_vlm import default_tasks
 
 
-def chat_template(first: str, header: str, end: str) -> str:
+def chat_template(first: str, head: str, end: str) -> str:
     """A template that marks answers as `{% generation %}`, which the models' own ones don't.
 
-    `first`: text before the conversation; `header`: Jinja expression of a turn's head, in which ROLE is the speaker.
+    `first`: text before the conversation; `head`: Jinja expression of a turn's head for a `role`; `end`: of a turn.
     """
-    content = "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}"
-    turn = content + "{% endfor %}" + end
-    return (
-        first
-        + "{% for message in messages %}{{ "
-        + header.replace("ROLE", "message['role']")
-        + " }}{% if message['role'] == 'assistant' %}{% generation %}"
-        + turn
-        + "{% endgeneration %}{% else %}"
-        + turn
-        + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
-        + header.replace("ROLE", "'assistant'")
-        + " }}{% endif %}"
+    body = "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}"
+    template = (
+        "{% macro head(role) %}{{ HEAD }}{% endmacro %}FIRST{% for message in messages %}{{ head(message['role']) }}"
+        "{% if message['role'] == 'assistant' %}{% generation %}BODY{% endgeneration %}{% else %}BODY{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ head('assistant') }}{% endif %}"
     )
+    return template.replace("HEAD", head).replace("FIRST", first).replace("BODY", body + "{% endfor %}" + end)
 
 
 # The reference's conversations (LLaVA's system prompt for Llama-3, Phi-3's own for Phi-3).
@@ -35,35 +28,30 @@ CHAT_TEMPLATES = {
         "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nA chat between a curious user and an artificial "
         "intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
         "<|eot_id|>",
-        "'<|start_header_id|>' + ROLE + '<|end_header_id|>\n\n'",
+        "'<|start_header_id|>' + role + '<|end_header_id|>\n\n'",
         "<|eot_id|>",
     ),
-    "phi3": chat_template("<|system|>\nYou are a helpful AI assistant.<|end|>", "'\n<|' + ROLE + '|>\n'", "<|end|>"),
+    "phi3": chat_template("<|system|>\nYou are a helpful AI assistant.<|end|>", "'\n<|' + role + '|>\n'", "<|end|>"),
 }
-LANGUAGE_MODELS = {
-    "llama3": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "phi3": "microsoft/Phi-3-mini-4k-instruct",
-}
+LANGUAGE_MODELS = {"llama3": "meta-llama/Meta-Llama-3-8B-Instruct", "phi3": "microsoft/Phi-3-mini-4k-instruct"}
 TEACHERS = {
     # The folder image_encoder of stabilityai/stable-diffusion-2-1-unclip, with its feature_extractor's configuration.
     "gen": {"encoder": "clip_image", "path": "models/stable-diffusion-2-1-unclip/image_encoder"},
     "depth": {"encoder": "depth_anything", "path": "depth-anything/Depth-Anything-V2-Large-hf"},
     "seg": {"encoder": "oneformer", "path": "shi-labs/oneformer_coco_swin_large"},
 }
-# One epoch each, cosine schedule, 3% warm-up, no weight decay, bf16; batches are for 16 devices.
+# Of the miniature's runs, too; no weight decay is the default.
+SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 10, "dataloader_drop_last": True}
+# One epoch each, bf16; batches are for 16 devices.
 COMMON = {
+    **SCHEDULE,
     "num_train_epochs": 1,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,
-    "weight_decay": 0.0,
     "bf16": True,
     "activation_checkpointing": True,
     "max_length": 2048,
-    "logging_steps": 10,
     "save_steps": 500,
     "save_total_limit": 2,
     "dataloader_num_workers": 4,
-    "dataloader_drop_last": True,
 }
 
 

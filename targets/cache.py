@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .encoders import TargetEncoder
+from .encoders import TargetEncoder, open_image
 
 
 def image_key(image: Image.Image) -> str:
     """A hash of what the encoders see of an image: its size and RGB values."""
-    image = image.convert("RGB")
+    image = open_image(image)
     return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
@@ -39,7 +39,6 @@ class TargetCache:
     def __init__(self, folder: str | Path, fingerprint: str, dtype: torch.dtype = torch.float32):
         self.fingerprint, self.dtype = fingerprint, dtype
         self.folder = Path(folder) / f"{fingerprint}-{str(dtype).removeprefix('torch.')}"
-        self._shards: dict[Path, object] = {}
         self._rows: dict[str, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             self._index(path)
@@ -49,19 +48,11 @@ class TargetCache:
             keys = json.loads(shard.metadata()["keys"])
         self._rows |= {key: (path, row) for row, key in enumerate(keys)}
 
-    def __getstate__(self):
-        return self.__dict__ | {"_shards": {}}  # open files don't travel to data loader workers
-
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, image: Image.Image) -> bool:
-        return image_key(image) in self._rows
-
-    @property
-    def keys(self) -> list[str]:
-        """The keys of all images it holds, sorted."""
-        return sorted(self._rows)
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
 
     def fill(
         self,
@@ -80,24 +71,21 @@ class TargetCache:
         Returns: the number of images encoded.
         """
         if encoder.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"this cache belongs to {self.fingerprint}, not to {encoder.fingerprint}: open another one"
-            )
+            raise ValueError(f"this cache belongs to {self.fingerprint}, not {encoder.fingerprint}: open another one")
         self.folder.mkdir(parents=True, exist_ok=True)
         pending: dict[str, Tensor] = {}
-        encoded, images = 0, iter(images)
+        before, images = len(self), iter(images)
         while batch := list(itertools.islice(images, batch_size)):
-            new = {key: image for image in batch if (key := image_key(image)) not in self._rows and key not in pending}
+            new = {key: image for image in batch if (key := image_key(image)) not in self and key not in pending}
             if new:
                 pending |= zip(new, encoder.encode(list(new.values()), batch_size).to(self.dtype), strict=True)
-            encoded += len(new)
             if len(pending) >= shard_size:
                 self._write(pending)
                 pending = {}
             progress(len(batch))
         if pending:
             self._write(pending)
-        return encoded
+        return len(self) - before
 
     def _write(self, targets: dict[str, Tensor]):
         keys, tensor = list(targets), torch.stack(list(targets.values()))
@@ -112,18 +100,15 @@ class TargetCache:
 
     def read(self, keys: list[str]) -> Tensor:
         """The targets of these keys, in their order: (N, Q, E), fp32. Only the rows asked for are read from disk."""
-        missing = sum(key not in self._rows for key in keys)
+        missing = sum(key not in self for key in keys)
         if missing or not self._rows:
-            raise KeyError(
-                f"{missing} of {len(keys)} images are not in the target cache {self.folder}: fill() it first"
-            )
+            raise KeyError(f"{missing} of {len(keys)} images are not in the target cache {self.folder}: fill() it")
         if not keys:  # a batch without images still has Q and E
-            return self.read(self.keys[:1])[:0]
+            return self.read([next(iter(self._rows))])[:0]
         rows = []
         for path, row in (self._rows[key] for key in keys):
-            if path not in self._shards:
-                self._shards[path] = safe_open(path, "pt")  # maps the file into memory
-            rows.append(self._shards[path].get_slice("targets")[row].float())
+            with safe_open(path, "pt") as shard:  # maps the file into memory: as fast as keeping it open
+                rows.append(shard.get_slice("targets")[row].float())
         return torch.stack(rows)
 
     def __call__(self, images: list[Image.Image]) -> Tensor:

@@ -8,12 +8,13 @@ cropped or stretched), so that a grid cell means the same part of the picture to
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -30,27 +31,48 @@ from transformers.models.llava import LlavaImageProcessor
 _VOLATILE_FIELDS = {"_name_or_path", "_commit_hash", "architectures", "dtype", "transformers_version"}
 
 
-def _stable_config(value):
-    if isinstance(value, dict):
-        return {key: _stable_config(item) for key, item in value.items() if key not in _VOLATILE_FIELDS}
-    return value
+def open_image(source: Image.Image | str | Path) -> Image.Image:
+    """An image or file as RGB, upright and on white as transformers reads it: student and teachers see one picture.
+    ValueError for more than 8 bits a channel, which would saturate."""
+    image = source if isinstance(source, Image.Image) else Image.open(source)
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"{source} has mode {image.mode}, whose values would saturate: convert it to 8 bits first")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _without_volatile(fields: dict) -> dict:
+    return {name: value for name, value in fields.items() if name not in _VOLATILE_FIELDS}
 
 
 def _to_map(features_NQE: Tensor) -> Tensor:
     """(N, Q, E) -> (N, E, grid, grid)."""
-    side = round(features_NQE.shape[1] ** 0.5)
-    if side * side != features_NQE.shape[1]:
-        raise ValueError(
-            f"{features_NQE.shape[1]} positions are no square grid: pass features of shape (N, grid^2, E)"
-        )
+    length, side = features_NQE.shape[1], math.isqrt(features_NQE.shape[1])
+    if side**2 != length:
+        raise ValueError(f"{length} positions are no square grid: pass features of shape (N, grid^2, E)")
     return features_NQE.transpose(1, 2).unflatten(2, (side, side))
 
 
+def load_teacher(model_class: type[PreTrainedModel], path, dtype, device, **kwargs):
+    """The model, and the side in pixels, mean and standard deviation in its folder's preprocessor_config.json."""
+    values, _ = ImageProcessingMixin.get_image_processor_dict(path)
+    if missing := {"image_mean", "image_std", "size"} - values.keys():
+        raise ValueError(f"{path}: the image processor's configuration lacks {sorted(missing)}: add them there")
+    size = values["size"]
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or size["height"]
+    model = model_class.from_pretrained(path, dtype=dtype, **kwargs).to(device)
+    return model, size, values["image_mean"], values["image_std"]
+
+
 class TargetEncoder(ABC):
-    """A frozen teacher behind one small protocol: `encode`, `fingerprint`, `target_length`, `target_dim`.
+    """A frozen teacher behind one small protocol: `encode`, `fingerprint`, `target_length` (Q), `target_dim` (E).
 
     Args:
         model: the teacher, already on its device.
+        target_dim: width of its features.
         size: side in pixels of the square that the teacher sees.
         grid: side of the target's grid (24 in the paper: 576 positions), or 1 for an image embedding.
         image_mean, image_std: of the teacher's own preprocessing, in 0..1.
@@ -58,55 +80,25 @@ class TargetEncoder(ABC):
 
     name: str
 
-    def __init__(self, model: PreTrainedModel, size: int, grid: int, image_mean: list[float], image_std: list[float]):
+    def __init__(self, model: PreTrainedModel, target_dim: int, size: int, grid: int, image_mean, image_std):
         self.model = model.eval().requires_grad_(False)
-        self.size, self.grid = size, grid
+        self.target_dim, self.size, self.grid = target_dim, size, grid
+        mean, std, side = list(image_mean), list(image_std), {"height": size, "width": size}
         self.image_processor = LlavaImageProcessor(
-            do_pad=True,
-            do_center_crop=False,
-            size={"height": size, "width": size},
-            image_mean=list(image_mean),
-            image_std=list(image_std),
+            do_pad=True, do_center_crop=False, size=side, image_mean=mean, image_std=std
         )
-
-    @staticmethod
-    def _preprocessing(path: str | Path) -> tuple[list[float], list[float], int]:
-        """Mean, standard deviation and side in pixels, from the preprocessor_config.json of a folder or Hub name."""
-        values, _ = ImageProcessingMixin.get_image_processor_dict(path)
-        if missing := {"image_mean", "image_std", "size"} - values.keys():
-            raise ValueError(f"{path}: the image processor's configuration lacks {sorted(missing)}: add them there")
-        size = values["size"]
-        if isinstance(size, dict):
-            size = size.get("shortest_edge") or size["height"]
-        return values["image_mean"], values["image_std"], size
+        # What decides, besides weights and configuration, which features an image gets (a part of the cache key).
+        self.geometry = {"square": "pad", "size": size, "grid": grid, "mean": mean, "std": std}
+        self.geometry["resample"] = int(self.image_processor.resample)
 
     @property
     def target_length(self) -> int:
-        """Q."""
         return self.grid**2
-
-    @property
-    @abstractmethod
-    def target_dim(self) -> int:
-        """E."""
-
-    @property
-    def geometry(self) -> dict:
-        """What decides, besides weights and configuration, which features an image gets (a part of the cache key)."""
-        processor = self.image_processor
-        return {
-            "square": "pad",
-            "size": self.size,
-            "grid": self.grid,
-            "mean": list(processor.image_mean),
-            "std": list(processor.image_std),
-            "resample": int(processor.resample),
-        }
 
     @cached_property
     def fingerprint(self) -> str:
         """A file-safe name that changes with the class, weights, configuration, numeric type, grid or geometry."""
-        config = _stable_config(self.model.config.to_diff_dict())
+        config = json.loads(self.model.config.to_json_string(), object_hook=_without_volatile)
         digest = hashlib.blake2b(json.dumps([config, self.geometry], sort_keys=True, default=str).encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
@@ -115,6 +107,7 @@ class TargetEncoder(ABC):
 
     def pixel_values(self, images: list[Image.Image]) -> Tensor:
         """(N, 3, S, S) in the model's type and on its device."""
+        images = [open_image(image) for image in images]
         pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return pixels.to(self.model.device, self.model.dtype)
 
@@ -143,22 +136,14 @@ class DepthAnythingEncoder(TargetEncoder):
     def __init__(self, model, grid, image_mean, image_std, features: str = "mean"):
         if features not in ("mean", "last"):
             raise ValueError(f"features is {features!r}: use 'mean' or 'last'")
-        super().__init__(model, grid * model.config.patch_size, grid, image_mean, image_std)
-        self.features = features
+        channels, size = model.backbone.channels[-1], grid * model.config.patch_size
+        super().__init__(model, channels, size, grid, image_mean, image_std)
+        self.features = self.geometry["features"] = features
 
     @classmethod
     def from_pretrained(cls, path, grid: int = 24, features: str = "mean", dtype=torch.float32, device="cpu"):
-        model = DepthAnythingForDepthEstimation.from_pretrained(path, dtype=dtype).to(device)
-        mean, std, _ = cls._preprocessing(path)
+        model, _, mean, std = load_teacher(DepthAnythingForDepthEstimation, path, dtype, device)
         return cls(model, grid, mean, std, features)
-
-    @property
-    def target_dim(self) -> int:
-        return self.model.backbone.channels[-1]
-
-    @property
-    def geometry(self) -> dict:
-        return super().geometry | {"features": self.features}
 
     def _features(self, pixels):
         maps = [feature[:, 1:] for feature in self.model.backbone(pixels).feature_maps]  # without the class token
@@ -201,25 +186,19 @@ class OneFormerEncoder(TargetEncoder):
     name = "oneformer"
 
     def __init__(self, model, size, grid, image_mean, image_std, task_inputs: list[int] | None = None):
-        super().__init__(model, size, grid, image_mean, image_std)
+        channels = model.model.pixel_level_module.encoder.channels[-1]
+        super().__init__(model, channels, size, grid, image_mean, image_std)
         self.task_inputs = task_inputs
 
     @classmethod
     def from_pretrained(cls, path, grid: int = 24, task_inputs=None, dtype=torch.float32, device="cpu"):
         # The pixel decoder's dropout hangs on `is_training`, not on eval().
-        model = _OneFormer.from_pretrained(path, dtype=dtype, is_training=False).to(device)
-        mean, std, size = cls._preprocessing(path)
+        model, size, mean, std = load_teacher(_OneFormer, path, dtype, device, is_training=False)
         if task_inputs is None and (not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").exists()):
-            length = model.config.task_seq_len
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            tokens = tokenizer("the task is semantic", padding="max_length", max_length=length, truncation=True)
+            ids = AutoTokenizer.from_pretrained(path)("the task is semantic")["input_ids"]
             # OneFormerProcessor's way: padding is id 0, whatever the tokenizer's padding token.
-            task_inputs = [i * m for i, m in zip(tokens["input_ids"], tokens["attention_mask"], strict=True)]
+            task_inputs = ids + [0] * (model.config.task_seq_len - len(ids))
         return cls(model, size, grid, mean, std, task_inputs)
-
-    @property
-    def target_dim(self) -> int:
-        return self.model.model.pixel_level_module.encoder.channels[-1]
 
     def _features(self, pixels):
         last = self.model.model.pixel_level_module.encoder(pixels).feature_maps[-1]
@@ -227,7 +206,7 @@ class OneFormerEncoder(TargetEncoder):
 
     @staticmethod
     def _resize(maps: Tensor, size) -> Tensor:
-        return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
     def class_and_mask_logits(self, stages: list[Tensor], task_inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's class logits (N, queries, classes + 1) and mask logits (N, queries, h, w) for its backbone's
@@ -252,16 +231,13 @@ class OneFormerEncoder(TargetEncoder):
         if images is None:
             raise ValueError("decoding a segmentation is teacher-assisted: pass the images of the features")
         if self.task_inputs is None:
-            raise ValueError(
-                "no token ids for 'the task is semantic': save a tokenizer with the teacher or pass task_inputs"
-            )
+            raise ValueError("no ids of 'the task is semantic': save a tokenizer with the teacher or pass task_inputs")
         labels = [torch.empty(0, self.size, self.size, dtype=torch.int64)]
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
             stages = list(self.model.model.pixel_level_module.encoder(self.pixel_values(images[rows])).feature_maps)
             if features is not None:
-                replacement = _to_map(features[rows].to(stages[-1].device, stages[-1].dtype))
-                stages[-1] = self._resize(replacement, stages[-1].shape[-2:])
+                stages[-1] = self._resize(_to_map(features[rows].to(stages[-1])), stages[-1].shape[-2:])
             task_inputs = torch.tensor([self.task_inputs]).expand(len(stages[-1]), -1)
             classes, masks = self.class_and_mask_logits(stages, task_inputs)
             # As OneFormer's image processor: without the null class, masks weighted by their queries' classes.
@@ -282,20 +258,11 @@ class ClipImageEncoder(TargetEncoder):
         """`grid` must be 1: there is one embedding for the whole image."""
         if grid != 1:
             raise ValueError(f"grid is {grid}, but clip_image has one embedding for the whole image: leave grid at 1")
-        model = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype).to(device)
-        mean, std, _ = cls._preprocessing(path)
-        return cls(model, model.config.image_size, 1, mean, std)
-
-    @property
-    def target_dim(self) -> int:
-        return self.model.config.projection_dim
+        model, _, mean, std = load_teacher(CLIPVisionModelWithProjection, path, dtype, device)
+        return cls(model, model.config.projection_dim, model.config.image_size, 1, mean, std)
 
     def _features(self, pixels):
         return self.model(pixels).image_embeds[:, None]
 
 
-ENCODERS: dict[str, type[TargetEncoder]] = {
-    "depth_anything": DepthAnythingEncoder,
-    "oneformer": OneFormerEncoder,
-    "clip_image": ClipImageEncoder,
-}
+ENCODERS = {encoder.name: encoder for encoder in (DepthAnythingEncoder, OneFormerEncoder, ClipImageEncoder)}

@@ -61,7 +61,7 @@ WRONG = {
     "num_task_tokens": [(-1, "at least 0"), (3, "divisor of target_length 16"), (32, "divisor"), (2.0, "integer")],
     "target_length": [(0, "at least 1"), (None, "integer")],
     "target_dim": [("10", "integer"), (None, "integer")],
-    "loss_weight": [(-0.5, "at least 0"), ("high", "number")],
+    "loss_weight": [(-0.5, "at least 0"), ("high", "number"), (float("inf"), "finite")],
     "contrastive_weight": [(None, "number")],
     "predictor_depth": [(0, "at least 1")],
     "predictor_heads": [(0, "at least 1")],
@@ -69,7 +69,11 @@ WRONG = {
     "predictor_ffn_mult": [(0, "at least 1")],
     "predictor_dim": [(0, "at least 1")],
     "output_mlp": [("yes", "true or false")],
-    "keys": [([], "list one or more of"), (["image", "words"], r"'system', 'image', 'task', 'text'")],
+    "keys": [
+        ([], "list one or more of"),
+        ([["image"]], "list one"),
+        (["image", "words"], r"'system', 'image', 'task', 'text'"),
+    ],
 }
 
 
@@ -83,6 +87,14 @@ def test_wrong_task_fields(field, value, remedy):
 def test_wrong_task_lists():
     with pytest.raises(ValueError, match=r"tasks\[\]\.name is None"):
         make_config([{"layers": [1]}])
+    with pytest.raises(ValueError, match=r"tasks\[\] is 'depth': give each task as a dict"):
+        normalize_task("depth", 32, 4)
+    with pytest.raises(ValueError, match=r"tasks\[\]\.name is 'keys': .* no attribute of"):
+        make_config([{"name": "keys", "layers": [1], "target_length": 1, "target_dim": 8}])
+    with pytest.raises(ValueError, match=r"tasks\[depth\]\.keys .* without task tokens there is no key"):
+        make_config([{**tiny_tasks()[1], "num_task_tokens": 0, "keys": ["task"]}])
+    with pytest.raises(ValueError, match=r"task_token_ids .* give different ids"):
+        make_config(tiny_tasks(), task_token_ids=[f"<depth_{i}>" for i in range(8)])
     with pytest.raises(ValueError, match=r"tasks\[depth\] is \['layer'\]: unknown fields"):
         make_config([{"name": "depth", "layer": 3}])
     with pytest.raises(ValueError, match=r"tasks\[motion\]\.target_length is None"):

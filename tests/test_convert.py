@@ -13,10 +13,17 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPVisionModel,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     Phi3Config,
     Phi3ForCausalLM,
+    PhiConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from ola_vlm.convert.export import main as export
@@ -95,6 +102,56 @@ def test_parts_as_objects_and_padded_vocabulary(tiny_parts):
 def test_parts_that_do_not_fit(make_model):
     with pytest.raises(ValueError, match=r"tasks\[depth\]\.layers .* from 1 to 4"):
         make_model(tasks=[{"name": "depth"}])
+    with pytest.raises(ValueError, match=r"\['image_sise', 'kind'\].* no fields of OlaVlmConfig"):
+        make_model(image_sise=32, kind=1, vision_feature_layer=-1)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+GEMMA2 = {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 3.0, "initializer_range": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Qwen2Config(**SIZES, num_key_value_heads=2, vocab_size=64), None),
+        (GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=64, tie_word_embeddings=False), None),
+        (GraniteConfig(**SIZES, vocab_size=64, logits_scaling=8.0), "Granite.* more than a linear head"),
+        (Gemma2Config(**SIZES, **GEMMA2, vocab_size=64), "Gemma2.* more than a linear head"),
+        (GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=64), r"GPT2.* ties its head to wte\.weight"),
+        (PhiConfig(**SIZES, vocab_size=64), "Phi.* has a bias"),
+    ],
+)
+def test_language_models_keep_their_logits_or_are_refused(tiny_parts, config, message):
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config)
+    llm.train()  # with dropout: neither matters to the check nor is changed by it
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            build_ola_vlm(tiny_parts.vision_tower, llm, make_tokenizer(), tasks=tiny_tasks())
+        return
+    model, _ = build_ola_vlm(tiny_parts.vision_tower, llm, make_tokenizer(), tasks=tiny_tasks())
+    assert llm.training and not model.training
+    ids, known = torch.arange(4, 20)[None], len(make_tokenizer())
+    with torch.no_grad():
+        ours, own = model(input_ids=ids).logits[..., :known], llm.eval()(input_ids=ids).logits[..., :known]
+    torch.testing.assert_close(ours, own)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_towers_with_and_without_a_class_token(tiny_parts, tmp_path, strategy):
+    """SigLIP's has none: every token of it is a patch. CLIP's is left out unless one asks for it."""
+    torch.manual_seed(0)
+    SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=32, patch_size=8)).save_pretrained(tmp_path)
+    siglip = build_ola_vlm(str(tmp_path), tiny_parts.language_model, tasks=tiny_tasks())
+    assert siglip[0].config.vision_feature_select_strategy == siglip[1].vision_feature_select_strategy == "full"
+    assert siglip[1].num_additional_image_tokens == 0
+    overrides = {"tasks": tiny_tasks(), "vision_feature_select_strategy": strategy}
+    clip = build_ola_vlm(tiny_parts.vision_tower, tiny_parts.language_model, **overrides)
+    for (model, processor), tokens in ((siglip, 16), (clip, 16 + (strategy == "full"))):
+        batch = encode(processor, random_rows(2))
+        assert (batch["input_ids"] == model.config.image_token_id).sum(1).tolist() == [tokens, tokens]
+        output = model(**batch, output_predictions=True)
+        assert output.logits.isfinite().all() and output.predictions["seg"][2].shape == (2, 16, 14)
 
 
 # The reference's checkpoints
@@ -192,7 +249,9 @@ def test_convert_phi3(tmp_path):
     """The same key table; Phi-3's fused projections keep transformers' names."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-    llm = Phi3ForCausalLM(Phi3Config(**sizes, num_hidden_layers=4, vocab_size=512, pad_token_id=0))
+    sizes |= {"num_hidden_layers": 4, "vocab_size": 512, "pad_token_id": 0}
+    checkpoint = {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    llm = Phi3ForCausalLM(Phi3Config(**sizes, **checkpoint)).eval()
 
     def phi3(weights):
         for name in list(weights):
@@ -202,12 +261,9 @@ def test_convert_phi3(tmp_path):
 
     model, _ = convert_reference(copy_reference(tmp_path / "phi3", phi3, model_type="ola_phi3", **sizes), TOWER)
     assert model.model.language_model.layers[0].self_attn.qkv_proj.weight.shape == (192, 64)
-    ids = torch.arange(4, 20)[None]
-    llm.config.rms_norm_eps = model.config.text_config.rms_norm_eps
+    ids = torch.arange(4, 84)[None]
     with torch.no_grad():
-        ours, theirs = model(input_ids=ids).logits[..., :512], llm.eval()(input_ids=ids).logits
-    assert model.config.text_config.rope_parameters["rope_theta"] == 500000.0  # the checkpoint's own
-    assert ours.shape == theirs.shape and ours.isfinite().all()
+        assert model(input_ids=ids).logits[..., :512].equal(llm(input_ids=ids).logits)
 
 
 # Plain LLaVA
@@ -225,6 +281,9 @@ def test_export_is_llava_with_the_same_logits(make_model, tiny_parts, tied_parts
     assert fields["model_type"] == "llava" and fields["architectures"] == ["LlavaForConditionalGeneration"]
     assert not {"tasks", "task_token_ids", "auto_map"} & set(fields)
     assert not list((tmp_path / "plain").glob("*.py"))
+    written = {path.name: path.read_text() for path in (tmp_path / "plain").glob("*.json")}
+    assert {"config.json", "processor_config.json", "tokenizer_config.json"} <= set(written)
+    assert not [name for name, text in written.items() if "auto_map" in text or "ola_vlm" in text.lower()]
     plain, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "plain", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     names = load_file(tmp_path / "plain" / "model.safetensors").keys()

@@ -5,8 +5,14 @@ import json
 import pytest
 import torch
 from conftest import make_tokenizer, random_image, random_rows, tiny_tasks
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ola_vlm.training.data import LlavaRows, OlaVlmCollator, open_image
+from ola_vlm.targets.cache import image_key
+from ola_vlm.targets.encoders import ClipImageEncoder, open_image
+from ola_vlm.training.data import LlavaRows, OlaVlmCollator
+
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 32}
 
 
 def fingerprint_target(task):
@@ -165,6 +171,14 @@ def test_llava_json(tmp_path, collator):
     assert len(batch["pixel_values"]) == 3 and batch["row_ids"] == ["0", "1", "2"]
 
 
+def test_rows_without_an_id_are_named_by_their_place(tmp_path, collator):
+    nameless = {"image": "a.png", "conversations": sample(0)["conversations"]}
+    rows = LlavaRows(write_llava(tmp_path, [sample("x"), nameless], ["a.png"]))
+    assert collator([rows[0], rows[1]])["row_ids"] == ["x", "1"]
+    with pytest.raises(ValueError, match="row 1: 1 <image> placeholders for 0 images"):
+        LlavaRows(write_llava(tmp_path, [sample("x"), nameless | {"image": []}]))
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -205,5 +219,47 @@ def test_rows_longer_than_max_length_are_dropped_with_their_count(tmp_path, coll
         rows.drop_longer_than(3, collator)
 
 
+def picture_files(folder):
+    """Image files that a plain conversion to RGB would spoil."""
+    colour, seen = random_image(0), random_image(1, (32, 32)).convert("L")
+    rgba, grey = colour.copy(), colour.convert("L")
+    rgba.putalpha(seen)
+    grey.putalpha(seen)
+    palette = colour.quantize(16)
+    palette.save(folder / "palette.png", transparency=3)
+    rgba.save(folder / "rgba.png")
+    grey.save(folder / "la.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    random_image(2, (32, 16)).save(folder / "rotated.png", exif=exif)
+    return {name: folder / f"{name}.png" for name in ("rgba", "la", "palette", "rotated")}
+
+
+@pytest.mark.parametrize("name", ["rgba", "la", "palette", "rotated"])
+def test_training_sees_the_picture_of_inference(collator, processor, tmp_path, name):
+    """Student in training, student at inference, teachers and their cache: whether they get the file or its image."""
+    path = picture_files(tmp_path)[name]
+    # transformers loads files upright, and puts transparent images on white
+    source = str(path) if name == "rotated" else Image.open(path)
+    expected = processor(text="<image>", images=[source], return_tensors="pt")["pixel_values"]
+    encoder = ClipImageEncoder(CLIPVisionModelWithProjection(CLIPVisionConfig(**TINY)), 8, 32, 1, [0.5] * 3, [0.5] * 3)
+    right, naive = open_image(path), Image.open(path).convert("RGB")
+    naive.info.clear()  # PIL remembers a palette's transparent colour
+    for image in (path, Image.open(path)):
+        batch = collator([{"id": "x", "images": [image], "messages": conversation(1)}])
+        assert batch["pixel_values"].equal(expected)
+        assert encoder.pixel_values([image]).equal(encoder.pixel_values([right]))
+        assert image_key(image) == image_key(right) != image_key(naive)
+    assert not collator._pixel_values([naive]).equal(expected)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_8_bits_are_refused(tmp_path, mode):
+    Image.new(mode, (8, 8), 1000).save(tmp_path / "deep.tiff")
+    with pytest.raises(ValueError, match=r"deep\.tiff.*convert it to 8 bits first"):
+        open_image(tmp_path / "deep.tiff")
+
+
 def test_images_become_rgb():
     assert open_image(random_image(0).convert("L")).mode == "RGB"
+    assert open_image(random_image(0)).tobytes() == random_image(0).tobytes()

@@ -6,6 +6,8 @@ from conftest import random_image
 
 from ola_vlm.eval.multiple_choice import generate_answers, is_correct, parse_choice, score
 from ola_vlm.eval.statistics import compare_answers, paired_comparison
+from ola_vlm.targets.encoders import open_image
+from ola_vlm.training.data import OlaVlmCollator
 
 NUMBERS = ["2", "3", "10", "1"]
 SIDES = ["left", "far left", "the blue box"]
@@ -89,6 +91,18 @@ def test_generate_answers_reports_progress_by_batch(make_model, questions, tmp_p
 
     generate_answers(model, processor, questions, tmp_path, batch_size=4, max_new_tokens=1, progress=progress)
     assert batches == [0, 4]
+
+
+def test_the_model_sees_pictures_as_in_training(make_model, questions, tmp_path, monkeypatch):
+    model, processor = make_model()
+    see_through = random_image(0)
+    see_through.putalpha(random_image(1).convert("L"))
+    see_through.save(tmp_path / "0.png")
+    seen, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: seen.append(inputs["pixel_values"]) or generate(**inputs))
+    generate_answers(model, processor, questions[:1], tmp_path, max_new_tokens=1)
+    collate = OlaVlmCollator(processor)._pixel_values
+    assert seen[0].equal(collate([open_image(see_through)])) and not seen[0].equal(collate([random_image(0)]))
 
 
 def record(id, output, answer="(A)", task="depth"):

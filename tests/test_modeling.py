@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from ola_vlm.configuration_ola_vlm import normalize_task
 from ola_vlm.convert.reference import convert_reference, convert_state_dict
-from ola_vlm.modeling_ola_vlm import EmbeddingPredictor, OlaVlmForConditionalGeneration
+from ola_vlm.modeling_ola_vlm import EmbeddingPredictor, ImageLayout, OlaVlmForConditionalGeneration
 from ola_vlm.training.losses import embedding_loss
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -187,8 +187,8 @@ def test_golden_full_model(reference_model):
     recorded = convert_state_dict(recorded, layers)
     assert {name.split(".")[0] for name in recorded} == {"logit_scales", "queries", "predictors", "model"}
     for name, grad in recorded.items():
-        if name.startswith("logit_scales."):  # 3e-5, left over from terms of about 1: the recording's own rounding
-            assert (model.get_parameter(name).grad - grad).abs() < 3e-9
+        if name.startswith("logit_scales."):  # about 3e-5, what is left of terms of about 1: within their rounding
+            assert (model.get_parameter(name).grad - grad).abs() < torch.finfo(torch.float32).eps / 2
         else:
             assert_close(model.get_parameter(name).grad, grad)
 
@@ -311,9 +311,14 @@ def test_layer_is_the_output_of_that_block(make_model):
     model.model.language_model.norm.register_forward_hook(lambda _, __, output: states.__setitem__(4, output))
     with torch.no_grad():
         output = model(**batch, output_predictions=True)
-        expected = model.predict_embeddings(states, batch["input_ids"], batch["attention_mask"], 2)
-    for key, value in by_task(output.predictions).items():
-        assert value.equal(by_task(expected)[key])
+        layout = ImageLayout.find(batch["input_ids"], batch["attention_mask"], 2, model.config)
+        for task in model.config.tasks:
+            name, mask = task["name"], layout.key_mask(task)
+            for layer in task["layers"]:  # the predictor itself, on the state that the block was seen to return
+                columns = states[layer][layout.sample_N[:, None], layout.task_columns_NK[name]]
+                queries = columns if name == "gen" else model.queries[name][None]
+                expected = model.predictors[name][str(layer)](states[layer], queries, layout.sample_N, mask)
+                assert output.predictions[name][layer].equal(expected), f"{name} {layer}"
 
 
 @torch.no_grad()
@@ -658,3 +663,6 @@ def test_initialisation(make_model):
     assert predictor.norm_out.weight.eq(1).all()
     assert 0.9 < predictor.proj_in.weight.std() * 3**0.5 * 32**0.5 < 1.1  # torch's uniform one
     assert 0.18 < model.model.multi_modal_projector.linear_1.weight.std() < 0.22  # the LLM's initializer_range
+    wide = {"name": "depth", "layers": [1], "target_length": 64, "target_dim": 10, "num_task_tokens": 0}
+    latents = make_model(tasks=[wide | {"predictor_dim": 100}])[0].predictors["depth"]["1"].latents
+    assert latents.shape == (1, 64, 100) and 0.095 < latents.std() < 0.105  # 1 / sqrt(100)

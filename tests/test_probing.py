@@ -121,6 +121,9 @@ def test_states_are_the_image_tokens_only(make_model):
         probe = ModelProbe(model, processor, {}, prompt="what color")
         states = probe.states(IMAGES[:3])
         assert len(states) == 5 and all(state.shape == (3, 16, 32) for state in states)
+    rotated = IMAGES[0].copy()
+    rotated.getexif()[0x0112] = 6  # the teachers see it upright, so must the student
+    assert probe.states([rotated])[-1].equal(probe.states([IMAGES[0].rotate(-90)])[-1])
     inputs = processor(text=[probe.text], images=IMAGES[1:2], return_tensors="pt", add_special_tokens=False)
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16 < inputs["input_ids"].shape[1] - 8
     with torch.no_grad():
@@ -171,7 +174,9 @@ def test_predictions_have_the_score(make_model):
     model, processor = make_model()
     targets = random_targets()
     probe = ModelProbe(model, processor, targets, batch_size=3).fit(IMAGES, SPLITS["train"])
-    predictions = probe.predict(IMAGES[20:], 0.1)
+    predictions = {task: {} for task in targets}
+    for task, layer, prediction in probe.predict(probe.states(IMAGES[20:]), 0.1):
+        predictions[task][layer] = prediction
     score = probe.score(IMAGES, SPLITS["test"], [0.1])[0.1]
     assert predictions["depth"][3].shape == (4, 16, 10) and predictions["gen"][0].shape == (4, 1, 12)
     cosine = centred_cosine(predictions["seg"][4], targets["seg"][20:], targets["seg"][:16].mean(0)).mean()

@@ -1,6 +1,7 @@
 """`train(args)` from files to a loadable checkpoint, the command line, and the recipes."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from ola_vlm.train import last_checkpoint, main, train
 from ola_vlm.training.arguments import OlaVlmArguments
 
 ROOT = Path(__file__).parents[1]
+ONE_TASK = tiny_tasks()[:1]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,12 @@ def test_killed_run_resumes_from_its_last_complete_checkpoint(world, tmp_path):
         ({"vision_tower": None}, "vision_tower and language_model"),
         ({"checkpoint": "somewhere"}, "either checkpoint or"),
         ({"teachers": {"depth": {}}}, r"need one teacher each.*\['depth'\]"),
+        ({"tasks": ONE_TASK, "teachers": {"gen": {"path": "x"}}}, r"\['gen'\] is .*encoder one of \['depth_anything'"),
+        ({"tasks": ONE_TASK, "teachers": {"gen": {"encoder": "clip", "path": "x"}}}, r"'clip'.*'clip_image'"),
+        ({"tasks": ONE_TASK, "teachers": {"gen": {"encoder": "clip_image"}}}, r"\['gen'\] is .*give its path"),
         ({"stage": "posttrain"}, "'posttrain' is unknown"),
+        ({"dtype": "float64"}, r"dtype 'float64' is unknown.*'float32', 'bfloat16'"),
+        ({"data": None, "vision_tower": "not looked at"}, "give data"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ],
 )
@@ -159,12 +166,15 @@ def test_wrong_arguments_name_the_field(world, tmp_path, changes, message):
         train(arguments(world, tmp_path, **changes))
 
 
-def test_command_line(world, tmp_path, monkeypatch):
+def test_command_line(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's: a command starts without
     monkeypatch.setitem(RECIPES, "tiny", lambda: world | {"output_dir": str(tmp_path / "from_recipe")})
     one_task = json.dumps(world["tasks"][1:2])
     teachers = json.dumps({"depth": world["teachers"]["depth"]})
     changes = ["--tasks", one_task, "--teachers", teachers, "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
     cli.main(["train", "--recipe", "tiny", *changes, "--weight-decay=0.25"])
+    errors = capsys.readouterr().err
+    assert errors.count("stage pretrain: trains {'projector': ") == 1 and "[transformers] stage" not in errors
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["recipe"] == "tiny" and run["max_steps"] == 1 and run["weight_decay"] == 0.25
     assert [task["name"] for task in run["tasks"]] == ["depth"] and run["learning_rate"] == 0.01

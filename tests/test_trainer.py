@@ -189,8 +189,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make_model, tmp_path, stag
         resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step - 1}"))
         assert losses(resumed) == losses(whole)
         for name, value in weights(second).items():
-            if part_of(name) in STAGES[stage].trains or stage == "pretrain":
-                assert value.equal(weights(model)[name]), name
+            assert value.equal(weights(model)[name]), name
         states = (trainer.optimizer.state_dict()["state"] for trainer in (resumed, whole))
         for mine, other in zip(*(state.values() for state in states), strict=True):
             assert all(mine[key].equal(other[key]) for key in mine)
@@ -256,27 +255,15 @@ def test_right_targets_are_learnt_and_those_of_another_sample_are_not(make_model
 @pytest.mark.parametrize("bad", ["depth", "ntp"])
 def test_non_finite_loss_halts_before_the_step_and_names_it_and_its_rows(make_model, tmp_path, bad):
     model, processor = make_model()
-    tasks = {task["name"]: task for task in model.config.tasks}
-    sources = {name: target_source(task) for name, task in tasks.items()}
-    if bad == "depth":
-        right = sources["depth"]
-
-        def poisoned(images):  # from the 9th image on, i.e. in the second step
-            targets = right(images)
-            calls.append(len(images))
-            return targets if len(calls) < 2 else targets * math.nan
-
-        sources["depth"], calls = poisoned, []
-    trainer = make_trainer(
-        model, processor, tmp_path, rows=random_rows(16), sources=sources, train_sampling_strategy="sequential"
-    )
+    trainer = make_trainer(model, processor, tmp_path, rows=random_rows(16), train_sampling_strategy="sequential")
     before = {}
 
     class Watch(Interrupt):
         def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                spoilt = model.lm_head if bad == "ntp" else model.predictors["depth"]["1"].proj_in
+                spoilt.weight.data.fill_(math.inf)
             before.update(weights(model))
-            if bad == "ntp" and state.global_step == 1:
-                trainer.model.lm_head.weight.data.fill_(math.inf)
 
     trainer.add_callback(Watch(0))
     with pytest.raises(FloatingPointError, match=r"at step 2 on rank 0: .*") as error:
@@ -289,6 +276,24 @@ def test_non_finite_loss_halts_before_the_step_and_names_it_and_its_rows(make_mo
             assert value.equal(before[name])
 
 
+def test_a_non_finite_target_names_its_row_only(make_model, tmp_path):
+    """Neither the other rows of its micro-batch nor those of the step's other one, whose columns it would spoil."""
+    model, processor = make_model()
+    rows = random_rows(16)
+    sources = {task["name"]: target_source(task) for task in model.config.tasks}
+    right, poisoned = sources["depth"], rows[5]["images"][0].tobytes()
+
+    def source(images):
+        targets = right(images)
+        targets[[image.tobytes() == poisoned for image in images], 3, 2] = math.nan
+        return targets
+
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    options |= {"train_sampling_strategy": "sequential", "sources": sources | {"depth": source}}
+    with pytest.raises(FloatingPointError, match=r"task 'depth'.* rows \['row-5'\] are not finite"):
+        make_trainer(model, processor, tmp_path, rows=rows, **options).train()
+
+
 def test_evaluation_logs_the_same_losses_and_changes_nothing(make_model, tmp_path):
     model, processor = make_model()
     trainer = make_trainer(model, processor, tmp_path, max_steps=1, per_device_eval_batch_size=16)
@@ -299,6 +304,21 @@ def test_evaluation_logs_the_same_losses_and_changes_nothing(make_model, tmp_pat
     trainer.train()
     for name, value in losses(trainer)[0].items():
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5)
+
+
+def test_every_evaluation_names_its_own_losses(make_model, tmp_path):
+    model, processor = make_model()
+    trainer = make_trainer(model, processor, tmp_path, per_device_eval_batch_size=4)
+    sets = {"one": random_rows(4), "other": random_rows(6, seed=1)}
+    alone = {name: trainer.evaluate(rows) for name, rows in sets.items()}
+    predicted = trainer.predict(sets["one"])
+    assert predicted.predictions.shape[0] == 4 and predicted.label_ids.shape == predicted.predictions.shape[:2]
+    together = trainer.evaluate(sets)  # after a prediction, which must leave nothing behind
+    for part in ["loss", *PT_PARTS]:
+        assert predicted.metrics[f"test_{part}"] == pytest.approx(alone["one"][f"eval_{part}"])
+        for name, metrics in alone.items():
+            assert together[f"eval_{name}_{part}"] == pytest.approx(metrics[f"eval_{part}"])
+    assert any("eval_other_loss/ntp" in entry for entry in trainer.state.log_history)
 
 
 def test_logged_losses_are_means_over_the_steps_since_the_last_log(make_model, tmp_path):

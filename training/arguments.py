@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass
 class OlaVlmArguments(TrainingArguments):
@@ -39,6 +41,8 @@ class OlaVlmArguments(TrainingArguments):
         for field in ("tasks", "model_overrides", "teachers"):
             if isinstance(value := getattr(self, field), str):
                 setattr(self, field, json.loads(value))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {list(DTYPES)}")
         if self.ddp_find_unused_parameters is None:
             # Every rank runs the same graph, even without an image. Only a trained tower has blocks that are skipped:
             # those after the layer whose features LLaVA takes.
@@ -48,4 +52,4 @@ class OlaVlmArguments(TrainingArguments):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+        return DTYPES[self.dtype]

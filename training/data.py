@@ -6,14 +6,17 @@ N images of the batch in the order of their placeholders, Q queries, E target wi
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..targets.encoders import open_image
 
 logger = logging.get_logger(__name__)
 
@@ -21,11 +24,6 @@ IGNORE_INDEX = -100
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E) fp32
-
-
-def open_image(image: Image.Image | str | Path) -> Image.Image:
-    """An image of a row as RGB; student and teachers get the very same picture."""
-    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
 
 
 class LlavaRows(Dataset):
@@ -37,7 +35,8 @@ class LlavaRows(Dataset):
 
     def __init__(self, json_path: str | Path, image_folder: str | Path | None = None):
         self.image_folder = Path(os.path.abspath(image_folder or Path(json_path).parent))
-        self.samples = json.loads(Path(json_path).read_text(encoding="utf-8"))
+        samples = json.loads(Path(json_path).read_text(encoding="utf-8"))
+        self.samples = [{"id": index, **sample} for index, sample in enumerate(samples)]
         self.other_image: dict[str, str] | None = None
         for sample in self.samples:
             self._check(sample)
@@ -110,7 +109,8 @@ class OlaVlmCollator:
     It gives the ids that `processor.apply_chat_template` gives, 30 times faster: images are expanded on ids.
 
     Args:
-        processor: an `OlaVlmProcessor` (or `LlavaProcessor`) whose chat template marks `{% generation %}`.
+        processor: an `OlaVlmProcessor` (or `LlavaProcessor`) whose chat template marks `{% generation %}` and whose
+            image processor gives all images the same size.
         target_sources: task name -> function from N images to their (N, Q, E) targets: a cache or an encoder.
         tasks: `config.tasks`; says the shape of the targets.
 
@@ -118,9 +118,7 @@ class OlaVlmCollator:
     so that all ranks run the same graph; targets: task -> (N, Q, E) fp32; row_ids: list of str.
     """
 
-    def __init__(
-        self, processor, target_sources: Mapping[str, TargetSource] | None = None, tasks: Sequence[dict] = ()
-    ):
+    def __init__(self, processor, target_sources: dict[str, TargetSource] | None = None, tasks: Sequence[dict] = ()):
         tokenizer = processor.tokenizer
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token before training")
@@ -128,96 +126,74 @@ class OlaVlmCollator:
         if "generation" not in self.chat_template:
             raise ValueError("the chat template marks no {% generation %} span: no token could be supervised")
         self.processor = processor
-        self.target_sources = dict(target_sources or {})
+        self.target_sources = target_sources or {}
         self.target_shapes = {task["name"]: (task["target_length"], task["target_dim"]) for task in tasks}
         if unknown := set(self.target_sources) - set(self.target_shapes):
             raise ValueError(f"target sources {sorted(unknown)} belong to no task of {list(self.target_shapes)}")
-        self._expansions: dict[str, list[int]] = {}
-        # Knows the student's geometry: the shape of an empty batch of images and the usual expansion.
-        self._blank = self._pixel_values([Image.new("RGB", (8, 8))])
+        blank = self._pixel_values([Image.new("RGB", (8, 8))])
+        self.no_pixel_values = blank[:0]
+        expansion = processor.replace_image_token({"pixel_values": blank}, 0)
+        self.image_ids: list[int] = tokenizer(expansion, add_special_tokens=False)["input_ids"]
 
     def __call__(self, rows: Sequence[dict]) -> dict:
         images = [open_image(image) for row in rows for image in row["images"]]
-        pixel_values = self._pixel_values(images) if images else self._blank[:0]
-        encoded, first = [], 0
-        for row in rows:
-            ids, supervised = self.encode(row, pixel_values[first : first + len(row["images"])])
-            if not any(supervised):
+        input_ids, labels = zip(*(self.encode(row) for row in rows), strict=True)
+        for row, row_labels in zip(rows, labels, strict=True):
+            if set(row_labels) <= {IGNORE_INDEX}:
                 raise ValueError(f"row {row['id']} has no supervised token: it needs an assistant's answer")
-            encoded.append((ids, supervised))
-            first += len(row["images"])
-
-        shape = len(rows), max(len(ids) for ids, _ in encoded)
-        input_ids = torch.full(shape, self.processor.tokenizer.pad_token_id)
-        labels = torch.full(shape, IGNORE_INDEX)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for i, (ids, supervised) in enumerate(encoded):
-            input_ids[i, : len(ids)] = ids = torch.tensor(ids)
-            labels[i, : len(ids)] = ids.where(torch.tensor(supervised), IGNORE_INDEX)
-            attention_mask[i, : len(ids)] = 1
         return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "pixel_values": pixel_values,
+            "input_ids": _pad(input_ids, self.processor.tokenizer.pad_token_id),
+            "attention_mask": _pad([[1] * len(ids) for ids in input_ids], 0),
+            "labels": _pad(labels, IGNORE_INDEX),
+            "pixel_values": self._pixel_values(images) if images else self.no_pixel_values,
             "targets": self._targets(rows, images),
             "row_ids": [str(row["id"]) for row in rows],
         }
 
-    def encode(self, row: dict, pixel_values: torch.Tensor) -> tuple[list[int], list[bool]]:
-        """Token ids of a row, images expanded, and which of them are supervised."""
+    def encode(self, row: dict) -> tuple[list[int], list[int]]:
+        """Token ids of a row, images expanded, and its labels. Opens no image."""
         tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
-        (text,), (spans,) = render_jinja_template(
-            conversations=[row["messages"]],
-            chat_template=self.chat_template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
+        options = {"chat_template": self.chat_template, **tokenizer.special_tokens_map}
+        (text,), (spans,) = render_jinja_template([row["messages"]], return_assistant_tokens_mask=True, **options)
         # The processor's own rule, so that training sees the ids of inference.
         has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
-        if encoding["input_ids"].count(image_id) != len(pixel_values):
-            raise ValueError(
-                f"row {row['id']}: {encoding['input_ids'].count(image_id)} {self.processor.image_token} placeholders "
-                f"in its rendered messages for {len(pixel_values)} images"
-            )
-        ids, supervised, image, span = [], [], 0, 0
-        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            while span < len(spans) and spans[span][1] <= start:
-                span += 1
+        if (placeholders := encoding["input_ids"].count(image_id)) != len(row["images"]):
+            raise ValueError(f"row {row['id']}: {placeholders} <image> placeholders for {len(row['images'])} images")
+        ids, labels = [], []
+        for token, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
             if token == image_id:
-                expansion = self._expand(pixel_values, image)
-                ids += expansion
-                supervised += [False] * len(expansion)
-                image += 1
+                ids += self.image_ids
+                labels += [IGNORE_INDEX] * len(self.image_ids)
             else:
                 ids.append(token)
-                supervised.append(span < len(spans) and spans[span][0] < end)
-        return ids, supervised
+                supervised = any(first < stop and start < last for first, last in spans)
+                labels.append(token if supervised else IGNORE_INDEX)
+        return ids, labels
 
     def length(self, row: dict) -> int:
-        """Tokens of a row; needs no image opened, as the image processor gives all images the same size."""
-        return len(self.encode(row, self._blank.expand(len(row["images"]), -1, -1, -1))[0])
+        """Tokens of a row."""
+        return len(self.encode(row)[0])
 
     def _pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
-    def _expand(self, pixel_values: torch.Tensor, index: int) -> list[int]:
-        text = self.processor.replace_image_token({"pixel_values": pixel_values}, index)
-        if text not in self._expansions:
-            self._expansions[text] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._expansions[text]
-
     def _targets(self, rows: Sequence[dict], images: list[Image.Image]) -> dict[str, torch.Tensor]:
         if self.target_sources and any("target_images" in row for row in rows):
             images = [open_image(image) for row in rows for image in row["target_images"]]
-        targets = {}
+        targets, owners = {}, [row["id"] for row in rows for _ in row["images"]]
         for name, source in self.target_sources.items():
             expected = (len(images), *self.target_shapes[name])
             targets[name] = source(images).float() if images else torch.zeros(expected)
             if targets[name].shape != expected:
-                raise ValueError(
-                    f"task {name!r}: its teacher gave targets {tuple(targets[name].shape)}, the configuration says "
-                    f"{expected}: set target_length and target_dim to the teacher's"
-                )
+                found = f"targets {tuple(targets[name].shape)} from its teacher, {expected} from its configuration"
+                raise ValueError(f"task {name!r} has {found}: set target_length and target_dim to the teacher's")
+            finite = targets[name].isfinite().flatten(1).all(1).tolist()
+            # Later these would spoil the contrastive columns of the whole step, and innocent rows would be blamed.
+            if bad := [owner for owner, good in zip(owners, finite, strict=True) if not good]:
+                raise FloatingPointError(f"task {name!r}: its teacher's targets of the rows {bad} are not finite")
         return targets
+
+
+def _pad(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

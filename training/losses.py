@@ -45,9 +45,9 @@ def embedding_loss(
             loss of one big batch. Default: N.
     """
     if prediction_NQE.shape != target_NQE.shape:
+        shapes = f"{tuple(prediction_NQE.shape)} and {tuple(target_NQE.shape)}"
         raise ValueError(
-            f"predictions {tuple(prediction_NQE.shape)} and targets {tuple(target_NQE.shape)} differ in shape: "
-            "check the task's target_length and target_dim against its teacher"
+            f"predictions and targets have shapes {shapes}: check the task's target_length and target_dim"
         )
     divisor = max(len(prediction_NQE) if num_images is None else num_images, 1)
     prediction = prediction_NQE.float().flatten(1)
@@ -59,9 +59,6 @@ def embedding_loss(
     scale = logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
     # Dividing the logits by the columns' norms spares a normalised copy of all targets.
     cosine_NM = F.normalize(prediction, dim=1) @ columns.T / columns.norm(dim=1).clamp(min=1e-12)
-    if len(columns) > 0:
-        labels = offset + torch.arange(len(prediction), device=prediction.device)
-        contrastive = F.cross_entropy(scale * cosine_NM, labels, reduction="sum") / divisor
-    else:
-        contrastive = (scale * cosine_NM).sum()
+    labels = offset + torch.arange(len(prediction), device=prediction.device)
+    contrastive = F.cross_entropy(scale * cosine_NM, labels, reduction="sum") / divisor
     return EmbeddingLoss(smooth_l1, contrastive, smooth_l1 + contrastive_weight * contrastive)

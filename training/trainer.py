@@ -30,8 +30,8 @@ class OlaVlmTrainer(Trainer):
             raise ValueError("average_tokens_across_devices must stay true: losses are sums over all ranks' counts")
         self.stage = STAGES[args.stage]
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
-        self._parts = {"train": defaultdict(float), "eval": defaultdict(float)}
-        self._steps = {"train": 0, "eval": 0}
+        # Sums of the logged losses, and the number of their "steps", since the last log.
+        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 
     def train(self, *args, **kwargs):
         if self.model_wrapped is self.model and self.model in self.accelerator._models:
@@ -43,7 +43,7 @@ class OlaVlmTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._steps["train"] += 1
+        self._sums["train"]["steps"] += 1
         if self.tasks and batches:
             self._attach_step_targets(batches, device)
         return batches, num_items_in_batch
@@ -75,40 +75,40 @@ class OlaVlmTrainer(Trainer):
         ranks = self.accelerator.num_processes
         parts = {"loss/ntp": loss.detach().clone()}
         for task in self.tasks:
-            name = task["name"]
+            name, weight = task["name"], task["contrastive_weight"]
+            columns = step["columns"][name], step["offset"], step["num_images"]
             for layer in task["layers"]:
-                part = embedding_loss(
-                    outputs.predictions[name][layer],
-                    targets[name],
-                    outputs.logit_scales[name],
-                    task["contrastive_weight"],
-                    step["columns"][name],
-                    step["offset"],
-                    step["num_images"],
-                )
+                prediction, logit_scale = outputs.predictions[name][layer], outputs.logit_scales[name]
+                part = embedding_loss(prediction, targets[name], logit_scale, weight, *columns)
                 loss = loss + ranks * task["loss_weight"] * part.total
                 parts[f"loss/{name}/{layer}/smooth_l1"] = ranks * part.smooth_l1.detach()
                 parts[f"loss/{name}/{layer}/contrastive"] = ranks * part.contrastive.detach()
         if model.training and not torch.isfinite(loss):
             bad = [name for name, value in parts.items() if not torch.isfinite(value)]
-            raise FloatingPointError(
-                f"non-finite loss at step {self.state.global_step + 1} on rank {self.accelerator.process_index}: "
-                f"{', '.join(bad) or 'their sum'}; rows {row_ids}"
-            )
-        mode = "train" if model.training else "eval"
-        self._steps["eval"] += not model.training
+            where = f"step {self.state.global_step + 1} on rank {self.accelerator.process_index}"
+            raise FloatingPointError(f"non-finite loss at {where}: {', '.join(bad) or 'their sum'}; rows {row_ids}")
+        sums = self._sums["train" if model.training else "eval"]
+        sums["steps"] += not model.training  # a training step may have several micro-batches: counted elsewhere
         for name, value in parts.items():
-            self._parts[mode][name] += value
+            sums[name] += value
         return (loss, outputs) if return_outputs else loss
 
+    def _add_means(self, metrics: dict, mode: str, prefix: str = "") -> None:
+        sums, self._sums[mode] = self._sums[mode], defaultdict(float)
+        steps = sums.pop("steps", 0)
+        metrics |= {
+            prefix + name: self.accelerator.reduce(value, "mean").item() / steps for name, value in sums.items()
+        }
+
     def log(self, logs, *args, **kwargs):
-        mode, prefix = ("train", "") if "loss" in logs else ("eval", "eval_")
-        for name, value in self._parts[mode].items():
-            logs[prefix + name] = self.accelerator.reduce(value, "mean").item() / self._steps[mode]
-        if self._parts[mode]:
-            self._parts[mode].clear()
-            self._steps[mode] = 0
+        if "loss" in logs:
+            self._add_means(logs, "train")
         super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._add_means(output.metrics, "eval", f"{metric_key_prefix}_")
+        return output
 
     def get_decay_parameter_names(self, model):
         """Frozen task tokens are rows of the vocabulary's tables, and weight decay would move them: tables never decay

@@ -203,16 +203,13 @@ class OlaVlmModel(LlavaModel):
         inputs_embeds = self.get_input_embeddings()(input_ids)
         replacement = task_token_embeds.to(inputs_embeds.dtype)[match_BTK.int().argmax(-1)]
         inputs_embeds = torch.where(match_BTK.any(-1, keepdim=True), replacement, inputs_embeds)
-        features = None
         if pixel_values is not None:
             vision = {k: kwargs.pop(k, None) for k in ["vision_feature_layer", "vision_feature_select_strategy"]}
             features = torch.cat(self.get_image_features(pixel_values, return_dict=True, **vision).pooler_output)
             features = features.to(inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-        outputs = super().forward(inputs_embeds=inputs_embeds, **kwargs)
-        outputs.image_hidden_states = features
-        return outputs
+        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
 
 class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
@@ -272,6 +269,11 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         renamed = {rename_source_key(name, renamings, [])[0]: value for name, value in state_dict.items()}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
+    def generate(self, *args, **kwargs):
+        """LLaVA's, never emitting image or task tokens, even with a generation config that came without ours."""
+        kwargs.setdefault("suppress_tokens", self.never_emitted)
+        return super().generate(*args, **kwargs)
+
     def task_token_embeddings(self) -> Tensor:
         """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables."""
         counts = {task["name"]: task["num_task_tokens"] for task in self.config.tasks}
@@ -317,7 +319,6 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
         inputs_embeds: Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -329,8 +330,9 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         **kwargs,
     ) -> OlaVlmCausalLMOutputWithPast:
         """
-        LLaVA's forward; `output_predictions=True` adds `predictions` and `logit_scales` and needs `input_ids` and a
-        mask (B, T) of whole sequences. Without images predictions have zero rows but stay in the graph.
+        LLaVA's forward (`kwargs` hold its cache, whose name differs between versions); `output_predictions=True` adds
+        `predictions` and `logit_scales` and needs `input_ids` and a mask (B, T) of whole sequences. Without images
+        predictions have zero rows but stay in the graph.
         """
         wanted = kwargs.pop("output_hidden_states", None)
         wanted = self.config.output_hidden_states if wanted is None else wanted
@@ -348,7 +350,6 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
