@@ -32,9 +32,8 @@ def parse_choice(text: str, choices: Sequence[str]) -> str | None:
 
     Letters come first, then the options' own words ("3", "The left box."); a letter that was not offered is ignored.
     """
-    text = text.strip()
     offered = ascii_uppercase[: len(choices)]
-    if not text or HEDGE.search(text):
+    if not text.strip() or HEDGE.search(text):
         return None
     for rule in RULES:
         match = rule.search(text)
@@ -75,20 +74,16 @@ def generate_answers(
     # alike lengths side by side waste no padding; the sort is stable
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]["question"]))
     outputs = {}
+    template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    padding = {"padding": True, "padding_side": "left"}
     try:
         for start in progress(range(0, len(order), batch_size)):
             batch, chats = order[start : start + batch_size], []
             for question in (questions[i] for i in batch):
                 image = {"type": "image", "image": open_image(Path(image_folder) / question["image"])}
                 chats.append([{"role": "user", "content": [image, {"type": "text", "text": question["question"]}]}])
-            inputs = processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
-            ).to(model.device, model.dtype)
+            inputs = processor.apply_chat_template(chats, **template, processor_kwargs=padding)
+            inputs = inputs.to(model.device, model.dtype)
             tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
             answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             outputs |= zip(batch, answers, strict=True)

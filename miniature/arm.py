@@ -10,7 +10,6 @@ import math
 import resource
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -121,11 +120,13 @@ class Arm(TrainerCallback):
         for stage in STAGES:
             logs[stage] = self.train(stage)
             self.probe(stage)
-        losses = defaultdict(list)
-        for entry in logs["pretrain"]:
-            for name in (name for name in entry if name.startswith("loss/")):
-                losses[name.removeprefix("loss/")].append([entry["step"], entry[name]])
-        losses["finetune ntp"] = [[entry["step"], entry["loss"]] for entry in logs["finetune"] if "loss" in entry]
+
+        def logged(stage: str, name: str) -> list:
+            return [[entry["step"], entry[name]] for entry in logs[stage] if name in entry]
+
+        names = [name for name in logs["pretrain"][0] if name.startswith("loss/")]
+        losses = {name.removeprefix("loss/"): logged("pretrain", name) for name in names}
+        losses["finetune ntp"] = logged("finetune", "loss")
         answers = {int(path.stem.split("_")[1]): path for path in self.folder.glob("answers_*.json")}
         curve = [{"step": step, "accuracy": score(read_json(answers[step]))} for step in sorted(answers)]
         result = {

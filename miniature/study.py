@@ -163,12 +163,11 @@ def publish(root: Path, methods: list[str], ship: bool = False) -> None:
 def main(argv=None) -> dict:
     """Runs the study and returns report.json's content."""
     parser = argparse.ArgumentParser(prog="ola-vlm miniature", description=__doc__)
-    workers = (os.cpu_count() or 1) + 1
     parser.add_argument("--seeds", type=int, default=1, help="seeds a method")
     parser.add_argument("--methods", nargs="+", choices=recipe.METHODS, default=list(recipe.METHODS))
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--resume", action="store_true", help="go on with what an earlier run left in --out")
-    parser.add_argument("--workers", type=int, default=workers, help="arms at a time, one thread each")
+    parser.add_argument("--workers", type=int, default=(os.cpu_count() or 1) + 1, help="arms at a time")
     parser.add_argument("--shrunk", action="store_true", help="4 steps on a few scenes: checks the chain only")
     parser.add_argument("--ship", action="store_true", help="put half-precision checkpoints into miniature/weights")
     args = parser.parse_args(argv)
@@ -199,7 +198,3 @@ def main(argv=None) -> dict:
     results = collect(root, args.methods, args.seeds, clock.seconds, checks)
     print(write_report(root, results).read_text())
     return results
-
-
-if __name__ == "__main__":
-    main()

@@ -35,7 +35,8 @@ CLASSES = ("sky", "floor", *COLORS)  # semantic classes of the masks
 TASKS = ("count", "relation", "depth", "distance")
 CHANCE = {"count": 0.25, "relation": 0.5, "depth": 0.5, "distance": 0.5, "average": 0.4375}
 BINS = 12  # coordinate words a direction in textual descriptions: x0..x11, y0..y11, z0..z11
-DEPTH_RATIO = (1.06, 1.4)  # asked pairs differ by a ratio within; larger ones are told right in 99% of cases
+DEPTH_RATIO = 1.06  # asked pairs differ by at least this ratio
+HARD_DEPTH_RATIO = 1.3  # and in tests by at most this one: larger ones are told right in 99% of cases
 DISTANCE_RATIO = 1.5  # at least
 
 
@@ -279,9 +280,10 @@ def _choices(options) -> str:
     return " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", options, strict=False))
 
 
-def questions(scenes: Scenes, i: int) -> list[dict]:
+def questions(scenes: Scenes, i: int, widest_depth: float = np.inf) -> list[dict]:
     """All questions of a scene: ``{"task", "question", "choices", "answer"}``; the option order is fixed per text,
-    as CV-Bench asks about its coloured boxes. Pairs that differ too little to be seen are left out."""
+    as CV-Bench asks about its coloured boxes. Pairs that differ too little to be seen are left out, and of Depth those
+    that differ by more than ``widest_depth``."""
     slot = {color: k for k, color, _ in _objects(scenes, i)}
     position, found = scenes.position()[i], []
 
@@ -301,7 +303,7 @@ def questions(scenes: Scenes, i: int) -> list[dict]:
                 add("relation", text, options, options[0 if gap > 0 else 1])
     for a, b in combinations(REFERENTS, 2):
         ratio = position[slot[a], 2] / position[slot[b], 2]
-        if DEPTH_RATIO[0] < max(ratio, 1 / ratio) < DEPTH_RATIO[1]:
+        if DEPTH_RATIO < max(ratio, 1 / ratio) < widest_depth:
             options = [f"{a} object", f"{b} object"]
             add("depth", "which object is closer to the camera", options, options[0 if ratio < 1 else 1])
     for anchor in REFERENTS:
@@ -331,11 +333,18 @@ def fetch_questions(scenes: Scenes, i: int) -> list[dict]:
     return found
 
 
+def dense_caption(scenes: Scenes, i: int, places: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Pre-training's turns: a caption, then where ``places`` of the objects are, as dense captions tell it."""
+    where = [(q["question"], q["answer"]) for q in fetch_questions(scenes, i) if q["task"] == "locate"]
+    rng.shuffle(where)
+    return [("describe the image .", caption(scenes, i, rng)), *map(tuple, where[:places])]
+
+
 def balanced(scenes: Scenes, per_task: int, seed: int) -> list[dict]:
     """``per_task`` questions a task, at most one a scene, every text asked equally often with each of its answers, so
     that no reader of the question alone can beat chance. Raises ValueError when there are too few scenes."""
     rng, chosen = np.random.default_rng(seed), []
-    everything = [questions(scenes, i) for i in range(len(scenes))]
+    everything = [questions(scenes, i, HARD_DEPTH_RATIO) for i in range(len(scenes))]
     for task in TASKS:
         pools: dict[tuple[str, str], list] = {}
         for i in rng.permutation(len(scenes)):
