@@ -5,8 +5,6 @@ effective configuration goes to `output_dir/run.json`, model and processor to `o
 """
 
 import argparse
-import dataclasses
-import difflib
 import json
 import logging
 import math
@@ -62,16 +60,15 @@ def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: LlavaRows
         name, teacher = task["name"], dict(teachers[task["name"]])
         load = ENCODERS[teacher.pop("encoder")].from_pretrained
         encoder = load(teacher.pop("path"), grid=math.isqrt(task["target_length"]), device=args.device, **teacher)
-        source, all_targets = encoder.encode, (encoder.encode([image]) for image in rows.images())
+        source = encoder.encode
         if args.target_cache:
             with args.main_process_first(desc=f"targets of {name}"):
                 source = TargetCache(args.target_cache, encoder.fingerprint)
-                if any(key not in source for key in keys):
+                if any(key not in source.rows for key in keys):
                     source.fill(encoder, rows.images())
-            all_targets = (source.read([key]) for key in keys)
         if args.standardize_targets:
             # By the training images' statistics, which go with the run: predictions are restored before decoding.
-            statistics = TargetStatistics.fit(all_targets)
+            statistics = TargetStatistics.fit(source([image]) for image in rows.images())
             if args.should_save:
                 statistics.save(Path(args.output_dir) / "target_statistics" / f"{name}.safetensors")
             source = partial(_standardized, source, statistics)
@@ -127,16 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     chooser.add_argument("--recipe", choices=list(RECIPES), help="where the fields' values come from")
     recipe = chooser.parse_known_args(argv)[0].recipe
     parser = HfArgumentParser(OlaVlmArguments, prog="ola-vlm train", allow_abbrev=False, parents=[chooser])
-    values = RECIPES[recipe]() if recipe else {}
-    parser.set_defaults(**values)
-    namespace, unknown = parser.parse_known_args(argv)
-    fields = [field.name for field in dataclasses.fields(OlaVlmArguments) if field.init]
-    if unknown := [*(f"{recipe}.{name}" for name in values if name not in fields), *unknown]:
-        asked = unknown[0].split("=")[0].rpartition(".")[2].lstrip("-").replace("-", "_")
-        close = difflib.get_close_matches(asked, fields, n=1)
-        advice = f"did you mean --{close[0]}?" if close else "`ola-vlm train --help` lists all"
-        raise SystemExit(f"unknown field {unknown[0]}: {advice}")
-    args = OlaVlmArguments(**{name: getattr(namespace, name) for name in fields})
+    parser.set_defaults(**(RECIPES[recipe]() if recipe else {}))
+    options = {"return_remaining_strings": True, "look_for_args_file": False}
+    args, rest, unknown = parser.parse_args_into_dataclasses(argv, **options)
+    if unknown := [*unknown, *(f"{recipe}.{name}" for name in vars(rest) if name != "recipe")]:
+        raise SystemExit(f"unknown field {', '.join(unknown)}: `ola-vlm train --help` lists all")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ola_vlm").setLevel("INFO" if args.should_log else "WARNING")
     train(args, recipe=recipe)

@@ -31,11 +31,6 @@ def load_vision_config(path: str) -> PreTrainedConfig:
     return config.vision_config if "vision_config" in config.sub_configs else config
 
 
-def load_vision_tower(path: str) -> PreTrainedModel:
-    """The tower with that config."""
-    return AutoModel.from_pretrained(path, config=load_vision_config(path))
-
-
 def build_processor(
     tokenizer, vision_config, tasks, statistics=None, chat_template=None, class_tokens=1, strategy="default"
 ) -> OlaVlmProcessor:
@@ -125,7 +120,7 @@ def build_ola_vlm(
         with contextlib.suppress(OSError):  # a tower may be saved without its processor
             own = AutoImageProcessor.from_pretrained(vision_tower)
             statistics = (own.image_mean, own.image_std)
-        vision_tower = load_vision_tower(vision_tower)
+        vision_tower = AutoModel.from_pretrained(vision_tower, config=load_vision_config(vision_tower))
     if isinstance(language_model, str):
         language_model = AutoModelForCausalLM.from_pretrained(language_model)
     if tokenizer is None or isinstance(tokenizer, str):

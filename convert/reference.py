@@ -42,24 +42,21 @@ KEYS = {
 
 
 def rename_key(key: str, layers: dict[str, list[int]]) -> str | None:
-    """Our name of a reference parameter, None if it is dropped, "" if it is unknown; `layers[task][i]`: of head i."""
-    head = re.match(r"image_(gen|depth|seg)_heads\.(\d+)\.", key)
+    """Our name of a reference parameter, None if it is dropped, its own if unknown; `layers[task][i]`: of head i."""
+    name, head = key, re.match(r"image_(gen|depth|seg)_heads\.(\d+)\.", key)
     if head and int(head[2]) < len(layers.get(head[1], [])):
-        key = f"predictors.{head[1]}.{layers[head[1]][int(head[2])]}.{key[head.end() :]}"
+        name = f"predictors.{head[1]}.{layers[head[1]][int(head[2])]}.{key[head.end() :]}"
     for pattern, ours in KEYS.items():
-        match = re.fullmatch(pattern, key)
-        if match:
+        if match := re.fullmatch(pattern, name):
             return ours and match.expand(ours)
-    return ""
+    return key
 
 
 def convert_state_dict(state_dict: dict[str, Tensor], layers: dict[str, list[int]]) -> dict[str, Tensor]:
-    """All weights under our names. Raises ValueError listing the keys that the table doesn't know."""
-    names = {key: rename_key(key, layers) for key in state_dict}
-    if unknown := sorted(key for key, name in names.items() if name == ""):
-        raise ValueError(f"{len(unknown)} keys of the checkpoint are unknown: {unknown}")
-    converted = {name: state_dict[key] for key, name in names.items() if name}
-    return {name: value.reshape(1) if "logit_scales" in name else value for name, value in converted.items()}
+    """All weights under our names; those that the table doesn't know keep theirs."""
+    renamed = {rename_key(key, layers): value for key, value in state_dict.items()}
+    renamed.pop(None, None)
+    return {name: value.reshape(1) if "logit_scales" in name else value for name, value in renamed.items()}
 
 
 def read_task(config: dict, name: str, depth_mlp: bool) -> dict:
@@ -85,7 +82,7 @@ def convert_reference(reference: str, vision_tower: str | None = None, tokenizer
     """
     Model, and processor or None without a `tokenizer` folder. `vision_tower`: folder or repository with the tower's
     config, by default the one that the checkpoint names (a name, or a folder beside `reference`).
-    Raises ValueError for an architecture, or keys, that don't fit.
+    Raises ValueError for an architecture that doesn't fit, RuntimeError listing missing and unknown weights.
     """
     folder = Path(reference)
     fields = json.loads((folder / "config.json").read_text())
@@ -122,13 +119,10 @@ def convert_reference(reference: str, vision_tower: str | None = None, tokenizer
     config = build_config(text_config, vision_config, tasks, ids, num_tokens, vision_feature_layer=layer)
     for name in {"lm_head.weight", "model.language_model.embed_tokens.weight"} & converted.keys():
         converted[name] = grow_table(converted[name], known, num_tokens)
+    if config.tie_word_embeddings:
+        converted["lm_head.weight"] = converted["model.language_model.embed_tokens.weight"]
     model = OlaVlmForConditionalGeneration(config).to(next(iter(converted.values())).dtype)
-    missing, unknown = model.load_state_dict(converted, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := sorted(set(missing) - tied):
-        raise ValueError(f"{len(missing)} weights are missing in the checkpoint: {missing}")
-    if unknown:
-        raise ValueError(f"{len(unknown)} weights of the checkpoint have no place in ours: {sorted(unknown)}")
+    model.load_state_dict(converted)  # an error lists the weights that are missing and those that are unknown
     model.write_task_tokens()
     for field in ["bos_token_id", "eos_token_id", "pad_token_id"]:
         setattr(model.generation_config, field, fields.get(field))

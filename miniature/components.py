@@ -6,6 +6,7 @@ Interrupted runs resume from ``--work``. Every part is measured on held-out scen
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -48,7 +49,7 @@ FLOORS = {  # measure: (bound, whether a smaller figure is better)
     "depth": ("absolute relative error", 0.12, True),
     "seg": ("mIoU", 0.35, False),
 }
-STEPS = {"language_model": 3000, "vision_tower": 1200, "gen": 500, "depth": 900, "seg": 1800}
+STEPS = {"language_model": 3000, "vision_tower": 1600, "gen": 500, "depth": 900, "seg": 1800}
 WORDS = ("describe", "the", "image", ".", ",", "and", "a", "yes", "no", "not", "is", "it", "are")  # and the world's
 
 
@@ -68,9 +69,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\([A-D]\)|\w+|[^\w\s]"), "removed", invert=True)
     names = {"bos_token": "<s>", "eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(
-        **names, tokenizer_object=tokenizer, additional_special_tokens=special[4:], chat_template=template
-    )
+    names |= {"additional_special_tokens": special[4:], "chat_template": template}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def preprocess(images: np.ndarray) -> torch.Tensor:
@@ -266,34 +266,18 @@ def _region_phrases(scenes: world.Scenes, arrays: dict, index: np.ndarray):
     return share * (alone & (scenes.color[index] >= 0))[:, None], phrase
 
 
-def _position_start(weight: torch.Tensor):
-    """2-D sines and cosines as a start of the tower's position embeddings (GRID**2, width). From a small random start
-    half of the column was lost on the way to the features that LLaVA reads: captions and region phrases need none."""
-    angle = 2 * math.pi * (torch.arange(GRID) + 0.5) / GRID * torch.tensor([0.5, 1, 2, 4])[:, None]
-    line = torch.cat([angle.sin(), angle.cos()]).T
-    code = torch.cat([line.repeat_interleave(GRID, 0), line.repeat(GRID, 1)], 1)
-    directions = torch.linalg.qr(torch.randn(weight.shape[1], code.shape[1]))[0]
-    with torch.no_grad():
-        weight += 2 * code @ directions.T
-
-
 def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
-    """CLIP on image-caption pairs. ``dense`` adds pairs for the features that LLaVA reads (layer -2): of regions and
-    phrases (a pale red cube), of patches and the words for their place (x3, y5)."""
+    """CLIP on image-caption pairs; ``dense`` adds region-phrase pairs on the features LLaVA reads (layer -2)."""
     torch.manual_seed(1 if dense else 2)
     tokenizer = build_tokenizer()
-    for word in HAZE_WORDS:
-        tokenizer.add_tokens(word)
+    tokenizer.add_tokens(list(HAZE_WORDS))
     vision = CLIPVisionConfig.from_pretrained(WEIGHTS / name, dtype="float32")
     text = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {f"{special}_token_id": getattr(tokenizer, f"{special}_token_id") for special in ("bos", "eos", "pad")}
     text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 40}
-    model = CLIPModel(
-        CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=vision.projection_dim)
-    )
-    _position_start(model.vision_model.embeddings.position_embedding.weight[1:])
+    sizes = {"text_config": text, "vision_config": vision.to_dict(), "projection_dim": vision.projection_dim}
+    model = CLIPModel(CLIPConfig(**sizes))
     model.region_projection = torch.nn.Linear(vision.hidden_size, vision.projection_dim, bias=False)
-    model.place_projection = torch.nn.Linear(vision.hidden_size, vision.projection_dim, bias=False)
     scenes, arrays = scene_arrays(work)
 
     def encode_text(texts):
@@ -301,35 +285,23 @@ def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
         batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
         return F.normalize(model.get_text_features(**batch).pooler_output, dim=-1)
 
-    names = list(world.COLORS)
-    phrases = [f"a {haze} {color} {shape}" for haze in HAZE_WORDS for color in names for shape in world.SHAPES]
-    middle = (torch.arange(GRID) + 0.5) / GRID
-    column = (middle * world.BINS).long().repeat(GRID)
-    row = (middle / world.HEIGHT * world.BINS).long().clamp(max=world.BINS - 1).repeat_interleave(GRID)
-    places = [f"{axis}{k}" for axis in "xy" for k in range(world.BINS)]
+    kinds = itertools.product(HAZE_WORDS if dense else (), world.COLORS, world.SHAPES)
+    phrases = [f"a {haze} {color} {shape}" for haze, color, shape in kinds]
 
     def loss(rng, share):
         index = rng.integers(0, len(scenes), 64)
         vision_out = model.vision_model(preprocess(arrays["image"][index]), output_hidden_states=True)
         image = F.normalize(model.visual_projection(vision_out.pooler_output), dim=-1)
         captions = [world.caption(scenes, i, rng) for i in index]
-        if dense:
-            texts = encode_text(captions + phrases + places)
-            written, phrase, place = texts.split([len(captions), len(phrases), len(places)])
-        else:
-            written = encode_text(captions)
+        written, phrase = encode_text(captions + phrases).split([len(captions), len(phrases)])
         logits = model.logit_scale.exp().clamp(max=100) * image @ written.T
         diagonal = torch.arange(len(index))
         total = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
         if dense:
             cover, wanted = _region_phrases(scenes, arrays, index)
             b, p, k = np.nonzero(cover > 0.35)  # patch-level pairs: a patch that shows mostly one object
-            patches = vision_out.hidden_states[-2][:, 1:]
-            regions = F.normalize(model.region_projection(patches)[b, p], dim=-1)
+            regions = F.normalize(model.region_projection(vision_out.hidden_states[-2][:, 1:])[b, p], dim=-1)
             total = 0.3 * total + F.cross_entropy(20 * regions @ phrase.T, torch.from_numpy(wanted[b, k]))
-            where = 20 * F.normalize(model.place_projection(patches), dim=-1) @ place.T
-            for logits, answer in zip(where.chunk(2, -1), (column, row), strict=True):
-                total += 0.5 * F.cross_entropy(logits.transpose(1, 2), answer.expand(len(index), -1))
         return total
 
     fit(model, loss, steps, 1e-3, work, name)
@@ -347,16 +319,12 @@ def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
             patches = F.normalize(model.region_projection(hidden[:, 1:])[b, p], dim=-1)
             guess = (patches @ encode_text(phrases).T).argmax(1).numpy()
             figures["patch phrase accuracy"] = float((guess == wanted[b, k]).mean())
-            colors = len(world.COLORS)
-            figures["patch colour accuracy"] = float((guess // 4 % colors == wanted[b, k] // 4 % colors).mean())
-            figures["patch shape accuracy"] = float((guess % 4 == wanted[b, k] % 4).mean())
     if dense:
-        tower = CLIPVisionModel(model.config.vision_config)
+        tower = CLIPVisionModel(vision)
+        tower.load_state_dict(model.vision_model.state_dict())
     else:
-        tower = CLIPVisionModelWithProjection(model.config.vision_config)
-        tower.visual_projection.load_state_dict(model.visual_projection.state_dict())
-    source = tower.vision_model if hasattr(tower, "vision_model") else tower
-    source.load_state_dict(model.vision_model.state_dict())
+        tower = CLIPVisionModelWithProjection(vision)
+        tower.vision_model, tower.visual_projection = model.vision_model, model.visual_projection
     _save(tower, out / name)
     return figures
 
@@ -386,10 +354,8 @@ def train_depth(work: Path, out: Path, steps: int):
     truth = torch.from_numpy(held["depth"])
     relative, things = ((depth - truth).abs() / truth), torch.from_numpy(held["mask"] >= 2)
     _save(model, out / "depth")
-    return {
-        "absolute relative error": relative.mean().item(),
-        "absolute relative error on objects": relative[things].mean().item(),
-    }
+    name = "absolute relative error"
+    return {name: relative.mean().item(), f"{name} on objects": relative[things].mean().item()}
 
 
 def train_seg(work: Path, out: Path, steps: int):
@@ -423,9 +389,8 @@ def _save(model, folder: Path):
     parts' sizes are written, and what they are made from again.)"""
     model.half().save_pretrained(folder)
     size = {"height": world.SIZE, "width": world.SIZE}
-    CLIPImageProcessor(size=size, do_center_crop=False, image_mean=IMAGE_MEAN, image_std=IMAGE_STD).save_pretrained(
-        folder
-    )
+    processor = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
+    processor.save_pretrained(folder)
 
 
 TRAINERS = {

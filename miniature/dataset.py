@@ -22,7 +22,6 @@ SEEDS = {"train": 101, "validation": 102, "test": 103}
 QUESTIONS = {"test": 400}  # a task
 PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *world.COLORS.values()])  # a colour for each class
 TURNS = 8  # question-answer turns an image in instruction tuning
-PLACES = 3  # objects whose place is told beside the caption in pre-training: with captions alone no place was learnt
 
 
 def _conversations(turns: list[tuple[str, str]]) -> list[dict]:
@@ -50,7 +49,7 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
         stored = {"depth": arrays["depth"].astype(np.float16), "mask": arrays["mask"]}
         world.save_scenes(folder / f"{split}.safetensors", scenes[split], stored)
         if split == "train":
-            captions = [world.dense_caption(scenes[split], i, PLACES, rng) for i in range(count)]
+            captions = [[("describe the image .", world.caption(scenes[split], i, rng))] for i in range(count)]
             chats = [world.conversation(scenes[split], i, TURNS, rng) for i in range(count)]
             chats = [[(turn["question"], turn["answer"]) for turn in chat] for chat in chats]
             for name, turns in (("pretrain", captions), ("finetune", chats)):

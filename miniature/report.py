@@ -271,10 +271,8 @@ def loss_panel(results: dict, key: str, ax) -> None:
 def gain_panel(results: dict, ax) -> None:
     """OLA-VLM minus LLaVA with its interval, for every task."""
     if compared := results.get("comparison"):
-        middle, low, high = 100 * np.array([[c["difference"], *c["ci95"]] for c in compared.values()]).T
-        ax.errorbar(
-            middle, list(compared), xerr=[middle - low, high - middle], fmt="o", color=DRAWN[OURS][1], capsize=3
-        )
+        gain, low, high = 100 * np.array([[c["difference"], *c["ci95"]] for c in compared.values()]).T
+        ax.errorbar(gain, list(compared), xerr=[gain - low, high - gain], fmt="o", color=DRAWN[OURS][1], capsize=3)
         ax.invert_yaxis()
         ax.set(title="gain (points)", xlabel=f"{OURS} - {BASELINE}")
     ax.axvline(0, color="black", linewidth=1)

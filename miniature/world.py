@@ -35,8 +35,8 @@ CLASSES = ("sky", "floor", *COLORS)  # semantic classes of the masks
 TASKS = ("count", "relation", "depth", "distance")
 CHANCE = {"count": 0.25, "relation": 0.5, "depth": 0.5, "distance": 0.5, "average": 0.4375}
 BINS = 12  # coordinate words a direction in textual descriptions: x0..x11, y0..y11, z0..z11
-DEPTH_RATIO = 1.06  # asked pairs differ by at least this ratio
-HARD_DEPTH_RATIO = 1.3  # and in tests by at most this one: larger ones are told right in 99% of cases
+DEPTH_RATIO = (1.25, np.inf)  # asked pairs differ by a ratio within
+HARD_DEPTH_RATIO = (1.06, 1.3)  # and in tests within this one: larger ones are told right in 99% of cases
 DISTANCE_RATIO = 1.5  # at least
 
 
@@ -140,9 +140,8 @@ def _intersect(shape: int, o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np
             half, radius = 0.9, 0.95 if cone else 0.8
             k = radius / (2 * half) if cone else 0.0  # the radius shrinks by k a unit of height
             r0, slope = (k * (half - oy), -k * dy) if cone else (radius, 0.0)
-            t0, t1, real = _quadratic(
-                dx * dx + dz * dz - slope * slope, ox * dx + oz * dz - r0 * slope, ox * ox + oz * oz - r0 * r0
-            )
+            a, b, c = dx * dx + dz * dz - slope**2, ox * dx + oz * dz - r0 * slope, ox * ox + oz * oz - r0 * r0
+            t0, t1, real = _quadratic(a, b, c)
             sides = [(t, real & (np.abs(oy + t * dy) <= half)) for t in (t0, t1)]
             caps = [((y - oy) / dy, y) for y in ((-half,) if cone else (-half, half))]
             caps = [(t, (ox + t * dx) ** 2 + (oz + t * dz) ** 2 <= radius**2) for t, _ in caps]
@@ -168,10 +167,9 @@ def _cast(scenes: Scenes, origin: np.ndarray, direction: np.ndarray):
                 continue
             c, s, scale = (x[index, k, None, None].astype(np.float32) for x in (cos, sin, radius))
 
-            def turn(x, c=c, s=s):
-                return np.concatenate(
-                    [c * x[..., :1] - s * x[..., 2:], x[..., 1:2], s * x[..., :1] + c * x[..., 2:]], -1
-                )
+            def turn(points, c=c, s=s):
+                x, y, z = np.split(points, 3, -1)
+                return np.concatenate([c * x - s * z, y, s * x + c * z], -1)
 
             o = turn(origin[index] - centre[index, k, None].astype(np.float32)) / scale
             t, normal = _intersect(shape, np.broadcast_to(o, direction[index].shape), turn(direction[index]) / scale)
@@ -236,24 +234,18 @@ def caption(scenes: Scenes, i: int, rng: np.random.Generator) -> str:
 
 def coordinates(scenes: Scenes, i: int, k: int) -> list[str]:
     """The coordinate words of an object: image column, row (both from the top left) and depth, BINS steps each."""
-    share = (
-        scenes.u[i, k] + 0.5,
-        HORIZON - scenes.v[i, k],
-        np.log(scenes.z[i, k] / NEAR) / np.log(FAR / NEAR),
-    )
-    scale = (1.0, 1 / HEIGHT, 1.0)
-    return [f"{axis}{min(int(s * f * BINS), BINS - 1)}" for axis, s, f in zip("xyz", share, scale, strict=True)]
+    far = np.log(scenes.z[i, k] / NEAR) / np.log(FAR / NEAR)
+    share = scenes.u[i, k] + 0.5, (HORIZON - scenes.v[i, k]) / HEIGHT, far
+    return [f"{axis}{min(int(s * BINS), BINS - 1)}" for axis, s in zip("xyz", share, strict=True)]
 
 
 def description(scenes: Scenes, i: int) -> str:
     """The scene as text: every object's coordinate words and shape, each with the object's colour (by which questions
     name it) right behind it. The referents come last, always in the same order: in random order a small language
     model did not learn to look them up in 3,400 steps, in this one it does in 500."""
-    objects = [
-        " ".join(f"{word} {color}" for word in (*coordinates(scenes, i, k), shape))
-        for k, color, shape in sorted(_objects(scenes, i), key=lambda found: -scenes.color[i, found[0]])
-    ]
-    return " ; ".join(objects)
+    found = sorted(_objects(scenes, i), key=lambda found: -scenes.color[i, found[0]])
+    words = [[f"{word} {color}" for word in (*coordinates(scenes, i, k), shape)] for k, color, shape in found]
+    return " ; ".join(map(" ".join, words))
 
 
 def blend(scenes: Scenes, i: int, rng: np.random.Generator, length: int = 32) -> list[list[str]]:
@@ -269,21 +261,19 @@ def blend(scenes: Scenes, i: int, rng: np.random.Generator, length: int = 32) ->
 def listing(scenes: Scenes, i: int) -> str:
     """The same words with the name first, in the order of the colours: to write it, objects must be looked up by name
     (what makes a small language model learn to)."""
-    objects = [
-        " ".join(f"{color} {word}" for word in (shape, *coordinates(scenes, i, k)))
-        for k, color, shape in _objects(scenes, i)
-    ]
-    return " ; ".join(objects)
+    found = _objects(scenes, i)
+    words = [[f"{color} {word}" for word in (shape, *coordinates(scenes, i, k))] for k, color, shape in found]
+    return " ; ".join(map(" ".join, words))
 
 
 def _choices(options) -> str:
     return " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", options, strict=False))
 
 
-def questions(scenes: Scenes, i: int, widest_depth: float = np.inf) -> list[dict]:
+def questions(scenes: Scenes, i: int, depth_ratio=DEPTH_RATIO) -> list[dict]:
     """All questions of a scene: ``{"task", "question", "choices", "answer"}``; the option order is fixed per text,
     as CV-Bench asks about its coloured boxes. Pairs that differ too little to be seen are left out, and of Depth those
-    that differ by more than ``widest_depth``."""
+    whose ratio is not within ``depth_ratio``."""
     slot = {color: k for k, color, _ in _objects(scenes, i)}
     position, found = scenes.position()[i], []
 
@@ -303,7 +293,7 @@ def questions(scenes: Scenes, i: int, widest_depth: float = np.inf) -> list[dict
                 add("relation", text, options, options[0 if gap > 0 else 1])
     for a, b in combinations(REFERENTS, 2):
         ratio = position[slot[a], 2] / position[slot[b], 2]
-        if DEPTH_RATIO < max(ratio, 1 / ratio) < widest_depth:
+        if depth_ratio[0] < max(ratio, 1 / ratio) < depth_ratio[1]:
             options = [f"{a} object", f"{b} object"]
             add("depth", "which object is closer to the camera", options, options[0 if ratio < 1 else 1])
     for anchor in REFERENTS:
@@ -331,13 +321,6 @@ def fetch_questions(scenes: Scenes, i: int) -> list[dict]:
             found.append({"task": "shape", "question": f"what shape is the {color} object ?", "answer": shape})
             found.append({"task": "range", "question": f"how far is the {color} object ?", "answer": z})
     return found
-
-
-def dense_caption(scenes: Scenes, i: int, places: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Pre-training's turns: a caption, then where ``places`` of the objects are, as dense captions tell it."""
-    where = [(q["question"], q["answer"]) for q in fetch_questions(scenes, i) if q["task"] == "locate"]
-    rng.shuffle(where)
-    return [("describe the image .", caption(scenes, i, rng)), *map(tuple, where[:places])]
 
 
 def balanced(scenes: Scenes, per_task: int, seed: int) -> list[dict]:
@@ -381,19 +364,13 @@ def conversation(
     return [picked[j] for j in rng.permutation(len(picked))]
 
 
-def _render_chunk(job: tuple[Scenes, int]) -> dict[str, np.ndarray]:
-    return render(*job)
-
-
-def make_scenes(count: int, seed: int, workers: int = 2, desc: str = "rendering") -> tuple[Scenes, dict]:
+def make_scenes(count: int, seed: int, desc: str = "rendering") -> tuple[Scenes, dict]:
     """``count`` scenes whose objects can all be seen (at least 12 pixels each), with their rendered arrays."""
     scenes = sample_scenes(int(count * 1.15) + 8, seed)
-    chunks = [(scenes[i : i + 32], seed * 1_000_003 + i) for i in range(0, len(scenes), 32)]
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            parts = list(tqdm(pool.map(_render_chunk, chunks), desc=desc, total=len(chunks), unit="batch"))
-    else:
-        parts = [_render_chunk(chunk) for chunk in tqdm(chunks, desc=desc, unit="batch")]
+    starts = range(0, len(scenes), 32)
+    with ProcessPoolExecutor(2) as pool:
+        chunks, seeds = [scenes[i : i + 32] for i in starts], [seed * 1_000_003 + i for i in starts]
+        parts = list(tqdm(pool.map(render, chunks, seeds), desc=desc, total=len(starts), unit="batch"))
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     keep = np.flatnonzero(((arrays["visible"] >= 12) | (scenes.color < 0)).all(1))[:count]
     if len(keep) < count:

@@ -6,7 +6,6 @@ strength, to be chosen on validation images once and used for all methods alike.
 N images, V image tokens an image, Q positions of the target, H LLM width, E target width, R rows (N * Q).
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -16,9 +15,6 @@ from torch.nn import functional as F
 
 from ..targets.encoders import open_image
 
-logger = logging.getLogger(__name__)
-
-Targets = Mapping[str, Tensor | Callable[[list], Tensor]]
 Scores = dict[str, dict[str, dict[str, float]]]  # task -> layer -> {"ridge", "ridge_plain"}
 
 
@@ -37,8 +33,6 @@ class RidgeProbe:
     def update(self, x_RH: Tensor, y_RE: Tensor):
         """Adds rows: scatter matrices around the mean so far, merged by the parallel variance formula."""
         width, rows = x_RH.shape[1], len(x_RH)
-        if len(y_RE) != rows:
-            raise ValueError(f"{rows} inputs for {len(y_RE)} targets: they must correspond row by row")
         both = torch.cat([x_RH.double(), y_RE.double()], dim=1)
         mean = both.mean(0)
         both, delta, share = both - mean, mean - self.mean, rows / (self.count + rows)
@@ -49,11 +43,7 @@ class RidgeProbe:
         self._solved.clear()
 
     def solve(self, strength: float) -> tuple[Tensor, Tensor]:
-        """Weights (H, E) and intercept (E,), float64."""
-        if strength <= 0:
-            raise ValueError(f"strength is {strength}: it must be positive (states may be linearly dependent)")
-        if self.count == 0:
-            raise ValueError("no rows to fit: call update() first")
+        """Weights (H, E) and intercept (E,), float64, for a positive strength."""
         if strength not in self._solved:
             width, covariance = len(self.scatter), self.scatter / self.count
             std = covariance.diagonal().sqrt()
@@ -84,15 +74,13 @@ def centred_cosine(prediction_NQE: Tensor, target_NQE: Tensor, mean_QE: Tensor) 
 
 def to_positions(states_NVH: Tensor, length: int) -> Tensor:
     """Image-token states as inputs for `length` target positions, (N, Q, H): token to token if the grids agree; else
-    the grid is pooled or interpolated; their mean for one embedding an image."""
+    the grids, both square, are pooled or interpolated; their mean for one embedding an image."""
     tokens = states_NVH.shape[1]
     if tokens == length:
         return states_NVH
     if length == 1:
         return states_NVH.mean(1, keepdim=True)
     side, target_side = round(tokens**0.5), round(length**0.5)
-    if side**2 != tokens or target_side**2 != length:
-        raise ValueError(f"{tokens} image tokens, {length} positions: token-to-token probes need square grids of both")
     grid = states_NVH.transpose(1, 2).unflatten(2, (side, side))
     mode = "area" if side > target_side else "bilinear"
     return F.interpolate(grid, size=target_side, mode=mode).flatten(2).transpose(1, 2)
@@ -103,12 +91,11 @@ class ModelProbe:
 
     Args:
         model, processor: OLA-VLM or any LLaVA of transformers with its processor.
-        targets: for each task, the targets of all images (all, Q, E), or a function of a list of images such as a
-            TargetCache.
+        targets: for each task, a function from a list of images to their targets (N, Q, E), such as a TargetCache.
         prompt: the user's words after the image. Image tokens don't see what follows them.
     """
 
-    def __init__(self, model, processor, targets: Targets, batch_size: int = 32, prompt: str = "Describe the image."):
+    def __init__(self, model, processor, targets: Mapping[str, Callable], batch_size=32, prompt="Describe the image."):
         self.model, self.processor, self.targets, self.batch_size = model.eval(), processor, targets, batch_size
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
@@ -130,11 +117,8 @@ class ModelProbe:
 
     def _batches(self, images: Sequence, indices: Iterable[int]) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
         for rows in torch.tensor(list(indices)).split(self.batch_size):
-            batch, targets = [images[i] for i in rows.tolist()], {}
-            for task, source in self.targets.items():
-                target = source(batch) if callable(source) else source[rows]
-                targets[task] = target.to(self.model.device).float()
-            yield self.states(batch), targets
+            batch, device = [images[i] for i in rows.tolist()], self.model.device
+            yield self.states(batch), {task: source(batch).to(device) for task, source in self.targets.items()}
 
     def fit(self, images: Sequence, indices: Iterable[int]) -> "ModelProbe":
         """Fits all probes in one pass over `images[i]` for i in `indices`."""
@@ -173,26 +157,10 @@ class ModelProbe:
         return scores
 
 
-def choose_strength(validation: Sequence[dict[float, Scores]], task: str | None = None) -> float:
-    """The strength with the highest mean centred cosine over all methods given and layers, of one task or of all."""
+def choose_strength(validation: Sequence[dict[float, Scores]], task: str) -> float:
+    """The strength with a task's highest mean centred cosine over all methods given and layers."""
 
-    def mean_score(strength):
-        tasks = [layers for scores in validation for name, layers in scores[strength].items() if task in (None, name)]
-        return sum(layer["ridge"] for layers in tasks for layer in layers.values()) / sum(map(len, tasks))
+    def total(strength):
+        return sum(layer["ridge"] for scores in validation for layer in scores[strength][task].values())
 
-    return max(validation[0], key=mean_score)
-
-
-def probe_model(model, processor, images, targets: Targets, splits: Mapping, strengths, **options) -> Scores:
-    """Probes on the states of every layer, fitted on `splits["train"]`, scored on `splits["test"]`.
-
-    Pass the one strength that was chosen for all methods; of several, the best on `splits["validation"]` is taken.
-    Splits are indices into `images`; `options` are `ModelProbe`'s. Returns {task: {"<layer>": {"ridge": centred
-    cosine, "ridge_plain": plain}}}, layers from 0.
-    """
-    probe = ModelProbe(model, processor, targets, **options).fit(images, splits["train"])
-    strength = strengths[0]
-    if len(strengths) > 1:
-        strength = choose_strength([probe.score(images, splits["validation"], strengths)])
-        logger.info("ridge strength %g of %s, chosen on validation", strength, list(strengths))
-    return probe.score(images, splits["test"], [strength])[strength]
+    return max(validation[0], key=total)

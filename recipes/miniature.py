@@ -53,7 +53,7 @@ def pretrain(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
         "target_cache": str(Path(root) / "targets"),
         "standardize_targets": True,
         "shuffle_targets": method == "ola_vlm_shuffled",
-        "max_steps": 300,
+        "max_steps": 250,
         "per_device_train_batch_size": 32,
     }
 
@@ -62,6 +62,6 @@ def finetune(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
     """IFT on questions, task tokens frozen: python train.py --recipe miniature_finetune."""
     return _common(method, seed, root, "finetune") | {
         "checkpoint": str(run_folder(method, seed, root) / "pretrain"),
-        "max_steps": 500,
+        "max_steps": 450,
         "per_device_train_batch_size": 16,
     }

@@ -8,7 +8,6 @@ cropped or stretched), so that a grid cell means the same part of the picture to
 
 import hashlib
 import json
-import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -45,14 +44,6 @@ def open_image(source: Image.Image | str | Path) -> Image.Image:
 
 def _without_volatile(fields: dict) -> dict:
     return {name: value for name, value in fields.items() if name not in _VOLATILE_FIELDS}
-
-
-def _to_map(features_NQE: Tensor) -> Tensor:
-    """(N, Q, E) -> (N, E, grid, grid)."""
-    length, side = features_NQE.shape[1], math.isqrt(features_NQE.shape[1])
-    if side**2 != length:
-        raise ValueError(f"{length} positions are no square grid: pass features of shape (N, grid^2, E)")
-    return features_NQE.transpose(1, 2).unflatten(2, (side, side))
 
 
 def load_teacher(model_class: type[PreTrainedModel], path, dtype, device, **kwargs):
@@ -107,8 +98,7 @@ class TargetEncoder(ABC):
 
     def pixel_values(self, images: list[Image.Image]) -> Tensor:
         """(N, 3, S, S) in the model's type and on its device."""
-        images = [open_image(image) for image in images]
-        pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        pixels = self.image_processor(images=list(map(open_image, images)), return_tensors="pt")["pixel_values"]
         return pixels.to(self.model.device, self.model.dtype)
 
     # no_grad, not inference_mode: the targets take part in a loss, whose backward pass saves them.
@@ -128,29 +118,24 @@ class TargetEncoder(ABC):
 
 
 class DepthAnythingEncoder(TargetEncoder):
-    """Depth-Anything's DINOv2 features: `features="mean"` of its feature maps (the paper's training target), or
-    `"last"` (the target of the paper's probes). One patch is one grid cell, so it sees grid * patch size pixels."""
+    """The mean of Depth-Anything's DINOv2 feature maps. One patch is one cell, so it sees grid * patch size pixels."""
 
     name = "depth_anything"
 
-    def __init__(self, model, grid, image_mean, image_std, features: str = "mean"):
-        if features not in ("mean", "last"):
-            raise ValueError(f"features is {features!r}: use 'mean' or 'last'")
+    def __init__(self, model, grid, image_mean, image_std):
         channels, size = model.backbone.channels[-1], grid * model.config.patch_size
         super().__init__(model, channels, size, grid, image_mean, image_std)
-        self.features = self.geometry["features"] = features
 
     @classmethod
-    def from_pretrained(cls, path, grid: int = 24, features: str = "mean", dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, path, grid: int = 24, dtype=torch.float32, device="cpu"):
         model, _, mean, std = load_teacher(DepthAnythingForDepthEstimation, path, dtype, device)
-        return cls(model, grid, mean, std, features)
+        return cls(model, grid, mean, std)
 
     def _features(self, pixels):
-        maps = [feature[:, 1:] for feature in self.model.backbone(pixels).feature_maps]  # without the class token
-        return maps[-1] if self.features == "last" else torch.stack(maps).mean(0)
+        return torch.stack(self.model.backbone(pixels).feature_maps).mean(0)[:, 1:]  # without the class token
 
     @torch.no_grad()
-    def decode(self, features: Tensor, images=None, batch_size: int = 8, normalize: bool = True) -> Tensor:
+    def decode(self, features: Tensor, images=None, batch_size: int = 8) -> Tensor:
         """Depth pictures (inverse depth: larger is closer) of targets or predictions.
 
         The same feature is given to the teacher's head in place of each of its feature maps, as in the reference.
@@ -158,19 +143,16 @@ class DepthAnythingEncoder(TargetEncoder):
         Args:
             features: (N, Q, E).
             images: not needed (the segmentation teacher's `decode` needs them).
-            normalize: stretch every picture to 0..1; else the head's own units.
-        Returns: (N, S, S), fp32.
+        Returns: (N, S, S), fp32, every picture stretched to 0..1.
         """
-        depths = [torch.empty(0, self.size, self.size)]
+        depths = []
         for part in features.to(self.model.device, self.model.dtype).split(batch_size):
             tokens = F.pad(part, (0, 0, 1, 0))  # the neck drops the first token, which it takes for the class token
             neck = self.model.neck([tokens] * len(self.model.config.neck_hidden_sizes), self.grid, self.grid)
             depths.append(self.model.head(neck, self.grid, self.grid).float().cpu())
         depth = torch.cat(depths)
-        if normalize:
-            depth = depth - depth.amin((1, 2), keepdim=True)
-            depth = depth / depth.amax((1, 2), keepdim=True).clamp(min=torch.finfo(depth.dtype).tiny)
-        return depth
+        depth = depth - depth.amin((1, 2), keepdim=True)
+        return depth / depth.amax((1, 2), keepdim=True).clamp(min=torch.finfo(depth.dtype).tiny)
 
 
 class _OneFormer(OneFormerForUniversalSegmentation):
@@ -218,7 +200,7 @@ class OneFormerEncoder(TargetEncoder):
         return decoded.prediction_class, decoded.prediction_masks
 
     @torch.no_grad()
-    def decode(self, features: Tensor | None, images: list[Image.Image] | None = None, batch_size: int = 8) -> Tensor:
+    def decode(self, features: Tensor | None, images: list[Image.Image]) -> Tensor:
         """Class maps of targets or predictions. **Teacher-assisted**: the features replace the last backbone stage
         only; the finer stages are the teacher's own, computed from the images. Say so wherever it is shown.
         (The reference also shrinks the finer stages to the last one's size; we keep them as they are.)
@@ -228,23 +210,19 @@ class OneFormerEncoder(TargetEncoder):
             images: the N images.
         Returns: (N, S, S) class indices, int64.
         """
-        if images is None:
-            raise ValueError("decoding a segmentation is teacher-assisted: pass the images of the features")
         if self.task_inputs is None:
             raise ValueError("no ids of 'the task is semantic': save a tokenizer with the teacher or pass task_inputs")
-        labels = [torch.empty(0, self.size, self.size, dtype=torch.int64)]
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, start + batch_size)
-            stages = list(self.model.model.pixel_level_module.encoder(self.pixel_values(images[rows])).feature_maps)
+        labels = []
+        for i, image in enumerate(images):
+            stages = list(self.model.model.pixel_level_module.encoder(self.pixel_values([image])).feature_maps)
             if features is not None:
-                stages[-1] = self._resize(_to_map(features[rows].to(stages[-1])), stages[-1].shape[-2:])
-            task_inputs = torch.tensor([self.task_inputs]).expand(len(stages[-1]), -1)
-            classes, masks = self.class_and_mask_logits(stages, task_inputs)
+                grid = features[i : i + 1].to(stages[-1]).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+                stages[-1] = self._resize(grid, stages[-1].shape[-2:])
+            classes, masks = self.class_and_mask_logits(stages, torch.tensor([self.task_inputs]))
             # As OneFormer's image processor: without the null class, masks weighted by their queries' classes.
             classes, masks = classes.float().softmax(-1)[..., :-1], masks.float().sigmoid()
             scores = torch.einsum("nqc,nqhw->nchw", classes, masks)
-            # One image at a time: scores at full size are classes * S * S numbers an image.
-            labels += [self._resize(one, (self.size, self.size)).argmax(1).cpu() for one in scores.split(1)]
+            labels.append(self._resize(scores, (self.size, self.size)).argmax(1).cpu())
         return torch.cat(labels)
 
 
@@ -255,9 +233,7 @@ class ClipImageEncoder(TargetEncoder):
 
     @classmethod
     def from_pretrained(cls, path, grid: int = 1, dtype=torch.float32, device="cpu"):
-        """`grid` must be 1: there is one embedding for the whole image."""
-        if grid != 1:
-            raise ValueError(f"grid is {grid}, but clip_image has one embedding for the whole image: leave grid at 1")
+        """`grid` is there for all encoders to be called alike: there is one embedding for the whole image."""
         model, _, mean, std = load_teacher(CLIPVisionModelWithProjection, path, dtype, device)
         return cls(model, model.config.projection_dim, model.config.image_size, 1, mean, std)
 

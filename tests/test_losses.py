@@ -120,8 +120,3 @@ def test_logit_scale_is_clamped_at_100():
     data = golden("c_emb_loss_depth")
     capped = embedding_loss(data["preds"], data["targets"], torch.tensor(50.0))
     assert_close(capped.contrastive, data["contrastive_per_sample_scale_clamped"].mean())
-
-
-def test_wrong_shape_says_what_to_check():
-    with pytest.raises(ValueError, match="target_length"):
-        embedding_loss(torch.zeros(2, 3, 4), torch.zeros(2, 4, 4), torch.tensor(SCALE))

@@ -61,7 +61,6 @@ def test_encode_is_the_models_own_features(folders):
     maps = depth.model.backbone(depth.pixel_values(images)).feature_maps
     assert len(maps) == 4
     torch.testing.assert_close(depth.encode(images), sum(one[:, 1:] for one in maps) / 4)
-    torch.testing.assert_close(load(folders, "depth_anything", features="last").encode(images), maps[3][:, 1:])
 
     seg = load(folders, "oneformer")
     last = seg.model.model.pixel_level_module.encoder(seg.pixel_values(images)).feature_maps[-1]
@@ -135,8 +134,6 @@ def test_fingerprint(folders, tmp_path):
     with torch.no_grad():
         other.model.get_parameter("model.pixel_level_module.encoder.swin.embeddings.norm.bias")[0] += 1e-3
     assert other.fingerprint != encoder.fingerprint
-    features = {load(folders, "depth_anything", features=kind).fingerprint for kind in ("mean", "last")}
-    assert len(features) == 2
 
 
 def test_decode_depth(folders):
@@ -147,11 +144,11 @@ def test_decode_depth(folders):
         encoder.model.head.conv3.bias.fill_(1)
     # With one feature four times, decoding equals the teacher itself if its four maps are that feature.
     features = encoder.encode(images)
-    raw = encoder.decode(features, normalize=False, batch_size=2)
     tokens = torch.cat([torch.randn(3, 1, 32), features], dim=1)  # the class token plays no part
     expected = encoder.model.head(encoder.model.neck([tokens] * 4, GRID, GRID), GRID, GRID)
-    torch.testing.assert_close(raw, expected, rtol=1e-4, atol=1e-6)
-    depth = encoder.decode(features)
+    low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
+    depth = encoder.decode(features, batch_size=2)
+    torch.testing.assert_close(depth, (expected - low) / (high - low), rtol=1e-4, atol=1e-4)
     assert depth.shape == (3, 64, 64)
     torch.testing.assert_close(depth.amin((1, 2)), torch.zeros(3))
     torch.testing.assert_close(depth.amax((1, 2)), torch.ones(3))
@@ -167,7 +164,7 @@ def test_decode_segmentation(folders):
             if parameter.ndim > 1:
                 parameter.normal_()
     images = random_images(3)
-    own = encoder.decode(None, images, batch_size=2)
+    own = encoder.decode(None, images)
     assert own.shape == (3, 64, 64) and own.dtype == torch.int64 and own.max() < 5
     assert len(own.unique()) > 1
     # The teacher's own map is what the whole model says.
@@ -188,7 +185,7 @@ def test_decode_segmentation(folders):
 
 
 def test_decoding_a_segmentation_needs_images_and_words(folders, tmp_path):
-    with pytest.raises(ValueError, match="teacher-assisted"):
+    with pytest.raises(TypeError, match="'images'"):
         load(folders, "oneformer").decode(torch.zeros(1, 64, 64))
     torch.manual_seed(0)
     save_oneformer(tmp_path, tokenizer=False)
@@ -201,15 +198,12 @@ def test_decoding_a_segmentation_needs_images_and_words(folders, tmp_path):
 
 
 def test_wrong_values(folders, tmp_path):
-    with pytest.raises(ValueError, match="use 'mean' or 'last'"):
-        load(folders, "depth_anything", features="first")
-    with pytest.raises(ValueError, match="leave grid at 1"):
-        ENCODERS["clip_image"].from_pretrained(folders["clip_image"], grid=8)
+    assert ENCODERS["clip_image"].from_pretrained(folders["clip_image"], grid=8).target_length == 1
     shutil.copytree(folders["clip_image"], tmp_path / "clip")
     (tmp_path / "clip" / "preprocessor_config.json").write_text("{}")
     with pytest.raises(ValueError, match="image_mean"):
         ENCODERS["clip_image"].from_pretrained(tmp_path / "clip")
-    with pytest.raises(ValueError, match="square grid"):
+    with pytest.raises(RuntimeError, match="multiply up"):
         load(folders, "oneformer").decode(torch.zeros(1, 60, 64), random_images(1))
 
 

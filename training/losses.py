@@ -35,7 +35,7 @@ def embedding_loss(
 
     Args:
         prediction_NQE: this micro-batch's predictions.
-        target_NQE: their targets; any shape (N, ...) that equals the predictions'.
+        target_NQE: their targets, of the same shape (`OlaVlmCollator` sees to it).
         logit_scale: learnable scalar s; similarities are multiplied by min(exp(s), 100).
         contrastive_weight: weight of the contrastive part in `total`.
         targets_MQE: the contrastive columns, all targets of the optimiser step (all ranks and micro-batches); targets
@@ -44,11 +44,6 @@ def embedding_loss(
         num_images: divisor of both sums, the step's image count; the losses of its micro-batches then add up to the
             loss of one big batch. Default: N.
     """
-    if prediction_NQE.shape != target_NQE.shape:
-        shapes = f"{tuple(prediction_NQE.shape)} and {tuple(target_NQE.shape)}"
-        raise ValueError(
-            f"predictions and targets have shapes {shapes}: check the task's target_length and target_dim"
-        )
     divisor = max(len(prediction_NQE) if num_images is None else num_images, 1)
     prediction = prediction_NQE.float().flatten(1)
     target = target_NQE.float().flatten(1)

@@ -96,9 +96,8 @@ class OlaVlmTrainer(Trainer):
     def _add_means(self, metrics: dict, mode: str, prefix: str = "") -> None:
         sums, self._sums[mode] = self._sums[mode], defaultdict(float)
         steps = sums.pop("steps", 0)
-        metrics |= {
-            prefix + name: self.accelerator.reduce(value, "mean").item() / steps for name, value in sums.items()
-        }
+        for name, value in sums.items():
+            metrics[prefix + name] = self.accelerator.reduce(value, "mean").item() / steps
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
