@@ -137,6 +137,14 @@ def test_row_errors_name_the_row(collator):
         collator([row])
 
 
+def test_tokenizer_without_padding_is_refused(processor):
+    bare = copy.copy(processor)
+    bare.tokenizer = copy.deepcopy(processor.tokenizer)
+    bare.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="pad_token"):
+        OlaVlmCollator(bare)
+
+
 def test_template_without_generation_is_refused(processor):
     bare = copy.copy(processor)
     bare.chat_template = "{{ messages }}"

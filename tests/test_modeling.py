@@ -187,8 +187,11 @@ def test_golden_full_model(reference_model):
     recorded = convert_state_dict(recorded, layers)
     assert {name.split(".")[0] for name in recorded} == {"logit_scales", "queries", "predictors", "model"}
     for name, grad in recorded.items():
-        if name.startswith("logit_scales."):  # about 3e-5, what is left of terms of about 1: within their rounding
-            assert (model.get_parameter(name).grad - grad).abs() < torch.finfo(torch.float32).eps / 2
+        if name in (
+            "logit_scales.depth",
+            "logit_scales.seg",
+        ):  # 3e-5 and 3e-4, left of terms of about 1: their rounding
+            assert (model.get_parameter(name).grad - grad).abs() < 1e-8
         else:
             assert_close(model.get_parameter(name).grad, grad)
 

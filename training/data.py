@@ -119,6 +119,8 @@ class OlaVlmCollator:
 
     def __init__(self, processor, target_sources: dict[str, TargetSource] | None = None, tasks: Sequence[dict] = ()):
         tokenizer = processor.tokenizer
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token before training")
         self.chat_template = processor.chat_template or tokenizer.chat_template or ""
         self.processor = processor
         self.target_sources = target_sources or {}
