@@ -40,7 +40,7 @@ from ola_vlm.miniature import world
 from ola_vlm.targets.encoders import OneFormerEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
-GRID, PATCH = 8, 8
+GRID, PATCH = world.GRID, world.SIZE // world.GRID
 IMAGE_MEAN, IMAGE_STD = [0.5] * 3, [0.25] * 3
 FLOORS = {  # measure: (bound, whether a smaller figure is better)
     "language_model": ("accuracy", 0.90, False),
@@ -49,7 +49,7 @@ FLOORS = {  # measure: (bound, whether a smaller figure is better)
     "depth": ("absolute relative error", 0.12, True),
     "seg": ("mIoU", 0.35, False),
 }
-STEPS = {"language_model": 3000, "vision_tower": 1600, "gen": 500, "depth": 900, "seg": 1800}
+STEPS = {"language_model": 3600, "vision_tower": 1600, "gen": 500, "depth": 900, "seg": 1800}
 WORDS = ("describe", "the", "image", ".", ",", "and", "a", "yes", "no", "not", "is", "it", "are")  # and the world's
 
 
@@ -85,7 +85,7 @@ def fit(model, loss_of_step, steps: int, lr: float, work: Path, desc: str, weigh
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    state, start, saved, kept = work / f"{desc}.pt", 0, time.time(), []
+    state, start, saved = work / f"{desc}.pt", 0, time.time()
     settings = [steps, lr, weight_decay, sum(p.numel() for p in model.parameters())]
     if state.exists():
         kept_state = torch.load(state, weights_only=True)
@@ -107,9 +107,7 @@ def fit(model, loss_of_step, steps: int, lr: float, work: Path, desc: str, weigh
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        kept.append(loss.item())
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{np.mean(kept[-50:]):.4f}")
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if time.time() - saved > 60 or step + 1 == steps:
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**parts, "step": step + 1, "settings": settings}, state.with_suffix(".tmp"))
@@ -152,10 +150,9 @@ def _encode_chats(tokenizer, chats: list[tuple[str, list[tuple[str, str]]]], apa
             positions += range(start, start + len(q) + 1 + len(a))
         rows.append((ids, labels, block, positions))
     longest = max(len(row[0]) for row in rows)
-    fills = (tokenizer.pad_token_id, -100, -1, 0)
-    ids, labels, block, positions = (
-        torch.tensor([row[k] + [fill] * (longest - len(row[k])) for row in rows]) for k, fill in enumerate(fills)
-    )
+    columns = zip((tokenizer.pad_token_id, -100, -1, 0), zip(*rows, strict=True), strict=True)
+    padded = ([row + [fill] * (longest - len(row)) for row in column] for fill, column in columns)
+    ids, labels, block, positions = map(torch.tensor, padded)
     batch = {"input_ids": ids, "labels": labels, "attention_mask": (block >= 0).long()}
     if apart:
         sees = (block[:, None] == block[:, :, None]) | (block[:, None] == 0)
@@ -165,9 +162,9 @@ def _encode_chats(tokenizer, chats: list[tuple[str, list[tuple[str, str]]]], apa
     return batch
 
 
-def _blend(model, tokenizer, batch: dict, descriptions: list[list[list[str]]]) -> dict:
-    """The batch with ``inputs_embeds``: a position of a description (behind two special tokens) is the sum of its
-    words' embeddings, of which the ids hold the first."""
+def _embed_patches(model, tokenizer, batch: dict, descriptions: list[list[list[str]]]) -> dict:
+    """The batch with ``inputs_embeds``: a patch of a description (behind two special tokens) is the sum of its words'
+    embeddings, of which the ids hold the first."""
     table = model.get_input_embeddings()
     embeds = table(batch.pop("input_ids"))
     for row, description in enumerate(descriptions):
@@ -194,8 +191,8 @@ def _ordinal_start(model, tokenizer, rng):
 def train_language_model(work: Path, out: Path, steps: int):
     """A small Llama that answers the world's questions from a textual description; returns accuracy by task.
 
-    A large LLM reads projected patches, several words in one vector, without having seen any (which is why LLaVA's
-    pre-training with a frozen LLM works). A small one does not: it learns that on blended descriptions, at the end."""
+    A large LLM reads projected patches (several words in one vector, in a grid of rows) without having seen any, which
+    is why LLaVA's pre-training with a frozen LLM works. A small one learns that here, from pictures made of words."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     config = LlamaConfig.from_pretrained(WEIGHTS / "language_model", vocab_size=len(tokenizer))
@@ -204,45 +201,46 @@ def train_language_model(work: Path, out: Path, steps: int):
     pool = world.sample_scenes(20_000, seed=21)
 
     def loss(rng, share):
-        # first to look attributes up, then to compare them, then also to read several words at one position
-        early, blended, chats, descriptions = share < 0.2, share > 0.6 and rng.random() < 0.7, [], []
+        # first to look attributes up, then to compare them, then also to read patches
+        early, seen, chats, descriptions = share < 0.2, share > 0.5 and rng.random() < 0.75, [], []
         for i in rng.integers(0, len(pool), 16):
-            turns, fetch_share = (4, 1.0) if early else (18 if share < 0.6 else 14, 0.3)
+            turns, fetch_share = (4, 1.0) if early else (18 if share < 0.5 else 14, 0.3)
             turns = world.conversation(pool, i, turns, rng, fetch_share, ranges=True)
             chat = [(turn["question"], turn["answer"]) for turn in turns]
             if early or rng.random() < 0.25:
                 chat.insert(int(rng.integers(len(chat))), ("what is where ?", world.listing(pool, i)))
             if rng.random() < 0.25:
                 chat.insert(int(rng.integers(len(chat))), ("describe the image .", world.caption(pool, i, rng)))
-            descriptions += [world.blend(pool, i, rng)] if blended else []
-            text = " ".join(words[0] for words in descriptions[-1]) if blended else world.description(pool, i)
+            if seen:  # task tokens or other text may stand between patches and question: places must not hang on it
+                filler = [["."]] * int(rng.integers(9))
+                descriptions.append(world.patches(pool, i, rng, places=rng.random() < 0.4) + filler)
+            text = " ".join(words[0] for words in descriptions[-1]) if seen else world.description(pool, i)
             chats.append((text, chat))
         batch = _encode_chats(tokenizer, chats, apart=share < 0.8 or rng.random() < 0.5)
-        return model(**_blend(model, tokenizer, batch, descriptions) if blended else batch).loss
+        return model(**_embed_patches(model, tokenizer, batch, descriptions) if seen else batch).loss
 
     fit(model, loss, steps, 2e-3, work, "language_model")
     scenes, figures = world.sample_scenes(2000, seed=22), {}
     asked = world.balanced(scenes, 400, seed=0)
-    for blended in (False, True):
+    for suffix in ("", " from patches"):
         right = {task: [] for task in world.TASKS}
         for start in range(0, len(asked), 100):
             part = asked[start : start + 100]
-            blends = [world.blend(scenes, q["scene"], np.random.default_rng(q["scene"])) for q in part]
-            texts = [" ".join(words[0] for words in blend) for blend in blends]
-            texts = texts if blended else [world.description(scenes, q["scene"]) for q in part]
-            batch = _encode_chats(
-                tokenizer, [(t, [(q["question"], q["answer"])]) for t, q in zip(texts, part, strict=True)]
-            )
+            patches = [world.patches(scenes, q["scene"], np.random.default_rng(q["scene"]), False) for q in part]
+            texts = [" ".join(words[0] for words in of_scene) for of_scene in patches]
+            texts = texts if suffix else [world.description(scenes, q["scene"]) for q in part]
+            chats = [(text, [(q["question"], q["answer"])]) for text, q in zip(texts, part, strict=True)]
+            batch = _encode_chats(tokenizer, chats)
             labels, row = batch.pop("labels"), torch.arange(len(part))
             first = (labels >= 0).int().argmax(1)
             with torch.no_grad():
-                batch = _blend(model, tokenizer, batch, blends) if blended else batch
+                batch = _embed_patches(model, tokenizer, batch, patches) if suffix else batch
                 guess = model(**batch).logits.argmax(-1)[row, first - 1]
             for q, correct in zip(part, (guess == labels[row, first]).tolist(), strict=True):
                 right[q["task"]].append(correct)
         accuracy = {task: float(np.mean(found)) for task, found in right.items()}
         accuracy = {"accuracy": float(np.mean([*accuracy.values()])), **accuracy}
-        figures |= {f"blended {name}": value for name, value in accuracy.items()} if blended else accuracy
+        figures |= {f"{name}{suffix}": value for name, value in accuracy.items()}
     model.half().save_pretrained(out / "language_model")
     tokenizer.save_pretrained(out / "language_model")
     return figures
@@ -295,8 +293,7 @@ def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
         captions = [world.caption(scenes, i, rng) for i in index]
         written, phrase = encode_text(captions + phrases).split([len(captions), len(phrases)])
         logits = model.logit_scale.exp().clamp(max=100) * image @ written.T
-        diagonal = torch.arange(len(index))
-        total = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
+        total = sum(F.cross_entropy(part, torch.arange(len(index))) for part in (logits, logits.T)) / 2
         if dense:
             cover, wanted = _region_phrases(scenes, arrays, index)
             b, p, k = np.nonzero(cover > 0.35)  # patch-level pairs: a patch that shows mostly one object
@@ -349,8 +346,8 @@ def train_depth(work: Path, out: Path, steps: int):
     fit(model, loss, steps, 1e-3, work, "depth")
     _, held = scene_arrays(work, "held_out")
     with torch.no_grad():
-        pixels = preprocess(held["image"]).split(100)
-        depth = 4 / torch.cat([model(p).predicted_depth.clamp(min=0.02) for p in pixels])
+        parts = [model(pixels).predicted_depth for pixels in preprocess(held["image"]).split(100)]
+        depth = 4 / torch.cat(parts).clamp(min=0.02)
     truth = torch.from_numpy(held["depth"])
     relative, things = ((depth - truth).abs() / truth), torch.from_numpy(held["mask"] >= 2)
     _save(model, out / "depth")
@@ -370,9 +367,8 @@ def train_seg(work: Path, out: Path, steps: int):
         masks = torch.from_numpy(arrays["mask"][index]).long()
         labels = [mask.unique() for mask in masks]
         wanted = [(mask[None] == label[:, None, None]).float() for mask, label in zip(masks, labels, strict=True)]
-        task = torch.ones(len(index), config.task_seq_len)
-        pixels = preprocess(arrays["image"][index])
-        return model(pixels, task_inputs=task, mask_labels=wanted, class_labels=labels).loss.squeeze()
+        given = {"task_inputs": torch.ones(len(index), config.task_seq_len), "class_labels": labels}
+        return model(preprocess(arrays["image"][index]), mask_labels=wanted, **given).loss.squeeze()
 
     fit(model, loss, steps, 1e-3, work, "seg", weight_decay=0.05)
     _, held = scene_arrays(work, "held_out")
@@ -388,9 +384,8 @@ def _save(model, folder: Path):
     """Half precision on disk, with the preprocessor that every part shares. (The configs in `WEIGHTS` are where the
     parts' sizes are written, and what they are made from again.)"""
     model.half().save_pretrained(folder)
-    size = {"height": world.SIZE, "width": world.SIZE}
-    processor = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
-    processor.save_pretrained(folder)
+    sizes = {"size": dict.fromkeys(("height", "width"), world.SIZE), "do_center_crop": False}
+    CLIPImageProcessor(**sizes, image_mean=IMAGE_MEAN, image_std=IMAGE_STD).save_pretrained(folder)
 
 
 TRAINERS = {
@@ -408,13 +403,11 @@ def main(argv=None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(TRAINERS), default=list(TRAINERS), help="parts to train")
     parser.add_argument("--work", type=Path, default=Path("runs/components"), help="training states and scenes")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the finished parts go")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=float, default=1.0, help="multiplies every part's number of steps")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     failed = []
+    for folder in (args.work, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         start = time.time()
         figures = TRAINERS[name](args.work, args.out, max(1, int(STEPS[name] * args.steps)))

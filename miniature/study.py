@@ -173,6 +173,7 @@ def main(argv=None) -> dict:
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.workers < 1:
         parser.error("--seeds and --workers must be at least 1")
+    args.methods = list(dict.fromkeys(args.methods))  # each once
     root = args.out.resolve()
     if root.exists() and any(root.iterdir()) and not args.resume:
         parser.error(f"{args.out} is not empty: add --resume to go on with it, or choose another --out")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 SIZE = 64  # pixels
 SLOTS = 5
+GRID = 8  # patches a side
 CAMERA_HEIGHT = 2.4  # metres above the ground
 HORIZON = 0.3  # the horizon lies this share of the image below its top edge
 NEAR, FAR, SKY = 3.5, 9.5, 20.0  # metres: range of object depths, and the depth written for the sky
@@ -248,13 +249,21 @@ def description(scenes: Scenes, i: int) -> str:
     return " ; ".join(map(" ".join, words))
 
 
-def blend(scenes: Scenes, i: int, rng: np.random.Generator, length: int = 32) -> list[list[str]]:
-    """The scene as patches tell it: ``length`` positions with the words that share one; every object's colour, shape
-    and coordinates at 1 to 4 random positions, a full stop elsewhere."""
-    words, free = [["."] for _ in range(length)], iter(rng.permutation(length))
-    for k, color, shape in _objects(scenes, i):
-        for _ in range(rng.integers(1, 5)):
-            words[next(free)] = [color, shape, *coordinates(scenes, i, k)]
+def patches(scenes: Scenes, i: int, rng: np.random.Generator, places: bool) -> list[list[str]]:
+    """The scene as an image's patches tell it: GRID * GRID lists of words, row by row from the top left. A patch that
+    shows an object has its colour and mostly its shape and depth, with ``places`` also its column and row (without,
+    the patch's own place tells them); all others have a full stop."""
+    fine = (np.arange(4 * GRID) + 0.5) / (4 * GRID)
+    owner, words = np.full((4 * GRID, 4 * GRID), -1), [["."] for _ in range(GRID * GRID)]
+    found = sorted(_objects(scenes, i), key=lambda found: -scenes.z[i, found[0]])  # the nearest is painted last
+    for k, _, _ in found:
+        across, down = fine - 0.5 - scenes.u[i, k], fine[:, None] - HORIZON + scenes.v[i, k]
+        owner[np.hypot(across, down) < 0.9 * scenes.r[i, k]] = k
+    cells = owner.reshape(GRID, 4, GRID, 4).transpose(0, 2, 1, 3).reshape(GRID * GRID, 16)
+    for k, color, shape in found:
+        *place, depth = coordinates(scenes, i, k)
+        for p in np.flatnonzero((cells == k).sum(1) >= 5):
+            words[p] = [color, *(word for word in (shape, depth) if rng.random() < 0.85), *(place if places else [])]
     return words
 
 
@@ -266,10 +275,6 @@ def listing(scenes: Scenes, i: int) -> str:
     return " ; ".join(map(" ".join, words))
 
 
-def _choices(options) -> str:
-    return " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", options, strict=False))
-
-
 def questions(scenes: Scenes, i: int, depth_ratio=DEPTH_RATIO) -> list[dict]:
     """All questions of a scene: ``{"task", "question", "choices", "answer"}``; the option order is fixed per text,
     as CV-Bench asks about its coloured boxes. Pairs that differ too little to be seen are left out, and of Depth those
@@ -278,7 +283,8 @@ def questions(scenes: Scenes, i: int, depth_ratio=DEPTH_RATIO) -> list[dict]:
     position, found = scenes.position()[i], []
 
     def add(task, text, options, right):
-        text, answer = f"{text} ? {_choices(options)}", f"({'ABCD'[options.index(right)]})"
+        offered = " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", options, strict=False))
+        text, answer = f"{text} ? {offered}", f"({'ABCD'[options.index(right)]})"
         found.append({"task": task, "question": text, "choices": list(options), "answer": answer})
 
     shapes = [shape for _, _, shape in _objects(scenes, i)]

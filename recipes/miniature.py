@@ -53,7 +53,7 @@ def pretrain(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
         "target_cache": str(Path(root) / "targets"),
         "standardize_targets": True,
         "shuffle_targets": method == "ola_vlm_shuffled",
-        "max_steps": 250,
+        "max_steps": 400,
         "per_device_train_batch_size": 32,
     }
 

@@ -9,6 +9,7 @@ cropped or stretched), so that a grid cell means the same part of the picture to
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -33,13 +34,13 @@ _VOLATILE_FIELDS = {"_name_or_path", "_commit_hash", "architectures", "dtype", "
 def open_image(source: Image.Image | str | Path) -> Image.Image:
     """An image or file as RGB, upright and on white as transformers reads it: student and teachers see one picture.
     ValueError for more than 8 bits a channel, which would saturate."""
-    image = source if isinstance(source, Image.Image) else Image.open(source)
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(f"{source} has mode {image.mode}, whose values would saturate: convert it to 8 bits first")
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+        if image.mode.startswith("I") or image.mode == "F":
+            raise ValueError(f"{source} has mode {image.mode}, which would saturate: convert it to 8 bits first")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def _without_volatile(fields: dict) -> dict:

@@ -104,6 +104,25 @@ def test_every_text_has_its_answers_equally_often():
         world.balanced(world.sample_scenes(20, seed=3), per_task=48, seed=0)
 
 
+def test_patches_tell_what_the_picture_shows_there():
+    scenes, arrays = world.make_scenes(40, seed=4)
+    side, right, told = world.SIZE // world.GRID, 0, 0
+    for i in range(len(scenes)):
+        patches = world.patches(scenes, i, np.random.default_rng(i), places=False)
+        assert len(patches) == world.GRID**2
+        assert not any(word[0] in "xy" and word[1:].isdigit() for words in patches for word in words)
+        for p, (color, *_) in enumerate(patches):
+            row, column = side * (p // world.GRID), side * (p % world.GRID)
+            shown = arrays["mask"][i, row : row + side, column : column + side]
+            right += color != "." and (shown == world.CLASSES.index(color)).mean() > 0.1
+            told += color != "."
+    assert right / told > 0.95
+    assert told > 3 * len(scenes)
+    placed = [words for words in world.patches(scenes, 0, np.random.default_rng(0), places=True) if len(words) > 1]
+    known = {tuple(world.coordinates(scenes, 0, k)[:2]) for k in range(world.SLOTS)}
+    assert {tuple(words[-2:]) for words in placed} <= known
+
+
 def test_same_seed_same_world_other_seed_another():
     first, again, other = (world.render(world.sample_scenes(3, seed), seed)["image"] for seed in (5, 5, 6))
     assert (first == again).all()
