@@ -54,12 +54,8 @@ class PredictorLayer(nn.Module):
         self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
         self.to_kv = nn.Linear(dim, 2 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
-        self.ffn = nn.Sequential(
-            nn.LayerNorm(dim),
-            nn.Linear(dim, dim * ffn_mult, bias=False),
-            nn.GELU(),
-            nn.Linear(dim * ffn_mult, dim, bias=False),
-        )
+        up, down = nn.Linear(dim, dim * ffn_mult, bias=False), nn.Linear(dim * ffn_mult, dim, bias=False)
+        self.ffn = nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)
 
     def forward(self, tokens_BTD: Tensor, queries: Tensor, sample_N: Tensor, key_mask_NT: Tensor) -> Tensor:
         """`queries` (1 or N, Q, D); image n attends to the tokens of row `sample_N[n]` where `key_mask_NT[n]`."""

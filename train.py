@@ -88,8 +88,8 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), recipe: str | None = None):
     """Runs one stage to its end and returns the `OlaVlmTrainer` (`.model`, `.state.log_history`)."""
-    if args.data is None:
-        raise ValueError("nothing to train on: give data, a LLaVA-format JSON file")
+    if args.data is None or not Path(args.data).is_file():
+        raise ValueError(f"nothing to train on: give data, a file in LLaVA's JSON format, not {args.data}")
     set_seed(args.seed)
     model, processor = load_model(args)
     stage = apply_stage(model, args.stage)

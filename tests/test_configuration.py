@@ -34,6 +34,12 @@ def test_paper_defaults():
     assert normalize_task({**default_tasks()[1], "num_task_tokens": 0}, 64, 32)["predictor_dim"] == 1024
 
 
+def test_another_models_configuration_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type is 'llama'.*OLA-VLM or plain LLaVA"):
+        OlaVlmConfig.from_pretrained(tmp_path)
+
+
 def test_plain_llava_by_default():
     config = OlaVlmConfig()
     assert config.tasks == [] and config.task_token_ids == []

@@ -158,6 +158,7 @@ def test_killed_run_resumes_from_its_last_complete_checkpoint(world, tmp_path):
         ({"stage": "posttrain"}, "'posttrain' is unknown"),
         ({"dtype": "float64"}, r"dtype 'float64' is unknown.*'float32', 'bfloat16'"),
         ({"data": None, "vision_tower": "not looked at"}, "give data"),
+        ({"data": "not/there.json", "vision_tower": "not looked at"}, r"give data.*not/there\.json"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ],
 )

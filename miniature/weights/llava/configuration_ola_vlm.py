@@ -123,6 +123,13 @@ class OlaVlmConfig(LlavaConfig):
     tasks: list | None = None
     task_token_ids: list | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "OlaVlmConfig":
+        """ValueError for the configuration of another model, which would load as a random LLaVA."""
+        found = config_dict.get("model_type", cls.model_type)
+        _check(found in (cls.model_type, "llava"), "model_type", found, "give a checkpoint of OLA-VLM or plain LLaVA")
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         text = self.text_config
