@@ -76,11 +76,11 @@ def load_teacher(
     if licence:
         logger.info(f"teacher {path}: weights under {licence}")
     model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
-    with torch.no_grad():
-        for name in report["missing_keys"]:  # of random values, which would change the fingerprint at every load
-            if not name.startswith(unused):
-                raise ValueError(f"{path} has no weights for {name}: it is no checkpoint of {type(model).__name__}")
-            model.get_parameter(name).zero_()
+    for name in report["missing_keys"]:  # of random values, which would change the fingerprint at every load
+        if not name.startswith(tuple(unused)):
+            what = f"{path} has no weights for {type(model).__name__}'s {name}"
+            raise ValueError(f'{what}: if the features need none, add the name to the teacher\'s "unused"')
+        model.state_dict()[name].zero_()
     return model.to(device)
 
 
@@ -97,7 +97,7 @@ class TargetEncoder(ABC):
         batch_size: images that `encode` gives to the model at once.
 
     `from_pretrained` of all takes `path` (name or folder), `grid`, `geometry`, `batch_size`, `revision`, and
-    `load_teacher`'s `dtype`, `device` and `licence`: the fields of a recipe's `teachers`, which are JSON.
+    `load_teacher`'s `dtype`, `device`, `licence` and `unused`: the fields of a recipe's `teachers`, which are JSON.
     """
 
     name: str
@@ -221,6 +221,7 @@ class OneFormerEncoder(TargetEncoder):
     """
 
     name = "oneformer"
+    unused = ("model.pixel_level_module.encoder.swin.layernorm.", "criterion.")  # checkpoints may lack them
 
     def __init__(self, model, size, grid, image_mean, image_std, task_inputs: list[int] | None = None, **options):
         channels = model.model.pixel_level_module.encoder.channels[-1]
@@ -233,7 +234,8 @@ class OneFormerEncoder(TargetEncoder):
     ):
         size, mean, std = read_preprocessing(path, revision=revision)
         # The pixel decoder's dropout hangs on `is_training`, not on eval().
-        model = load_teacher(_OneFormer, path, revision=revision, is_training=False, **loading)
+        loading = {"unused": cls.unused, "is_training": False, **loading}
+        model = load_teacher(_OneFormer, path, revision=revision, **loading)
         if task_inputs is None and (not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").exists()):
             ids = AutoTokenizer.from_pretrained(path, revision=revision)("the task is semantic")["input_ids"]
             # OneFormerProcessor's way: padding is id 0, whatever the tokenizer's padding token.
@@ -340,7 +342,7 @@ class VisionEncoder(TargetEncoder):
         options = {"revision": revision, "config": own, "trust_remote_code": False}
         options["key_mapping"] = {r"^(model\.)?vision_tower\.": ""}  # of a LLaVA-like model
         options["unused"] = ("pooler.",) if grid > 1 else ()
-        model = load_teacher(AutoModel, path, **options, **loading)
+        model = load_teacher(AutoModel, path, **(options | loading))
         return cls(model, size or own_size, grid, mean, std, geometry=geometry, batch_size=batch_size)
 
     def _features(self, pixels):
