@@ -32,17 +32,28 @@ def load_vision_config(path: str) -> PreTrainedConfig:
 
 
 def build_processor(
-    tokenizer, vision_config, tasks, statistics=None, chat_template=None, class_tokens=1, strategy="default"
+    tokenizer,
+    vision_config,
+    tasks,
+    statistics=None,
+    chat_template=None,
+    class_tokens=1,
+    strategy="default",
+    geometry="pad",
 ) -> OlaVlmProcessor:
     """
     Processor for a ViT tower: pads an image to a square with its mean colour, never crops (the teachers see the same
-    square). Adds `<image>` and the task tokens to the tokenizer. `statistics`: (mean, std) of the tower's pixel
-    values, CLIP's by default. `class_tokens`: of the tower, one of which is left out by the `strategy` "default".
+    square); with `geometry` "reference" it crops the middle square, as the reference implementation does. Adds
+    `<image>` and the task tokens to the tokenizer. `statistics`: (mean, std) of the tower's pixel values, CLIP's by
+    default. `class_tokens`: of the tower, one of which is left out by the `strategy` "default".
     """
+    if geometry not in ("pad", "reference"):
+        raise ValueError(f'geometry {geometry!r} is unknown: choose "pad" or "reference"')
     mean, std = statistics or (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    side = {"height": vision_config.image_size, "width": vision_config.image_size}
+    side, pad = {"height": vision_config.image_size, "width": vision_config.image_size}, geometry == "pad"
+    size = side if pad else {"shortest_edge": vision_config.image_size}
     image_processor = LlavaImageProcessor(
-        do_pad=True, size=side, crop_size=side, do_center_crop=False, image_mean=mean, image_std=std
+        do_pad=pad, size=size, crop_size=side, do_center_crop=not pad, image_mean=mean, image_std=std
     )
     task_tokens = task_token_strings(tasks)
     tokenizer.add_tokens([IMAGE_TOKEN, *task_tokens], special_tokens=True)
@@ -103,6 +114,7 @@ def build_ola_vlm(
     tasks: list[dict] = (),
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
+    geometry: str = "pad",
     **config_overrides,
 ) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
     """
@@ -110,7 +122,7 @@ def build_ola_vlm(
 
     The parts keep their weights; projector, predictors and query tables are new. The rows of `<image>` and of the task
     tokens start as the mean of the known rows; the task tokens' input rows as the means of their query tables.
-    `dtype`: the LLM's by default. `config_overrides`: further fields of `OlaVlmConfig`.
+    `dtype`: the LLM's by default. `geometry`: `build_processor`'s. `config_overrides`: more fields of `OlaVlmConfig`.
     Raises ValueError for tasks that don't fit the LLM (`normalize_task`) and for an LLM whose logits LLaVA can't give.
     """
     if unknown := config_overrides.keys() - {field.name for field in dataclasses.fields(OlaVlmConfig)}:
@@ -139,7 +151,7 @@ def build_ola_vlm(
     known = min(len(tokenizer), text_config.vocab_size)
     class_tokens = count_class_tokens(vision_tower)
     config_overrides.setdefault("vision_feature_select_strategy", "default" if class_tokens else "full")
-    options = statistics, chat_template, class_tokens, config_overrides["vision_feature_select_strategy"]
+    options = statistics, chat_template, class_tokens, config_overrides["vision_feature_select_strategy"], geometry
     processor = build_processor(tokenizer, vision_tower.config, tasks, *options)
     ids = [processor.image_token_id, *processor.task_token_ids]
     config = build_config(text_config, vision_tower.config, tasks, ids, len(tokenizer), **config_overrides)

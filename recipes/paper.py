@@ -34,11 +34,30 @@ CHAT_TEMPLATES = {
     "phi3": chat_template("<|system|>\nYou are a helpful AI assistant.<|end|>", "'\n<|' + role + '|>\n'", "<|end|>"),
 }
 LANGUAGE_MODELS = {"llama3": "meta-llama/Meta-Llama-3-8B-Instruct", "phi3": "microsoft/Phi-3-mini-4k-instruct"}
-TEACHERS = {
-    # The folder image_encoder of stabilityai/stable-diffusion-2-1-unclip, with its feature_extractor's configuration.
-    "gen": {"encoder": "clip_image", "path": "models/stable-diffusion-2-1-unclip/image_encoder"},
-    "depth": {"encoder": "depth_anything", "path": "depth-anything/Depth-Anything-V2-Large-hf"},
-    "seg": {"encoder": "oneformer", "path": "shi-labs/oneformer_coco_swin_large"},
+# Name -> encoder, weights and their licence, which is logged when they are loaded; docs/teachers.md has their widths.
+WEIGHTS = {
+    name: {"encoder": encoder, "path": path, "licence": licence}
+    for name, encoder, path, licence in [
+        ("depth_small", "depth_anything", "depth-anything/Depth-Anything-V2-Small-hf", "Apache-2.0"),
+        ("depth_base", "depth_anything", "depth-anything/Depth-Anything-V2-Base-hf", "CC-BY-NC-4.0"),
+        ("depth_large", "depth_anything", "depth-anything/Depth-Anything-V2-Large-hf", "CC-BY-NC-4.0"),
+        ("oneformer_coco", "oneformer", "shi-labs/oneformer_coco_swin_large", "MIT"),
+        ("unclip", "clip_image", "stabilityai/stable-diffusion-2-1-unclip", "CreativeML Open RAIL++-M"),
+        ("siglip", "vision", "google/siglip-so400m-patch14-384", "Apache-2.0"),
+        ("dinov2", "vision", "facebook/dinov2-large", "Apache-2.0"),
+        ("dinov3", "vision", "facebook/dinov3-vitl16-pretrain-lvd1689m", "DINOv3 License"),
+        ("clip", "vision", "openai/clip-vit-large-patch14-336", "MIT"),
+    ]
+}
+WEIGHTS["unclip"]["subfolder"] = "image_encoder"
+# The paper's are not for commercial use, because of the depth teacher.
+TEACHERS = {"gen": WEIGHTS["unclip"], "depth": WEIGHTS["depth_large"], "seg": WEIGHTS["oneformer_coco"]}
+COMMERCIAL_TEACHERS = TEACHERS | {"depth": WEIGHTS["depth_small"]}
+COMMERCIAL_TASKS = [task | ({"target_dim": 384} if task["name"] == "depth" else {}) for task in default_tasks()]
+METHODS = {  # -> tasks and teachers
+    "ola_vlm": (default_tasks(), TEACHERS),
+    "ola_vlm_commercial": (COMMERCIAL_TASKS, COMMERCIAL_TEACHERS),
+    "llava": ([], {}),
 }
 # Of the miniature's runs, too; no weight decay is the default.
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 10, "dataloader_drop_last": True}
@@ -56,18 +75,21 @@ COMMON = {
 
 
 def pretrain(llm: str, method: str = "ola_vlm") -> dict:
-    """PT: captions, next-token prediction and (`ola_vlm`) the embedding losses; batch 256, lr 1e-3.
+    """PT: captions, next-token prediction and (but for `llava`) the embedding losses; batch 256, lr 1e-3.
+
+    `ola_vlm_commercial` has a smaller depth teacher, whose licence allows commercial use; the paper's doesn't.
 
     torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe llama3_vit_pretrain
     """
+    tasks, teachers = METHODS[method]
     return COMMON | {
         "stage": "pretrain",
         "output_dir": f"runs/{llm}_vit_{method}/pretrain",
         "vision_tower": "openai/clip-vit-large-patch14-336",
         "language_model": LANGUAGE_MODELS[llm],
         "model_overrides": {"chat_template": CHAT_TEMPLATES[llm]},
-        "tasks": default_tasks() if method == "ola_vlm" else [],
-        "teachers": TEACHERS,
+        "tasks": tasks,
+        "teachers": teachers,
         "target_cache": "runs/targets",
         "data": "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
         "image_folder": "data/LLaVA-Pretrain/images",

@@ -4,11 +4,17 @@ N images, Q positions of the target (grid * grid, row by row from the top left; 
 
 Every encoder sees the student's square (`LlavaImageProcessor(do_pad=True)`: padded with its own mean colour, never
 cropped or stretched), so that a grid cell means the same part of the picture to the student and to every teacher.
+The variant `geometry="reference"` stretches the picture to the square, as the reference implementation does (whose
+student crops: `build_ola_vlm(geometry="reference")`).
 """
 
 import hashlib
+import inspect
 import json
+import logging
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +24,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoTokenizer,
     CLIPVisionModelWithProjection,
     DepthAnythingForDepthEstimation,
@@ -26,6 +34,8 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.llava import LlavaImageProcessor
+
+logger = logging.getLogger(__name__)
 
 # Fields of a config that change with its place or the library's version but not with the features.
 _VOLATILE_FIELDS = {"_name_or_path", "_commit_hash", "architectures", "dtype", "transformers_version"}
@@ -47,16 +57,32 @@ def _without_volatile(fields: dict) -> dict:
     return {name: value for name, value in fields.items() if name not in _VOLATILE_FIELDS}
 
 
-def load_teacher(model_class: type[PreTrainedModel], path, dtype, device, **kwargs):
-    """The model, and the side in pixels, mean and standard deviation in its folder's preprocessor_config.json."""
-    values, _ = ImageProcessingMixin.get_image_processor_dict(path)
-    if missing := {"image_mean", "image_std", "size"} - values.keys():
-        raise ValueError(f"{path}: the image processor's configuration lacks {sorted(missing)}: add them there")
-    size = values["size"]
+def read_preprocessing(path, **where) -> tuple[int, list[float], list[float]]:
+    """Side in pixels of what the model sees, mean and standard deviation, from its preprocessor_config.json."""
+    values, _ = ImageProcessingMixin.get_image_processor_dict(path, **where)
+    size = (values.get("do_center_crop") and values.get("crop_size")) or values.get("size")
     if isinstance(size, dict):
-        size = size.get("shortest_edge") or size["height"]
-    model = model_class.from_pretrained(path, dtype=dtype, **kwargs).to(device)
-    return model, size, values["image_mean"], values["image_std"]
+        size = size.get("shortest_edge") or size.get("height")
+    found = {"size": size, "image_mean": values.get("image_mean"), "image_std": values.get("image_std")}
+    if missing := [name for name, value in found.items() if not value]:
+        raise ValueError(f"{path}: the image processor's configuration lacks {missing}: add them there")
+    return tuple(found.values())
+
+
+def load_teacher(
+    model_class, path, dtype: torch.dtype | str = torch.float32, device="cpu", licence=None, unused=(), **kwargs
+) -> PreTrainedModel:
+    """The model, whole: ValueError if the checkpoint lacks a weight, except those whose names begin with one of
+    `unused`, which become 0. `dtype`: of torch, or its name, "bfloat16". `licence`: of the weights, logged."""
+    if licence:
+        logger.info(f"teacher {path}: weights under {licence}")
+    model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
+    for name in report["missing_keys"]:  # of random values, which would change the fingerprint at every load
+        if not name.startswith(tuple(unused)):
+            what = f"{path} has no weights for {type(model).__name__}'s {name}"
+            raise ValueError(f'{what}: if the features need none, add the name to the teacher\'s "unused"')
+        model.state_dict()[name].zero_()
+    return model.to(device)
 
 
 class TargetEncoder(ABC):
@@ -68,20 +94,37 @@ class TargetEncoder(ABC):
         size: side in pixels of the square that the teacher sees.
         grid: side of the target's grid (24 in the paper: 576 positions), or 1 for an image embedding.
         image_mean, image_std: of the teacher's own preprocessing, in 0..1.
+        geometry: "pad", or "reference", which stretches.
+        batch_size: images that `encode` gives to the model at once.
+
+    `from_pretrained` of all takes `path` (name or folder), `grid`, `geometry`, `batch_size`, `revision`, and
+    `load_teacher`'s `dtype`, `device`, `licence` and `unused`: the fields of a recipe's `teachers`, which are JSON.
     """
 
     name: str
 
-    def __init__(self, model: PreTrainedModel, target_dim: int, size: int, grid: int, image_mean, image_std):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        target_dim: int,
+        size: int,
+        grid: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        geometry: str = "pad",
+        batch_size: int = 32,
+    ):
+        if geometry not in ("pad", "reference"):
+            raise ValueError(f'geometry {geometry!r} is unknown: choose "pad" or "reference"')
         self.model = model.eval().requires_grad_(False)
-        self.target_dim, self.size, self.grid = target_dim, size, grid
+        self.target_dim, self.size, self.grid, self.batch_size = target_dim, size, grid, batch_size
         mean, std, side = list(image_mean), list(image_std), {"height": size, "width": size}
         self.image_processor = LlavaImageProcessor(
-            do_pad=True, do_center_crop=False, size=side, image_mean=mean, image_std=std
+            do_pad=geometry == "pad", do_center_crop=False, size=side, image_mean=mean, image_std=std
         )
         # What decides, besides weights and configuration, which features an image gets (a part of the cache key).
-        self.geometry = {"square": "pad", "size": size, "grid": grid, "mean": mean, "std": std}
-        self.geometry["resample"] = int(self.image_processor.resample)
+        self.view = {"square": geometry, "size": size, "grid": grid, "mean": mean, "std": std}
+        self.view["resample"] = int(self.image_processor.resample)
 
     @property
     def target_length(self) -> int:
@@ -91,7 +134,7 @@ class TargetEncoder(ABC):
     def fingerprint(self) -> str:
         """A file-safe name that changes with the class, weights, configuration, numeric type, grid or geometry."""
         config = json.loads(self.model.config.to_json_string(), object_hook=_without_volatile)
-        digest = hashlib.blake2b(json.dumps([config, self.geometry], sort_keys=True, default=str).encode())
+        digest = hashlib.blake2b(json.dumps([config, self.view], sort_keys=True, default=str).encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.contiguous().flatten().view(torch.uint8).cpu().numpy())
@@ -104,11 +147,11 @@ class TargetEncoder(ABC):
 
     # no_grad, not inference_mode: the targets take part in a loss, whose backward pass saves them.
     @torch.no_grad()
-    def encode(self, images: list[Image.Image], batch_size: int = 32) -> Tensor:
+    def encode(self, images: list[Image.Image]) -> Tensor:
         """The targets of `images`: (N, Q, E), fp32, on the CPU. No images give a tensor with N = 0."""
         parts = [torch.empty(0, self.target_length, self.target_dim)]
-        for start in range(0, len(images), batch_size):
-            parts.append(self._features(self.pixel_values(images[start : start + batch_size])).float().cpu())
+        for start in range(0, len(images), self.batch_size):
+            parts.append(self._features(self.pixel_values(images[start : start + self.batch_size])).float().cpu())
         return torch.cat(parts)
 
     __call__ = encode  # on the fly: the same function of the images as a TargetCache
@@ -118,22 +161,34 @@ class TargetEncoder(ABC):
         """(N, 3, S, S) -> (N, Q, E)."""
 
 
+def _resize(maps: Tensor, side: int | Sequence[int]) -> Tensor:
+    return F.interpolate(maps, size=side, mode="bilinear", align_corners=False)
+
+
 class DepthAnythingEncoder(TargetEncoder):
-    """The mean of Depth-Anything's DINOv2 feature maps. One patch is one cell, so it sees grid * patch size pixels."""
+    """The "mean" of Depth-Anything's four DINOv2 feature maps, or the "last" one (`features`), which the reference's
+    probes take. One patch is one cell, so it sees grid * patch size pixels."""
 
     name = "depth_anything"
 
-    def __init__(self, model, grid, image_mean, image_std):
+    def __init__(self, model, grid, image_mean, image_std, features: str = "mean", **options):
+        if features not in ("mean", "last"):
+            raise ValueError(f'features {features!r} is unknown: choose "mean" or "last"')
         channels, size = model.backbone.channels[-1], grid * model.config.patch_size
-        super().__init__(model, channels, size, grid, image_mean, image_std)
+        super().__init__(model, channels, size, grid, image_mean, image_std, **options)
+        self.view["features"] = features
 
     @classmethod
-    def from_pretrained(cls, path, grid: int = 24, dtype=torch.float32, device="cpu"):
-        model, _, mean, std = load_teacher(DepthAnythingForDepthEstimation, path, dtype, device)
-        return cls(model, grid, mean, std)
+    def from_pretrained(
+        cls, path, grid: int = 24, features="mean", geometry="pad", batch_size=32, revision="main", **loading
+    ):
+        _, mean, std = read_preprocessing(path, revision=revision)
+        model = load_teacher(DepthAnythingForDepthEstimation, path, revision=revision, **loading)
+        return cls(model, grid, mean, std, features, geometry=geometry, batch_size=batch_size)
 
     def _features(self, pixels):
-        return torch.stack(self.model.backbone(pixels).feature_maps).mean(0)[:, 1:]  # without the class token
+        maps = torch.stack(self.model.backbone(pixels).feature_maps)[:, :, 1:]  # without the class token
+        return maps[-1] if self.view["features"] == "last" else maps.mean(0)
 
     @torch.no_grad()
     def decode(self, features: Tensor, images=None, batch_size: int = 8) -> Tensor:
@@ -167,29 +222,30 @@ class OneFormerEncoder(TargetEncoder):
     """
 
     name = "oneformer"
+    unused = ("model.pixel_level_module.encoder.swin.layernorm.", "criterion.")  # checkpoints may lack them
 
-    def __init__(self, model, size, grid, image_mean, image_std, task_inputs: list[int] | None = None):
+    def __init__(self, model, size, grid, image_mean, image_std, task_inputs: list[int] | None = None, **options):
         channels = model.model.pixel_level_module.encoder.channels[-1]
-        super().__init__(model, channels, size, grid, image_mean, image_std)
+        super().__init__(model, channels, size, grid, image_mean, image_std, **options)
         self.task_inputs = task_inputs
 
     @classmethod
-    def from_pretrained(cls, path, grid: int = 24, task_inputs=None, dtype=torch.float32, device="cpu"):
+    def from_pretrained(
+        cls, path, grid: int = 24, task_inputs=None, geometry="pad", batch_size=32, revision="main", **loading
+    ):
+        size, mean, std = read_preprocessing(path, revision=revision)
         # The pixel decoder's dropout hangs on `is_training`, not on eval().
-        model, size, mean, std = load_teacher(_OneFormer, path, dtype, device, is_training=False)
+        loading = {"unused": cls.unused, "is_training": False, **loading}
+        model = load_teacher(_OneFormer, path, revision=revision, **loading)
         if task_inputs is None and (not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").exists()):
-            ids = AutoTokenizer.from_pretrained(path)("the task is semantic")["input_ids"]
+            ids = AutoTokenizer.from_pretrained(path, revision=revision)("the task is semantic")["input_ids"]
             # OneFormerProcessor's way: padding is id 0, whatever the tokenizer's padding token.
             task_inputs = ids + [0] * (model.config.task_seq_len - len(ids))
-        return cls(model, size, grid, mean, std, task_inputs)
+        return cls(model, size, grid, mean, std, task_inputs, geometry=geometry, batch_size=batch_size)
 
     def _features(self, pixels):
         last = self.model.model.pixel_level_module.encoder(pixels).feature_maps[-1]
-        return self._resize(last, (self.grid, self.grid)).flatten(2).transpose(1, 2)
-
-    @staticmethod
-    def _resize(maps: Tensor, size) -> Tensor:
-        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+        return _resize(last, self.grid).flatten(2).transpose(1, 2)
 
     def class_and_mask_logits(self, stages: list[Tensor], task_inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's class logits (N, queries, classes + 1) and mask logits (N, queries, h, w) for its backbone's
@@ -218,12 +274,12 @@ class OneFormerEncoder(TargetEncoder):
             stages = list(self.model.model.pixel_level_module.encoder(self.pixel_values([image])).feature_maps)
             if features is not None:
                 grid = features[i : i + 1].to(stages[-1]).transpose(1, 2).unflatten(2, (self.grid, self.grid))
-                stages[-1] = self._resize(grid, stages[-1].shape[-2:])
+                stages[-1] = _resize(grid, stages[-1].shape[-2:])
             classes, masks = self.class_and_mask_logits(stages, torch.tensor([self.task_inputs]))
             # As OneFormer's image processor: without the null class, masks weighted by their queries' classes.
             classes, masks = classes.float().softmax(-1)[..., :-1], masks.float().sigmoid()
             scores = torch.einsum("nqc,nqhw->nchw", classes, masks)
-            labels.append(self._resize(scores, (self.size, self.size)).argmax(1).cpu())
+            labels.append(_resize(scores, self.size).argmax(1).cpu())
         return torch.cat(labels)
 
 
@@ -233,13 +289,90 @@ class ClipImageEncoder(TargetEncoder):
     name = "clip_image"
 
     @classmethod
-    def from_pretrained(cls, path, grid: int = 1, dtype=torch.float32, device="cpu"):
-        """`grid` is there for all encoders to be called alike: there is one embedding for the whole image."""
-        model, _, mean, std = load_teacher(CLIPVisionModelWithProjection, path, dtype, device)
-        return cls(model, model.config.projection_dim, model.config.image_size, 1, mean, std)
+    def from_pretrained(
+        cls, path, grid: int = 1, subfolder="", geometry="pad", batch_size=32, revision="main", **loading
+    ):
+        """`path` may be a diffusers pipeline's with `subfolder` "image_encoder": the preprocessing is then read from
+        its feature_extractor. `grid` is for all encoders to be called alike: there is one embedding an image."""
+        beside = "feature_extractor" if subfolder else ""
+        _, mean, std = read_preprocessing(path, revision=revision, subfolder=beside)
+        model = load_teacher(CLIPVisionModelWithProjection, path, revision=revision, subfolder=subfolder, **loading)
+        config, options = model.config, {"geometry": geometry, "batch_size": batch_size}
+        return cls(model, config.projection_dim, config.image_size, 1, mean, std, **options)
 
     def _features(self, pixels):
         return self.model(pixels).image_embeds[:, None]
 
 
-ENCODERS = {encoder.name: encoder for encoder in (DepthAnythingEncoder, OneFormerEncoder, ClipImageEncoder)}
+class VisionEncoder(TargetEncoder):
+    """Any vision encoder that transformers' `AutoModel` loads, timm's among them: the grid of its last hidden state,
+    bilinearly resized, or its pooled vector if `grid` is 1. Of a model of several towers, its vision half.
+
+    In a sequence, class and register tokens come first: the patches are the last side * side tokens, where `side` is
+    the largest that fits (right up to 2 * side further tokens; known models have at most a dozen).
+    """
+
+    name = "vision"
+
+    def __init__(self, model, size, grid, image_mean, image_std, **options):
+        super().__init__(model, 0, size, grid, image_mean, image_std, **options)
+        if model.config.model_type == "timm_wrapper":  # whose last_hidden_state has another layout in each family
+            self.arguments = {"output_hidden_states": [-1], "norm": True}
+        else:
+            resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+            self.arguments = {"interpolate_pos_encoding": True} if resizes else {}
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, size, size, dtype=model.dtype, device=model.device)
+            self.target_dim = self._features(blank).shape[-1]
+
+    @classmethod
+    def from_pretrained(
+        cls, path, grid: int = 24, size=None, config=None, geometry="pad", batch_size=32, revision="main", **loading
+    ):
+        """`size`: pixels a side, that of its preprocessing by default; position embeddings are interpolated if the
+        model can (a timm ViT can with `config={"model_args": {"dynamic_img_size": true}}`). `config`: fields of the
+        model's configuration to change."""
+        own = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        own = own.vision_config if "vision_config" in own.sub_configs else own
+        own.update(config or {})
+        if own.model_type == "timm_wrapper":
+            seen = own.pretrained_cfg
+            own_size, mean, std = seen["input_size"][-1], seen["mean"], seen["std"]
+        else:
+            own_size, mean, std = read_preprocessing(path, revision=revision)
+        options = {"revision": revision, "config": own, "trust_remote_code": False}
+        options["key_mapping"] = {r"^(model\.)?vision_tower\.": ""}  # of a LLaVA-like model
+        options["unused"] = ("pooler.",) if grid > 1 else ()
+        model = load_teacher(AutoModel, path, **(options | loading))
+        return cls(model, size or own_size, grid, mean, std, geometry=geometry, batch_size=batch_size)
+
+    def _features(self, pixels):
+        output = self.model(pixels, **self.arguments)
+        if self.grid == 1:
+            if output.pooler_output is None:
+                raise ValueError(f"{type(self.model).__name__} pools nothing: give its task a grid as target_length")
+            return output.pooler_output.flatten(1)[:, None]
+        maps = output.hidden_states[-1] if "norm" in self.arguments else output.last_hidden_state
+        if maps.ndim == 3:
+            side = math.isqrt(maps.shape[1])
+            maps = maps[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+        return _resize(maps, self.grid).flatten(2).transpose(1, 2)
+
+
+class Motion:
+    """Targets from two frames: how the features of `source` change from a sample's previous image to each of its
+    images; zero for the first one, and so for a single image.
+
+    `source`: an encoder or a cache. Since it is the features of single images that are cached, tasks share them.
+    """
+
+    def __init__(self, source: Callable[[list[Image.Image]], Tensor]):
+        self.source = source
+
+    def __call__(self, images: list[Image.Image], counts: list[int]) -> Tensor:
+        """The N images of several samples in order, `counts` of them a sample: (N, Q, E), fp32."""
+        samples = self.source(images).split(counts)
+        return torch.cat([torch.cat([torch.zeros_like(frames[:1]), frames[1:] - frames[:-1]]) for frames in samples])
+
+
+ENCODERS = {one.name: one for one in (DepthAnythingEncoder, OneFormerEncoder, ClipImageEncoder, VisionEncoder)}

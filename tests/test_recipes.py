@@ -7,7 +7,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ola_vlm.recipes import RECIPES, miniature
-from ola_vlm.recipes.paper import CHAT_TEMPLATES
+from ola_vlm.recipes.paper import CHAT_TEMPLATES, METHODS, WEIGHTS
+from ola_vlm.targets.encoders import ENCODERS
 from ola_vlm.training.arguments import OlaVlmArguments
 
 PROMPTS = json.loads((Path(__file__).parent / "golden" / "h_prompts.json").read_text())
@@ -64,3 +65,21 @@ def test_miniature_methods_differ_in_what_they_should_only():
     assert shuffled["shuffle_targets"] and not ola["shuffle_targets"] and llava["tasks"] == []
     with pytest.raises(ValueError, match="'lava'"):
         miniature.finetune("lava")
+
+
+def test_every_preset_says_its_licence_and_one_may_be_used_commercially():
+    licences = {name: preset["licence"] for name, preset in WEIGHTS.items()}
+    page = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text()
+    for name, preset in WEIGHTS.items():
+        assert preset["encoder"] in ENCODERS
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
+        assert preset["path"] in line and licences[name] in line
+    assert {name for name, licence in licences.items() if "NC" in licence} == {"depth_base", "depth_large"}
+    for method, (tasks, teachers) in METHODS.items():
+        assert [task["name"] for task in tasks] == list(teachers)
+        commercial = not any("NC" in teacher["licence"] for teacher in teachers.values())
+        assert commercial == (method != "ola_vlm")
+        recorded = {name: teacher["path"] for name, teacher in teachers.items()}
+        for task in tasks:
+            (line,) = [line for line in page.splitlines() if f"`{recorded[task['name']]}`" in line]
+            assert line.split("|")[4].strip() == str(task["target_dim"])
