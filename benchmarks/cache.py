@@ -1,8 +1,9 @@
 """The target cache at the paper's sizes: reading speed, disk need, error of each storage. `python benchmarks/cache.py`
 
-Speed: two loader workers read the targets of all three tasks for images of 640 x 480 from the page cache, as the
-collator does: hashing, checksums and conversion to fp32 included. Beside it, in turn, the floor: the same bytes read
-from the shards and converted, nothing looked up or checked. Error: of the miniature's teachers on its rendered scenes.
+Speed: two loader workers read the targets of all three tasks for images of 640 x 480 from the page cache, as in
+training: hashing, checksums, conversion to fp32 and the way to the main process included. Beside it, in turn, the
+floor: the same bytes read from the shards, converted and handed over, nothing looked up or checked.
+Error: of the miniature's teachers on its rendered scenes.
 """
 
 import argparse
@@ -47,23 +48,22 @@ class Checked:
     def __init__(self, images: list[Image.Image], caches: dict[str, TargetCache]):
         self.images, self.caches = images, caches
 
-    def __call__(self, indices: list[int]) -> int:
+    def __call__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         batch = [self.images[i] for i in indices]
-        return sum(cache(batch).numel() for cache in self.caches.values())
+        return {task: cache(batch) for task, cache in self.caches.items()}
 
 
 class Floor(Checked):
     """The rows of those places, whatever they are."""
 
-    def __call__(self, indices: list[int]) -> int:
-        count = 0
-        for cache in self.caches.values():
+    def __call__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        targets = {}
+        for task, cache in self.caches.items():
             rows = [cache._stored(at) for at in indices]
-            targets = torch.empty(len(rows), *rows[0]["targets"].shape)
-            for row, target in zip(rows, targets, strict=True):
+            targets[task] = torch.empty(len(rows), *rows[0]["targets"].shape)
+            for row, target in zip(rows, targets[task], strict=True):
                 _decode(row, out=target)
-            count += targets.numel()
-        return count
+        return targets
 
 
 def images_per_second(reader: Checked, rounds: int = 6) -> tuple[float, float]:

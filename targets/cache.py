@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from torch.utils.data import get_worker_info
 
 from .encoders import open_image
 
@@ -197,7 +198,7 @@ class TargetCache:
                 path = self._shards[self._places[at, 0]]
                 raise LookupError(f"{path} is damaged: run `ola-vlm targets`, which computes its damaged targets anew")
             if targets is None:
-                targets = torch.empty(len(keys), *stored["targets"].shape)
+                targets = _empty(len(keys), *stored["targets"].shape)
             _decode(stored, out=targets[i])
         return targets
 
@@ -234,6 +235,13 @@ def _encode(targets: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     scales = (blocks.abs().amax(-1, keepdim=True) / 127).bfloat16()
     steps = blocks / scales.float().clamp(min=torch.finfo(torch.float32).tiny)
     return {"targets": steps.round().clamp(-127, 127).to(torch.int8).flatten(-2), "scales": scales}
+
+
+def _empty(*shape: int) -> Tensor:
+    """In a loader's worker it lies in shared memory, so that it is handed over without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape)), 0, shape)
 
 
 def _decode(stored: dict[str, Tensor], out: Tensor | None = None) -> Tensor:

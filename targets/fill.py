@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers.utils import extract_commit_hash
 
 from . import encoders
 from .cache import BatchKeys, TargetCache, image_key
@@ -57,7 +58,7 @@ class Teacher:
         what = json.dumps([self.task["target_length"], self.entry, code], sort_keys=True)
         digest = blake2b(what.encode(), digest_size=8).hexdigest()
         note, files = Path(folder) / f"{self.entry['encoder']}-{digest}.json", self._files()
-        if note.exists():
+        with suppress(FileNotFoundError, ValueError, KeyError):  # no note yet, or a damaged one
             known = json.loads(note.read_text(encoding="utf-8"))
             if files is None or known["files"] == files:
                 return known["fingerprint"]
@@ -68,15 +69,16 @@ class Teacher:
         os.replace(unfinished, note)
         return known["fingerprint"]
 
-    def _files(self) -> dict | str | None:
-        path = Path(self.entry["path"])
-        if path.is_dir():
-            files = {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in sorted(path.iterdir())}
-            return files if any(name.endswith((".safetensors", ".bin")) for name in files) else None
+    def _files(self) -> list | str | None:
+        """What tells whether the weights have changed; None if they are not here."""
+        path = self.entry["path"]
+        if os.path.isdir(path):
+            files = [list(_state(str(file))) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+            return files if any(name.endswith((".safetensors", ".bin")) for name, _, _ in files) else None
+        config = str(Path(self.entry.get("subfolder", ""), "config.json"))
         with suppress(HFValidationError):  # no name on the Hub but a folder that isn't there
-            config = try_to_load_from_cache(str(path), "config.json", revision=self.entry.get("revision"))
-            if isinstance(config, str):
-                return Path(config).parent.name  # .../snapshots/<commit>/config.json
+            found = try_to_load_from_cache(path, config, revision=self.entry.get("revision"))
+            return extract_commit_hash(found if isinstance(found, str) else None, None)
         return None
 
 

@@ -347,7 +347,8 @@ def test_workers_decode(paths, folder):
 def test_read_by_a_loaders_workers(paths, folder, method):
     cache = fill_with(FakeEncoder(), folder, paths)
     loader = DataLoader(opened(paths), 5, num_workers=1, collate_fn=cache, multiprocessing_context=method)
-    assert torch.cat(list(loader)).equal(FakeEncoder().encode(opened(paths)))
+    batches = list(loader)
+    assert torch.cat(batches).equal(FakeEncoder().encode(opened(paths))) and batches[0].is_contiguous()
 
 
 def test_reading_keeps_no_file_open_and_maps_no_shard_for_good(paths, folder):
@@ -407,6 +408,11 @@ class TestTeacher:
         assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
         assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
 
+    def test_damaged_note(self, entry, known, loads, folder):
+        (note,) = folder.glob("*.json")
+        note.write_text(note.read_text()[:-5])
+        assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
+
     def test_other_weights(self, entry, known, loads, folder):
         torch.manual_seed(1)
         save_depth_anything(Path(entry["path"]))
@@ -430,11 +436,12 @@ class TestTeacher:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
         made = []
-        teacher = Teacher(TASK, {"encoder": "depth_anything", "path": "some/teacher"})
+        entry = {"encoder": "clip_image", "path": "some/teacher", "subfolder": "image_encoder"}
+        teacher = Teacher(TASK, entry)
         for commit in ("1" * 40, "2" * 40):
             repository = tmp_path / "hub" / "models--some--teacher"
-            (repository / "snapshots" / commit).mkdir(parents=True)
-            (repository / "snapshots" / commit / "config.json").write_text("{}")
+            (repository / "snapshots" / commit / "image_encoder").mkdir(parents=True)
+            (repository / "snapshots" / commit / "image_encoder" / "config.json").write_text("{}")
             (repository / "refs").mkdir(exist_ok=True)
             (repository / "refs" / "main").write_text(commit)
             teacher.encoder = SimpleNamespace(fingerprint=f"depth-{commit[:4]}")
