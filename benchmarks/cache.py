@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from ola_vlm.configuration_ola_vlm import default_tasks
 from ola_vlm.miniature import world
 from ola_vlm.recipes import miniature as recipe
-from ola_vlm.targets.cache import STORAGE, BatchKeys, TargetCache, _decode, image_key
+from ola_vlm.targets.cache import STORAGE, BatchKeys, TargetCache, _decode, _empty, image_key
 from ola_vlm.targets.fill import make_teachers
 
 LLAVA_558K = 558_128  # images
@@ -60,7 +60,7 @@ class Floor(Checked):
         targets = {}
         for task, cache in self.caches.items():
             rows = [cache._stored(at) for at in indices]
-            targets[task] = torch.empty(len(rows), *rows[0]["targets"].shape)
+            targets[task] = _empty(len(rows), *rows[0]["targets"].shape)
             for row, target in zip(rows, targets[task], strict=True):
                 _decode(row, out=target)
         return targets
