@@ -7,23 +7,19 @@ effective configuration goes to `output_dir/run.json`, model and processor to `o
 import argparse
 import json
 import logging
-import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import HfArgumentParser, TrainerCallback, set_seed
 
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES
-from ola_vlm.targets.cache import TargetCache, TargetStatistics, image_key
-from ola_vlm.targets.encoders import ENCODERS
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.data import LlavaRows, OlaVlmCollator, TargetSource
+from ola_vlm.training.data import LlavaRows, OlaVlmCollator
 from ola_vlm.training.stages import apply_stage
+from ola_vlm.training.targets import target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer
 
 logger = logging.getLogger("ola_vlm.train")  # as a script the module is "__main__"
@@ -44,40 +40,6 @@ def load_model(args: OlaVlmArguments) -> tuple[OlaVlmForConditionalGeneration, O
     set_seed(args.seed)  # other tasks draw other numbers before: this way methods start from the same projector
     model.model.multi_modal_projector.apply(model._init_weights)
     return model, processor
-
-
-def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: LlavaRows) -> dict[str, TargetSource]:
-    """Each task's teacher; with `target_cache`, read from there after filling it with what it lacks."""
-    teachers, names = args.teachers or {}, [task["name"] for task in tasks]
-    if set(names) != set(teachers):
-        raise ValueError(f"the tasks {names} need one teacher each, `teachers` has {list(teachers)}")
-    for name, teacher in teachers.items():
-        if teacher.get("encoder") not in ENCODERS or "path" not in teacher:
-            raise ValueError(f"teachers[{name!r}] is {teacher}: give its path, and as encoder one of {list(ENCODERS)}")
-    keys = [image_key(image) for image in rows.images()] if args.target_cache else []
-    sources = {}
-    for task in tasks:
-        name, teacher = task["name"], dict(teachers[task["name"]])
-        load = ENCODERS[teacher.pop("encoder")].from_pretrained
-        encoder = load(teacher.pop("path"), grid=math.isqrt(task["target_length"]), device=args.device, **teacher)
-        source = encoder.encode
-        if args.target_cache:
-            with args.main_process_first(desc=f"targets of {name}"):
-                source = TargetCache(args.target_cache, encoder.fingerprint)
-                if any(key not in source.rows for key in keys):
-                    source.fill(encoder, rows.images())
-        if args.standardize_targets:
-            # By the training images' statistics, which go with the run: predictions are restored before decoding.
-            statistics = TargetStatistics.fit(source([image]) for image in rows.images())
-            if args.should_save:
-                statistics.save(Path(args.output_dir) / "target_statistics" / f"{name}.safetensors")
-            source = partial(_standardized, source, statistics)
-        sources[name] = source
-    return sources
-
-
-def _standardized(source: TargetSource, statistics: TargetStatistics, images: list) -> torch.Tensor:
-    return statistics.standardize(source(images))
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -119,19 +81,26 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
     return trainer
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def parse_arguments(argv: Sequence[str] | None, prog: str, *parents: argparse.ArgumentParser):
+    """A recipe's fields with the command line's changes: (OlaVlmArguments, a namespace of `recipe` and what `parents`
+    add). SystemExit for an unknown field."""
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=parents)
     chooser.add_argument("--recipe", choices=list(RECIPES), help="where the fields' values come from")
-    recipe = chooser.parse_known_args(argv)[0].recipe
-    parser = HfArgumentParser(OlaVlmArguments, prog="ola-vlm train", allow_abbrev=False, parents=[chooser])
-    parser.set_defaults(**(RECIPES[recipe]() if recipe else {}))
+    own = chooser.parse_known_args(argv)[0]
+    parser = HfArgumentParser(OlaVlmArguments, prog=prog, allow_abbrev=False, parents=[chooser])
+    parser.set_defaults(**(RECIPES[own.recipe]() if own.recipe else {}))
     options = {"return_remaining_strings": True, "look_for_args_file": False}
     args, rest, unknown = parser.parse_args_into_dataclasses(argv, **options)
-    if unknown := [*unknown, *(f"{recipe}.{name}" for name in vars(rest) if name != "recipe")]:
-        raise SystemExit(f"unknown field {', '.join(unknown)}: `ola-vlm train --help` lists all")
+    if unknown := [*unknown, *(f"{own.recipe}.{name}" for name in vars(rest) if name not in vars(own))]:
+        raise SystemExit(f"unknown field {', '.join(unknown)}: `{prog} --help` lists all")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ola_vlm").setLevel("INFO" if args.should_log else "WARNING")
-    train(args, recipe=recipe)
+    return args, own
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, own = parse_arguments(argv, "ola-vlm train")
+    train(args, recipe=own.recipe)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The study starts it; it leaves result.json in its folder. Run again, it goes on 
 """
 
 import json
-import math
 import resource
 import sys
 import time
@@ -18,8 +17,8 @@ from transformers import TrainerCallback, logging
 from ola_vlm.eval.multiple_choice import generate_answers, score
 from ola_vlm.probing.ridge import ModelProbe
 from ola_vlm.recipes import miniature as recipe
-from ola_vlm.targets.cache import TargetCache
-from ola_vlm.targets.encoders import ENCODERS, open_image
+from ola_vlm.targets.encoders import open_image
+from ola_vlm.targets.fill import make_teachers, open_caches
 from ola_vlm.train import load_model, train
 from ola_vlm.training.arguments import OlaVlmArguments
 
@@ -32,17 +31,6 @@ CURVE_POINTS = 5
 
 def read_json(path: Path):
     return json.loads(path.read_text())
-
-
-def teacher_caches(root: Path) -> dict[str, tuple]:
-    """Task -> (its teacher, its target cache)."""
-    found = {}
-    for task in recipe.TASKS:
-        teacher = dict(recipe.TEACHERS[task["name"]])
-        load = ENCODERS[teacher.pop("encoder")].from_pretrained
-        encoder = load(teacher.pop("path"), grid=math.isqrt(task["target_length"]), **teacher)
-        found[task["name"]] = encoder, TargetCache(root / "targets", encoder.fingerprint)
-    return found
 
 
 def probe_paths(root: Path, splits: dict[str, int]) -> dict[str, list[Path]]:
@@ -107,7 +95,7 @@ class Arm(TrainerCallback):
         model, processor = load_model(self.arguments("finetune", checkpoint=str(self.folder / stage)))
         paths = probe_paths(self.root, self.overrides.get("probe_splits", PROBE_SPLITS))
         images = {split: list(map(open_image, files)) for split, files in paths.items()}
-        targets = {task: cache for task, (_, cache) in teacher_caches(self.root).items()}
+        targets = open_caches(self.root / "targets", make_teachers(recipe.TASKS, recipe.TEACHERS))
         probe = ModelProbe(model, processor, targets, batch_size=50, prompt=PROMPT)
         probe.fit(images["train"], range(len(images["train"])))
         scores = {s: probe.score(images[s], range(len(images[s])), STRENGTHS) for s in ("validation", "test")}

@@ -22,7 +22,7 @@ from transformers import logging
 
 from ola_vlm.eval.statistics import compare_answers
 from ola_vlm.miniature import dataset, world
-from ola_vlm.miniature.arm import PROBE_SPLITS, PROMPT, STAGES, Clock, probe_paths, read_json, teacher_caches
+from ola_vlm.miniature.arm import PROBE_SPLITS, PROMPT, STAGES, Clock, probe_paths, read_json
 from ola_vlm.miniature.report import write_report
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.probing.ridge import choose_strength
@@ -30,6 +30,7 @@ from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import miniature as recipe
 from ola_vlm.targets.cache import TargetStatistics
 from ola_vlm.targets.encoders import open_image
+from ola_vlm.targets.fill import fill, make_teachers, open_caches
 from ola_vlm.visualize import predictions_figure
 
 SHIPPED = ("llava", "ola_vlm")
@@ -48,9 +49,10 @@ def fill_targets(root: Path, probe_splits: dict[str, int]) -> None:
     """Every target that the arms will read, computed once: all training images, and the probes' held-out ones."""
     probed = probe_paths(root, probe_splits)
     paths = [*sorted((root / "data" / "images").glob("train_*.png")), *probed["validation"], *probed["test"]]
-    for task, (encoder, cache) in teacher_caches(root).items():
-        with tqdm(total=len(paths), desc=f"{task} targets", unit="image") as bar:
-            cache.fill(encoder, map(open_image, paths), progress=bar.update)
+    teachers = make_teachers(recipe.TASKS, recipe.TEACHERS)
+    caches = open_caches(root / "targets", teachers)
+    if refused := fill(root / "targets", teachers, caches, list(map(str, paths))):
+        raise ValueError(f"images without a target: {refused}")
 
 
 def run_arms(root: Path, arms: list[tuple[str, int]], overrides: dict, workers: int) -> None:
@@ -127,12 +129,12 @@ def decoded_figures(root: Path, count: int = 4) -> None:
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=[text] * count, images=images, return_tensors="pt", add_special_tokens=False)
     predictions = model(**inputs, output_predictions=True).predictions
-    stored, teachers = load_file(root / "data" / "test.safetensors"), teacher_caches(root)
+    stored, teachers = load_file(root / "data" / "test.safetensors"), make_teachers(recipe.TASKS, recipe.TEACHERS)
     truths = {"depth": 1 / stored["depth"][:count].astype(float), "seg": stored["mask"][:count]}
     for task, truth in truths.items():
         predictions_figure(
             root / f"decoded_{task}.png",
-            teachers[task][0],
+            teachers[task].encoder,
             images,
             predictions[task],
             truth=list(truth),

@@ -51,6 +51,7 @@ def pretrain(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
         "tasks": [] if method == "llava" else [dict(task) for task in TASKS],
         "teachers": TEACHERS,
         "target_cache": str(Path(root) / "targets"),
+        "target_fill": True,
         "standardize_targets": True,
         "shuffle_targets": method == "ola_vlm_shuffled",
         "max_steps": 400,

@@ -91,6 +91,7 @@ def pretrain(llm: str, method: str = "ola_vlm") -> dict:
         "tasks": tasks,
         "teachers": teachers,
         "target_cache": "runs/targets",
+        "target_storage": "bfloat16",
         "data": "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
         "image_folder": "data/LLaVA-Pretrain/images",
         "learning_rate": 1e-3,

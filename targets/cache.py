@@ -1,31 +1,57 @@
 """The target cache: its sole writer and reader. A target is computed once, looked up by the image's content.
 
-N images, Q positions, E width. On disk: folder/<encoder's fingerprint>/<hash of keys>.safetensors, all
-with a tensor `targets` (n, Q, E) in fp32 and its keys in the metadata. These shards appear by an atomic rename: an
-interrupted fill leaves whole shards only, and what they hold is not computed again.
+N images, Q positions, E width. On disk: folder/<encoder's fingerprint>-<storage>/<time>-<random>.safetensors. Such a
+shard's header holds its rows' keys and checksums; it appears by an atomic rename, so that an interrupted fill leaves
+whole shards only. Of two rows for one image the newer one counts.
 """
 
-import hashlib
-import itertools
 import json
+import logging
+import math
 import os
-from collections.abc import Iterable
+import time
+import uuid
+import zlib
+from collections.abc import Collection, Iterable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import get_worker_info
 
-from .encoders import TargetEncoder, open_image
+from .encoders import open_image
+
+logger = logging.getLogger(__name__)
+
+STORAGE = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int8")}
+BLOCK = 64  # int8: channels that share a scale, or the largest number below that divides the width
 
 
 def image_key(image: Image.Image) -> str:
     """A hash of what the encoders see of an image: its size and RGB values."""
     image = open_image(image)
-    return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
+    return blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
+
+
+class BatchKeys:
+    """The keys of a batch, computed once for all tasks' caches, which are asked for the same list one after the other.
+    For a cache that asks again they are computed again: the images may have changed meanwhile."""
+
+    def __init__(self):
+        self.images, self.keys, self.served = None, [], set()
+
+    def __call__(self, cache: "TargetCache", images: list[Image.Image]) -> list[str]:
+        if images is not self.images or id(cache) in self.served:
+            self.images, self.keys, self.served = images, list(map(image_key, images)), set()
+        self.served.add(id(cache))
+        return self.keys
 
 
 class TargetCache:
@@ -34,53 +60,197 @@ class TargetCache:
     Args:
         folder: may hold the caches of several encoders.
         fingerprint: `encoder.fingerprint`; a changed teacher or geometry gets a cache of its own.
+        storage: a key of `STORAGE`.
+        shard_size: images a file; an interrupted fill loses fewer than that.
+        batch_keys: shared by the caches that one collator asks.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str):
-        self.folder = Path(folder) / fingerprint
-        self.rows: dict[str, tuple[Path, int]] = {}  # an image's key -> its shard and row
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self._index(path)
+    def __init__(
+        self,
+        folder: str | Path,
+        fingerprint: str,
+        storage: str = "float32",
+        shard_size: int = 64,
+        batch_keys: BatchKeys | None = None,
+    ):
+        self.folder, self.fingerprint = Path(folder) / f"{fingerprint}-{storage}", fingerprint
+        self.dtype, self.shard_size, self.batch_keys = STORAGE[storage], shard_size, batch_keys or BatchKeys()
+        self.reload()
 
-    def _index(self, path: Path):
-        with safe_open(path, "pt") as shard:
-            keys = json.loads(shard.metadata()["keys"])
-        self.rows |= {key: (path, row) for row, key in enumerate(keys)}
+    def reload(self) -> None:
+        """Reads the shards' headers. What can't be read is logged, and its targets are missing."""
+        self._pending: list[tuple[str, dict[str, Tensor]]] = []
+        self._new: set[str] = set()  # keys stored since
+        self._shards, self._unreadable = sorted(self.folder.glob("*.safetensors")), []
+        keys, places = [], []
+        for shard, path in enumerate(self._shards):
+            try:
+                with safe_open(path, "pt") as file:
+                    header = file.metadata()
+                if zlib.crc32(header["rows"].encode()) != int(header["checksum"]):
+                    raise ValueError("its keys were changed")
+            except (SafetensorError, FileNotFoundError, TypeError, KeyError, ValueError) as error:
+                logger.warning(f"{path} is damaged or truncated ({error}): its targets count as missing")
+                self._unreadable.append(path)
+                continue
+            rows = json.loads(header["rows"])
+            keys += rows
+            places += [(shard, row, checksum) for row, checksum in enumerate(rows.values())]
+        # Arrays, not a dict: a loader's workers share them without copying.
+        self._keys, newest = np.unique(np.array(keys[::-1], "S32"), return_index=True)
+        self._places = np.array(places[::-1], np.int64).reshape(-1, 3)[newest]
 
-    def fill(self, encoder: TargetEncoder, images: Iterable[Image.Image], shard_size=128, progress=lambda count: None):
-        """Compute and store the targets of those images that it doesn't hold yet.
+    def __len__(self) -> int:
+        return len(self._keys)
 
-        Args:
-            encoder: the one with this cache's fingerprint.
-            images: read one shard at a time, so a generator of any length will do.
-            shard_size: images a file; an interruption loses one unfinished shard.
-            progress: called with the number of images done since its last call (a progress bar's `update`).
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        images = iter(images)
-        while batch := list(itertools.islice(images, shard_size)):
-            new = {key: image for image in batch if (key := image_key(image)) not in self.rows}
-            if new:
-                self._write(list(new), encoder.encode(list(new.values())))
-            progress(len(batch))
+    def _find(self, keys: Collection[str]) -> np.ndarray:
+        """Each key's place, -1 for one that isn't there."""
+        if not len(self):
+            return np.full(len(keys), -1)
+        wanted = np.array(list(keys), "S32")
+        at = np.searchsorted(self._keys, wanted).clip(max=len(self) - 1)
+        return np.where(self._keys[at] == wanted, at, -1)
 
-    def _write(self, keys: list[str], targets: Tensor):
-        # Named by its content: two processes that fill one cache don't overwrite each other.
-        path = self.folder / f"{hashlib.blake2b(''.join(keys).encode(), digest_size=8).hexdigest()}.safetensors"
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"targets": targets}, unfinished, metadata={"keys": json.dumps(keys)})
-        os.replace(unfinished, path)
-        self._index(path)
+    def _stored(self, at: int) -> dict[str, Tensor]:
+        """What lies at a place, mapped into memory."""
+        shard, row, _ = self._places[at].tolist()
+        # Opened for each row: as fast as keeping thousands of shards open, and one that was cut short is noticed.
+        with safe_open(self._shards[shard], "pt") as file:
+            return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
+
+    def _row(self, at: int) -> dict[str, Tensor] | None:
+        """The same if it is what was written, else None."""
+        try:
+            stored = self._stored(at)
+        except (SafetensorError, FileNotFoundError):
+            return None
+        return stored if _checksum(self._keys[at].decode(), stored) == self._places[at, 2] else None
+
+    def missing(self, keys: Collection[str]) -> set[str]:
+        """Those keys that have no target, not even one that waits to be written."""
+        return {key for key, at in zip(keys, self._find(keys), strict=True) if at < 0} - self._new
+
+    def drop_damaged(self, keys: Collection[str]) -> None:
+        """Reads the targets of those keys, logs the shards with any that isn't what was written, and forgets it."""
+        places = sorted(set(self._find(keys).tolist()) - {-1}, key=lambda at: tuple(self._places[at]))
+        if bad := [at for at in places if self._row(at) is None]:
+            for shard in np.unique(self._places[bad, 0]):
+                logger.warning(f"{self._shards[shard]} is damaged: its damaged targets count as missing")
+            self._keys, self._places = np.delete(self._keys, bad), np.delete(self._places, bad, axis=0)
+
+    def remove_remains(self) -> None:
+        """Deletes shards that can't be read, and what processes left that were killed while writing an hour ago."""
+        old = [path for path in self.folder.glob("*.tmp") if time.time() - path.stat().st_mtime > 3600]
+        for path in [*self._unreadable, *old]:
+            path.unlink(missing_ok=True)
+
+    def store(self, keys: Sequence[str], targets: Tensor) -> dict[str, str]:
+        """Takes targets (n, Q, E) to be written when a shard is full, or by `flush`. Returns the keys of those that
+        are refused, each with the reason."""
+        stored = _encode(targets, self.dtype)
+        decoded, refused = _decode(stored), {}
+        if not self._new:
+            error = (1 - cosine_similarity(decoded.double(), targets.double(), dim=-1)).mean()
+            logger.info(f"{self.folder.name}: stored targets differ by 1 - cosine = {error:.1e} (mean of a batch)")
+        for row, key in enumerate(keys):
+            if decoded[row].isfinite().all():
+                self._pending.append((key, {name: part[row] for name, part in stored.items()}))
+                self._new.add(key)
+            else:
+                is_finite = targets[row].isfinite().all()
+                refused[key] = f"its target overflows {self.dtype}" if is_finite else "its target is not finite"
+        while len(self._pending) >= self.shard_size:
+            self._write(self._pending[: self.shard_size])
+            del self._pending[: self.shard_size]
+        return refused
+
+    def flush(self) -> None:
+        """Writes what waits for a full shard, and looks at the folder anew."""
+        if self._pending:
+            self._write(self._pending)
+        self.reload()
+
+    def _write(self, rows: list[tuple[str, dict[str, Tensor]]]) -> None:
+        header = json.dumps({key: _checksum(key, stored) for key, stored in rows})
+        tensors = {name: torch.stack([stored[name] for _, stored in rows]) for name in rows[0][1]}
+        path = self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.safetensors"
+        unfinished = path.with_suffix(".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(save(tensors, {"rows": header, "checksum": str(zlib.crc32(header.encode()))}))
+            os.replace(unfinished, path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            remedy = "the shards that are there stay good; make room and start again"
+            raise OSError(error.errno, f"{error.strerror}: no shard written, {remedy}", str(self.folder)) from error
+
+    def read(self, keys: Sequence[str]) -> Tensor:
+        """Targets (n, Q, E), fp32; only their rows are read. LookupError for a key that isn't there and for a target
+        that isn't what was written; it says what to do."""
+        places, targets = self._find(keys), None
+        if missing := (places < 0).sum():
+            raise LookupError(
+                f"{missing} of {len(keys)} images are not in the target cache {self.folder}: run `ola-vlm targets`. "
+                f"(If a file was changed but not its size and date, delete {self.folder.parent / 'images'} first.)"
+            )
+        for i, at in enumerate(places):
+            if (stored := self._row(at)) is None:
+                path = self._shards[self._places[at, 0]]
+                raise LookupError(f"{path} is damaged: run `ola-vlm targets`, which computes its damaged targets anew")
+            if targets is None:
+                targets = _empty(len(keys), *stored["targets"].shape)
+            _decode(stored, out=targets[i])
+        return targets
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
-        """The images' targets: (N, Q, E), fp32. Only their rows are read from disk. KeyError if it lacks one."""
-        keys, rows = [image_key(image) for image in images], []
-        if missing := sum(key not in self.rows for key in keys):
-            raise KeyError(f"{missing} of {len(keys)} images are not in the target cache {self.folder}: fill() it")
-        for path, row in (self.rows[key] for key in keys):
-            with safe_open(path, "pt") as shard:  # maps the file into memory: as fast as keeping it open
-                rows.append(shard.get_slice("targets")[row])
-        return torch.stack(rows)
+        """The targets (N, Q, E), fp32, of one or more images, by what they show now."""
+        return self.read(self.batch_keys(self, images))
+
+    def statistics(self, keys: Sequence[str]) -> "TargetStatistics":
+        """Of those keys' targets, computed once: kept like a target, in a folder beside the shards."""
+        kept = TargetCache(self.folder, "statistics")
+        name = blake2b("".join(keys).encode(), digest_size=16).hexdigest()
+        (at,) = kept._find([name])
+        if at >= 0 and (stored := kept._row(at)):
+            return TargetStatistics(**stored)
+        found = TargetStatistics.fit(self.read(keys[i : i + 32]) for i in range(0, len(keys), 32))
+        kept._write([(name, found._asdict())])
+        return found
+
+
+def _checksum(key: str, stored: dict[str, Tensor]) -> int:
+    """Of a row's key, numeric types, shapes and bytes."""
+    value = zlib.crc32(key.encode())
+    for name, part in sorted(stored.items()):
+        value = zlib.crc32(f"{name} {part.dtype} {tuple(part.shape)}".encode(), value)
+        value = zlib.crc32(part.contiguous().view(torch.uint8).numpy(), value)
+    return value
+
+
+def _encode(targets: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    if dtype is not torch.int8:
+        return {"targets": targets.to(dtype)}
+    # A scale for each block of channels, as some channels are far larger than the others.
+    blocks = targets.unflatten(-1, (-1, math.gcd(BLOCK, targets.shape[-1])))
+    scales = (blocks.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    steps = blocks / scales.float().clamp(min=torch.finfo(torch.float32).tiny)
+    return {"targets": steps.round().clamp(-127, 127).to(torch.int8).flatten(-2), "scales": scales}
+
+
+def _empty(*shape: int) -> Tensor:
+    """In a loader's worker it lies in shared memory, so that it is handed over without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape)), 0, shape)
+
+
+def _decode(stored: dict[str, Tensor], out: Tensor | None = None) -> Tensor:
+    out = torch.empty(stored["targets"].shape) if out is None else out
+    out.copy_(stored["targets"])
+    if "scales" in stored:
+        scales = stored["scales"].float()
+        out.unflatten(-1, (scales.shape[-2], -1)).mul_(scales)
+    return out
 
 
 class TargetStatistics(NamedTuple):

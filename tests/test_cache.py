@@ -1,34 +1,83 @@
-"""The target cache and the targets' statistics."""
+"""The target cache: what is stored, damaged, interrupted or changed, its index of images, the targets' statistics."""
 
+import errno
+import json
+import multiprocessing
+import os
 import pickle
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from tiny_teachers import GRID, random_images, save_depth_anything
+from torch.utils.data import DataLoader
 
-from ola_vlm.targets.cache import TargetCache, TargetStatistics, image_key
+from ola_vlm.targets import cache as cache_module
+from ola_vlm.targets import fill as fill_module
+from ola_vlm.targets.cache import BLOCK, STORAGE, BatchKeys, TargetCache, TargetStatistics, image_key
 from ola_vlm.targets.encoders import DepthAnythingEncoder
+from ola_vlm.targets.fill import Teacher, fill, known_keys, make_teachers, open_caches
+
+TASK = {"name": "depth", "target_length": GRID * GRID, "target_dim": 32}
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("depth")
-    torch.manual_seed(0)
-    save_depth_anything(folder)
-    return DepthAnythingEncoder.from_pretrained(folder, grid=GRID)
+class FakeEncoder:
+    """Targets (16, 8) that depend on the image's content; counts what it encodes."""
 
+    fingerprint = "fake"
 
-class Counting:
-    """An encoder that counts the images it encodes."""
-
-    def __init__(self, encoder):
-        self.encoder, self.encoded = encoder, 0
+    def __init__(self, seconds: float = 0.0, stop_after: int | None = None):
+        self.seconds, self.stop_after, self.encoded = seconds, stop_after, 0
 
     def encode(self, images):
+        if self.stop_after is not None and self.encoded >= self.stop_after:
+            raise KeyboardInterrupt
+        time.sleep(self.seconds * len(images))
         self.encoded += len(images)
-        return self.encoder.encode(images)
+        seeds = [int(image_key(image)[:8], 16) for image in images]
+        return torch.stack([torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """10 image files of 32 x 32."""
+    (tmp_path / "photos").mkdir()
+    found = [str(tmp_path / "photos" / f"{i}.png") for i in range(10)]
+    for path, image in zip(found, random_images(10, size=(32, 32)), strict=True):
+        image.save(path)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "targets"
+
+
+def fill_with(encoder, folder, paths, shard_size=4, **options) -> TargetCache:
+    """The cache after a fill that nothing was refused in."""
+    cache = TargetCache(folder, encoder.fingerprint, shard_size=shard_size)
+    teacher = SimpleNamespace(encoder=encoder, entry={"path": "fake"})
+    assert fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False, **options) == {}
+    return cache
+
+
+def opened(paths) -> list[Image.Image]:
+    return [Image.open(path) for path in paths]
+
+
+def assert_right(cache, paths):
+    """What the cache gives is what the encoder would compute now."""
+    torch.testing.assert_close(cache(opened(paths)), FakeEncoder().encode(opened(paths)), rtol=0, atol=0)
+
+
+def shards(cache) -> list[Path]:
+    return sorted(cache.folder.glob("*.safetensors"))
 
 
 def test_image_key_is_the_content():
@@ -42,61 +91,364 @@ def test_image_key_is_the_content():
     assert image_key(flat) != image_key(Image.new("RGB", (2, 8)))  # the same bytes, another shape
 
 
-def test_cached_equals_on_the_fly(encoder, tmp_path):
-    images = random_images(10)
-    done = []
-    cache = TargetCache(tmp_path, encoder.fingerprint)
-    cache.fill(encoder, iter(images), shard_size=4, progress=done.append)
-    assert done == [4, 4, 2] and len(cache.rows) == 10 and image_key(images[3]) in cache.rows
-    assert len(list(cache.folder.glob("*.safetensors"))) == 3
-    for reader in (cache, TargetCache(tmp_path, encoder.fingerprint), pickle.loads(pickle.dumps(cache))):
-        order = [7, 0, 7, 3]
-        torch.testing.assert_close(
-            reader([images[i] for i in order]), encoder.encode(images)[order], rtol=1e-5, atol=1e-5
-        )
+def test_cached_equals_on_the_fly(paths, folder, tmp_path):
+    torch.manual_seed(0)
+    save_depth_anything(tmp_path / "teacher")
+    teachers = make_teachers([TASK], {"depth": {"encoder": "depth_anything", "path": str(tmp_path / "teacher")}})
+    caches = open_caches(folder, teachers)
+    assert fill(folder, teachers, caches, paths, progress=False) == {}
+    encoder = DepthAnythingEncoder.from_pretrained(tmp_path / "teacher", grid=GRID)
+    order, images = [7, 0, 7, 3], opened(paths)
+    expected = encoder.encode(images)[order]
+    again = open_caches(folder, teachers)["depth"]
+    for reader in (caches["depth"], again, pickle.loads(pickle.dumps(again))):
+        assert reader.missing([image_key(image) for image in images]) == set()
+        torch.testing.assert_close(reader([images[i] for i in order]), expected, rtol=1e-5, atol=1e-5)
         assert reader(images[:1]).dtype == torch.float32
-    assert set(cache.rows) == {image_key(image) for image in images}
+    with pytest.raises(ValueError, match=r"\(64, 32\) from its teacher, \(64, 31\) from its configuration"):
+        _ = Teacher(TASK | {"target_dim": 31}, teachers["depth"].entry).encoder
 
 
-def test_other_content_or_other_teacher_is_not_found(encoder, tmp_path):
-    images = random_images(2)
-    cache = TargetCache(tmp_path, encoder.fingerprint)
-    cache.fill(encoder, images)
-    changed = images[0].copy()
+def test_other_content_or_other_teacher_is_not_found(paths, folder):
+    cache = fill_with(FakeEncoder(), folder, paths)
+    changed = Image.open(paths[0])
     changed.putpixel((0, 0), (9, 9, 9))
-    with pytest.raises(KeyError, match=r"1 of 2 images .* fill\(\) it"):
-        cache([images[1], changed])
-    other = DepthAnythingEncoder(encoder.model, 4, [0.5] * 3, [0.25] * 3)
-    assert not TargetCache(tmp_path, other.fingerprint).rows
+    with pytest.raises(LookupError, match=r"1 of 2 images .*ola-vlm targets"):
+        cache([Image.open(paths[1]), changed])
+    assert len(cache) == 10 and len(TargetCache(folder, "another")) == 0
+    with pytest.raises(ValueError, match=r"fake is not .*another.*'s teacher any more"):
+        teacher = SimpleNamespace(encoder=FakeEncoder(), entry={"path": "fake"})
+        fill(folder, {"depth": teacher}, {"depth": TargetCache(folder, "another")}, paths, progress=False)
 
 
-def test_interrupted_fill_resumes(encoder, tmp_path):
-    images = random_images(10)
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("width", [128, 12])
+def test_storage(tmp_path, storage, width):
+    """Errors and bytes; a few channels are far larger than the others, as in large vision transformers."""
+    targets = torch.randn(6, 16, width, generator=torch.Generator().manual_seed(0))
+    targets[:, :, 5] *= 100
+    targets[1, 3] = 0
+    cache = TargetCache(tmp_path, "fake", storage)
+    keys = [f"{i:032x}" for i in range(6)]
+    assert cache.store(keys, targets) == {}
+    cache.flush()
+    read = cache.read(keys)
+    assert read.dtype == torch.float32 and read[1, 3].equal(torch.zeros(width))
+    errors = 1 - torch.nn.functional.cosine_similarity(read.double(), targets.double(), dim=-1)[0]
+    assert errors.max() < {"float32": 1e-12, "float16": 1e-6, "bfloat16": 1e-5, "int8": 1e-3}[storage]
+    elsewhere = [channel for channel in range(width) if channel // BLOCK != 5 // BLOCK]
+    if storage == "int8" and elsewhere:  # the large channel spoils its own block only
+        part, exact = read[..., elsewhere], targets[..., elsewhere]
+        assert ((part - exact).abs() <= exact.abs().amax(-1, keepdim=True) / 200).all()
+    with safe_open(shards(cache)[0], "pt") as shard:
+        stored = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    bits = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8 + 16 / min(64, 4 if width == 12 else 64)}[storage]
+    assert sum(part.nbytes for part in stored.values()) == targets.numel() * bits / 8
 
-    def interrupted():
-        yield from images[:6]
-        raise KeyboardInterrupt
 
+def test_refused_targets_are_named_and_the_others_stored(paths, folder):
+    class Bad(FakeEncoder):
+        def encode(self, images):
+            targets = super().encode(images)
+            for target, image in zip(targets, images, strict=True):
+                if image_key(image) == image_key(Image.open(paths[2])):
+                    target[3, 4] = float("nan")
+                if image_key(image) == image_key(Image.open(paths[5])):
+                    target[0, 0] = 1e6
+            return targets
+
+    Path(paths[7]).write_bytes(Path(paths[7]).read_bytes()[:200])
+    for storage, overflow in (("float16", {paths[5]}), ("bfloat16", set()), ("int8", set())):
+        cache = TargetCache(folder, "fake", storage)
+        teacher = SimpleNamespace(encoder=Bad(), entry={})
+        refused = fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False)
+        assert set(refused) == {paths[2], paths[7]} | overflow
+        assert "not finite" in refused[paths[2]] and "OSError" in refused[paths[7]]
+        assert not overflow or "overflows torch.float16" in refused[paths[5]]
+        assert len(cache) == 10 - len(refused) and cache.read(cache_keys(cache)).isfinite().all()
+
+
+def cache_keys(cache) -> list[str]:
+    keys = []
+    for path in shards(cache):
+        with safe_open(path, "pt") as shard:
+            keys += json.loads(shard.metadata()["rows"])
+    return keys
+
+
+def test_an_image_is_encoded_once(paths, folder):
+    Image.open(paths[0]).save(paths[3])
+    encoder = FakeEncoder()
+    cache = fill_with(encoder, folder, paths)
+    assert encoder.encoded == len(cache) == 9 and len(shards(cache)) == 3
+    fill_with(encoder, folder, paths)
+    assert encoder.encoded == 9
+
+
+def test_interrupted_fill_resumes(paths, folder, monkeypatch):
+    monkeypatch.setattr(fill_module, "BATCH", 2)
     with pytest.raises(KeyboardInterrupt):
-        TargetCache(tmp_path, encoder.fingerprint).fill(encoder, interrupted(), shard_size=4)
-    cache = TargetCache(tmp_path, encoder.fingerprint)
-    assert len(cache.rows) == 4  # the whole shards
-    (cache.folder / "0123.99.tmp").write_bytes(b"half a shard")  # left by a killed process
-    cache = TargetCache(tmp_path, encoder.fingerprint)
-    counting = Counting(encoder)
-    cache.fill(counting, images, shard_size=4)
-    assert counting.encoded == 6
-    cache.fill(counting, images)
-    assert counting.encoded == 6
-    torch.testing.assert_close(cache(images), encoder.encode(images), rtol=1e-5, atol=1e-5)
+        fill_with(FakeEncoder(stop_after=6), folder, paths)
+    cache = TargetCache(folder, "fake")
+    assert len(cache) == 4  # the whole shards
+    old, young = cache.folder / "1.tmp", cache.folder / "2.tmp"  # of a killed process, of one that may be writing
+    for path in (old, young):
+        path.write_bytes(b"half a shard")
+    os.utime(old, (time.time() - 7200,) * 2)
+    encoder = FakeEncoder()
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 6 and young.exists() and not old.exists()
 
 
-def test_an_image_is_encoded_once(encoder, tmp_path):
-    images = random_images(2)
-    cache = TargetCache(tmp_path, encoder.fingerprint)
-    counting = Counting(encoder)
-    cache.fill(counting, [images[0], images[1], images[0], images[0]], shard_size=3)
-    assert counting.encoded == len(cache.rows) == 2
+@pytest.fixture
+def one_image_batches(monkeypatch):
+    monkeypatch.setattr(fill_module, "BATCH", 1)
+
+
+def start_writer(folder, paths, seconds: float):
+    """A process that fills `folder`, one image a shard, `seconds` an image."""
+    writer = multiprocessing.get_context("fork").Process(
+        target=fill_with, args=(FakeEncoder(seconds), folder, paths), kwargs={"shard_size": 1}
+    )
+    writer.start()
+    return writer
+
+
+def test_killed_writer_loses_its_unfinished_shard_only(paths, folder, one_image_batches):
+    writer = start_writer(folder, paths, seconds=0.1)
+    while len(list(folder.glob("*/*.safetensors"))) < 3:
+        assert writer.is_alive()
+        time.sleep(0.01)
+    writer.kill()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
+    stored = len(TargetCache(folder, "fake"))
+    assert 3 <= stored < 10
+    encoder = FakeEncoder()
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 10 - stored
+
+
+def test_two_writers_at_once(paths, folder, one_image_batches):
+    writers = [start_writer(folder, paths, seconds=0.05) for _ in range(2)]
+    for writer in writers:
+        writer.join(timeout=60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    encoder = FakeEncoder()
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 0 and len(list(folder.rglob("*.tmp"))) == 0
+
+
+def flip(path: Path, position: int):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x04
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("where", ["target", "key", "checksum", "shape", "length", "truncated", "emptied", "longer"])
+def test_damaged_shard_is_never_read_and_recomputed(paths, folder, caplog, where):
+    cache = fill_with(FakeEncoder(), folder, paths)
+    shard = shards(cache)[1]
+    content = shard.read_bytes()
+    keys = json.loads(safe_open(shard, "pt").metadata()["rows"])
+    if where in ("truncated", "emptied", "longer"):
+        shard.write_bytes({"truncated": content[:-1], "emptied": b"", "longer": content + b"0"}[where])
+    else:
+        marks = {"key": next(iter(keys)), "checksum": str(next(iter(keys.values()))), "shape": "[4,16"}
+        places = {name: content.index(mark.encode()) for name, mark in marks.items()}
+        flip(shard, (places | {"target": len(content) - 5, "length": 1})[where])
+    of_shard = [path for path in paths if image_key(Image.open(path)) in keys]
+    for reader in (cache, TargetCache(folder, "fake")):  # that was open already, that is opened now
+        good = 0
+        for path in paths:
+            try:
+                assert_right(reader, [path])
+                good += 1
+            except LookupError as error:
+                assert path in of_shard and "ola-vlm targets" in str(error)
+        assert good == (9 if where == "target" else 6) or (reader is cache and where in ("key", "checksum"))
+    caplog.clear()
+    encoder = FakeEncoder()
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == (1 if where == "target" else 4)
+    assert f"{shard} is damaged" in caplog.text and shard.exists() == (where == "target")
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == (1 if where == "target" else 4)
+
+
+def test_changed_images_are_noticed(paths, folder):
+    cache, encoder = fill_with(FakeEncoder(), folder, paths), FakeEncoder()
+    stat = os.stat(paths[3])
+    Image.open(paths[0]).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(paths[3])
+    assert known_keys(folder, paths)[paths[3]] is None
+    with pytest.raises(LookupError, match="1 of 10 images"):
+        cache(opened(paths))
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 1
+    # Again, and so that its size and date say nothing: the index is wrong, what is read is never wrong.
+    for changed in (Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")):
+        changed.save(paths[3], format="bmp")
+        os.utime(paths[3], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        if changed.getpixel((0, 0))[0]:
+            fill_with(encoder, folder, paths)
+    cache = fill_with(encoder, folder, paths)
+    assert encoder.encoded == 2 and None not in known_keys(folder, paths).values()
+    with pytest.raises(LookupError, match=rf"not its size and date, delete {folder / 'images'} first"):
+        cache(opened(paths))
+    for file in (folder / "images").iterdir():
+        file.unlink()
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 3
+
+
+def test_full_disk_is_an_error_that_leaves_a_usable_cache(paths, folder, monkeypatch):
+    def write_bytes(path, content):
+        if len(list(path.parent.glob("*.safetensors"))) == 2:
+            with path.open("wb") as file:
+                file.write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with path.open("wb") as file:
+            file.write(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises(OSError, match=r"No space left on device: no shard written, .*make room") as caught:
+            fill_with(FakeEncoder(), folder, paths)
+    assert caught.value.errno == errno.ENOSPC
+    cache, encoder = TargetCache(folder, "fake"), FakeEncoder()
+    assert len(cache) == 8 and sorted(cache.folder.iterdir()) == shards(cache)
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 2
+
+
+def test_index_spares_decoding(paths, folder, monkeypatch):
+    decoded = []
+    open_image = fill_module.open_image
+    monkeypatch.setattr(fill_module, "open_image", lambda path: decoded.append(path.filename) or open_image(path))
+    encoder = FakeEncoder()
+    fill_with(encoder, folder, paths[:7])
+    assert decoded == paths[:7]
+    os.utime(paths[1])  # looks changed
+    fill_with(encoder, folder, paths)
+    assert decoded[7:] == [paths[1], *paths[7:]] and encoder.encoded == 10
+    assert fill(folder, {}, {}, paths, progress=False) == {} and len(decoded) == 11
+    (lines,) = [file for file in (folder / "images").iterdir() if len(file.read_text().splitlines()) == 7]
+    lines.write_text(lines.read_text()[:-20])  # cut off by a kill
+    assert list(known_keys(folder, paths).values()).count(None) == 1
+    assert known_keys(folder, ["nowhere.png"]) == {"nowhere.png": None}
+
+
+def test_workers_decode(paths, folder):
+    encoder = FakeEncoder()
+    assert_right(fill_with(encoder, folder, paths, workers=2), paths)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_read_by_a_loaders_workers(paths, folder, method):
+    cache = fill_with(FakeEncoder(), folder, paths)
+    loader = DataLoader(opened(paths), 5, num_workers=1, collate_fn=cache, multiprocessing_context=method)
+    batches = list(loader)
+    assert torch.cat(batches).equal(FakeEncoder().encode(opened(paths))) and batches[0].is_contiguous()
+
+
+def test_reading_keeps_no_file_open_and_maps_no_shard_for_good(paths, folder):
+    cache = fill_with(FakeEncoder(), folder, paths, shard_size=1)
+    targets = cache(opened(paths))
+    assert len(targets) == 10
+    opened_files = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+    assert not any(str(folder) in file for file in [*opened_files, Path("/proc/self/maps").read_text()])
+
+
+def test_images_are_hashed_once_for_all_tasks(paths, folder, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(cache_module, "image_key", lambda image: hashed.append(image) or image_key(image))
+    fill_with(FakeEncoder(), folder, paths)
+    keys = BatchKeys()
+    tasks = [TargetCache(folder, "fake", batch_keys=keys) for _ in range(3)]
+    images = opened(paths)
+    assert all(cache(images).equal(FakeEncoder().encode(images)) for cache in tasks) and len(hashed) == 10
+    tasks[0](list(images))
+    assert len(hashed) == 20
+    images = [image.copy() for image in images]
+    tasks[0](images)
+    images[2].putpixel((0, 0), (1, 2, 3))
+    with pytest.raises(LookupError):
+        tasks[0](images)
+
+
+class TestTeacher:
+    """Its fingerprint is known without loading it, until anything of it changes."""
+
+    @pytest.fixture
+    def entry(self, tmp_path):
+        torch.manual_seed(0)
+        save_depth_anything(tmp_path / "teacher")
+        return {"encoder": "depth_anything", "path": str(tmp_path / "teacher")}
+
+    @pytest.fixture
+    def known(self, entry, folder):
+        return Teacher(TASK, entry).fingerprint(folder)
+
+    @pytest.fixture
+    def loads(self, known, monkeypatch):
+        """Teachers loaded from now on."""
+        loaded, load = [], DepthAnythingEncoder.from_pretrained
+        monkeypatch.setattr(DepthAnythingEncoder, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k))
+        return loaded
+
+    def test_unchanged(self, entry, known, loads, folder):
+        assert Teacher(TASK, entry).fingerprint(folder) == known and not loads
+
+    def test_moved_without_its_weights(self, entry, known, loads, folder):
+        (Path(entry["path"]) / "model.safetensors").unlink()
+        assert Teacher(TASK, entry).fingerprint(folder) == known and not loads
+
+    def test_touched(self, entry, known, loads, folder):
+        os.utime(Path(entry["path"]) / "model.safetensors", (1, 1))
+        assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
+        assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
+
+    def test_damaged_note(self, entry, known, loads, folder):
+        (note,) = folder.glob("*.json")
+        note.write_text(note.read_text()[:-5])
+        assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
+
+    def test_other_weights(self, entry, known, loads, folder):
+        torch.manual_seed(1)
+        save_depth_anything(Path(entry["path"]))
+        other = Teacher(TASK, entry).fingerprint(folder)
+        assert other != known and Teacher(TASK, entry).fingerprint(folder) == other and len(loads) == 1
+
+    def test_other_preprocessing(self, entry, known, loads, folder):
+        values = Path(entry["path"]) / "preprocessor_config.json"
+        values.write_text(values.read_text().replace("0.25", "0.26"))
+        assert Teacher(TASK, entry).fingerprint(folder) != known
+
+    def test_other_arguments(self, entry, known, loads, folder):
+        assert Teacher(TASK, entry | {"dtype": "bfloat16"}).fingerprint(folder) != known
+
+    def test_other_code(self, entry, known, loads, folder, tmp_path, monkeypatch):
+        (tmp_path / "encoders.py").write_text("changed")
+        monkeypatch.setattr(fill_module.encoders, "__file__", str(tmp_path / "encoders.py"))
+        assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
+
+    def test_name_on_the_hub(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+        made = []
+        entry = {"encoder": "clip_image", "path": "some/teacher", "subfolder": "image_encoder"}
+        teacher = Teacher(TASK, entry)
+        for commit in ("1" * 40, "2" * 40):
+            repository = tmp_path / "hub" / "models--some--teacher"
+            (repository / "snapshots" / commit / "image_encoder").mkdir(parents=True)
+            (repository / "snapshots" / commit / "image_encoder" / "config.json").write_text("{}")
+            (repository / "refs").mkdir(exist_ok=True)
+            (repository / "refs" / "main").write_text(commit)
+            teacher.encoder = SimpleNamespace(fingerprint=f"depth-{commit[:4]}")
+            made += [teacher.fingerprint(folder)]
+            teacher.encoder = None
+            assert teacher.fingerprint(folder) == made[-1]
+        assert made == ["depth-1111", "depth-2222"]
 
 
 def test_statistics(tmp_path):
@@ -115,3 +467,20 @@ def test_statistics(tmp_path):
     statistics.save(tmp_path / "new" / "depth.safetensors")
     loaded = TargetStatistics.load(tmp_path / "new" / "depth.safetensors")
     torch.testing.assert_close(loaded.restore(standard), targets, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_are_kept_with_the_cache(paths, folder, monkeypatch):
+    cache = fill_with(FakeEncoder(), folder, paths)
+    keys = [image_key(image) for image in opened(paths)]
+    first = cache.statistics(keys)
+    expected = TargetStatistics.fit([FakeEncoder().encode(opened(paths))])
+    for one, other in zip(first, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert not cache.statistics(keys[:5]).mean.equal(first.mean)
+    with monkeypatch.context() as patch:
+        patch.setattr(TargetCache, "read", None)
+        assert all(map(torch.equal, TargetCache(folder, "fake").statistics(keys), first))
+    kept = next(iter(sorted((cache.folder / "statistics-float32").iterdir())))
+    flip(kept, len(kept.read_bytes()) - 5)
+    assert all(map(torch.equal, TargetCache(folder, "fake").statistics(keys), first))
+    assert len(TargetCache(folder, "fake")) == 10  # they are no targets

@@ -77,7 +77,7 @@ def arguments(world, output_dir, **changes):
 def test_pretrain_then_finetune(world, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("builtins.input", asked.append)  # nobody is asked about running a checkpoint's code
-    cache = {"target_cache": str(tmp_path / "targets"), "standardize_targets": True}
+    cache = {"target_cache": str(tmp_path / "targets"), "target_fill": True, "standardize_targets": True}
     trainer = train(arguments(world, tmp_path / "pretrain", **cache))
     first = losses(trainer)[0]
     assert len(losses(trainer)) == 3 and len(first) == 14 and all(value > 0 for value in first.values())
@@ -105,13 +105,21 @@ def test_pretrain_then_finetune(world, tmp_path, monkeypatch):
     assert written == expected
 
 
-def test_cached_and_on_the_fly_targets_give_the_same_losses(world, tmp_path):
-    runs = []
-    for cache in (None, str(tmp_path / "targets")):
-        trainer = train(arguments(world, tmp_path / "run", target_cache=cache))
-        runs.append(losses(trainer))
-    for cached, computed in zip(runs[1], runs[0], strict=True):
-        assert cached == pytest.approx(computed, rel=1e-4)
+def test_cached_and_on_the_fly_targets_give_the_same_losses(world, tmp_path, monkeypatch, capsys):
+    """Filled in two parts by `ola-vlm targets`; the training then loads no teacher."""
+    computed = losses(train(arguments(world, tmp_path / "run")))
+    cache = {"target_cache": str(tmp_path / "targets"), "output_dir": str(tmp_path / "run")}
+    monkeypatch.setitem(RECIPES, "tiny", lambda: world | cache)
+    for part, missing in (("1/2", 8), ("2/2", 4)):
+        with pytest.raises(ValueError, match=rf"8 images \({missing} of gen, {missing} of depth, .*`ola-vlm targets`"):
+            train(OlaVlmArguments(**world, **cache))
+        cli.main(["targets", "--recipe", "tiny", "--shard", part])
+    assert "depth: 8 images, 8192 bytes" not in capsys.readouterr().out
+    for encoder in ENCODERS.values():
+        monkeypatch.setattr(encoder, "from_pretrained", None)
+    cached = losses(train(OlaVlmArguments(**world, **cache)))
+    for with_cache, without in zip(cached, computed, strict=True):
+        assert with_cache == pytest.approx(without, rel=1e-4)
 
 
 def test_shuffled_targets_are_a_different_run_of_the_same_model(world, tmp_path):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
+from ..targets.cache import STORAGE
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -16,7 +18,9 @@ class OlaVlmArguments(TrainingArguments):
     A run starts from `checkpoint` (a folder of ours, or a plain LLaVA), or builds its model from `vision_tower`,
     `language_model`, `tokenizer` (names or folders), `tasks` and `model_overrides` (arguments of `build_ola_vlm`).
     `tasks`: list of task dicts in token order; none is plain LLaVA. `teachers`: task -> {"encoder": a name in
-    `targets.encoders.ENCODERS`, "path": name or folder, and more arguments of its `from_pretrained`}.
+    `targets.encoders.ENCODERS`, "path": name or folder, and more arguments of its `from_pretrained`}. `target_cache`:
+    folder of stored targets, in the numeric type `target_storage` (a key of `targets.cache.STORAGE`); what it lacks is
+    an error, or computed at the start of a run with `target_fill`.
     """
 
     stage: str = "pretrain"
@@ -32,6 +36,8 @@ class OlaVlmArguments(TrainingArguments):
     max_length: int | None = None
     teachers: dict | str | None = None
     target_cache: str | None = None
+    target_storage: str = "float32"
+    target_fill: bool = False
     standardize_targets: bool = False
     shuffle_targets: bool = False
     # The trainer needs `targets` and `row_ids`, which are no arguments of the model's forward.
@@ -43,6 +49,8 @@ class OlaVlmArguments(TrainingArguments):
                 setattr(self, field, json.loads(value))
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {list(DTYPES)}")
+        if self.target_storage not in STORAGE:
+            raise ValueError(f"target_storage {self.target_storage!r} is unknown: choose one of {list(STORAGE)}")
         if self.ddp_find_unused_parameters is None:
             # Every rank runs the same graph, even without an image. Only a trained tower has blocks that are skipped:
             # those after the layer whose features LLaVA takes.

@@ -1,0 +1,129 @@
+"""The target cache at the paper's sizes: reading speed, disk need, error of each storage. `python benchmarks/cache.py`
+
+Speed: two loader workers read the targets of all three tasks for images of 640 x 480 from the page cache, as in
+training: hashing, checksums, conversion to fp32 and the way to the main process included. Beside it, in turn, the
+floor: the same bytes read from the shards, converted and handed over, nothing looked up or checked.
+Error: of the miniature's teachers on its rendered scenes.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import DataLoader
+
+from ola_vlm.configuration_ola_vlm import default_tasks
+from ola_vlm.miniature import world
+from ola_vlm.recipes import miniature as recipe
+from ola_vlm.targets.cache import STORAGE, BatchKeys, TargetCache, _decode, _empty, image_key
+from ola_vlm.targets.fill import make_teachers
+
+LLAVA_558K = 558_128  # images
+BATCH, WORKERS = 16, 2
+
+
+def write_caches(folder: Path, images: list[Image.Image], storage: str) -> dict[str, TargetCache]:
+    """Random targets of the paper's shapes."""
+    keys, generator = BatchKeys(), torch.Generator().manual_seed(0)
+    caches = {task["name"]: TargetCache(folder, task["name"], storage, batch_keys=keys) for task in default_tasks()}
+    for task in default_tasks():
+        for image in images:
+            targets = torch.randn(1, task["target_length"], task["target_dim"], generator=generator)
+            caches[task["name"]].store([image_key(image)], targets)
+        caches[task["name"]].flush()
+    return caches
+
+
+class Checked:
+    """A collator's way: look up by content, compare checksums."""
+
+    def __init__(self, images: list[Image.Image], caches: dict[str, TargetCache]):
+        self.images, self.caches = images, caches
+
+    def __call__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        batch = [self.images[i] for i in indices]
+        return {task: cache(batch) for task, cache in self.caches.items()}
+
+
+class Floor(Checked):
+    """The rows of those places, whatever they are."""
+
+    def __call__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        targets = {}
+        for task, cache in self.caches.items():
+            rows = [cache._stored(at) for at in indices]
+            targets[task] = _empty(len(rows), *rows[0]["targets"].shape)
+            for row, target in zip(rows, targets[task], strict=True):
+                _decode(row, out=target)
+        return targets
+
+
+def images_per_second(reader: Checked, rounds: int = 6) -> tuple[float, float]:
+    """Of two loader workers, without their start: by the clock, and by the seconds that they had a core for."""
+    order = [i for _ in range(rounds) for i in torch.randperm(len(reader.images)).tolist()]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    loader = iter(DataLoader(order, BATCH, num_workers=WORKERS, collate_fn=reader))
+    for _ in range(2 * WORKERS):
+        next(loader)
+    start = time.perf_counter()
+    count = sum(BATCH for _ in loader)
+    seconds = time.perf_counter() - start
+    del loader
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cores = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return count / seconds, WORKERS * len(order) / cores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    machine = platform.processor() or platform.machine()
+    print(f"{os.cpu_count()} cores ({machine}), load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+
+    pixels = np.random.default_rng(0).integers(0, 256, (args.images, 480, 640, 3), dtype=np.uint8)
+    images = [Image.fromarray(image) for image in pixels]
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {storage: write_caches(Path(folder), images, storage) for storage in STORAGE}
+        rates = {(storage, side): [] for storage in STORAGE for side in (Checked, Floor)}
+        for _ in range(args.rounds):
+            for storage, side in rates:
+                rates[storage, side].append(images_per_second(side(images, caches[storage])))
+        print("\nimages/s of two workers, and what it would be if they had two cores to themselves")
+        print(f"{'storage':10}{'read':>14}{'floor':>14}{'ratio':>7}{'bytes/image':>13}{'LLaVA-558K':>12}")
+        for storage in STORAGE:
+            read, floor = np.array(rates[storage, Checked]), np.array(rates[storage, Floor])
+            files = [path for cache in caches[storage].values() for path in cache.folder.glob("*.safetensors")]
+            size = sum(path.stat().st_size for path in files) / len(images)
+            pairs = ["{:.0f} ({:.0f})".format(*np.median(side, axis=0)) for side in (read, floor)]
+            ratio, total = np.median(read[:, 1] / floor[:, 1]), size * LLAVA_558K / 1e9
+            print(f"{storage:10}{pairs[0]:>14}{pairs[1]:>14}{ratio:7.2f}{size:13.0f}{total:9.0f} GB")
+
+    print("\n1 - cosine of stored and exact targets, mean over positions (after taking the mean target off)")
+    scenes = [Image.fromarray(image) for image in world.render(world.sample_scenes(64, seed=0))["image"]]
+    keys = list(map(image_key, scenes))
+    for task, teacher in make_teachers(recipe.TASKS, recipe.TEACHERS).items():
+        exact = teacher.encoder.encode(scenes).double()
+        for storage in STORAGE:
+            with tempfile.TemporaryDirectory() as folder:
+                cache = TargetCache(folder, task, storage)
+                cache.store(keys, exact.float())
+                cache.flush()
+                read = cache.read(keys).double()
+            plain = 1 - cosine_similarity(read, exact, dim=-1).mean()
+            centred = 1 - cosine_similarity(read - exact.mean(0), exact - exact.mean(0), dim=-1).mean()
+            print(f"{task:8}{storage:10}{plain:9.1e}  ({centred:.1e})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Compute the teachers' targets in advance: `ola-vlm targets --recipe NAME [--any_field value] [--shard i/n]`.
+
+It computes what the recipe's target cache lacks, and goes on when it is called again. Several processes take a part
+each: `torchrun --nproc_per_node 8 -m ola_vlm.cli targets --recipe NAME`; so do several machines, by --shard.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from ola_vlm.configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
+from ola_vlm.targets.fill import make_teachers
+from ola_vlm.train import parse_arguments
+from ola_vlm.training.data import LlavaRows
+from ola_vlm.training.targets import filled_caches
+
+
+def shard(text: str) -> slice:
+    """The second of eight parts, from "2/8"."""
+    number, total = map(int, text.split("/"))
+    if not 1 <= number <= total:
+        raise ValueError(text)
+    return slice(number - 1, None, total)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--shard", type=shard, default="1/1", metavar="i/n", help="the i-th of n parts of the images")
+    args, options = parse_arguments(argv, "ola-vlm targets", own)
+    if not (args.data and args.teachers and args.target_cache and (args.tasks or args.checkpoint)):
+        raise SystemExit("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
+    tasks = args.tasks or OlaVlmConfig.from_pretrained(args.checkpoint).tasks
+    teachers = make_teachers([PAPER_TASKS.get(task["name"], {}) | task for task in tasks], args.teachers, args.device)
+    paths = LlavaRows(args.data, args.image_folder).image_paths()[options.shard]
+    for name, cache in filled_caches(args, teachers, paths, compute=True).items():
+        size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
+        if args.should_log and len(cache):
+            print(f"{name}: {len(cache)} images, {size / len(cache):.0f} bytes each, in {cache.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Filling the target cache from image files: teachers loaded when needed, and an index that spares decoding."""
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from hashlib import blake2b
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers.utils import extract_commit_hash
+
+from . import encoders
+from .cache import BatchKeys, TargetCache, image_key
+from .encoders import ENCODERS, TargetEncoder, open_image
+
+BATCH = 32  # images decoded and encoded at a time
+
+
+class Teacher:
+    """A task's teacher as its recipe names it, loaded at the first use of `encoder`.
+
+    Args:
+        task: a task of the configuration, whose target's shape the teacher must have.
+        entry: {"encoder": a name in ENCODERS, "path": name or folder, and more arguments of its `from_pretrained`}.
+    """
+
+    def __init__(self, task: dict, entry: dict, device="cpu"):
+        self.task, self.entry, self.device = task, entry, device
+        if entry.get("encoder") not in ENCODERS or "path" not in entry:
+            need = f"give its path, and as encoder one of {list(ENCODERS)}"
+            raise ValueError(f"teachers[{task['name']!r}] is {entry}: {need}")
+
+    @cached_property
+    def encoder(self) -> TargetEncoder:
+        options = {**self.entry, "grid": math.isqrt(self.task["target_length"]), "device": self.device}
+        encoder = ENCODERS[options.pop("encoder")].from_pretrained(options.pop("path"), **options)
+        shape = self.task["target_length"], self.task["target_dim"]
+        if shape != (found := (encoder.target_length, encoder.target_dim)):
+            shapes = f"targets {found} from its teacher, {shape} from its configuration"
+            raise ValueError(
+                f"task {self.task['name']!r} has {shapes}: set target_length and target_dim to the teacher's"
+            )
+        return encoder
+
+    def fingerprint(self, folder: str | Path) -> str:
+        """`encoder.fingerprint`, without loading the teacher if a note in the cache's folder tells it: a note for this
+        entry, this code, and these files of weights (their sizes and dates; their commit for a name on the Hub).
+        Where the weights are not at all, as after a cache was moved, the note is believed."""
+        code = Path(encoders.__file__).read_text(encoding="utf-8")
+        what = json.dumps([self.task["target_length"], self.entry, code], sort_keys=True)
+        digest = blake2b(what.encode(), digest_size=8).hexdigest()
+        note, files = Path(folder) / f"{self.entry['encoder']}-{digest}.json", self._files()
+        with suppress(FileNotFoundError, ValueError, KeyError):  # no note yet, or a damaged one
+            known = json.loads(note.read_text(encoding="utf-8"))
+            if files is None or known["files"] == files:
+                return known["fingerprint"]
+        known = {"teacher": self.entry, "files": files, "fingerprint": self.encoder.fingerprint}
+        note.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = note.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        unfinished.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, note)
+        return known["fingerprint"]
+
+    def _files(self) -> list | str | None:
+        """What tells whether the weights have changed; None if they are not here."""
+        path = self.entry["path"]
+        if os.path.isdir(path):
+            files = [list(_state(str(file))) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+            return files if any(name.endswith((".safetensors", ".bin")) for name, _, _ in files) else None
+        config = str(Path(self.entry.get("subfolder", ""), "config.json"))
+        with suppress(HFValidationError):  # no name on the Hub but a folder that isn't there
+            found = try_to_load_from_cache(path, config, revision=self.entry.get("revision"))
+            return extract_commit_hash(found if isinstance(found, str) else None, None)
+        return None
+
+
+def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu") -> dict[str, Teacher]:
+    names = [task["name"] for task in tasks]
+    if set(names) != set(entries):
+        raise ValueError(f"the tasks {names} need one teacher each, `teachers` has {list(entries)}")
+    return {task["name"]: Teacher(task, entries[task["name"]], device) for task in tasks}
+
+
+def open_caches(folder: str | Path, teachers: dict[str, Teacher], storage: str = "float32") -> dict[str, TargetCache]:
+    fingerprints = {name: teacher.fingerprint(folder) for name, teacher in teachers.items()}
+    keys = BatchKeys()
+    return {name: TargetCache(folder, value, storage, batch_keys=keys) for name, value in fingerprints.items()}
+
+
+def _state(path: str) -> tuple[str, int, int] | None:
+    with suppress(FileNotFoundError):
+        stat = os.stat(path)
+        return path, stat.st_size, stat.st_mtime_ns
+    return None
+
+
+def known_keys(folder: str | Path, paths: Sequence[str]) -> dict[str, str | None]:
+    """Path -> its image's key, if `fill` saw the file with its present size and date, else None.
+
+    From folder/images/, where each process that fills keeps a file of its own. It spares decoding all images at each
+    start, no more: training looks targets up by the decoded image.
+    """
+    seen = {}
+    for file in (Path(folder) / "images").glob("*.jsonl"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # the last line of a process that was killed
+                *state, key = json.loads(line)
+                seen[tuple(state)] = key
+    return {path: seen.get(_state(path)) for path in paths}
+
+
+class _Files(Dataset):
+    """Decoded in a loader's workers: (path, its state, key, image), or (path, None, why not, None)."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple:
+        path = self.paths[index]
+        try:
+            state = _state(path)  # before the image is read: it may change meanwhile
+            with Image.open(path) as file:
+                image = open_image(file)
+            return path, state, image_key(image), image
+        except Exception as error:  # Pillow raises all sorts of errors on damaged files
+            return path, None, f"{type(error).__name__}: {error}", None
+
+
+def fill(
+    folder: str | Path,
+    teachers: dict[str, Teacher],
+    caches: dict[str, TargetCache],
+    paths: Sequence[str],
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, str]:
+    """Computes and stores what the caches lack of the images at `paths`, and brings the index of images up to date.
+
+    What they have is read and compared with its checksums. Without caches only the index is made.
+    Returns what was refused: path -> reason (can't be decoded, a target that isn't finite or overflows the storage).
+    """
+    keys, refused, bar = known_keys(folder, paths), {}, partial(tqdm, unit="image", disable=not progress)
+    known = [key for key in keys.values() if key]
+    for name, cache in caches.items():
+        cache.remove_remains()
+        with bar(total=len(known), desc=f"checking {name} targets") as checked:
+            for start in range(0, len(known), 1024):
+                cache.drop_damaged(part := known[start : start + 1024])
+                checked.update(len(part))
+    lacking = set[str]().union(*(cache.missing(known) for cache in caches.values()))
+    todo = [path for path, key in keys.items() if key is None or key in lacking]
+    index = Path(folder) / "images" / f"{uuid.uuid4().hex}.jsonl"
+    with bar(total=len(keys), initial=len(keys) - len(todo), desc="targets" if caches else "images") as done:
+        for batch in DataLoader(_Files(todo), BATCH, num_workers=workers, collate_fn=list):
+            done.update(len(batch))
+            refused |= {path: reason for path, state, reason, _ in batch if state is None}
+            batch = [file for file in batch if file[0] not in refused]
+            found = {key: (path, image) for path, _, key, image in batch}
+            for name, cache in caches.items():
+                cache.drop_damaged(found)  # of files unknown so far
+                if new := sorted(cache.missing(found)):
+                    encoder = teachers[name].encoder
+                    if encoder.fingerprint != cache.fingerprint:
+                        raise ValueError(f"{teachers[name].entry['path']} is not {cache.folder}'s teacher any more")
+                    why = cache.store(new, encoder.encode([found[key][1] for key in new]))
+                    refused |= {found[key][0]: f"{name}: {reason}" for key, reason in why.items()}
+            index.parent.mkdir(parents=True, exist_ok=True)
+            with index.open("a", encoding="utf-8") as file:
+                lines = [json.dumps([*state, key]) for path, state, key, _ in batch if keys[path] != key]
+                file.writelines(f"{line}\n" for line in lines)
+    for cache in caches.values():
+        cache.flush()
+    return refused

@@ -1,0 +1,78 @@
+"""`ola-vlm targets` in two processes, and what it refuses. (Parts by --shard: test_train.)"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import random_image, tiny_tasks
+from safetensors import safe_open
+from tiny_teachers import save_clip_image
+
+from ola_vlm import cli
+from ola_vlm.targets.fill import make_teachers, open_caches
+
+
+@pytest.fixture
+def fields(tmp_path):
+    """Fields of a run on 9 images with one teacher."""
+    samples = []
+    for i in range(9):
+        random_image(i).save(tmp_path / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\na ?"}, {"from": "gpt", "value": "b"}]
+        samples.append({"id": i, "image": f"{i}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    save_clip_image(tmp_path / "gen")
+    return {
+        "data": str(tmp_path / "data.json"),
+        "tasks": json.dumps(tiny_tasks()[:1]),
+        "teachers": json.dumps({"gen": {"encoder": "clip_image", "path": str(tmp_path / "gen")}}),
+        "target_cache": str(tmp_path / "targets"),
+        "output_dir": str(tmp_path / "run"),
+        "use_cpu": "true",
+    }
+
+
+def argv(fields: dict) -> list[str]:
+    return ["targets", *(f"--{name}={value}" for name, value in fields.items())]
+
+
+def test_two_processes_do_a_part_each(fields):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = [*command, "-m", "ola_vlm.cli", *argv(fields | {"target_storage": "int8"})]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("gen: 9 images, ") and "1 - cosine" in done.stderr
+    teachers = make_teachers(json.loads(fields["tasks"]), json.loads(fields["teachers"]))
+    (cache,) = open_caches(fields["target_cache"], teachers, "int8").values()
+    headers = [safe_open(path, "pt").metadata() for path in cache.folder.glob("*.safetensors")]
+    assert len(cache) == 9 and sorted(len(json.loads(header["rows"])) for header in headers) == [4, 5]
+
+
+def test_refusals(fields, tmp_path):
+    with pytest.raises(SystemExit, match="nothing to fill"):
+        cli.main(argv({name: value for name, value in fields.items() if name != "target_cache"}))
+    with pytest.raises(SystemExit, match="nothing to fill"):
+        cli.main(["targets", "--recipe", "miniature_finetune"])
+    for wrong in ("0/2", "3/2", "half"):
+        with pytest.raises(SystemExit):
+            cli.main([*argv(fields), "--shard", wrong])
+    with pytest.raises(SystemExit, match=r"unknown field --shards=1/2: `ola-vlm targets --help` lists all"):
+        cli.main([*argv(fields), "--shards=1/2"])
+    with pytest.raises(ValueError, match="target_storage 'int4' is unknown"):
+        cli.main(argv(fields | {"target_storage": "int4"}))
+    (tmp_path / "4.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1 images have no target.*\n.*4\.png: UnidentifiedImageError"):
+        cli.main(argv(fields))
+    (tmp_path / "4.png").unlink()
+    with pytest.raises(ValueError, match=r"4\.png: FileNotFoundError"):
+        cli.main(argv(fields))
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["targets", "--help"])
+    out = capsys.readouterr().out
+    assert "usage: ola-vlm targets" in out and "--shard i/n" in out and "--target_storage" in out
