@@ -32,8 +32,11 @@ _VOLATILE_FIELDS = {"_name_or_path", "_commit_hash", "architectures", "dtype", "
 
 def open_image(source: Image.Image | str | Path) -> Image.Image:
     """An image or file as RGB, upright and on white as transformers reads it: student and teachers see one picture.
-    ValueError for more than 8 bits a channel, which would saturate."""
+    ValueError for more than 8 bits a channel, which would saturate, and for a square beyond Pillow's limit."""
     image = source if isinstance(source, Image.Image) else Image.open(source)
+    if Image.MAX_IMAGE_PIXELS is not None and max(image.size) ** 2 > Image.MAX_IMAGE_PIXELS:
+        # Pillow only warns; and a narrow image becomes a bomb when it is padded to a square.
+        raise ValueError(f"{source} has {image.width} x {image.height} pixels: a decompression bomb? Shrink it first")
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError(f"{source} has mode {image.mode}, whose values would saturate: convert it to 8 bits first")
     image = ImageOps.exif_transpose(image)
