@@ -22,7 +22,9 @@ from ola_vlm.recipes import RECIPES
 from ola_vlm.targets.cache import TargetCache, TargetStatistics, image_key
 from ola_vlm.targets.encoders import ENCODERS
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.data import LlavaRows, OlaVlmCollator, TargetSource
+from ola_vlm.training.check import drop_bad_rows
+from ola_vlm.training.data import OlaVlmCollator, TargetSource
+from ola_vlm.training.rows import Rows, StreamRows, load_rows
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.trainer import OlaVlmTrainer
 
@@ -46,7 +48,7 @@ def load_model(args: OlaVlmArguments) -> tuple[OlaVlmForConditionalGeneration, O
     return model, processor
 
 
-def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: LlavaRows) -> dict[str, TargetSource]:
+def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: Rows) -> dict[str, TargetSource]:
     """Each task's teacher; with `target_cache`, read from there after filling it with what it lacks."""
     teachers, names = args.teachers or {}, [task["name"] for task in tasks]
     if set(names) != set(teachers):
@@ -89,21 +91,24 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), recipe: str | None = None):
     """Runs one stage to its end and returns the `OlaVlmTrainer` (`.model`, `.state.log_history`)."""
     if args.data is None:
-        raise ValueError("nothing to train on: give data, a LLaVA-format JSON file")
+        raise ValueError("nothing to train on: give data, a LLaVA-format JSON file or a Hugging Face data set")
     set_seed(args.seed)
     model, processor = load_model(args)
     stage = apply_stage(model, args.stage)
     tasks = model.config.tasks if stage.embedding_losses else []
 
-    rows = LlavaRows(args.data, args.image_folder)
-    if args.max_length:
-        rows.drop_longer_than(args.max_length, OlaVlmCollator(processor))
+    shuffle_seed = None if args.train_sampling_strategy == "sequential" else args.seed
+    place = args.image_folder, args.data_config, args.data_split, args.streaming
+    rows = load_rows(args.data, *place, shuffle_seed=shuffle_seed)
+    lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
+    if not isinstance(rows, StreamRows):  # whose rows are checked as they come
+        drop_bad_rows(rows, OlaVlmCollator(processor, **lengths), args.on_bad_rows, args.dataloader_num_workers)
     sources = target_sources(args, tasks, rows) if tasks else {}
     if tasks and args.shuffle_targets:
         rows.shuffle_targets(args.seed)
 
     options = {"processing_class": processor, "callbacks": list(callbacks)}
-    collator = OlaVlmCollator(processor, sources, tasks)
+    collator = OlaVlmCollator(processor, sources, tasks, **lengths, drop_bad_rows=True)
     trainer = OlaVlmTrainer(model, args, data_collator=collator, train_dataset=rows, **options)
     if args.should_save:
         run = json.dumps({"recipe": recipe, **args.to_dict()}, indent=2)
@@ -115,6 +120,8 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
+    if trainer.bad_rows:
+        logger.warning(f"{trainer.bad_rows} bad rows were dropped in training; they are named above")
     model.task_tokens_from_queries = False  # save_model has just written them into the vocabulary
     return trainer
 

@@ -89,4 +89,5 @@ def finetune(llm: str, method: str = "ola_vlm") -> dict:
         "image_folder": "data/LLaVA-Instruct/images",
         "learning_rate": 2e-5,
         "per_device_train_batch_size": 8,
+        "train_sampling_strategy": "group_by_length",
     }

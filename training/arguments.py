@@ -17,6 +17,12 @@ class OlaVlmArguments(TrainingArguments):
     `language_model`, `tokenizer` (names or folders), `tasks` and `model_overrides` (arguments of `build_ola_vlm`).
     `tasks`: list of task dicts in token order; none is plain LLaVA. `teachers`: task -> {"encoder": a name in
     `targets.encoders.ENCODERS`, "path": name or folder, and more arguments of its `from_pretrained`}.
+
+    `data`: a .json or .jsonl file (LLaVA's or TRL's rows), or a folder or name that `datasets` loads (`data_config`,
+    `data_split`; `streaming` needs `max_steps`). Rows longer than `max_length` are dropped, or truncated if
+    `on_long_rows` is "truncate". Bad rows at the start stop the run, or are dropped if `on_bad_rows` is "drop"; those
+    met in training are dropped and counted until they are over `max_bad_rows`, a share of the run's rows.
+    `train_sampling_strategy="group_by_length"` also groups by modality (`training.data.GroupedSampler`).
     """
 
     stage: str = "pretrain"
@@ -28,8 +34,14 @@ class OlaVlmArguments(TrainingArguments):
     model_overrides: dict | str | None = None
     dtype: str = "float32"
     data: str | None = None
+    data_config: str | None = None
+    data_split: str = "train"
+    streaming: bool = False
     image_folder: str | None = None
     max_length: int | None = None
+    on_long_rows: str = "drop"
+    on_bad_rows: str = "stop"
+    max_bad_rows: float = 0.01
     teachers: dict | str | None = None
     target_cache: str | None = None
     standardize_targets: bool = False
@@ -43,6 +55,12 @@ class OlaVlmArguments(TrainingArguments):
                 setattr(self, field, json.loads(value))
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {list(DTYPES)}")
+        for field, choices in {"on_long_rows": ("drop", "truncate"), "on_bad_rows": ("stop", "drop")}.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field} {getattr(self, field)!r} is unknown: choose one of {choices}")
+        if self.streaming:
+            # Each rank reads the stream; handed out by the first one, rows of other ranks would lose their images.
+            self.accelerator_config = self.accelerator_config or {"dispatch_batches": False}
         if self.ddp_find_unused_parameters is None:
             # Every rank runs the same graph, even without an image. Only a trained tower has blocks that are skipped:
             # those after the layer whose features LLaVA takes.
