@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("ola_vlm.train", "train one stage: --recipe NAME [--any_field value]"),
     "targets": ("ola_vlm.fill_targets", "compute the teachers' targets in advance: --recipe NAME [--shard i/n]"),
+    "check-data": ("ola_vlm.check_data", "count rows, images and answers, and find what can't be trained on"),
     "miniature": ("ola_vlm.miniature.study", "train LLaVA and OLA-VLM in miniature, probe both, compare them"),
     "convert": ("ola_vlm.convert.reference", "turn a checkpoint of the reference implementation into ours"),
     "export": ("ola_vlm.convert.export", "write a checkpoint of ours as a plain LLaVA model"),

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from ola_vlm.configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
 from ola_vlm.targets.fill import make_teachers
 from ola_vlm.train import parse_arguments
-from ola_vlm.training.data import LlavaRows
+from ola_vlm.training.check import drop_bad_rows
+from ola_vlm.training.rows import StreamRows
 from ola_vlm.training.targets import filled_caches
 
 
@@ -30,8 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
     tasks = args.tasks or OlaVlmConfig.from_pretrained(args.checkpoint).tasks
     teachers = make_teachers([PAPER_TASKS.get(task["name"], {}) | task for task in tasks], args.teachers, args.device)
-    paths = LlavaRows(args.data, args.image_folder).image_paths()[options.shard]
-    for name, cache in filled_caches(args, teachers, paths, compute=True).items():
+    rows = args.load_rows()
+    if isinstance(rows, StreamRows):
+        raise SystemExit("a stream has no target cache: give --streaming false")
+    drop_bad_rows(rows, None, args.on_bad_rows, args.dataloader_num_workers)
+    images = rows.sources()[options.shard]
+    for name, cache in filled_caches(args, teachers, images, compute=True).items():
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
         if args.should_log and len(cache):
             print(f"{name}: {len(cache)} images, {size / len(cache):.0f} bytes each, in {cache.folder}")

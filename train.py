@@ -17,7 +17,9 @@ from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.data import LlavaRows, OlaVlmCollator
+from ola_vlm.training.check import drop_bad_rows
+from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.rows import StreamRows
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.targets import target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer
@@ -50,22 +52,21 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), recipe: str | None = None):
     """Runs one stage to its end and returns the `OlaVlmTrainer` (`.model`, `.state.log_history`)."""
-    if args.data is None or not Path(args.data).is_file():
-        raise ValueError(f"nothing to train on: give data, a file in LLaVA's JSON format, not {args.data}")
+    rows = args.load_rows()  # before a model is loaded: paths may be wrong
     set_seed(args.seed)
     model, processor = load_model(args)
     stage = apply_stage(model, args.stage)
     tasks = model.config.tasks if stage.embedding_losses else []
 
-    rows = LlavaRows(args.data, args.image_folder)
-    if args.max_length:
-        rows.drop_longer_than(args.max_length, OlaVlmCollator(processor))
+    lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
+    if not isinstance(rows, StreamRows):  # whose rows are checked as they come
+        drop_bad_rows(rows, OlaVlmCollator(processor, **lengths), args.on_bad_rows, args.dataloader_num_workers)
     sources = target_sources(args, tasks, rows) if tasks else {}
     if tasks and args.shuffle_targets:
         rows.shuffle_targets(args.seed)
 
     options = {"processing_class": processor, "callbacks": list(callbacks)}
-    collator = OlaVlmCollator(processor, sources, tasks)
+    collator = OlaVlmCollator(processor, sources, tasks, **lengths, drop_bad_rows=True)
     trainer = OlaVlmTrainer(model, args, data_collator=collator, train_dataset=rows, **options)
     if args.should_save:
         run = json.dumps({"recipe": recipe, **args.to_dict()}, indent=2)
@@ -77,18 +78,20 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
+    if trainer.bad_rows:
+        logger.warning(f"{trainer.bad_rows} bad rows were dropped in training; they are named above")
     model.task_tokens_from_queries = False  # save_model has just written them into the vocabulary
     return trainer
 
 
-def parse_arguments(argv: Sequence[str] | None, prog: str, *parents: argparse.ArgumentParser):
+def parse_arguments(argv: Sequence[str] | None, prog: str, *parents: argparse.ArgumentParser, **fields):
     """A recipe's fields with the command line's changes: (OlaVlmArguments, a namespace of `recipe` and what `parents`
-    add). SystemExit for an unknown field."""
+    add). `fields` go before the recipe's. SystemExit for an unknown field."""
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=parents)
     chooser.add_argument("--recipe", choices=list(RECIPES), help="where the fields' values come from")
     own = chooser.parse_known_args(argv)[0]
     parser = HfArgumentParser(OlaVlmArguments, prog=prog, allow_abbrev=False, parents=[chooser])
-    parser.set_defaults(**(RECIPES[own.recipe]() if own.recipe else {}))
+    parser.set_defaults(**((RECIPES[own.recipe]() if own.recipe else {}) | fields))
     options = {"return_remaining_strings": True, "look_for_args_file": False}
     args, rest, unknown = parser.parse_args_into_dataclasses(argv, **options)
     if unknown := [*unknown, *(f"{own.recipe}.{name}" for name in vars(rest) if name not in vars(own))]:

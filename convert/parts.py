@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import (
@@ -17,18 +18,40 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..configuration_ola_vlm import OlaVlmConfig, normalize_task, task_token_strings
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
 
 IMAGE_TOKEN = "<image>"
+# Put before a template that takes text only: content parts become text, an image being its token and a line break.
+PARTS_TO_TEXT = (
+    "{% set chat = namespace(messages=[]) %}{% for message in messages %}"
+    "{% set text = namespace(value=message['content']) %}{% if text.value is not string %}{% set text.value = '' %}"
+    "{% for part in message['content'] %}{% set text.value = text.value ~ ('IMAGE\n' if part['type'] == 'image' else "
+    "part['text']) %}{% endfor %}{% endif %}"
+    "{% set chat.messages = chat.messages + [dict(message, content=text.value)] %}{% endfor %}"
+    "{% set messages = chat.messages %}{{ '' }}"  # the last so that no line break after a tag is lost
+).replace("IMAGE", IMAGE_TOKEN)
 
 
 def load_vision_config(path: str) -> PreTrainedConfig:
     """The config of the vision tower in a folder or repository; of a CLIP-like pair of towers, its vision half's."""
     config = AutoConfig.from_pretrained(path)
     return config.vision_config if "vision_config" in config.sub_configs else config
+
+
+def taking_images(chat_template: str | None, **special_tokens: str) -> str | None:
+    """The template, made to take content parts if it takes text only, as those of text-only LLMs do."""
+    if not chat_template:
+        return chat_template
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}]
+    try:
+        (text,), _ = render_jinja_template([chat], chat_template=chat_template, **special_tokens)
+    except (jinja2.TemplateError, TypeError):
+        text = ""
+    return chat_template if IMAGE_TOKEN in text and "probe" in text else PARTS_TO_TEXT + chat_template
 
 
 def build_processor(
@@ -60,7 +83,8 @@ def build_processor(
     if tokenizer.pad_token is None:  # Llama-3's has none; labels and masks go by position, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     class_token = {"num_additional_image_tokens": class_tokens, "vision_feature_select_strategy": strategy}
-    options = {"chat_template": chat_template or tokenizer.chat_template, "task_tokens": task_tokens, **class_token}
+    template = taking_images(chat_template or tokenizer.chat_template, **tokenizer.special_tokens_map)
+    options = {"chat_template": template, "task_tokens": task_tokens, **class_token}
     return OlaVlmProcessor(image_processor, tokenizer, patch_size=vision_config.patch_size, **options)
 
 

@@ -68,6 +68,7 @@ COMMON = {
     "bf16": True,
     "activation_checkpointing": True,
     "max_length": 2048,
+    "on_long_rows": "truncate",
     "save_steps": 500,
     "save_total_limit": 2,
     "dataloader_num_workers": 4,
@@ -112,4 +113,5 @@ def finetune(llm: str, method: str = "ola_vlm") -> dict:
         "image_folder": "data/LLaVA-Instruct/images",
         "learning_rate": 2e-5,
         "per_device_train_batch_size": 8,
+        "train_sampling_strategy": "group_by_length",
     }

@@ -10,6 +10,7 @@ student crops: `build_ola_vlm(geometry="reference")`).
 
 import hashlib
 import inspect
+import io
 import json
 import logging
 import math
@@ -41,16 +42,29 @@ logger = logging.getLogger(__name__)
 _VOLATILE_FIELDS = {"_name_or_path", "_commit_hash", "architectures", "dtype", "transformers_version"}
 
 
-def open_image(source: Image.Image | str | Path) -> Image.Image:
-    """An image or file as RGB, upright and on white as transformers reads it: student and teachers see one picture.
-    ValueError for more than 8 bits a channel, which would saturate."""
+def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
+    """An image, file or `{"bytes"}` (of a Hugging Face dataset) as RGB, upright and on white as transformers reads it:
+    student and teachers see one picture.
+
+    ValueError for more than 8 bits a channel, which would saturate, and for a square beyond Pillow's limit.
+    """
+    name, source = source, io.BytesIO(source["bytes"]) if isinstance(source, dict) else source
     with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+        if Image.MAX_IMAGE_PIXELS is not None and max(image.size) ** 2 > Image.MAX_IMAGE_PIXELS:
+            # Pillow only warns; and a narrow image becomes a bomb when it is padded to a square.
+            size = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"{source_name(name)} has {size}: a decompression bomb? Shrink it first")
         if image.mode.startswith("I") or image.mode == "F":
-            raise ValueError(f"{source} has mode {image.mode}, which would saturate: convert it to 8 bits first")
+            what = f"{source_name(name)} has mode {image.mode}, whose values would saturate"
+            raise ValueError(f"{what}: convert it to 8 bits first")
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
+
+
+def source_name(source: Image.Image | str | Path | dict) -> str:
+    return str(source.get("path") or "in the row") if isinstance(source, dict) else str(source)
 
 
 def _without_volatile(fields: dict) -> dict:

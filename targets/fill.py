@@ -1,4 +1,4 @@
-"""Filling the target cache from image files: teachers loaded when needed, and an index that spares decoding."""
+"""Filling the target cache from images: teachers loaded when needed, and an index that spares decoding."""
 
 import json
 import math
@@ -12,14 +12,13 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import extract_commit_hash
 
 from . import encoders
 from .cache import BatchKeys, TargetCache, image_key
-from .encoders import ENCODERS, TargetEncoder, open_image
+from .encoders import ENCODERS, TargetEncoder, open_image, source_name
 
 BATCH = 32  # images decoded and encoded at a time
 
@@ -33,14 +32,15 @@ class Teacher:
     """
 
     def __init__(self, task: dict, entry: dict, device="cpu"):
-        self.task, self.entry, self.device = task, entry, device
+        self.task, self.device, self.motion = task, device, entry.get("motion", False)
+        self.entry = {field: value for field, value in entry.items() if field != "motion"}
         if entry.get("encoder") not in ENCODERS or "path" not in entry:
             need = f"give its path, and as encoder one of {list(ENCODERS)}"
             raise ValueError(f"teachers[{task['name']!r}] is {entry}: {need}")
 
     @cached_property
     def encoder(self) -> TargetEncoder:
-        options = {**self.entry, "grid": math.isqrt(self.task["target_length"]), "device": self.device}
+        options = {"device": self.device, **self.entry, "grid": math.isqrt(self.task["target_length"])}
         encoder = ENCODERS[options.pop("encoder")].from_pretrained(options.pop("path"), **options)
         shape = self.task["target_length"], self.task["target_dim"]
         if shape != (found := (encoder.target_length, encoder.target_dim)):
@@ -73,7 +73,7 @@ class Teacher:
         """What tells whether the weights have changed; None if they are not here."""
         path = self.entry["path"]
         if os.path.isdir(path):
-            files = [list(_state(str(file))) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+            files = [list(source_state(str(file))) for file in sorted(Path(path).rglob("*")) if file.is_file()]
             return files if any(name.endswith((".safetensors", ".bin")) for name, _, _ in files) else None
         config = str(Path(self.entry.get("subfolder", ""), "config.json"))
         with suppress(HFValidationError):  # no name on the Hub but a folder that isn't there
@@ -91,19 +91,23 @@ def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu")
 
 def open_caches(folder: str | Path, teachers: dict[str, Teacher], storage: str = "float32") -> dict[str, TargetCache]:
     fingerprints = {name: teacher.fingerprint(folder) for name, teacher in teachers.items()}
-    keys = BatchKeys()
-    return {name: TargetCache(folder, value, storage, batch_keys=keys) for name, value in fingerprints.items()}
+    keys = BatchKeys()  # tasks of one teacher share its cache
+    caches = {value: TargetCache(folder, value, storage, batch_keys=keys) for value in fingerprints.values()}
+    return {name: caches[value] for name, value in fingerprints.items()}
 
 
-def _state(path: str) -> tuple[str, int, int] | None:
+def source_state(source: str | dict) -> tuple[str, int, int] | None:
+    """What changes when the image does: of a file its path, size and date, of `{"bytes"}` their hash."""
+    if isinstance(source, dict):
+        return blake2b(source["bytes"], digest_size=16).hexdigest(), len(source["bytes"]), 0
     with suppress(FileNotFoundError):
-        stat = os.stat(path)
-        return path, stat.st_size, stat.st_mtime_ns
+        stat = os.stat(source)
+        return source, stat.st_size, stat.st_mtime_ns
     return None
 
 
-def known_keys(folder: str | Path, paths: Sequence[str]) -> dict[str, str | None]:
-    """Path -> its image's key, if `fill` saw the file with its present size and date, else None.
+def known_keys(folder: str | Path, sources: Sequence[str | dict]) -> list[str | None]:
+    """Each source's key, if `fill` saw it as it is now (`source_state`), else None.
 
     From folder/images/, where each process that fills keeps a file of its own. It spares decoding all images at each
     start, no more: training looks targets up by the decoded image.
@@ -114,61 +118,62 @@ def known_keys(folder: str | Path, paths: Sequence[str]) -> dict[str, str | None
             with suppress(ValueError):  # the last line of a process that was killed
                 *state, key = json.loads(line)
                 seen[tuple(state)] = key
-    return {path: seen.get(_state(path)) for path in paths}
+    return [seen.get(source_state(source)) for source in sources]
 
 
-class _Files(Dataset):
-    """Decoded in a loader's workers: (path, its state, key, image), or (path, None, why not, None)."""
+class _Images(Dataset):
+    """Decoded in a loader's workers: (index, name, state, key, image), or (index, name, None, why not, None)."""
 
-    def __init__(self, paths: list[str]):
-        self.paths = paths
+    def __init__(self, sources: Sequence[str | dict], indices: list[int]):
+        self.sources, self.indices = sources, indices
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple:
-        path = self.paths[index]
+    def __getitem__(self, i: int) -> tuple:
+        index, source = self.indices[i], self.sources[self.indices[i]]
         try:
-            state = _state(path)  # before the image is read: it may change meanwhile
-            with Image.open(path) as file:
-                image = open_image(file)
-            return path, state, image_key(image), image
+            state = source_state(source)  # before the image is read: it may change meanwhile
+            image = open_image(source)
+            return index, source_name(source), state, image_key(image), image
         except Exception as error:  # Pillow raises all sorts of errors on damaged files
-            return path, None, f"{type(error).__name__}: {error}", None
+            return index, source_name(source), None, f"{type(error).__name__}: {error}", None
 
 
 def fill(
     folder: str | Path,
     teachers: dict[str, Teacher],
     caches: dict[str, TargetCache],
-    paths: Sequence[str],
+    sources: Sequence[str | dict],
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Computes and stores what the caches lack of the images at `paths`, and brings the index of images up to date.
+    """Computes and stores what the caches lack of the images (paths, or `{"bytes", "path": what to call them}`), and
+    brings the index of images up to date.
 
     What they have is read and compared with its checksums. Without caches only the index is made.
-    Returns what was refused: path -> reason (can't be decoded, a target that isn't finite or overflows the storage).
+    Returns what was refused: name -> reason (can't be decoded, a target that isn't finite or overflows the storage).
     """
-    keys, refused, bar = known_keys(folder, paths), {}, partial(tqdm, unit="image", disable=not progress)
-    known = [key for key in keys.values() if key]
-    for name, cache in caches.items():
+    keys, refused, bar = known_keys(folder, sources), {}, partial(tqdm, unit="image", disable=not progress)
+    known = [key for key in keys if key]
+    caches = {cache.fingerprint: (name, cache) for name, cache in caches.items()}  # tasks may share one
+    for name, cache in caches.values():
         cache.remove_remains()
         with bar(total=len(known), desc=f"checking {name} targets") as checked:
             for start in range(0, len(known), 1024):
                 cache.drop_damaged(part := known[start : start + 1024])
                 checked.update(len(part))
-    lacking = set[str]().union(*(cache.missing(known) for cache in caches.values()))
-    todo = [path for path, key in keys.items() if key is None or key in lacking]
+    lacking = set[str]().union(*(cache.missing(known) for _, cache in caches.values()))
+    todo = [i for i, key in enumerate(keys) if key is None or key in lacking]
     index = Path(folder) / "images" / f"{uuid.uuid4().hex}.jsonl"
     with bar(total=len(keys), initial=len(keys) - len(todo), desc="targets" if caches else "images") as done:
-        for batch in DataLoader(_Files(todo), BATCH, num_workers=workers, collate_fn=list):
+        for batch in DataLoader(_Images(sources, todo), BATCH, num_workers=workers, collate_fn=list):
             done.update(len(batch))
-            refused |= {path: reason for path, state, reason, _ in batch if state is None}
-            batch = [file for file in batch if file[0] not in refused]
-            found = {key: (path, image) for path, _, key, image in batch}
-            for name, cache in caches.items():
-                cache.drop_damaged(found)  # of files unknown so far
+            refused |= {name: reason for _, name, state, reason, _ in batch if state is None}
+            batch = [image for image in batch if image[2] is not None]
+            found = {key: (name, image) for _, name, _, key, image in batch}
+            for name, cache in caches.values():
+                cache.drop_damaged(found)  # of images unknown so far
                 if new := sorted(cache.missing(found)):
                     encoder = teachers[name].encoder
                     if encoder.fingerprint != cache.fingerprint:
@@ -177,8 +182,8 @@ def fill(
                     refused |= {found[key][0]: f"{name}: {reason}" for key, reason in why.items()}
             index.parent.mkdir(parents=True, exist_ok=True)
             with index.open("a", encoding="utf-8") as file:
-                lines = [json.dumps([*state, key]) for path, state, key, _ in batch if keys[path] != key]
+                lines = [json.dumps([*state, key]) for i, _, state, key, _ in batch if keys[i] != key]
                 file.writelines(f"{line}\n" for line in lines)
-    for cache in caches.values():
+    for _, cache in caches.values():
         cache.flush()
     return refused

@@ -1,21 +1,40 @@
 """One rank of test_distributed: torchrun ... distributed_worker.py PARTS_FOLDER OUT_FOLDER."""
 
+import contextlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from conftest import random_rows, tiny_tasks
-from training_helpers import IMAGES, losses, make_trainer, weights
+from training_helpers import IMAGES, GroupedRows, Interrupt, ListStream, losses, make_trainer, weights
 
 from ola_vlm.convert.parts import build_ola_vlm
+from ola_vlm.training.check import check_rows
+from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.rows import BadRow, StreamRows
 
 RUNS = [("pretrain", 1), ("pretrain", 2), ("finetune", 1)]  # stage, accumulated micro-batches
 
 
+BAD = (4, 5, 6, 7, 9)  # with 4 rows a rank, all rows of the second rank's first batch
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+
+
+def build(parts: Path):
+    torch.manual_seed(0)
+    return build_ola_vlm(str(parts / "vision_tower"), str(parts / "language_model"), tasks=tiny_tasks())
+
+
+def save(trainer, path: Path, **more):
+    if trainer.args.should_save:
+        torch.save({"losses": losses(trainer), "weights": weights(trainer.model), **more}, path)
+
+
 def run(parts: Path, out: Path, stage: str, ranks: int, accumulation: int):
     """Three SGD steps on 8 rows each, however they are split; saves losses and weights."""
-    torch.manual_seed(0)
-    model, processor = build_ola_vlm(str(parts / "vision_tower"), str(parts / "language_model"), tasks=tiny_tasks())
+    model, processor = build(parts)
     trainer = make_trainer(
         model,
         processor,
@@ -26,19 +45,63 @@ def run(parts: Path, out: Path, stage: str, ranks: int, accumulation: int):
         per_device_train_batch_size=8 // ranks // accumulation,
         per_device_eval_batch_size=8 // ranks,
         gradient_accumulation_steps=accumulation,
-        optim="sgd",
-        learning_rate=0.1,
         train_sampling_strategy="sequential",
+        **SGD,
     )
     metrics = trainer.evaluate(trainer.train_dataset[:8])  # before training: DDP must be set up nevertheless
     trainer.train()
-    if trainer.args.should_save:
-        evaluated = {name: value for name, value in metrics.items() if name.startswith("eval_loss")}
-        results = {"losses": losses(trainer), "weights": weights(model), "eval": evaluated}
-        torch.save(results, out / f"{stage}-{accumulation}.pt")
+    evaluated = {name: value for name, value in metrics.items() if name.startswith("eval_loss")}
+    save(trainer, out / f"{stage}-{accumulation}.pt", eval=evaluated)
+
+
+def run_bad_rows(parts: Path, out: Path, ranks: int):
+    """Two steps; in the first, the second of two ranks has nothing left."""
+    rows = random_rows(16, IMAGES)
+    for i in BAD:
+        rows[i] = {"id": f"row-{i}", "bad_row": BadRow("missing", "gone")}
+    options = {"max_steps": 2, "per_device_train_batch_size": 8 // ranks, "train_sampling_strategy": "sequential"}
+    options |= {"drop_bad_rows": True, "max_bad_rows": 0.5, **SGD}
+    trainer = make_trainer(*build(parts), out, rows=rows, **options)
+    trainer.train()
+    save(trainer, out / "bad_rows.pt", bad_rows=trainer.bad_rows)
+
+
+def run_stream(parts: Path, out: Path, ranks: int):
+    options = {"max_steps": 3, "per_device_train_batch_size": 8 // ranks, "streaming": True, **SGD}
+    trainer = make_trainer(*build(parts), out, rows=StreamRows(ListStream(), out), **options)
+    trainer.train()
+    save(trainer, out / "stream.pt")
+
+
+def run_check(parts: Path, out: Path):
+    """Each rank looks at every other one of 15 rows; all know all."""
+    rows = random_rows(15, IMAGES[:15])
+    rows[4] = {"id": "row-4", "bad_row": BadRow("missing", "gone")}
+    *numbers, named = check_rows(rows, OlaVlmCollator(build(parts)[1]))
+    rank = PartialState().process_index
+    torch.save({"numbers": torch.tensor(np.array(numbers)), "named": len(named)}, out / f"check-{rank}.pt")
+
+
+def resume_grouped(parts: Path, out: Path):
+    """Interrupted in the second epoch of 4 steps and resumed, the ranks draw the batches of an uninterrupted run."""
+    options = {"rows": GroupedRows(random_rows(16, IMAGES)), "max_steps": 10, "per_device_train_batch_size": 2}
+    options |= {"train_sampling_strategy": "group_by_length", "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(*build(parts), out / "whole", **options)
+    whole.train()
+    interrupted = make_trainer(*build(parts), out / "cut", callbacks=[Interrupt(7)], **options)
+    with contextlib.suppress(KeyboardInterrupt):
+        interrupted.train()
+    resumed = make_trainer(*build(parts), out / "cut", **options)
+    resumed.train(resume_from_checkpoint=str(out / "cut" / "checkpoint-6"))
+    save(resumed, out / "grouped.pt", whole=losses(whole))
 
 
 if __name__ == "__main__":
+    parts, out = Path(sys.argv[1]), Path(sys.argv[2])
     for stage, accumulation in RUNS:
-        run(Path(sys.argv[1]), Path(sys.argv[2]), stage, ranks=2, accumulation=accumulation)
+        run(parts, out, stage, ranks=2, accumulation=accumulation)
+    run_bad_rows(parts, out, ranks=2)
+    run_stream(parts, out, ranks=2)
+    run_check(parts, out)
+    resume_grouped(parts, out)
     torch.distributed.destroy_process_group()

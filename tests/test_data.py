@@ -1,17 +1,29 @@
 """Rows and collator: what is supervised, which image goes where, and whose target it gets."""
 
 import copy
+import itertools
 import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_image, random_rows, tiny_tasks
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from training_helpers import llava_sample
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from ola_vlm.convert.parts import build_processor
+from ola_vlm.recipes.paper import CHAT_TEMPLATES
 from ola_vlm.targets.cache import image_key
 from ola_vlm.targets.encoders import ClipImageEncoder, open_image
-from ola_vlm.training.data import LlavaRows, OlaVlmCollator
+from ola_vlm.training.data import GroupedSampler, OlaVlmCollator
+from ola_vlm.training.rows import BadRow, Rows
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 32}
 
@@ -46,20 +58,6 @@ def conversation(turns, image=True):
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": " what is this ?"}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": "the red cube"}]})
     return messages
-
-
-def write_llava(folder, samples, images=()):
-    for name in images:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        random_image(sum(name.encode())).save(path)
-    (folder / "data.json").write_text(json.dumps(samples))
-    return folder / "data.json"
-
-
-def sample(i, image="a.png", value="<image>\nwhat is this ?"):
-    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "the cube"}]
-    return {"id": str(i), "conversations": turns} | ({"image": image} if image else {})
 
 
 def test_ids_are_those_of_the_processor(collator, processor):
@@ -145,82 +143,6 @@ def test_tokenizer_without_padding_is_refused(processor):
         OlaVlmCollator(bare)
 
 
-def test_template_without_generation_is_refused(processor):
-    bare = copy.copy(processor)
-    bare.chat_template = "{{ messages }}"
-    with pytest.raises(ValueError, match=r"no supervised token.*generation"):
-        OlaVlmCollator(bare)(random_rows(1, images=0))
-
-
-def test_llava_json(tmp_path, collator):
-    samples = [
-        sample(0, value="what is this ?\n<image>"),
-        sample(1, image=None, value="what is this ?"),
-        sample(2, image=["a.png", "sub/b.png"], value="<image><image>\nwhat is this ?"),
-    ]
-    rows = LlavaRows(write_llava(tmp_path, samples, ["a.png", "sub/b.png"]), tmp_path)
-    question = {"type": "text", "text": "what is this ?"}
-    assert [row["messages"][0]["content"] for row in rows] == [
-        [{"type": "image"}, question],  # moved to the front of its turn
-        [question],
-        [{"type": "image"}, {"type": "image"}, question],
-    ]
-    assert [len(row["images"]) for row in rows] == [1, 0, 2]
-    assert rows[0]["messages"][1] == {"role": "assistant", "content": [{"type": "text", "text": "the cube"}]}
-    assert [path.removeprefix(f"{tmp_path}/") for path in rows.image_paths()] == ["a.png", "sub/b.png"]
-    batch = collator([rows[i] for i in range(3)])
-    assert len(batch["pixel_values"]) == 3 and batch["row_ids"] == ["0", "1", "2"]
-
-
-def test_rows_without_an_id_are_named_by_their_place(tmp_path, collator):
-    nameless = {"image": "a.png", "conversations": sample(0)["conversations"]}
-    rows = LlavaRows(write_llava(tmp_path, [sample("x"), nameless], ["a.png"]))
-    assert collator([rows[0], rows[1]])["row_ids"] == ["x", "1"]
-    with pytest.raises(ValueError, match="row 1: 1 <image> placeholders for 0 images"):
-        LlavaRows(write_llava(tmp_path, [sample("x"), nameless | {"image": []}]))
-
-
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [
-        (sample("bad", image="../a.png"), "bad.*outside image_folder"),
-        (sample("bad", image="/etc/a.png"), "bad.*outside image_folder"),
-        (sample("bad", image=None), "bad: 1 <image> placeholders for 0 images"),
-        (sample("bad", value="what ?"), "bad: 0 <image> placeholders for 1 images"),
-        ({"id": "bad", "conversations": [{"from": "robot", "value": "x"}]}, "bad: unknown speaker 'robot'"),
-        ({"id": "bad", "conversations": [{"from": "gpt", "value": "<image>"}]}, "bad: <image> may stand"),
-    ],
-)
-def test_llava_row_errors_name_the_row(tmp_path, broken, message):
-    with pytest.raises(ValueError, match=message):
-        LlavaRows(write_llava(tmp_path, [sample(0), broken], ["a.png"]), tmp_path)
-
-
-def test_shuffled_targets_are_always_those_of_another_image(tmp_path, collator):
-    names = [f"{i}.png" for i in range(7)]
-    rows = LlavaRows(write_llava(tmp_path, [sample(i, name) for i, name in enumerate([*names, "0.png"])], names))
-    own = collator([rows[i] for i in range(8)])["targets"]["depth"][:, 0, 0]
-    rows.shuffle_targets(seed=1)
-    other = collator([rows[i] for i in range(8)])["targets"]["depth"][:, 0, 0]
-    assert (own != other).all()  # no image keeps its own
-    assert other[0] == other[7]  # fixed: the same image, the same wrong targets
-    assert set(other[:7].tolist()) == set(own.tolist())  # a permutation
-    again = LlavaRows(tmp_path / "data.json")
-    again.shuffle_targets(seed=1)
-    assert again.other_image == rows.other_image
-
-
-def test_rows_longer_than_max_length_are_dropped_with_their_count(tmp_path, collator):
-    samples = [sample(0), sample(1, value="<image>\n" + "what is this ? " * 9)]
-    rows = LlavaRows(write_llava(tmp_path, samples, ["a.png"]))
-    lengths = [len(collator.encode(row)[0]) for row in rows]
-    assert lengths == [int(collator([row])["attention_mask"].sum()) for row in rows]
-    rows.drop_longer_than(lengths[0], collator)
-    assert [row["id"] for row in rows] == ["0"]
-    with pytest.raises(ValueError, match=r"all 1 rows.*max_length"):
-        rows.drop_longer_than(3, collator)
-
-
 def picture_files(folder):
     """Image files that a plain conversion to RGB would spoil."""
     colour, seen = random_image(0), random_image(1, (32, 32)).convert("L")
@@ -265,3 +187,299 @@ def test_more_than_8_bits_are_refused(tmp_path, mode):
 def test_images_become_rgb():
     assert open_image(random_image(0).convert("L")).mode == "RGB"
     assert open_image(random_image(0)).tobytes() == random_image(0).tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 2), (3, 3), (640, 480)])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_images_of_any_mode_and_size(collator, size, mode):
+    image = random_image(0, size).convert("RGBA" if mode == "P" else "RGB").convert(mode)
+    batch = collator([{"id": "x", "images": [image], "messages": conversation(1)}])
+    assert batch["pixel_values"].shape == (1, 3, 32, 32) and batch["pixel_values"].isfinite().all()
+
+
+# Truncation
+
+
+def test_truncation_never_cuts_an_image_span(processor):
+    """Whatever the limit: the row's beginning, whole images only, something to learn; else it's a bad row."""
+    row = {"id": "x", "images": [random_image(i) for i in range(2)], "messages": conversation(2)}
+    row["messages"][2]["content"].insert(0, {"type": "image"})
+    tasks = tiny_tasks()
+    sources = {task["name"]: fingerprint_target(task) for task in tasks}
+    whole = OlaVlmCollator(processor)([row])
+    ids, labels = whole["input_ids"][0], whole["labels"][0]
+    span = 16 + len(processor.task_tokens)
+    starts = [
+        i for i in range(len(ids)) if ids[i] == processor.image_token_id and ids[i - 1] != processor.image_token_id
+    ]
+    assert len(starts) == 2
+    seen = set()
+    for limit in range(1, len(ids) + 2):
+        collate = OlaVlmCollator(processor, sources, tasks, max_length=limit, truncate=True)
+        end = next((start for start in starts if start < limit < start + span), limit)  # never within a span
+        if (labels[:end] == -100).all():
+            with pytest.raises(BadRow, match=f"x: no supervised token within max_length={limit}"):
+                collate([row])
+            continue
+        batch = collate([row])
+        assert batch["input_ids"][0].equal(ids[:end]) and batch["labels"][0].equal(labels[:end])
+        images = sum(start < end for start in starts)
+        assert batch["pixel_values"].equal(whole["pixel_values"][:images])
+        assert len(batch["targets"]["seg"]) == images
+        seen.add(images)
+    assert seen == {1, 2}
+
+
+def test_a_row_of_max_length_stays_and_a_longer_one_is_bad(processor):
+    row = {"id": "x", "images": [], "messages": conversation(1, image=False)}
+    length = OlaVlmCollator(processor)([row])["input_ids"].shape[1]
+    assert OlaVlmCollator(processor, max_length=length)([row])["input_ids"].shape[1] == length
+    with pytest.raises(BadRow, match=f"row x: {length} tokens, more than max_length={length - 1}"):
+        OlaVlmCollator(processor, max_length=length - 1)([row])
+
+
+# Bad rows
+
+
+def test_bad_rows_are_left_out_and_named(processor, tmp_path):
+    tasks = tiny_tasks()
+    rows = random_rows(6, images=[1, 0, 2, 1, 1, 0])
+    poisoned, gone = (rows[i]["images"][0].tobytes() for i in (2, 3))
+    own = fingerprint_target(tasks[1])
+
+    def source(images):
+        contents = [image.tobytes() for image in images]
+        if gone in contents:
+            raise KeyError("not in the cache")
+        targets = own(images).clone()
+        targets[[content == poisoned for content in contents], 3, 2] = math.nan
+        return targets
+
+    (tmp_path / "damaged.png").write_bytes(b"damaged")
+    rows[4]["images"] = [str(tmp_path / "damaged.png")]
+    rows[5]["messages"] = rows[5]["messages"][:1]
+    rows.append({"id": "row-6", "bad_row": BadRow("malformed", "no form")})
+    sources = {"depth": source}
+    batch = OlaVlmCollator(processor, sources, tasks, drop_bad_rows=True)(rows)
+    fine = OlaVlmCollator(processor, sources, tasks)(rows[:2])
+    assert batch["row_ids"] == ["row-0", "row-1"]
+    for name in ("input_ids", "labels", "attention_mask", "pixel_values"):
+        assert batch[name].equal(fine[name])
+    assert batch["targets"]["depth"].equal(fine["targets"]["depth"])
+    problems = {named.split(":")[0].removeprefix("row row-"): named.split(": ", 1)[1] for named in batch["bad_rows"]}
+    assert sorted(problems) == ["2", "3", "4", "5", "6"]
+    for place, said in {
+        "2": "not finite",
+        "3": "not in the cache",
+        "4": "damaged.png",
+        "5": "no answer",
+        "6": "form",
+    }.items():
+        assert said in problems[place]
+    with pytest.raises(KeyError, match="cache"):
+        OlaVlmCollator(processor, sources, tasks)(rows[3:4])
+
+
+def test_a_batch_that_lost_all_rows_has_no_image_and_nothing_to_learn(processor):
+    tasks = tiny_tasks()
+    sources = {task["name"]: fingerprint_target(task) for task in tasks}
+    bad = [{"id": i, "bad_row": BadRow("missing", "gone")} for i in range(2)]
+    batch = OlaVlmCollator(processor, sources, tasks, drop_bad_rows=True)(bad)
+    assert batch["row_ids"] == [] and batch["bad_rows"] == ["row 0: gone", "row 1: gone"]
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (1, 2) and (batch["labels"] == -100).all()
+    assert batch["pixel_values"].shape == (0, 3, 32, 32) and batch["targets"]["depth"].shape == (0, 16, 10)
+
+
+# Labels come from the chat template, whichever it is
+
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"]
+SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>", "<s>", "</s>"]
+CHATML = (  # the form of Qwen2.5's and SmolLM2's
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {  # name -> template, end-of-sequence token, what is supervised of the answer "It is."
+    "chatml": (CHATML, "<|im_end|>", "It is.<|im_end|>"),
+    "phi3": (  # ends with a token that a chat that goes on doesn't have
+        "{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+        "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}",
+        "<|endoftext|>",
+        "It is.<|end|>",
+    ),
+    "llama2": (  # no prompt, answers are stripped
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+        "</s>",
+        "It is. </s>",
+    ),
+    "parts": (  # takes content parts, no special tokens at all
+        "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "</s>",
+        "It is.",
+    ),
+}
+
+
+def byte_processor(template, eos="</s>"):
+    """A processor whose tokens are single characters and special tokens, so that ids can be read."""
+    characters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=characters, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
+    tokenizer.add_tokens(SPECIAL, special_tokens=True)
+    return build_processor(
+        tokenizer, SimpleNamespace(image_size=32, patch_size=8), tiny_tasks(), chat_template=template
+    )
+
+
+def supervised_spans(collator, row):
+    """The runs of supervised tokens, and the whole row, as text; images are <image>."""
+    encoded, tokenizer = collator.encode(row), collator.processor.tokenizer
+    text = tokenizer.decode(encoded.ids).replace(tokenizer.decode(collator.image_ids), "<image>")
+    supervised = np.flatnonzero(encoded.labels != -100)
+    runs = np.split(supervised, np.flatnonzero(np.diff(supervised) > 1) + 1)
+    assert (encoded.labels[supervised] == encoded.ids[supervised]).all()
+    return [tokenizer.decode(encoded.ids[run]) for run in runs], text
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_templates_without_marks(name, tmp_path):
+    template, eos, expected = TEMPLATES[name]
+    processor = byte_processor(template, eos)
+    turns = llava_sample(0, value="Is it?\n<image>")["conversations"] + llava_sample(0, image=None)["conversations"]
+    for turn in turns[1::2]:
+        turn["value"] = "It is."
+    (tmp_path / "a.png").touch()
+    row = Rows([{"image": "a.png", "conversations": turns}], tmp_path)[0]
+    spans, text = supervised_spans(OlaVlmCollator(processor), row)
+    assert spans == [expected] * 2
+    # What is rendered is what the model's own template makes of strings (or parts), images before their question.
+    flat = [{"role": "user", "content": "<image>\nIs it?"}, {"role": "assistant", "content": "It is."}]
+    flat += [{"role": "user", "content": "what is this ?"}, flat[1]]
+    if name != "parts":
+        (own,), _ = render_jinja_template([flat], chat_template=template, **processor.tokenizer.special_tokens_map)
+        assert text == own
+        (ours,), _ = render_jinja_template(
+            [flat], chat_template=processor.chat_template, **processor.tokenizer.special_tokens_map
+        )
+        assert ours == own  # strings are still taken
+    # Training sees what inference sees.
+    row["messages"][0]["content"][0]["image"] = random_image(0)
+    ids = processor.apply_chat_template([row["messages"]], tokenize=True, return_dict=True)["input_ids"][0]
+    assert list(ids) == OlaVlmCollator(processor).encode(row).ids.tolist()
+
+
+def test_marks_and_no_marks_agree(processor):
+    """The same template with its {% generation %} marks and without."""
+    bare = copy.copy(processor)
+    bare.chat_template = re.sub(r"\{% (end)?generation %\}", "", processor.chat_template)
+    assert bare.chat_template != processor.chat_template
+    for row in [*random_rows(6, images=[1, 0, 2, 1, 0, 3]), {"id": "x", "images": [], "messages": conversation(4)}]:
+        marked, unmarked = (OlaVlmCollator(p).encode(row) for p in (processor, bare))
+        assert marked.ids.tolist() == unmarked.ids.tolist()
+        assert marked.labels.tolist() == unmarked.labels.tolist()
+
+
+THINKING = CHATML.replace(
+    "message['content'] + '<|im_end|>'",
+    "('<think></think>' if loop.last and message['role'] == 'assistant' else '') + message['content'] + '<|im_end|>'",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (THINKING, "is not what stands before the answer"),
+        ("{{ messages }}", "changes the answers"),
+        (CHATML.replace("message['content'] + ", ""), "must write <image>"),
+        (CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}", "mark .or write. 2 answers"),
+        ("{{ raise_exception('never') }}", "never"),
+    ],
+)
+def test_templates_that_cannot_be_trained_with_are_refused(template, message):
+    with pytest.raises(ValueError, match=message):
+        OlaVlmCollator(byte_processor(template))
+
+
+def test_no_template_is_refused(processor):
+    bare = copy.copy(processor)
+    bare.chat_template, bare.tokenizer = None, copy.deepcopy(processor.tokenizer)
+    bare.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        OlaVlmCollator(bare)
+
+
+def test_rows_that_the_template_refuses_are_bad(processor):
+    strict = copy.copy(processor)
+    raising = "{% if loop.first and message['role'] == 'assistant' %}{{ raise_exception('user first') }}{% endif %}"
+    strict.chat_template = re.sub("(in messages %})", rf"\1{raising}", processor.chat_template, count=1)
+    row = {"id": "x", "images": [], "messages": conversation(1)[1:]}
+    with pytest.raises(BadRow, match="row x: the chat template refuses it: user first"):
+        OlaVlmCollator(strict)([row])
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "h_prompts.json").read_text())
+TURNS = [
+    ("What are the colors of the bus in the image?", "The bus in the image is white and red."),
+    ("What feature can be seen on the back of the bus?", "The back of the bus features an advertisement."),
+    ("Is it day?", "Yes."),
+]
+CAPTION = "Render a clear and concise summary of the photo."
+CONVERSATIONS = {
+    "caption": [(CAPTION, "select luxury furniture 3 - inch gel memory foam mattress topper")],
+    "instr2": TURNS[:2],
+    "instr3": TURNS,
+    "textonly": [("Hi, who are you?", "An assistant.")],
+}
+
+
+@pytest.mark.parametrize("name", list(GOLDEN))
+def test_golden_prompts_and_supervised_spans(name, tmp_path):
+    """From LLaVA's JSON to ids and labels. The reference's spans begin with the header's line break, ours don't:
+    they are the answer and its end of turn."""
+    llm, conversation = name.split(".")
+    image = {} if conversation == "textonly" else {"image": "a.png"}
+    turns, (first, *_) = [], CONVERSATIONS[conversation]
+    for question, answer in CONVERSATIONS[conversation]:
+        value = f"{question}\n<image>" if image and question == first[0] else question
+        turns += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    random_image(0).save(tmp_path / "a.png")
+    row = Rows([image | {"conversations": turns}], tmp_path)[0]
+    collator = OlaVlmCollator(byte_processor(CHAT_TEMPLATES[llm]))
+    spans, text = supervised_spans(collator, row)
+    assert text.removeprefix("<s>") == GOLDEN[name]["prompt"]
+    end = "<|eot_id|>" if llm == "llama3" else "<|end|>"
+    assert spans == [answer + end for _, answer in CONVERSATIONS[conversation]]
+    if llm == "llama3":
+        assert spans == [span.removeprefix("\n\n") for span in GOLDEN[name]["supervised_spans"]]
+    prompt, _ = collator._render(row["messages"][:1], add_generation_prompt=True)
+    assert text.startswith(prompt)
+
+
+# Batches of alike rows
+
+
+def test_batches_are_grouped_by_length_and_modality():
+    rng = np.random.default_rng(0)
+    lengths, has_image = rng.integers(5, 500, 1003), rng.random(1003) < 0.6
+    sampler = GroupedSampler(lengths, has_image, batch_size=8, seed=1)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(1003)) and len(sampler) == 1003
+    assert orders[0] == orders[2] != orders[1]
+    batches = [orders[0][i : i + 8] for i in range(0, 1003, 8)]
+    pure = [batch for batch in batches if len({bool(has_image[i]) for i in batch}) == 1]
+    assert len(pure) >= len(batches) - 2  # but for what is left over of both
+    spread = np.mean([np.ptp(lengths[batch]) for batch in pure])
+    assert spread < 0.2 * np.mean([np.ptp(lengths[i : i + 8]) for i in range(0, 1000, 8)])
+    kinds = [bool(has_image[batch[0]]) for batch in pure]
+    assert sum(a != b for a, b in itertools.pairwise(kinds)) > 10  # in random order
+    assert sorted(GroupedSampler(lengths[:5], has_image[:5], 8, 0)) == list(range(5))

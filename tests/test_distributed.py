@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import RUNS, run
+from distributed_worker import BAD, RUNS, run, run_bad_rows, run_check, run_stream
 from training_helpers import IMAGES
 
 TESTS = Path(__file__).parent
@@ -26,6 +26,15 @@ def two_processes(tiny_parts, tmp_path_factory):
     return out
 
 
+def assert_same(one: dict, two: dict):
+    for expected, step in zip(one["losses"], two["losses"], strict=True):
+        assert step == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(
+            two["weights"][name], value, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 @pytest.mark.parametrize(("stage", "accumulation"), RUNS)
 def test_two_processes_equal_one(tiny_parts, two_processes, tmp_path, stage, accumulation):
     # Rows are dealt out in batches of 8 // 2 // accumulation, in turn to rank 0 and rank 1.
@@ -37,12 +46,34 @@ def test_two_processes_equal_one(tiny_parts, two_processes, tmp_path, stage, acc
     one = torch.load(tmp_path / f"{stage}-1.pt")
     two = torch.load(two_processes / f"{stage}-{accumulation}.pt")
     assert len(one["losses"]) == len(two["losses"]) == 3
-    for expected, step in zip(one["losses"], two["losses"], strict=True):
-        assert step == pytest.approx(expected, rel=1e-5, abs=1e-6)
-        if stage == "pretrain":
-            assert step["loss/depth/3/contrastive"] > 0 and step["loss/gen/2/smooth_l1"] > 0
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(
-            two["weights"][name], value, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_same(one, two)
+    for step in two["losses"] if stage == "pretrain" else ():
+        assert step["loss/depth/3/contrastive"] > 0 and step["loss/gen/2/smooth_l1"] > 0
     assert two["eval"] == pytest.approx(one["eval"], rel=1e-5, abs=1e-6)
+
+
+def test_a_rank_that_loses_all_its_rows_keeps_in_step(tiny_parts, two_processes, tmp_path):
+    run_bad_rows(tiny_parts.folder, tmp_path, ranks=1)
+    one, two = (torch.load(folder / "bad_rows.pt") for folder in (tmp_path, two_processes))
+    assert_same(one, two)
+    assert one["bad_rows"] == two["bad_rows"] == len(BAD)
+
+
+def test_ranks_share_a_stream(tiny_parts, two_processes, tmp_path):
+    run_stream(tiny_parts.folder, tmp_path, ranks=1)
+    assert_same(*(torch.load(folder / "stream.pt") for folder in (tmp_path, two_processes)))
+
+
+def test_grouped_batches_are_resumed_by_all_ranks(two_processes):
+    grouped = torch.load(two_processes / "grouped.pt")
+    assert len(grouped["losses"]) == 10
+    for step, expected in zip(grouped["losses"], grouped["whole"], strict=True):
+        assert step == pytest.approx(expected, rel=1e-6)
+
+
+def test_ranks_share_the_check_of_the_rows(tiny_parts, two_processes, tmp_path):
+    run_check(tiny_parts.folder, tmp_path)
+    alone, *ranks = (torch.load(p) for p in (tmp_path / "check-0.pt", *sorted(two_processes.glob("check-*.pt"))))
+    assert alone["numbers"].shape == (5, 15) and len(ranks) == 2
+    assert all(rank["numbers"].equal(alone["numbers"]) for rank in ranks)
+    assert alone["named"] == 1 == sum(rank["named"] for rank in ranks)  # by the rank that looked at it

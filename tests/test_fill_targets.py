@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pytest
 from conftest import random_image, tiny_tasks
 from safetensors import safe_open
@@ -51,6 +52,28 @@ def test_two_processes_do_a_part_each(fields):
     assert len(cache) == 9 and sorted(len(json.loads(header["rows"])) for header in headers) == [4, 5]
 
 
+def test_images_in_a_dataset_are_cached_by_what_they_show(fields, tmp_path, capsys):
+    """The same pictures in a parquet file need no teacher any more; of a damaged one the row is dropped."""
+    cli.main(argv(fields))
+    files = [{"bytes": (tmp_path / f"{i}.png").read_bytes(), "path": None} for i in range(9)]
+    files.append({"bytes": files[0]["bytes"][:50], "path": None})
+    samples = [json.loads((tmp_path / "data.json").read_text())[0] | {"image": file} for file in files]
+    features = datasets.Features.from_dict(
+        {**datasets.Dataset.from_list(samples).features.to_dict(), "image": {"_type": "Image"}}
+    )
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_list(samples, features=features).to_parquet(tmp_path / "rows" / "train.parquet")
+    (tmp_path / "gen" / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    of_dataset = fields | {"data": str(tmp_path / "rows")}
+    with pytest.raises(ValueError, match=r"1 images have no target.*\n1 of row 0: OSError"):
+        cli.main(argv(of_dataset))
+    capsys.readouterr()
+    cli.main(argv(of_dataset | {"on_bad_rows": "drop"}))
+    assert capsys.readouterr().out.startswith("gen: 9 images, ")
+    with pytest.raises(SystemExit, match="a stream has no target cache"):
+        cli.main(argv(of_dataset | {"streaming": "true", "max_steps": 1}))
+
+
 def test_refusals(fields, tmp_path):
     with pytest.raises(SystemExit, match="nothing to fill"):
         cli.main(argv({name: value for name, value in fields.items() if name != "target_cache"}))
@@ -67,8 +90,9 @@ def test_refusals(fields, tmp_path):
     with pytest.raises(ValueError, match=r"1 images have no target.*\n.*4\.png: UnidentifiedImageError"):
         cli.main(argv(fields))
     (tmp_path / "4.png").unlink()
-    with pytest.raises(ValueError, match=r"4\.png: FileNotFoundError"):
+    with pytest.raises(ValueError, match=r"bad rows: {'missing': 1}.*4\.png"):
         cli.main(argv(fields))
+    cli.main(argv(fields | {"on_bad_rows": "drop"}))
 
 
 def test_help_names_the_options(capsys):

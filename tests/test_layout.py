@@ -14,7 +14,7 @@ HUB = ["configuration_ola_vlm", "modeling_ola_vlm", "processing_ola_vlm"]
 LEVELS = [
     HUB,
     ["targets", "training", "probing", "baselines", "convert", "visualize"],
-    ["recipes", "miniature", "eval", "space", "cli", "train", "fill_targets"],
+    ["recipes", "miniature", "eval", "space", "cli", "train", "check_data", "fill_targets"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))

@@ -456,6 +456,38 @@ def test_a_video_is_a_sample_with_several_images(tiny_parts, folders, tmp_path):
     )
 
 
+def test_motion_by_configuration(tiny_parts, folders, tmp_path):
+    """Videos of 3, 1, 2 and 3 frames and a text row, from encoders and from the cache that both tasks share."""
+    small = {"layers": [2], "predictor_heads": 2, "predictor_head_dim": 8, "num_task_tokens": 2}
+    tasks = [{"name": name, "target_length": 64, "target_dim": 32, **small} for name in ("appearance", "motion")]
+    teacher = {"encoder": "vision", "path": str(folders["vision"]), "device": "cpu"}
+    samples = [
+        {"id": "text", "conversations": [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]}
+    ]
+    for i, count in enumerate([3, 1, 2, 3]):
+        names = [f"{i}-{t}.png" for t in range(count)]
+        for name, frame in zip(names, moving_square(count, start=i), strict=True):
+            frame.save(tmp_path / name)
+        turns = [{"from": "human", "value": "<image>\n" * count + "what ?"}, {"from": "gpt", "value": "the red cube"}]
+        samples.append({"id": i, "image": names, "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    cached = {"target_cache": str(tmp_path / "cache"), "target_fill": True, "standardize_targets": True}
+    for options in ({}, cached):
+        args = OlaVlmArguments(
+            output_dir=str(tmp_path / "run"), vision_tower=tiny_parts.vision_tower, data=str(tmp_path / "data.json"),
+            language_model=tiny_parts.language_model, tasks=tasks, max_steps=2, per_device_train_batch_size=5,
+            teachers={"appearance": teacher, "motion": teacher | {"motion": True}}, logging_steps=1,
+            save_strategy="no", disable_tqdm=True, use_cpu=True, **options,
+        )  # fmt: skip
+        trainer = train(args)
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert len(logged) == 2 and all(entry["loss/motion/2/smooth_l1"] > 0 for entry in logged)
+        rows = [trainer.train_dataset[i] for i in range(5)]
+        change = trainer.data_collator(rows)["targets"]["motion"].abs().amax((1, 2))
+        assert change[[0, 3, 4, 6]].max() == 0 and change[[1, 2, 5, 7, 8]].min() > 0.1
+    assert len(list((tmp_path / "cache").glob("vision-grid8-*/"))) == 1
+
+
 # ---- the recorded reference -----------------------------------------------------------------------------------------
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

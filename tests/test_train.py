@@ -2,16 +2,19 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import random_image, tiny_tasks
 from safetensors.torch import load_file
 from tiny_teachers import GRID, save_clip_image, save_depth_anything, save_oneformer
 from training_helpers import Interrupt, losses, weights
+from transformers import TrainerCallback
 
 from ola_vlm import cli
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
@@ -21,6 +24,7 @@ from ola_vlm.targets.cache import TargetStatistics
 from ola_vlm.targets.encoders import ENCODERS
 from ola_vlm.train import last_checkpoint, main, train
 from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.rows import read_row
 
 ROOT = Path(__file__).parents[1]
 ONE_TASK = tiny_tasks()[:1]
@@ -154,9 +158,77 @@ def test_killed_run_resumes_from_its_last_complete_checkpoint(world, tmp_path):
     assert last_checkpoint(tmp_path / "nothing") is None
 
 
+def spoilt_data(world, folder) -> dict:
+    """The world's data with two more rows, the last of which has no image; and its images."""
+    folder.mkdir()
+    shutil.copytree(world["image_folder"], folder / "images")
+    shutil.copy(folder / "images" / "0.png", folder / "images" / "late.png")
+    rows = json.loads(Path(world["data"]).read_text())
+    rows += [{**rows[0], "id": name, "image": f"{name}.png"} for name in ("late", "gone")]
+    (folder / "data.json").write_text(json.dumps(rows))
+    return {"data": str(folder / "data.json"), "image_folder": str(folder / "images"), "num_train_epochs": 1}
+
+
+class Damage(TrainerCallback):
+    """After the data is checked and the targets are there, an image is spoilt."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def on_train_begin(self, *args, **kwargs):
+        self.path.write_bytes(self.path.read_bytes()[:100])
+
+
+def test_bad_rows_stop_at_the_start_or_are_dropped_then_and_later(world, tmp_path, caplog):
+    """One image is missing from the start; another is damaged in training, hours in as it were."""
+    spoilt = spoilt_data(world, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"\{'missing': 1\}; row gone: there is no image .*gone.png"):
+        train(arguments(world, tmp_path / "stop", **spoilt))
+    spoilt |= {"on_bad_rows": "drop", "max_bad_rows": 0.1, "max_steps": -1, "per_device_train_batch_size": 5}
+    late = Damage(tmp_path / "data" / "images" / "late.png")
+    trainer = train(arguments(world, tmp_path / "drop", **spoilt), callbacks=[late])
+    assert trainer.state.global_step == 2 and trainer.bad_rows == 1
+    assert all(step["loss"] > 0 for step in losses(trainer))
+    assert "dropped 1 of 11 rows: {'missing': 1}" in caplog.text
+    assert "dropped row late: image " in caplog.text and "1 bad rows were dropped in training" in caplog.text
+    with pytest.raises(ValueError, match=r"1 bad rows are over max_bad_rows=0\.01 of the run's 10 rows"):
+        train(arguments(world, tmp_path / "strict", **spoilt | {"max_bad_rows": 0.01}))
+
+
+def test_rows_are_truncated_and_grouped_by_choice(world, tmp_path):
+    options = {"max_length": 58, "on_long_rows": "truncate", "train_sampling_strategy": "group_by_length"}
+    trainer = train(arguments(world, tmp_path / "run", **options))
+    rows = trainer.train_dataset
+    assert len(rows) == 9 and rows.lengths.max() == 58 and rows.has_image.sum() == 8
+    assert all(step["loss"] > 0 for step in losses(trainer))
+    with pytest.raises(ValueError, match="none of 9 rows"):
+        train(arguments(world, tmp_path / "run", max_length=3))
+
+
+def test_streaming_a_parquet_folder(world, tmp_path):
+    """The same rows from a stream of a data set: images in the rows, no length, nothing known in advance."""
+    samples = [read_row(sample, 0, world["image_folder"]) for sample in json.loads(Path(world["data"]).read_text())]
+    for sample in samples:
+        sample["images"] = [{"bytes": Path(path).read_bytes(), "path": None} for path in sample["images"]]
+        for message in sample["messages"]:
+            message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    table = datasets.Dataset.from_list(samples).cast_column("images", datasets.List(datasets.Image()))
+    table.to_parquet(folder / "train.parquet")
+    data = {"data": str(folder), "image_folder": None, "train_sampling_strategy": "sequential"}
+    runs = [train(arguments(world, tmp_path / "run", **data, streaming=streaming)) for streaming in (False, True)]
+    expected = train(arguments(world, tmp_path / "run", train_sampling_strategy="sequential"))
+    for trainer in runs:
+        for step, same in zip(losses(trainer), losses(expected), strict=True):
+            assert step == pytest.approx(same, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"on_long_rows": "cut"}, r"on_long_rows 'cut' is unknown.*'truncate'"),
+        ({"on_bad_rows": "skip"}, r"on_bad_rows 'skip' is unknown.*'drop'"),
         ({"vision_tower": None}, "vision_tower and language_model"),
         ({"checkpoint": "somewhere"}, "either checkpoint or"),
         ({"teachers": {"depth": {}}}, r"need one teacher each.*\['depth'\]"),
@@ -165,8 +237,8 @@ def test_killed_run_resumes_from_its_last_complete_checkpoint(world, tmp_path):
         ({"tasks": ONE_TASK, "teachers": {"gen": {"encoder": "clip_image"}}}, r"\['gen'\] is .*give its path"),
         ({"stage": "posttrain"}, "'posttrain' is unknown"),
         ({"dtype": "float64"}, r"dtype 'float64' is unknown.*'float32', 'bfloat16'"),
-        ({"data": None, "vision_tower": "not looked at"}, "give data"),
-        ({"data": "not/there.json", "vision_tower": "not looked at"}, r"give data.*not/there\.json"),
+        ({"data": None, "vision_tower": "not looked at"}, "no data: give"),
+        ({"data": "not/there.json", "vision_tower": "not looked at"}, r"no file not/there\.json: give data"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ],
 )
@@ -215,7 +287,7 @@ def test_subcommands(capsys):
         cli.main(["dance"])
     cli.main([])
     out = capsys.readouterr().out
-    assert all(name in out for name in ("train", "miniature", "convert", "export"))
+    assert all(name in out for name in ("train", "check-data", "miniature", "convert", "export"))
 
 
 def test_train_runs_as_a_script():

@@ -1,13 +1,15 @@
 """What trains, what stays bit-frozen, and that accumulation, resuming and evaluation change nothing."""
 
+import logging
 import math
 
 import pytest
 import torch
 from conftest import random_rows, tiny_tasks
-from training_helpers import IMAGES, Interrupt, losses, make_trainer, target_source, weights
+from training_helpers import IMAGES, GroupedRows, Interrupt, losses, make_trainer, target_source, weights
 
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.training.rows import BadRow
 from ola_vlm.training.stages import PARTS, STAGES, apply_stage
 
 PT_PARTS = ["loss/ntp"] + [
@@ -292,6 +294,82 @@ def test_a_non_finite_target_names_its_row_only(make_model, tmp_path):
     options |= {"train_sampling_strategy": "sequential", "sources": sources | {"depth": source}}
     with pytest.raises(FloatingPointError, match=r"task 'depth'.* rows \['row-5'\] are not finite"):
         make_trainer(model, processor, tmp_path, rows=rows, **options).train()
+
+
+def bad_rows(*places):
+    rows = random_rows(16, IMAGES)
+    for i in places:
+        rows[i] = {"id": f"row-{i}", "bad_row": BadRow("missing", "no image")}
+    return rows
+
+
+def test_bad_rows_are_dropped_counted_and_named_also_when_resumed(make_model, tmp_path, caplog):
+    """The second step (of micro-batches of 2) loses one micro-batch, the fourth all its rows."""
+    rows, options = bad_rows(5, 6, 7, 12, 13, 14, 15), {"max_steps": 5, "gradient_accumulation_steps": 2}
+    options |= {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", "optim": "sgd"}
+    options |= {"max_bad_rows": 0.4, "drop_bad_rows": True, "save_strategy": "steps", "save_steps": 1}
+    model, processor = make_model()
+    whole = make_trainer(model, processor, tmp_path / "whole", rows=rows, **options)
+    with caplog.at_level(logging.WARNING, "ola_vlm"):
+        whole.train()
+    named = [r.message for r in caplog.records if r.message.startswith("dropped row")]
+    assert named == [f"dropped row row-{i}: no image" for i in (5, 6, 7, 12, 13, 14, 15)]
+    counts = [entry["bad_rows"] for entry in whole.state.log_history if "bad_rows" in entry]
+    assert counts == [0, 3, 3, 7, 7] and whole.bad_rows == 7
+    assert losses(whole)[3]["loss"] == 0 and all(step["loss"] > 0 for i, step in enumerate(losses(whole)) if i != 3)
+
+    first, _ = make_model()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(first, processor, tmp_path / "cut", rows=rows, callbacks=[Interrupt(3)], **options).train()
+    resumed = make_trainer(make_model(seed=1)[0], processor, tmp_path / "cut", rows=rows, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole) and resumed.bad_rows == 7
+    for name, value in weights(resumed.model).items():
+        assert value.equal(weights(model)[name]), name
+
+    # Fewer rows are one smaller batch of those that are left.
+    alone, _ = make_model()
+    left = [row for i, row in enumerate(rows[:8]) if "bad_row" not in row]
+    options |= {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    trainer = make_trainer(alone, processor, tmp_path / "alone", rows=left, **options)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(losses(whole)[0], rel=1e-5, abs=1e-6)
+    assert losses(trainer)[1] == pytest.approx(losses(whole)[1], rel=1e-5, abs=1e-6)
+
+
+def test_too_many_bad_rows_stop_the_run(make_model, tmp_path):
+    model, processor = make_model()
+    options = {"per_device_train_batch_size": 4, "max_steps": 4, "max_bad_rows": 0.2, "drop_bad_rows": True}
+    trainer = make_trainer(
+        model, processor, tmp_path, rows=bad_rows(*range(4, 9)), train_sampling_strategy="sequential", **options
+    )
+    with pytest.raises(ValueError, match=r"stopped at step 2: 4 bad rows are over max_bad_rows=0.2 of the run's 16"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_evaluation_drops_and_names_bad_rows(make_model, tmp_path, caplog):
+    model, processor = make_model()
+    trainer = make_trainer(model, processor, tmp_path, drop_bad_rows=True, per_device_eval_batch_size=8)
+    with caplog.at_level(logging.WARNING, "ola_vlm"):
+        metrics = trainer.evaluate(bad_rows(*range(8, 16)))
+    assert math.isfinite(metrics["eval_loss"]) and sum("dropped row" in r.message for r in caplog.records) == 8
+
+
+@pytest.mark.parametrize("step", [3, 5, 6])
+def test_grouped_batches_are_resumed_exactly(make_model, tmp_path, step):
+    rows = GroupedRows(random_rows(16, IMAGES))
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "save_steps": 1}
+    options |= {"train_sampling_strategy": "group_by_length", "save_strategy": "steps", "rows": rows}
+    model, processor = make_model()
+    whole = make_trainer(model, processor, tmp_path / "whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(make_model()[0], processor, tmp_path, callbacks=[Interrupt(step)], **options).train()
+    resumed = make_trainer(make_model(seed=1)[0], processor, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step - 1}"))
+    assert losses(resumed) == losses(whole)
+    assert math.isfinite(resumed.evaluate(rows)["eval_loss"])
 
 
 def test_evaluation_logs_the_same_losses_and_changes_nothing(make_model, tmp_path):

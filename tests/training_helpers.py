@@ -1,9 +1,13 @@
 """A short training run on random rows, shared by the training tests and by the processes of test_distributed."""
 
+import json
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
-from conftest import random_rows
+from conftest import random_image, random_rows
 from transformers import TrainerCallback
 
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -27,7 +31,9 @@ def target_source(task: dict, value: float | None = None):
     return source
 
 
-def make_trainer(model, processor, output_dir, rows=None, sources=None, callbacks=(), **arguments) -> OlaVlmTrainer:
+def make_trainer(
+    model, processor, output_dir, rows=None, sources=None, callbacks=(), drop_bad_rows=False, **arguments
+) -> OlaVlmTrainer:
     defaults = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.01, "logging_steps": 1}
     defaults |= {"lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     args = OlaVlmArguments(output_dir=str(output_dir), **(defaults | arguments))
@@ -38,7 +44,7 @@ def make_trainer(model, processor, output_dir, rows=None, sources=None, callback
     return OlaVlmTrainer(
         model,
         args,
-        data_collator=OlaVlmCollator(processor, sources, tasks),
+        data_collator=OlaVlmCollator(processor, sources, tasks, drop_bad_rows=drop_bad_rows),
         train_dataset=random_rows(16, IMAGES) if rows is None else rows,
         processing_class=processor,
         callbacks=list(callbacks),
@@ -67,3 +73,42 @@ class Interrupt(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step:
             raise KeyboardInterrupt
+
+
+def llava_sample(i, image: str | list[str] | None = "a.png", value: str | None = None) -> dict:
+    """A row of LLaVA's JSON."""
+    value = value or ("<image>\n" if image else "") + "what is this ?"
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "the cube"}]
+    return {"id": str(i), "conversations": turns} | ({"image": image} if image else {})
+
+
+def write_llava(folder: Path, samples: list[dict], images: Sequence[str] = ()) -> Path:
+    """A LLaVA JSON file, and images that depend on their name, in `folder`."""
+    for name in images:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        random_image(sum(name.encode())).save(folder / name)
+    (folder / "data.json").write_text(json.dumps(samples))
+    return folder / "data.json"
+
+
+class GroupedRows(list):
+    """Rows with what `GroupedSampler` needs to know of them."""
+
+    def __init__(self, rows: list[dict]):
+        super().__init__(rows)
+        self.lengths = np.array([len(str(row["messages"])) for row in rows])
+        self.has_image = np.array([len(row["images"]) > 0 for row in rows])
+
+
+class ListStream:
+    """A stream of samples, as a streaming data set gives them."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __iter__(self):
+        for row in random_rows(16, IMAGES):
+            yield {"id": row["id"], "images": row["images"], "messages": row["messages"]}

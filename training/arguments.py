@@ -5,52 +5,74 @@ from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from ..targets.cache import STORAGE
+from .rows import Rows, StreamRows, load_rows
+from .stages import STAGES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class OlaVlmArguments(TrainingArguments):
-    """`TrainingArguments` (all of them) plus the fields below; dicts and lists may be given as JSON strings.
+    """`TrainingArguments` (all of them) plus the fields below; dicts and lists may be given as JSON strings."""
 
-    A run starts from `checkpoint` (a folder of ours, or a plain LLaVA), or builds its model from `vision_tower`,
-    `language_model`, `tokenizer` (names or folders), `tasks` and `model_overrides` (arguments of `build_ola_vlm`).
-    `tasks`: list of task dicts in token order; none is plain LLaVA. `teachers`: task -> {"encoder": a name in
-    `targets.encoders.ENCODERS`, "path": name or folder, and more arguments of its `from_pretrained`}. `target_cache`:
-    folder of stored targets, in the numeric type `target_storage` (a key of `targets.cache.STORAGE`); what it lacks is
-    an error, or computed at the start of a run with `target_fill`.
-    """
-
-    stage: str = "pretrain"
-    checkpoint: str | None = None
-    vision_tower: str | None = None
-    language_model: str | None = None
-    tokenizer: str | None = None
-    tasks: list | str | None = None
-    model_overrides: dict | str | None = None
-    dtype: str = "float32"
-    data: str | None = None
-    image_folder: str | None = None
-    max_length: int | None = None
-    teachers: dict | str | None = None
-    target_cache: str | None = None
-    target_storage: str = "float32"
-    target_fill: bool = False
-    standardize_targets: bool = False
-    shuffle_targets: bool = False
+    stage: str = HfArg(default="pretrain", help=f"what trains: one of {', '.join(STAGES)}")
+    checkpoint: str | None = HfArg(default=None, help="start from this folder or name: one of ours or a plain LLaVA")
+    vision_tower: str | None = HfArg(default=None, help="without a checkpoint: vision encoder, name or folder")
+    language_model: str | None = HfArg(default=None, help="without a checkpoint: language model, name or folder")
+    tokenizer: str | None = HfArg(default=None, help="name or folder; the language model's by default")
+    tasks: list | str | None = HfArg(
+        default=None, help="the task dicts of the configuration, in token order; none is plain LLaVA"
+    )
+    model_overrides: dict | str | None = HfArg(default=None, help="more arguments of convert.parts.build_ola_vlm")
+    dtype: str = HfArg(default="float32", help=f"of the weights that are loaded: one of {', '.join(DTYPES)}")
+    data: str | None = HfArg(
+        default=None, help="a .json or .jsonl file (LLaVA's or TRL's rows), or a folder or name that `datasets` loads"
+    )
+    data_config: str | None = HfArg(default=None, help="the dataset's configuration, if `datasets` loads it")
+    data_split: str = HfArg(default="train", help="the dataset's split, if `datasets` loads it")
+    streaming: bool = HfArg(default=False, help="read a dataset as it comes; needs max_steps")
+    image_folder: str | None = HfArg(default=None, help="where image paths begin; the data's own folder by default")
+    max_length: int | None = HfArg(default=None, help="tokens of a row, image tokens included")
+    on_long_rows: str = HfArg(default="drop", help="longer rows: drop or truncate")
+    on_bad_rows: str = HfArg(default="stop", help="rows that can't be trained on, found before the run: stop or drop")
+    max_bad_rows: float = HfArg(
+        default=0.01, help="bad rows met in training are dropped up to this share of the run's rows"
+    )
+    teachers: dict | str | None = HfArg(
+        default=None,
+        help='task -> {"encoder": one of targets.encoders.ENCODERS, "path", more arguments of its from_pretrained}',
+    )
+    target_cache: str | None = HfArg(
+        default=None, help="folder of stored targets; teachers run in training if there is none"
+    )
+    target_storage: str = HfArg(default="float32", help=f"numeric type in the cache: one of {', '.join(STORAGE)}")
+    target_fill: bool = HfArg(
+        default=False, help="compute what the cache lacks as the run starts, else that is an error"
+    )
+    standardize_targets: bool = HfArg(
+        default=False, help="centre and scale targets by the training images' statistics"
+    )
+    shuffle_targets: bool = HfArg(default=False, help="the control: each image gets the targets of another one")
     # The trainer needs `targets` and `row_ids`, which are no arguments of the model's forward.
     remove_unused_columns: bool = False
 
     def __post_init__(self):
-        for field in ("tasks", "model_overrides", "teachers"):
-            if isinstance(value := getattr(self, field), str):
-                setattr(self, field, json.loads(value))
+        for name in ("tasks", "model_overrides", "teachers"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, json.loads(value))
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {list(DTYPES)}")
         if self.target_storage not in STORAGE:
             raise ValueError(f"target_storage {self.target_storage!r} is unknown: choose one of {list(STORAGE)}")
+        for name, choices in {"on_long_rows": ("drop", "truncate"), "on_bad_rows": ("stop", "drop")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {choices}")
+        if self.streaming:
+            # Each rank reads the stream; handed out by the first one, rows of other ranks would lose their images.
+            self.accelerator_config = self.accelerator_config or {"dispatch_batches": False}
         if self.ddp_find_unused_parameters is None:
             # Every rank runs the same graph, even without an image. Only a trained tower has blocks that are skipped:
             # those after the layer whose features LLaVA takes.
@@ -61,3 +83,11 @@ class OlaVlmArguments(TrainingArguments):
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    def load_rows(self) -> Rows | StreamRows:
+        """The rows of `data`; a stream's are shuffled unless `train_sampling_strategy` is "sequential"."""
+        if self.data is None:
+            raise ValueError("no data: give a LLaVA-format JSON file or a Hugging Face dataset")
+        shuffle_seed = None if self.train_sampling_strategy == "sequential" else self.seed
+        place = self.data, self.image_folder, self.data_config, self.data_split, self.streaming
+        return load_rows(*place, shuffle_seed=shuffle_seed)

@@ -1,188 +1,296 @@
-"""Rows (TRL's columns `images` and `messages`; LLaVA's JSON is read into them) and the collator that batches them.
+"""The collator: rows (`training.rows`) -> a batch for `OlaVlmTrainer`.
 
 N images of the batch in the order of their placeholders, Q queries, E target width.
 """
 
-import json
-import os
-import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jinja2
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
-from transformers.utils import logging
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..targets.encoders import open_image
-
-logger = logging.get_logger(__name__)
+from ..targets.encoders import Motion
+from .rows import BadRow, open_source
 
 IGNORE_INDEX = -100
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARKS = re.compile("[\ufdd0\ufdd1]")  # around answers; code points that no text has
+PROBE = [
+    {"role": role, "content": [{"type": "image"}] * (text == "one") + [{"type": "text", "text": text}]}
+    for role, text in zip(["user", "assistant"] * 2, ["one", "two", "three", "four"], strict=True)
+]
 
 TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E) fp32
 
 
-class LlavaRows(Dataset):
-    """The rows of a LLaVA-format JSON file: `{"id", "images": [path, ...], "messages": [...]}`.
+class Encoded(NamedTuple):
+    """Token ids of a row, images expanded; its labels; how many of its images they hold; its length if it were not
+    truncated."""
 
-    Images stay paths until the collator (that is, a loader's worker) opens them. `<image>` is moved to the front of
-    its turn, as LLaVA does. A row that can't be used is an error that names it: nothing is skipped.
-    """
-
-    def __init__(self, json_path: str | Path, image_folder: str | Path | None = None):
-        self.image_folder = Path(os.path.abspath(image_folder or Path(json_path).parent))
-        samples = json.loads(Path(json_path).read_text(encoding="utf-8"))
-        self.samples = [{"id": index, **sample} for index, sample in enumerate(samples)]
-        self.other_image: dict[str, str] | None = None
-        for sample in self.samples:
-            self._check(sample)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict:
-        sample = self.samples[index]
-        paths = self._paths(sample)
-        row = {"id": str(sample["id"]), "images": paths, "messages": [_message(t) for t in sample["conversations"]]}
-        if self.other_image is not None:
-            row["target_images"] = [self.other_image[path] for path in paths]
-        return row
-
-    def image_paths(self) -> list[str]:
-        """Every image once, in the order of the file."""
-        return list(dict.fromkeys(path for sample in self.samples for path in self._paths(sample)))
-
-    def images(self) -> Iterator[Image.Image]:
-        return map(open_image, self.image_paths())
-
-    def shuffle_targets(self, seed: int) -> None:
-        """The control: every image gets the targets of another one, by one fixed cycle through all images."""
-        paths = self.image_paths()
-        if len(paths) < 2:
-            raise ValueError(f"shuffle_targets needs at least 2 different images, the data has {len(paths)}")
-        random.Random(seed).shuffle(paths)
-        self.other_image = dict(zip(paths, paths[1:] + paths[:1], strict=True))
-
-    def drop_longer_than(self, max_length: int, collator: "OlaVlmCollator") -> None:
-        """Drops the rows of more than `max_length` tokens, images and task tokens included, and logs their number."""
-        keep = [sample for i, sample in enumerate(self.samples) if len(collator.encode(self[i])[0]) <= max_length]
-        dropped = len(self.samples) - len(keep)
-        if not keep:
-            raise ValueError(f"all {dropped} rows are longer than max_length={max_length}: raise max_length")
-        if dropped:
-            logger.warning(f"dropped {dropped} of {len(self.samples)} rows: longer than max_length={max_length}")
-        self.samples = keep
-
-    def _paths(self, sample: dict) -> list[str]:
-        names = sample.get("image") or []
-        return [os.path.abspath(self.image_folder / name) for name in ([names] if isinstance(names, str) else names)]
-
-    def _check(self, sample: dict) -> None:
-        paths = self._paths(sample)
-        for path in paths:
-            if not Path(path).is_relative_to(self.image_folder):
-                raise ValueError(f"row {sample['id']}: image {path} lies outside image_folder {self.image_folder}")
-        for turn in sample["conversations"]:
-            if turn["from"] not in ROLES:
-                raise ValueError(f"row {sample['id']}: unknown speaker {turn['from']!r}, not one of {list(ROLES)}")
-            if turn["from"] != "human" and "<image>" in turn["value"]:
-                raise ValueError(f"row {sample['id']}: <image> may stand in the human's turns only")
-        placeholders = sum(turn["value"].count("<image>") for turn in sample["conversations"])
-        if placeholders != len(paths):
-            raise ValueError(f"row {sample['id']}: {placeholders} <image> placeholders for {len(paths)} images")
+    ids: np.ndarray
+    labels: np.ndarray
+    num_images: int
+    full_length: int
 
 
-def _message(turn: dict) -> dict:
-    text = turn["value"].replace("<image>", "").strip()
-    content = [{"type": "image"}] * turn["value"].count("<image>")
-    return {"role": ROLES[turn["from"]], "content": [*content, {"type": "text", "text": text}]}
+class Sample(NamedTuple):
+    """A row on its way into a batch: its images opened, `target_images` those whose targets it gets."""
+
+    id: str
+    encoded: Encoded
+    images: list[Image.Image]
+    target_images: list[Image.Image]
 
 
 class OlaVlmCollator:
-    """Rows -> a batch for `OlaVlmTrainer`, right-padded, its labels on the assistant's spans, end of turn included.
+    """Rows -> a batch, right-padded, its labels on the assistant's spans, end of turn included.
 
-    It gives the ids that `processor.apply_chat_template` gives, 30 times faster: images are expanded on ids.
+    It gives the ids that `processor.apply_chat_template` gives, 30 times faster: images are expanded on ids. The spans
+    are those that the template marks with `{% generation %}`; without marks, each answer and the end of turn after it.
 
     Args:
-        processor: an `OlaVlmProcessor` (or `LlavaProcessor`) whose chat template marks `{% generation %}` and whose
-            image processor gives all images the same size.
+        processor: an `OlaVlmProcessor` (or `LlavaProcessor`) whose chat template takes content parts and whose image
+            processor gives all images the same size.
         target_sources: task name -> function from N images to their (N, Q, E) targets: a cache or an encoder.
         tasks: `config.tasks`; says the shape of the targets.
+        max_length: rows of more tokens are bad rows, or
+        truncate: cut there: before an image that doesn't fit as a whole, never inside it.
+        drop_bad_rows: leave bad rows out of the batch and name them in it, instead of raising `BadRow`.
 
     Returns of a call: input_ids, attention_mask, labels (B, T); pixel_values (N, 3, H, W), without any image 0 rows,
-    so that all ranks run the same graph; targets: task -> (N, Q, E) fp32; row_ids: list of str.
+    so that all ranks run the same graph; targets: task -> (N, Q, E) fp32; row_ids: list of str; bad_rows: list of str,
+    one for each row left out. A batch that lost all its rows has one of two padding tokens, unsupervised.
     """
 
-    def __init__(self, processor, target_sources: dict[str, TargetSource] | None = None, tasks: Sequence[dict] = ()):
+    def __init__(
+        self,
+        processor,
+        target_sources: dict[str, TargetSource] | None = None,
+        tasks: Sequence[dict] = (),
+        max_length: int | None = None,
+        truncate: bool = False,
+        drop_bad_rows: bool = False,
+    ):
         tokenizer = processor.tokenizer
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token before training")
         self.chat_template = processor.chat_template or tokenizer.chat_template or ""
-        self.processor = processor
+        self.processor, self.max_length, self.truncate = processor, max_length, truncate
+        self.drop_bad_rows = drop_bad_rows
         self.target_sources = target_sources or {}
         self.target_shapes = {task["name"]: (task["target_length"], task["target_dim"]) for task in tasks}
         blank = self._pixel_values([Image.new("RGB", (8, 8))])
         self.no_pixel_values = blank[:0]
         expansion = processor.replace_image_token({"pixel_values": blank}, 0)
-        self.image_ids: list[int] = tokenizer(expansion, add_special_tokens=False)["input_ids"]
+        self.image_ids = np.array(tokenizer(expansion, add_special_tokens=False)["input_ids"])
+        self.end_of_turn = ""
+        self.end_of_turn = self._check_template()
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        images = [open_image(image) for row in rows for image in row["images"]]
-        input_ids, labels = zip(*(self.encode(row) for row in rows), strict=True)
-        for row, row_labels in zip(rows, labels, strict=True):
-            if set(row_labels) <= {IGNORE_INDEX}:
-                raise ValueError(f"row {row['id']} has no supervised token: no answer, or no {{% generation %}} mark")
+        samples, bad_rows = [], []
+        for row in rows:
+            try:
+                samples.append(self.prepare(row))
+            except BadRow as bad_row:
+                named = f"row {row['id']}: {bad_row}"
+                if not self.drop_bad_rows:
+                    raise BadRow(bad_row.kind, named) from bad_row
+                bad_rows.append(named)
+        targets, wrong = self._targets(samples)
+        while wrong:
+            bad_rows += [f"row {samples[i].id}: {reason}" for i, reason in wrong.items()]
+            samples = [sample for i, sample in enumerate(samples) if i not in wrong]
+            targets, wrong = self._targets(samples)
+        pad = self.processor.tokenizer.pad_token_id
+        ids = [sample.encoded.ids for sample in samples] or [np.array([pad, pad])]
+        labels = [sample.encoded.labels for sample in samples] or [np.array([IGNORE_INDEX, IGNORE_INDEX])]
+        images = [image for sample in samples for image in sample.images]
         return {
-            "input_ids": _pad(input_ids, self.processor.tokenizer.pad_token_id),
-            "attention_mask": _pad([[1] * len(ids) for ids in input_ids], 0),
+            "input_ids": _pad(ids, pad),
+            "attention_mask": _pad([np.ones_like(row) for row in ids], 0),
             "labels": _pad(labels, IGNORE_INDEX),
             "pixel_values": self._pixel_values(images) if images else self.no_pixel_values,
-            "targets": self._targets(rows, images),
-            "row_ids": [str(row["id"]) for row in rows],
+            "targets": targets,
+            "row_ids": [sample.id for sample in samples],
+            "bad_rows": bad_rows,
         }
 
-    def encode(self, row: dict) -> tuple[list[int], list[int]]:
-        """Token ids of a row, images expanded, and its labels. Opens no image."""
-        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
-        options = {"chat_template": self.chat_template, **tokenizer.special_tokens_map}
-        (text,), (spans,) = render_jinja_template([row["messages"]], return_assistant_tokens_mask=True, **options)
+    def prepare(self, row: dict) -> Sample:
+        """The row ready for a batch but for its targets. Raises `BadRow`."""
+        encoded = self.check_text(row)
+        images = [open_source(image) for image in row["images"][: encoded.num_images]]
+        others = row.get("target_images")
+        targets_of = images if others is None else [open_source(image) for image in others[: encoded.num_images]]
+        return Sample(str(row["id"]), encoded, images, targets_of)
+
+    def check_text(self, row: dict) -> Encoded:
+        """The row's tokens. Opens no image. Raises `BadRow`."""
+        if "bad_row" in row:
+            raise row["bad_row"]
+        encoded = self.encode(row)
+        if self.max_length and encoded.full_length > self.max_length and not self.truncate:
+            raise BadRow("too_long", f"{encoded.full_length} tokens, more than max_length={self.max_length}")
+        if (encoded.labels == IGNORE_INDEX).all():
+            if encoded.full_length > len(encoded.ids):
+                raise BadRow("too_long", f"no supervised token within max_length={self.max_length}")
+            raise BadRow("unsupervised", "no supervised token: no answer")
+        return encoded
+
+    def encode(self, row: dict) -> Encoded:
+        tokenizer = self.processor.tokenizer
+        text, spans = self._text_and_spans(row["messages"])
         # The processor's own rule, so that training sees the ids of inference.
         has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
-        ids, labels = [], []
-        for token, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            if token == image_id:
-                ids += self.image_ids
-                labels += [IGNORE_INDEX] * len(self.image_ids)
-            else:
-                ids.append(token)
-                supervised = any(first < stop and start < last for first, last in spans)
-                labels.append(token if supervised else IGNORE_INDEX)
-        return ids, labels
+        ids = np.array(encoding["input_ids"], dtype=np.int64)
+        begins, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        firsts, lasts = np.array([*spans, (len(text), len(text))]).T
+        next_span = np.searchsorted(
+            lasts[:-1], begins, side="right"
+        )  # the first one that ends behind the token's begin
+        is_image = ids == self.processor.image_token_id
+        labels = np.where((firsts[next_span] < ends) & ~is_image, ids, IGNORE_INDEX)
+        sizes = np.where(is_image, len(self.image_ids), 1)
+        full_length = int(sizes.sum())
+        if self.truncate and self.max_length:
+            kept = np.searchsorted(sizes.cumsum(), self.max_length, side="right")
+            ids, labels, is_image, sizes = ids[:kept], labels[:kept], is_image[:kept], sizes[:kept]
+        ids, labels, num_images = ids.repeat(sizes), labels.repeat(sizes), int(is_image.sum())
+        ids[is_image.repeat(sizes)] = np.tile(self.image_ids, num_images)
+        return Encoded(ids, labels, num_images, full_length)
+
+    def _check_template(self) -> str:
+        """What the chat template writes after an answer, end of turn; ValueError if it can't be trained with."""
+        if not self.chat_template:
+            raise ValueError("no chat template: give one, model_overrides={'chat_template': ...}")
+        text, spans = self._text_and_spans(PROBE)
+        if text.count(self.processor.image_token) != 1 or len(spans) != 2:
+            what = (
+                f"the chat template must write {self.processor.image_token} for an image and mark (or write) 2 answers"
+            )
+            raise ValueError(f"{what} in this chat: {text}")
+        for turn, (start, _) in zip((1, 3), spans, strict=True):
+            prompt, _ = self._render(PROBE[:turn], add_generation_prompt=True)
+            if not text.startswith(prompt) or text[len(prompt) : start].strip():
+                what = f"the chat template's prompt {prompt!r} is not what stands before the answer in {text!r}"
+                raise ValueError(f"{what}: give a template of your own, model_overrides={{'chat_template': ...}}")
+        # What follows an answer before a question, at the end, and before another answer has the turn's end in common.
+        prompt, _ = self._render(PROBE, add_generation_prompt=True)
+        tails = text[spans[0][1] :], text[spans[1][1] :], prompt[spans[1][1] :]
+        common = sum(itertools.takewhile(bool, (len(set(chars)) == 1 for chars in zip(*tails, strict=False))))
+        tokens = self.processor.tokenizer(tails[0], add_special_tokens=False, return_offsets_mapping=True)
+        common = max((stop for _, stop in tokens["offset_mapping"] if stop <= common), default=0)  # whole tokens only
+        return tails[0][:common].rstrip()
+
+    def _text_and_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """The chat, and where in it the assistant speaks: answers with their end of turn, in order."""
+        if GENERATION.search(self.chat_template):
+            return self._render(messages, return_assistant_tokens_mask=True)
+        plain, _ = self._render(messages)
+        marked, _ = self._render([_marked(m) if m["role"] == "assistant" else m for m in messages])
+        pieces, spans = MARKS.split(marked), []
+        text = pieces[0]
+        for answer, after in zip(pieces[1::2], pieces[2::2], strict=True):
+            turn = answer + (self.end_of_turn if after.startswith(self.end_of_turn) else "")
+            spans.append((len(text), len(text + turn)))
+            text += answer + after
+        if text != plain:
+            raise BadRow("malformed", "the chat template changes the answers: mark them in it with {% generation %}")
+        return text, spans
+
+    def _render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
+        options |= self.processor.tokenizer.special_tokens_map
+        try:
+            texts, spans = render_jinja_template([messages], chat_template=self.chat_template, **options)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise BadRow("malformed", f"the chat template refuses it: {error}") from error
+        return texts[0], spans[0] if spans else []
 
     def _pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
-    def _targets(self, rows: Sequence[dict], images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        if self.target_sources and any("target_images" in row for row in rows):
-            images = [open_image(image) for row in rows for image in row["target_images"]]
-        targets, owners = {}, [row["id"] for row in rows for _ in row["images"]]
+    def _targets(self, samples: list[Sample]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+        """The targets of the samples' images, and which samples have none that can be used, and why."""
+        images = [image for sample in samples for image in sample.target_images]
+        owners = [i for i, sample in enumerate(samples) for _ in sample.target_images]
+        counts, targets, wrong = [len(sample.target_images) for sample in samples], {}, {}
         for name, source in self.target_sources.items():
+            given = (images, counts) if isinstance(source, Motion) else (images,)
             expected = (len(images), *self.target_shapes[name])
-            targets[name] = source(images).float() if images else torch.zeros(expected)
+            try:
+                targets[name] = source(*given).float() if images else torch.zeros(expected)
+            except (LookupError, OSError) as error:  # not in the cache: the file has changed since
+                if not self.drop_bad_rows:
+                    raise
+                if len(samples) == 1:
+                    return {}, {0: f"task {name!r}: {error}"}
+                alone = [self._targets([sample])[1] for sample in samples]
+                if not any(alone):
+                    raise
+                return {}, {i: reasons[0] for i, reasons in enumerate(alone) if reasons}
             if targets[name].shape != expected:
                 found = f"targets {tuple(targets[name].shape)} from its teacher, {expected} from its configuration"
                 raise ValueError(f"task {name!r} has {found}: set target_length and target_dim to the teacher's")
             finite = targets[name].isfinite().flatten(1).all(1).tolist()
             # Later these would spoil the contrastive columns of the whole step, and innocent rows would be blamed.
-            if bad := [owner for owner, good in zip(owners, finite, strict=True) if not good]:
+            bad = [owner for owner, good in zip(owners, finite, strict=True) if not good]
+            if bad and not self.drop_bad_rows:
+                bad = [samples[owner].id for owner in bad]
                 raise FloatingPointError(f"task {name!r}: its teacher's targets of the rows {bad} are not finite")
-        return targets
+            wrong |= dict.fromkeys(bad, f"task {name!r}: its teacher's targets are not finite")
+        return targets, wrong
 
 
-def _pad(rows: Sequence[list[int]], value: int) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+class GroupedSampler(Sampler[int]):
+    """Batches of rows of similar length, with images or without as LLaVA does, in random order.
+
+    A batch is an optimiser step's: all ranks and micro-batches. Rows that fill none come last, mixed. The order hangs
+    on seed and epoch only, so every rank and a resumed run draw the same.
+
+    Args:
+        lengths, has_image: one a row.
+    """
+
+    def __init__(self, lengths: np.ndarray, has_image: np.ndarray, batch_size: int, seed: int):
+        self.lengths, self.has_image, self.batch_size = lengths, has_image, batch_size
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        batches, rest = [], []
+        for modality in (True, False):
+            rows = np.flatnonzero(self.has_image == modality)
+            if len(rows) > 0:
+                lengths = self.lengths[rows].tolist()
+                rows = rows[get_length_grouped_indices(lengths, self.batch_size, generator=generator)]
+            whole = len(rows) // self.batch_size
+            batches += np.split(rows[: whole * self.batch_size], whole) if whole else []
+            rest.append(rows[whole * self.batch_size :])
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return iter(np.concatenate([*(batches[i] for i in order), *rest]).tolist())
+
+
+def _marked(answer: dict) -> dict:
+    """The answer between marks, white space around it outside: a template may strip it."""
+    texts = [part["text"] for part in answer["content"]]
+    texts[0] = re.sub(r"^\s*", "\\g<0>\ufdd0", texts[0])
+    texts[-1] = re.sub(r"\s*$", "\ufdd1\\g<0>", texts[-1], count=1)
+    return {**answer, "content": [{"type": "text", "text": text} for text in texts]}
+
+
+def _pad(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
+    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=value)

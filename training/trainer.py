@@ -8,10 +8,15 @@ are known before the step begins, so they are collected where the Trainer collec
 from collections import defaultdict
 
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
+from transformers.utils import logging
 
+from .data import GroupedSampler
 from .losses import embedding_loss
 from .stages import STAGES
+
+logger = logging.get_logger(__name__)
 
 
 class OlaVlmTrainer(Trainer):
@@ -19,7 +24,8 @@ class OlaVlmTrainer(Trainer):
 
     Logs `loss/ntp` and `loss/<task>/<layer>/{smooth_l1,contrastive}` beside `loss`: means over the optimiser steps
     since the last log and over ranks; `loss` = ntp + sum over tasks of loss_weight * sum over layers (smooth_l1 +
-    contrastive_weight * contrastive).
+    contrastive_weight * contrastive); `bad_rows`: how many rows were dropped so far, over all ranks. Their names are
+    logged as they come; beyond `args.max_bad_rows` of the run's rows it stops.
     """
 
     def __init__(self, model, args, **kwargs):
@@ -32,6 +38,28 @@ class OlaVlmTrainer(Trainer):
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
         # Sums of the logged losses, and the number of their "steps", since the last log.
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._new_bad_rows = 0  # since the last log
+        self._grouped: GroupedSampler | None = None
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows dropped since the run began, interrupted or not."""
+        logged = (entry["bad_rows"] for entry in reversed(self.state.log_history) if "bad_rows" in entry)
+        return next(logged, 0) + self._new_bad_rows
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self._grouped = GroupedSampler(rows.lengths, rows.has_image, batch_size, seed)
+        return self._grouped
+
+    def _get_eval_sampler(self, eval_dataset):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset)
 
     def train(self, *args, **kwargs):
         if self.model_wrapped is self.model and self.model in self.accelerator._models:
@@ -42,11 +70,25 @@ class OlaVlmTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self._grouped is not None:  # resumed within an epoch, several ranks aren't told which one it is
+            self._grouped.set_epoch(int(self.state.epoch))
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._sums["train"]["steps"] += 1
+        self._count_bad_rows(batches, device)
         if self.tasks and batches:
             self._attach_step_targets(batches, device)
         return batches, num_items_in_batch
+
+    def _count_bad_rows(self, batches: list[dict], device: torch.device) -> None:
+        """Names the rows that the collator dropped and counts those of all ranks; ValueError if they are too many."""
+        found = sum(_report_bad_rows(batch) for batch in batches)
+        self._new_bad_rows += self.accelerator.gather(torch.tensor([found], device=device)).sum().item()
+        rows = self.state.max_steps * self.get_total_train_batch_size(self.args)
+        if self.bad_rows > self.args.max_bad_rows * rows:
+            share = f"max_bad_rows={self.args.max_bad_rows} of the run's {rows} rows"
+            raise ValueError(
+                f"stopped at step {self.state.global_step + 1}: {self.bad_rows} bad rows are over {share}"
+            )
 
     def _attach_step_targets(self, batches: list[dict], device: torch.device) -> None:
         """Gives each micro-batch the contrastive columns of its step, its own first column and their number."""
@@ -70,6 +112,9 @@ class OlaVlmTrainer(Trainer):
                 self._attach_step_targets([inputs], self.args.device)
             inputs["output_predictions"] = True
         step, targets, row_ids = (inputs.pop(key, None) for key in ("step_targets", "targets", "row_ids"))
+        _report_bad_rows(inputs)  # evaluation's
+        if num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch.clamp(min=1)  # all rows of a step may be bad
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # DDP averages gradients over ranks; all counts are global, so each rank's share counts in full.
         ranks = self.accelerator.num_processes
@@ -102,6 +147,7 @@ class OlaVlmTrainer(Trainer):
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             self._add_means(logs, "train")
+            logs["bad_rows"], self._new_bad_rows = self.bad_rows, 0
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -121,3 +167,10 @@ class OlaVlmTrainer(Trainer):
         if self.stage.task_tokens == "queries":
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)
+
+
+def _report_bad_rows(batch: dict) -> int:
+    bad_rows = batch.pop("bad_rows", ())
+    for named in bad_rows:
+        logger.warning(f"dropped {named}")
+    return len(bad_rows)

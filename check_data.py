@@ -1,0 +1,77 @@
+"""Check data before training on it: `ola-vlm check-data --recipe NAME`, or `--data FILE --image_folder FOLDER`.
+
+Counts rows, images and answers; finds images that are missing, undecodable or outside the image folder, and rows in no
+known form. With a model's parts (a recipe's, or --checkpoint) also rows without a supervised token or beyond
+max_length. No weights are loaded. Ends with status 1 if there are bad rows, unless --on_bad_rows is drop.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from ola_vlm.configuration_ola_vlm import normalize_task
+from ola_vlm.convert.parts import build_processor, count_class_tokens, load_vision_config
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.train import parse_arguments
+from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.check import check_rows
+from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.rows import PROBLEMS, StreamRows
+
+
+def load_processor(args: OlaVlmArguments) -> OlaVlmProcessor | None:
+    """The processor that a run would use; None if the arguments name no model."""
+    if args.checkpoint:
+        return OlaVlmProcessor.from_pretrained(args.checkpoint)
+    if not args.language_model:
+        return None
+    text_config = AutoConfig.from_pretrained(args.language_model)
+    vision_config = load_vision_config(args.vision_tower)
+    with torch.device("meta"):
+        class_tokens = count_class_tokens(AutoModel.from_config(vision_config))
+    width, layers = text_config.hidden_size, text_config.num_hidden_layers
+    overrides = args.model_overrides or {}
+    return build_processor(
+        AutoTokenizer.from_pretrained(args.tokenizer or args.language_model),
+        vision_config,
+        [normalize_task(task, width, layers) for task in args.tasks or []],
+        chat_template=overrides.get("chat_template"),
+        class_tokens=class_tokens,
+        strategy=overrides.get("vision_feature_select_strategy", "default" if class_tokens else "full"),
+    )
+
+
+def table(report: dict) -> str:
+    """The report as lines of a name and a number."""
+    counts = {name: number for name, number in report.items() if isinstance(number, int)}
+    counts |= {f"bad: {PROBLEMS[kind]}": number for kind, number in report["bad rows"].items()}
+    return "\n".join(f"{name:<36} {number:>12,}" for name, number in counts.items())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--no_decode", action="store_true", help="look whether images are there, don't open them")
+    own.add_argument("--out", type=Path, help="a JSON file for the report and the names of all bad rows")
+    args, options = parse_arguments(argv, "ola-vlm check-data", own, use_cpu=True)
+    rows = args.load_rows()
+    if isinstance(rows, StreamRows):
+        raise SystemExit("a stream's rows are checked as they come: give --streaming false")
+    processor, collator = load_processor(args), None
+    if processor is not None:
+        truncate = args.on_long_rows == "truncate"
+        collator = OlaVlmCollator(processor, max_length=args.max_length, truncate=truncate)
+    facts = check_rows(rows, collator, not options.no_decode, args.dataloader_num_workers)
+    report = facts.report() | {"named": facts.named}
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(report))
+    for bad in facts.named[:20]:
+        print(f"row {bad['row']}: {bad['reason']}")
+    if len(facts.named) > 20:
+        print(f"... and {len(facts.named) - 20} more: --out FILE names all")
+    if args.on_bad_rows == "stop" and any(bad["problem"] != "too_long" for bad in facts.named):
+        raise SystemExit(1)

@@ -1,0 +1,253 @@
+"""Rows from all kinds of data: read alike, images where they belong, and nothing outside the image folder."""
+
+import io
+import json
+import pickle
+
+import datasets
+import pytest
+from conftest import random_image
+from PIL import Image
+from training_helpers import llava_sample, write_llava
+
+from ola_vlm.training.rows import BadRow, JsonRows, Rows, StreamRows, load_rows, open_source
+
+QUESTION, ANSWER = {"type": "text", "text": "what is this ?"}, {"type": "text", "text": "the cube"}
+IMAGE = {"type": "image"}
+
+
+def contents(row):
+    return [message["content"] for message in row["messages"]]
+
+
+def test_llava_json(tmp_path):
+    samples = [
+        llava_sample(0, value="what is this ?\n<image>"),
+        llava_sample(1, image=None),
+        llava_sample(2, image=["a.png", "sub/b.png"], value="<image><image>\nwhat is this ?"),
+        # ALLaVA's and the 665K's: more fields, several turns, an id that is a number
+        {**llava_sample(3), "id": 3, "url": "x"},
+    ]
+    samples[3]["conversations"] += llava_sample(4, image=None)["conversations"]
+    rows = load_rows(str(write_llava(tmp_path, samples, ["a.png", "sub/b.png"])), tmp_path)
+    assert [contents(row) for row in rows] == [
+        [[IMAGE, QUESTION], [ANSWER]],  # moved to the front of its turn
+        [[QUESTION], [ANSWER]],
+        [[IMAGE, IMAGE, QUESTION], [ANSWER]],
+        [[IMAGE, QUESTION], [ANSWER], [QUESTION], [ANSWER]],
+    ]
+    assert [message["role"] for message in rows[3]["messages"]] == ["user", "assistant"] * 2
+    assert [len(row["images"]) for row in rows] == [1, 0, 2, 1] and [row["id"] for row in rows] == list("0123")
+    assert [path.removeprefix(f"{tmp_path}/") for path in rows.sources()] == ["a.png", "sub/b.png"]
+    assert [image.tobytes() for image in rows.images()] == [
+        random_image(sum(n.encode())).tobytes() for n in ("a.png", "sub/b.png")
+    ]
+
+
+def test_rows_without_an_id_are_named_by_their_place(tmp_path):
+    nameless = llava_sample(0) | {"id": None}
+    rows = load_rows(str(write_llava(tmp_path, [llava_sample("x"), nameless], ["a.png"])))
+    assert [row["id"] for row in rows] == ["x", "1"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "what is this ?"},
+        {"role": "user", "content": [QUESTION]},
+        {"role": "user", "content": [IMAGE, QUESTION]},
+        {"role": "user", "content": [{"type": "image", "text": None}, {**QUESTION, "image": None}]},  # out of parquet
+        {"role": "user", "content": "<image> what is this ?"},
+    ],
+)
+def test_trl_rows(tmp_path, message):
+    random_image(0).save(tmp_path / "a.png")
+    row = {"images": ["a.png"], "messages": [message, {"role": "assistant", "content": "the cube"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
+    rows = load_rows(str(tmp_path / "data.jsonl"))
+    assert len(rows) == 2 and contents(rows[1]) == [[IMAGE, QUESTION], [ANSWER]]
+    assert rows[1]["images"] == [str(tmp_path / "a.png")]
+
+
+def test_interleaved_parts_keep_their_order(tmp_path):
+    random_image(0).save(tmp_path / "a.png")
+    parts = [{"type": "text", "text": "left"}, IMAGE, {"type": "text", "text": "right"}, IMAGE]
+    turns = [{"role": "system", "content": "see"}, {"role": "user", "content": parts}]
+    row = Rows([{"images": ["a.png", "a.png"], "messages": turns}], tmp_path)[0]
+    assert contents(row) == [[{"type": "text", "text": "see"}], parts]
+
+
+@pytest.mark.parametrize("chunk", [3, 50, 1 << 20])
+@pytest.mark.parametrize("form", ["array", "indented", "lines", "escaped lines"])
+def test_json_is_indexed_in_pieces(tmp_path, monkeypatch, chunk, form):
+    rows = [
+        {"id": i, "text": 'a "quoted" } ] , \\ é 语 🦙' * (i % 3), "deep": [{"x": [1, {"y": 2}]}]} for i in range(20)
+    ]
+    text = {
+        "array": json.dumps(rows, ensure_ascii=False),
+        "indented": json.dumps(rows, indent=2, ensure_ascii=False),
+        "lines": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "escaped lines": "\r\n".join(json.dumps(row) for row in rows) + "\r\n",
+    }[form]
+    (tmp_path / "data.json").write_text(text, encoding="utf-8", newline="")
+    monkeypatch.setattr("ola_vlm.training.rows.CHUNK", chunk)
+    found = JsonRows(tmp_path / "data.json")
+    assert list(found) == rows
+    assert list(pickle.loads(pickle.dumps(found))) == rows  # goes to a loader's workers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"id": 1}, {"id": 2', "byte 12: not valid JSON, or cut off"),
+        ('[{"id": 1}, 7]', "byte 12: '7]' is not an object"),
+        ("", "no rows"),
+        ("[]", "no rows"),
+    ],
+)
+def test_files_that_are_not_rows_are_refused(tmp_path, text, message):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / "data.json"))
+
+
+@pytest.mark.parametrize(
+    ("broken", "kind", "message"),
+    [
+        (llava_sample(0, image="../a.png"), "outside", "outside image_folder"),
+        (llava_sample(0, image="/etc/passwd"), "outside", "outside image_folder"),
+        (llava_sample(0, image="link.png"), "outside", "outside image_folder"),
+        (llava_sample(0, image="linked/a.png"), "outside", "outside image_folder"),
+        (llava_sample(0, image="gone.png"), "missing", "no image .*gone.png"),
+        (llava_sample(0, image=None, value="<image>"), "malformed", "1 <image> placeholders for 0 images"),
+        (llava_sample(0, value="what ?"), "malformed", "0 <image> placeholders for 1 images"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "malformed", "unknown speaker 'robot'"),
+        ({"conversations": [{"from": "gpt", "value": "<image>"}]}, "malformed", "<image> may stand"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "malformed", "NoneType"),
+        ({"conversations": "hello"}, "malformed", "TypeError"),
+        ({"question": "x"}, "malformed", "'messages'"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "malformed", "content part"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>"}]}]},
+            "malformed",
+            "content part",
+        ),
+    ],
+)
+def test_bad_rows_say_what_is_wrong(tmp_path, broken, kind, message):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    random_image(0).save(tmp_path / "a.png")
+    random_image(0).save(folder / "a.png")
+    (folder / "link.png").symlink_to(tmp_path / "a.png")
+    (folder / "linked").symlink_to(tmp_path)
+    row = Rows([{"id": "bad", **broken}], folder)[0]
+    assert row["bad_row"].kind == kind and not row.keys() & {"images", "messages"}
+    with pytest.raises(BadRow, match=message):
+        raise row["bad_row"]
+
+
+def test_links_within_the_image_folder_and_to_it_are_fine(tmp_path):
+    (tmp_path / "images").mkdir()
+    random_image(0).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "b.png").symlink_to("a.png")
+    (tmp_path / "linked").symlink_to("images")
+    assert "bad_row" not in Rows([llava_sample(0, image="b.png")], tmp_path / "linked")[0]
+
+
+def test_images_in_the_rows(tmp_path):
+    buffer = io.BytesIO()
+    random_image(3).save(buffer, "PNG")
+    sources = [{"bytes": buffer.getvalue(), "path": None}, random_image(3)]
+    rows = Rows([llava_sample(i) | {"image": source} for i, source in enumerate(sources)], tmp_path)
+    assert [image.tobytes() for image in rows.images()] == [random_image(3).tobytes()] * 2
+    with pytest.raises(ValueError, match=r"lie in the rows.*needs image files"):
+        rows.shuffle_targets(0)
+    random_image(4).save(tmp_path / "a.png")
+    row = Rows([llava_sample(0) | {"image": {"bytes": None, "path": "a.png"}}], tmp_path)[0]
+    assert row["images"] == [str(tmp_path / "a.png")]
+
+
+def test_undecodable_images_are_named(tmp_path, caplog):
+    random_image(0, (64, 64)).save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "flipped.png").write_bytes(data[:60] + bytes([data[60] ^ 255]) + data[61:])
+    (tmp_path / "text.jpg").write_text("not found")
+    for name in ("cut.png", "flipped.png", "text.jpg"):
+        with pytest.raises(BadRow, match=rf"{name}: ") as error:
+            open_source(str(tmp_path / name))
+        assert error.value.kind == "undecodable"
+    with pytest.raises(BadRow, match="no image") as error:
+        open_source(str(tmp_path / "gone.png"))
+    assert error.value.kind == "missing"
+    rows = Rows([llava_sample(0, image=name) for name in ("cut.png", "whole.png", "gone.png")], tmp_path)
+    assert len(list(rows.images())) == 1 and len(rows.sources()) == 2
+    assert "left out: image" in caplog.text and "1 rows can't be read" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+    """Where Pillow only warns, and where padding to a square would make one."""
+    Image.new("L", (60, 60)).save(tmp_path / "bomb.png")
+    Image.new("L", (60, 2)).save(tmp_path / "strip.png")
+    Image.new("L", (50, 50)).save(tmp_path / "fine.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2500)
+    for name in ("bomb.png", "strip.png"):
+        with pytest.raises(BadRow, match="decompression bomb"):
+            open_source(str(tmp_path / name))
+    assert open_source(str(tmp_path / "fine.png")).size == (50, 50)
+
+
+def test_shuffled_targets_are_always_those_of_another_image(tmp_path):
+    names = [f"{i}.png" for i in range(7)]
+    file = write_llava(tmp_path, [llava_sample(i, name) for i, name in enumerate([*names, "0.png"])], names)
+    rows, again = load_rows(str(file)), load_rows(str(file))
+    rows.shuffle_targets(seed=1)
+    images, targets = ([row[key] for row in rows] for key in ("images", "target_images"))
+    assert all(own != other for own, other in zip(images, targets, strict=True))  # no image keeps its own
+    assert targets[0] == targets[7]  # fixed: the same image, the same wrong targets
+    assert sorted(targets[:7]) == sorted(images[:7])  # a permutation
+    again.shuffle_targets(seed=1)
+    assert again.other_image == rows.other_image
+
+
+def test_streamed_rows_are_the_same_rows(tmp_path):
+    random_image(0).save(tmp_path / "a.png")
+    samples = [llava_sample(0), llava_sample(1, image="gone.png"), llava_sample(2, image=None)]
+    rows, stream = Rows(samples, tmp_path), StreamRows(samples, tmp_path)
+    assert [row["id"] for row in stream] == ["0", "1", "2"]
+    assert [list(row) for row in stream] == [list(rows[i]) for i in range(3)]
+    assert next(iter(stream)) == rows[0] and len(list(stream.images())) == 1
+
+
+def test_streaming_is_for_data_sets(tmp_path):
+    with pytest.raises(ValueError, match="row by row"):
+        load_rows(str(write_llava(tmp_path, [])), streaming=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_folder(tmp_path, streaming):
+    """Images as a feature, in a list or alone; a damaged one only shows when it is opened."""
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    buffer = io.BytesIO()
+    random_image(1).save(buffer, "PNG")
+    good, bad = {"bytes": buffer.getvalue(), "path": None}, {"bytes": b"damaged", "path": None}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "the cube"}]}
+    question = {
+        "role": "user",
+        "content": [{"type": "image", "text": None}, {"type": "text", "text": "what is this ?"}],
+    }
+    for name, images, feature in (
+        ("list", [[good], [bad]], datasets.List(datasets.Image())),
+        ("alone", [good, bad], datasets.Image()),
+    ):
+        column = "images" if name == "list" else "image"
+        table = datasets.Dataset.from_dict({column: images, "messages": [[question, answer]] * 2})
+        table.cast_column(column, feature).to_parquet(folder / "train.parquet")
+        rows = list(load_rows(str(folder), streaming=streaming))
+        assert [contents(row) for row in rows] == [[[IMAGE, QUESTION], [ANSWER]]] * 2
+        assert open_source(rows[0]["images"][0]).tobytes() == random_image(1).tobytes()
+        with pytest.raises(BadRow):
+            open_source(rows[1]["images"][0])

@@ -1,0 +1,314 @@
+"""Rows `{"id", "images", "messages"}` (TRL's columns) out of LLaVA's JSON, TRL-style JSON or a Hugging Face dataset.
+
+A row that can't be read comes as `{"id", "bad_row": BadRow}`: its taker decides whether to drop it or to stop.
+"""
+
+import codecs
+import json
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+from transformers.utils import logging
+
+from ..targets.encoders import open_image, source_name
+
+logger = logging.get_logger(__name__)
+
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+PROBLEMS = {  # kind -> what a report calls it
+    "malformed": "not in a known form",
+    "outside": "image outside image_folder",
+    "missing": "image missing",
+    "undecodable": "image undecodable",
+    "unsupervised": "no supervised token",
+    "too_long": "longer than max_length",
+    "target": "no usable target",
+}
+CHUNK = 1 << 24  # bytes of a JSON file that are parsed at once
+
+
+class BadRow(ValueError):
+    """A row that can't be trained on, and why; `kind` is one of `PROBLEMS`."""
+
+    def __init__(self, kind: str, reason: str):
+        super().__init__(kind, reason)
+        self.kind, self.reason = kind, reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class JsonRows(Sequence):
+    """The objects of a JSON array or of JSON lines, each read from the file when it is asked for.
+
+    Only their positions are in memory, 16 bytes a row; the file's pages are shared by all processes of a machine.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.spans = path, np.array(list(_object_spans(path)), dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> dict:
+        start, stop = map(int, self.spans[index])
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return json.loads(file.read(stop - start))
+
+
+def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
+    """(start, stop) in bytes of every object of the file, which is read in pieces."""
+    scan, between = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,\[\]]*")
+    decode, text, offset = codecs.getincrementaldecoder("utf-8")().decode, "", 0
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            text, position = text + decode(data), 0
+            while True:
+                start = between.match(text, position).end()
+                offset, position = offset + start - position, start
+                if text[start : start + 1] not in ("{", ""):
+                    raise ValueError(
+                        f"{path}, byte {offset}: {text[start : start + 20]!r} is not an object, not a row"
+                    )
+                try:
+                    _, position = scan(text, start)
+                except json.JSONDecodeError:  # this piece is done; the object goes on in the next one
+                    break
+                size = position - start if text.isascii() else len(text[start:position].encode())
+                yield offset, offset + size
+                offset += size
+            text = text[position:]
+    if text:
+        raise ValueError(f"{path}, byte {offset}: not valid JSON, or cut off: {text[:20]!r}")
+
+
+class Rows(Dataset):
+    """The rows of a sequence of dicts in one of two forms (`read_row`).
+
+    Images stay what they are, paths below `image_folder` or the `{"bytes", "path"}` of a Hugging Face dataset, until
+    the collator, in a loader's worker, opens them. `lengths` (tokens) and `has_image` are known after `keep`.
+    """
+
+    def __init__(self, source: Sequence[dict], image_folder: str | Path):
+        self.source, self.image_folder = source, os.path.abspath(image_folder)
+        self.indices = np.arange(len(source))
+        self.lengths = self.has_image = None
+        self.other_image: dict[str, str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict:
+        index = int(self.indices[i])
+        row = read_row(self.source[index], index, self.image_folder)
+        if self.other_image is not None and "images" in row:
+            row["target_images"] = [self.other_image[path] for path in row["images"]]
+        return row
+
+    def keep(self, chosen: np.ndarray, lengths: np.ndarray, has_image: np.ndarray) -> None:
+        """Drops the rows where `chosen` is False; all three have one element for each row there is now."""
+        self.indices, self.lengths, self.has_image = self.indices[chosen], lengths[chosen], has_image[chosen]
+
+    def sources(self) -> "Sources":
+        """Every image, each file once, in the order of the rows."""
+        return Sources(self)
+
+    def images(self) -> Iterator[Image.Image]:
+        """The same, opened. One that can't be decoded is logged and left out, as its row will be."""
+        return _images((i, self[i]) for i in range(len(self)))
+
+    def shuffle_targets(self, seed: int) -> None:
+        """The control: every image gets the targets of another one, by one fixed cycle through all images."""
+        paths = list(self.sources())
+        if not all(isinstance(path, str) for path in paths):
+            raise ValueError("these images lie in the rows: shuffle_targets needs image files")
+        if len(paths) < 2:
+            raise ValueError(f"shuffle_targets needs at least 2 different images, the data has {len(paths)}")
+        random.Random(seed).shuffle(paths)
+        self.other_image = dict(zip(paths, paths[1:] + paths[:1], strict=True))
+
+
+class Sources(Sequence):
+    """The images of rows as they hold them, each file once: a path, or `{"bytes", "path"}`, read when it is asked for.
+    A slice of it is one, too."""
+
+    def __init__(self, rows: Rows, places: np.ndarray | None = None):
+        self.rows = rows
+        if places is None:
+            found = _sources((i, rows[i]) for i in range(len(rows)))
+            places = np.array([place for place, _ in found], dtype=np.int64).reshape(-1, 2)
+        self.places = places  # row, number of the image in it
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Sources(self.rows, self.places[i])
+        row, n = map(int, self.places[i])
+        row = self.rows[row]
+        image = row["images"][n]
+        return image if not isinstance(image, dict) else {**image, "path": f"{n + 1} of row {row['id']}"}
+
+
+class StreamRows(IterableDataset):
+    """The same for rows that come one after the other, of unknown number (a streaming Hugging Face dataset)."""
+
+    def __init__(self, source: Iterable[dict], image_folder: str | Path):
+        self.source, self.image_folder = source, os.path.abspath(image_folder)
+
+    def __iter__(self) -> Iterator[dict]:
+        return (read_row(sample, i, self.image_folder) for i, sample in enumerate(self.source))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.source.set_epoch(epoch)  # another order in every epoch, the same on all ranks
+
+    def images(self) -> Iterator[Image.Image]:
+        return _images(enumerate(self))
+
+
+def load_rows(
+    data: str,
+    image_folder: str | Path | None = None,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    shuffle_seed: int | None = None,
+) -> Rows | StreamRows:
+    """Rows of a .json or .jsonl file, else of what `datasets.load_dataset(data, config, split=split)` finds: a folder
+    of parquet files or a name on the Hub. `image_folder`: where image paths begin; the data's own folder by default.
+    `shuffle_seed`: a stream's rows are shuffled, 1,000 at a time.
+    """
+    # Not through `datasets`, which parses such a file as a whole, in memory, and writes a copy of it first.
+    if data.endswith((".json", ".jsonl")):
+        if not os.path.isfile(data):
+            raise ValueError(f"there is no file {data}: give data, rows as JSON or a Hugging Face dataset")
+        if streaming:
+            raise ValueError(f"{data} is read row by row anyway: streaming is for Hugging Face datasets")
+        found = JsonRows(data)
+        if len(found) == 0:
+            raise ValueError(f"{data} has no rows")
+        return Rows(found, image_folder or Path(data).parent)
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{data} is no .json or .jsonl file, and a data set needs `pip install datasets`") from error
+    found = datasets.load_dataset(data, config, split=split, streaming=streaming)
+    as_bytes = datasets.Image(decode=False)  # decoded where a damaged one can be dropped: in the collator
+    for name, feature in (found.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            found = found.cast_column(name, as_bytes)
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            found = found.cast_column(name, datasets.List(as_bytes))
+    if not streaming:
+        return Rows(found, image_folder or data)
+    found = found if shuffle_seed is None else found.shuffle(shuffle_seed, buffer_size=1000)
+    return StreamRows(found, image_folder or data)
+
+
+def read_row(sample: dict, index: int, image_folder: str) -> dict:
+    """`{"id", "images", "messages"}` of a row in one of these forms, or `{"id", "bad_row"}`:
+
+    - LLaVA's `{"id", "image": path or paths, "conversations": [{"from": "human" or "gpt", "value": text}]}`, whose
+      `<image>` are moved to the front of their turn;
+    - TRL's `{"images", "messages": [{"role": "user" or "assistant", "content": text or parts}]}`, whose images stand
+      before the first question if no part says where.
+    """
+    name = str(index)
+    try:
+        name = name if sample.get("id") is None else str(sample["id"])
+        found = sample.get("images") or sample.get("image") or []
+        images = [_source(image, image_folder) for image in (found if isinstance(found, list) else [found])]
+        return {"id": name, "images": images, "messages": _messages(sample, len(images))}
+    except BadRow as bad_row:
+        return {"id": name, "bad_row": bad_row}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return {"id": name, "bad_row": BadRow("malformed", f"{type(error).__name__}: {error}")}
+
+
+def _source(image, folder: str) -> str | dict | Image.Image:
+    """The image as a row holds it: a path is checked, and made absolute."""
+    if isinstance(image, dict) and image.get("bytes") is None:
+        image = image["path"]
+    if not isinstance(image, str):
+        return image
+    path = os.path.join(folder, image)
+    real, real_folder = os.path.realpath(path), os.path.realpath(folder)
+    if os.path.commonpath([real, real_folder]) != real_folder:
+        raise BadRow("outside", f"image {path} lies outside image_folder {folder}")
+    if not os.path.isfile(real):
+        raise BadRow("missing", f"there is no image {path}")
+    return os.path.abspath(path)
+
+
+def _messages(sample: dict, num_images: int) -> list[dict]:
+    is_llava = sample.get("conversations") is not None
+    messages, placeholders = [], 0
+    for turn in sample["conversations" if is_llava else "messages"]:
+        speaker, content = (turn["from"], turn["value"]) if is_llava else (turn["role"], turn["content"])
+        if speaker not in ROLES:
+            raise BadRow("malformed", f"unknown speaker {speaker!r}, not one of {list(ROLES)}")
+        parts = _parts(content)
+        count = sum(part["type"] == "image" for part in parts)
+        if count and ROLES[speaker] != "user":
+            raise BadRow("malformed", "<image> may stand in the human's turns only")
+        messages.append({"role": ROLES[speaker], "content": parts})
+        placeholders += count
+    questions = [message for message in messages if message["role"] == "user"]
+    if not is_llava and not placeholders and questions:
+        questions[0]["content"][:0] = [{"type": "image"}] * num_images
+    elif placeholders != num_images:
+        raise BadRow("malformed", f"{placeholders} <image> placeholders for {num_images} images")
+    return messages
+
+
+def _parts(content: str | list[dict]) -> list[dict]:
+    if isinstance(content, str):
+        text = {"type": "text", "text": content.replace("<image>", "").strip()}
+        return [{"type": "image"}] * content.count("<image>") + [text]
+    parts = []
+    for part in content:
+        if part["type"] not in ("image", "text") or (part["type"] == "text" and "<image>" in part["text"]):
+            raise BadRow("malformed", f"content part {part}: parts are images, or texts without <image>")
+        parts.append({"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]})
+    return parts
+
+
+def open_source(image: str | dict | Image.Image) -> Image.Image:
+    """The image of a row in RGB (`open_image`); BadRow if that can't be done."""
+    try:
+        return open_image(image)
+    except FileNotFoundError as error:
+        raise BadRow("missing", f"there is no image {source_name(image)}") from error
+    except Exception as error:  # Pillow raises all sorts of errors on damaged files
+        raise BadRow("undecodable", f"image {source_name(image)}: {error}") from error
+
+
+def _sources(rows: Iterable[tuple[int, dict]]) -> Iterator[tuple[tuple[int, int], str | dict]]:
+    """((row, number of the image in it), the image as the row holds it), each file once."""
+    bad_rows, seen = 0, set()
+    for i, row in rows:
+        bad_rows += "bad_row" in row
+        for n, image in enumerate(row.get("images", ())):
+            if isinstance(image, str):
+                if image in seen:
+                    continue
+                seen.add(image)
+            yield (i, n), image
+    if bad_rows:
+        logger.warning(f"{bad_rows} rows can't be read and give no image: `ola-vlm check-data` names them")
+
+
+def _images(rows: Iterable[tuple[int, dict]]) -> Iterator[Image.Image]:
+    for _, image in _sources(rows):
+        try:
+            yield open_source(image)
+        except BadRow as bad_row:
+            logger.warning(f"left out: {bad_row}")
