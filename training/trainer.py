@@ -106,7 +106,7 @@ class OlaVlmTrainer(Trainer):
             offset += size
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
+        inputs = dict(inputs, supervised_logits_only=model.training)
         if self.tasks:
             if "step_targets" not in inputs:  # evaluation: the columns are those of the batch on all ranks
                 self._attach_step_targets([inputs], self.args.device)
