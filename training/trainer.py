@@ -164,9 +164,14 @@ class OlaVlmTrainer(Trainer):
 
     def save_model(self, *args, **kwargs):
         """In pre-training every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
-        if self.stage.task_tokens == "queries":
+        if self.stage.task_tokens == "queries" and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.stage.task_tokens == "queries" and state_dict is not None:  # of sharded weights
+            self.accelerator.unwrap_model(self.model).write_task_tokens(state_dict)
+        super()._save(output_dir, state_dict)
 
 
 def _report_bad_rows(batch: dict) -> int:

@@ -280,17 +280,26 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         kwargs.setdefault("suppress_tokens", self.never_emitted)
         return super().generate(*args, **kwargs)
 
-    def task_token_embeddings(self) -> Tensor:
+    def task_token_embeddings(self, tables: Mapping[str, Tensor] | None = None) -> Tensor:
         """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables."""
+        tables = self.queries if tables is None else tables
         counts = {task["name"]: task["num_task_tokens"] for task in self.config.tasks}
-        return torch.cat([table.unflatten(0, (counts[name], -1)).mean(1) for name, table in self.queries.items()])
+        return torch.cat([table.unflatten(0, (counts[name], -1)).mean(1) for name, table in tables.items()])
 
     @torch.no_grad()
-    def write_task_tokens(self):
-        """Write `task_token_embeddings` into the vocabulary's rows (before every save in pre-training)."""
-        if self.config.task_token_ids:
-            weight = self.get_input_embeddings().weight
-            weight[self.config.task_token_ids] = self.task_token_embeddings().to(weight.dtype)
+    def write_task_tokens(self, state_dict: dict[str, Tensor] | None = None):
+        """Write `task_token_embeddings` into the vocabulary's rows (before every save in pre-training): the model's,
+        or those of a whole `state_dict` of it, which sharded training gathers to save it."""
+        if not self.config.task_token_ids:
+            return
+        weights, tables = [self.get_input_embeddings().weight], None
+        if state_dict is not None:
+            names = ["model.language_model.embed_tokens.weight"]
+            names += ["lm_head.weight"] if self.config.tie_word_embeddings else []
+            weights = [state_dict[name] for name in names if name in state_dict]
+            tables = {name: state_dict[f"queries.{name}"] for name in self.queries}
+        for weight in weights:
+            weight[self.config.task_token_ids] = self.task_token_embeddings(tables).to(weight)
 
     def predict_embeddings(
         self,
