@@ -1,4 +1,4 @@
-"""Recipes: fields of `OlaVlmArguments` by name. `ola-vlm recipes` lists them, `ola-vlm train --recipe NAME` runs one."""
+"""Recipes: fields of `OlaVlmArguments` by name. `ola-vlm recipes` lists them, `ola-vlm train --recipe NAME` trains."""
 
 import copy
 from collections.abc import Callable

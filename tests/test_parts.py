@@ -173,7 +173,7 @@ def test_siglip_pair_as_tower(tiny_parts, tmp_path, monkeypatch):
 
 def test_checkpoints_that_lack_weights_are_refused(tiny_parts, make_model, tmp_path):
     """They would be random, with a warning only."""
-    with pytest.raises(ValueError, match=r"InternVL.*image_size of \(64, 64\), not one number"):
+    with pytest.raises(ValueError, match=r"InternVL.*image_size of \[64, 64\], not one number"):
         save_vision(tmp_path / "internvl", "internvl")
         build_ola_vlm(str(tmp_path / "internvl"), tiny_parts.language_model)
     save_vision(tmp_path / "siglip")

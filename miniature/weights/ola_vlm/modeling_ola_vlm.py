@@ -183,7 +183,9 @@ class OlaVlmModel(LlavaModel):
         self.multi_modal_projector.register_forward_pre_hook(as_tokens)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs):
-        if self.config.vision_config.model_type == "timm_wrapper":  # fails on the LLM's arguments, such as its layers
+        if isinstance(kwargs.get("output_hidden_states"), list):  # layers of the LLM, not of the tower
+            del kwargs["output_hidden_states"]
+        if self.config.vision_config.model_type == "timm_wrapper":  # takes none of the LLM's arguments
             own = ("vision_feature_layer", "vision_feature_select_strategy", "return_dict")
             kwargs = {name: value for name, value in kwargs.items() if name in own}
         if pixel_values.shape[0] > 0:
