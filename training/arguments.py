@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from ..targets.cache import STORAGE
 from .rows import Rows, StreamRows, load_rows
-from .stages import STAGES, TASK_TOKENS
+from .stages import STAGES, TASK_TOKENS, find_stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,6 +67,7 @@ class OlaVlmArguments(TrainingArguments):
         for name in ("tasks", "model_overrides", "teachers"):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, json.loads(value))
+        find_stage(self.stage, self.embedding_losses, self.task_tokens)  # a mistake costs no loading
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {list(DTYPES)}")
         if self.target_storage not in STORAGE:
