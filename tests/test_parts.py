@@ -19,10 +19,13 @@ from transformers import (
     Qwen3Config,
     SiglipConfig,
     SiglipModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
 )
 
 from ola_vlm import cli, train
-from ola_vlm.convert.parts import build_ola_vlm
+from ola_vlm.convert.export import export_llava
+from ola_vlm.convert.parts import build_ola_vlm, measure_tower
 from ola_vlm.convert.tower import convert_tower
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
@@ -139,6 +142,17 @@ def test_convnext_of_open_clip(tiny_parts, tmp_path, monkeypatch, capsys):
         assert plain(**batch).logits.equal(output.logits)
 
 
+def test_the_papers_convnext_has_the_papers_grid():
+    """24x24 tokens of 768 pixels, without memory for its 843 million weights (and as `ola-vlm check-data` does it)."""
+    seen = {"input_size": [3, 768, 768], "mean": [0.5] * 3, "std": [0.5] * 3}
+    with torch.device("meta"):
+        tower = TimmWrapperModel(
+            TimmWrapperConfig(architecture="convnext_xxlarge", do_pooling=False, pretrained_cfg=seen)
+        )
+        config, class_tokens = measure_tower(tower)
+    assert (config.hidden_size, config.image_size, config.patch_size, class_tokens) == (3072, 768, 32, 0)
+
+
 def test_open_clip_checkpoints_that_do_not_fit(tmp_path):
     save_open_clip(tmp_path / "good", "open_clip_model.safetensors")
     assert convert_tower(str(tmp_path / "good")).config.pretrained_cfg["input_size"] == [3, 32, 32]
@@ -189,7 +203,7 @@ def test_checkpoints_that_lack_weights_are_refused(tiny_parts, make_model, tmp_p
         build_ola_vlm(VISION_MODELS["timm_vit"](), tiny_parts.language_model)
     # The tower of a whole LLaVA is found in it.
     llava, _ = make_model()
-    llava.save_pretrained(tmp_path / "llava")
+    export_llava(llava).save_pretrained(tmp_path / "llava")
     model, _ = build_ola_vlm(str(tmp_path / "llava"), tiny_parts.language_model)
     for name, value in llava.model.vision_tower.state_dict().items():
         assert model.model.vision_tower.state_dict()[name].equal(value)

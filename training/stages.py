@@ -74,8 +74,8 @@ def apply_stage(
         (trained if parameter.requires_grad else frozen)[part] += parameter.numel()
     model.task_tokens_from_queries = stage.task_tokens == "queries"
     task_token_ids = model.config.task_token_ids
-    if stage.task_tokens == "frozen" and task_token_ids:
-        rows = model.get_input_embeddings().weight
+    rows = model.get_input_embeddings().weight
+    if stage.task_tokens == "frozen" and task_token_ids and rows.requires_grad:
         ids = torch.tensor(task_token_ids)  # not of the gradient's type: bf16 holds no id above 256 exactly
         rows.register_hook(lambda grad: grad.index_fill(0, ids.to(grad.device), 0))
     logger.info(f"stage {name}: trains {dict(trained)} parameters, frozen {dict(frozen)}")
