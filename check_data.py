@@ -14,8 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ola_vlm.configuration_ola_vlm import normalize_task
-from ola_vlm.convert.parts import build_processor, count_class_tokens, load_vision_config
+from ola_vlm.convert.parts import build_processor, measure_tower
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.targets.encoders import load_vision_config
 from ola_vlm.train import parse_arguments
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import check_rows
@@ -30,9 +31,9 @@ def load_processor(args: OlaVlmArguments) -> OlaVlmProcessor | None:
     if not args.language_model:
         return None
     text_config = AutoConfig.from_pretrained(args.language_model)
-    vision_config = load_vision_config(args.vision_tower)
     with torch.device("meta"):
-        class_tokens = count_class_tokens(AutoModel.from_config(vision_config))
+        tower = AutoModel.from_config(load_vision_config(args.vision_tower))
+        vision_config, class_tokens = measure_tower(tower)
     width, layers = text_config.hidden_size, text_config.num_hidden_layers
     overrides = args.model_overrides or {}
     return build_processor(

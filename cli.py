@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("ola_vlm.train", "train one stage: --recipe NAME [--any_field value]"),
+    "recipes": ("ola_vlm.recipes.show", "list the recipes, or print what one sets: [NAME]"),
     "targets": ("ola_vlm.fill_targets", "compute the teachers' targets in advance: --recipe NAME [--shard i/n]"),
     "check-data": ("ola_vlm.check_data", "count rows, images and answers, and find what can't be trained on"),
     "miniature": ("ola_vlm.miniature.study", "train LLaVA and OLA-VLM in miniature, probe both, compare them"),
     "convert": ("ola_vlm.convert.reference", "turn a checkpoint of the reference implementation into ours"),
+    "convert-tower": ("ola_vlm.convert.tower", "turn an open_clip model's ConvNeXt into a folder for vision_tower"),
     "export": ("ola_vlm.convert.export", "write a checkpoint of ours as a plain LLaVA model"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: ola-vlm SUBCOMMAND [arguments]   (ola-vlm SUBCOMMAND --help says more)", "", *lines])
 
 

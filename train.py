@@ -55,7 +55,7 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
     rows = args.load_rows()  # before a model is loaded: paths may be wrong
     set_seed(args.seed)
     model, processor = load_model(args)
-    stage = apply_stage(model, args.stage)
+    stage = apply_stage(model, args.stage, args.embedding_losses, args.task_tokens)
     tasks = model.config.tasks if stage.embedding_losses else []
 
     lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
@@ -88,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str, *parents: argparse.Ar
     """A recipe's fields with the command line's changes: (OlaVlmArguments, a namespace of `recipe` and what `parents`
     add). `fields` go before the recipe's. SystemExit for an unknown field."""
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=parents)
-    chooser.add_argument("--recipe", choices=list(RECIPES), help="where the fields' values come from")
+    chooser.add_argument("--recipe", choices=list(RECIPES), metavar="NAME", help="one of `ola-vlm recipes`")
     own = chooser.parse_known_args(argv)[0]
     parser = HfArgumentParser(OlaVlmArguments, prog=prog, allow_abbrev=False, parents=[chooser])
     parser.set_defaults(**((RECIPES[own.recipe]() if own.recipe else {}) | fields))

@@ -1,9 +1,18 @@
-"""OLA-VLM -> plain LLaVA: `ola-vlm export`. Task tokens are rows of the vocabulary, so the logits stay the same."""
+"""OLA-VLM -> plain LLaVA, FastVLM if its tower is a ConvNeXt: `ola-vlm export`.
+
+Task tokens are rows of the vocabulary, so the logits stay the same.
+"""
 
 import argparse
 import copy
 
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
@@ -11,11 +20,18 @@ from ..processing_ola_vlm import OlaVlmProcessor
 TRAINING_ONLY = ("predictors.", "queries.", "logit_scales.")
 
 
-def export_llava(model: OlaVlmForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """The same model without predictors, query tables and logit scales; `model` is not changed."""
+def export_llava(
+    model: OlaVlmForConditionalGeneration,
+) -> LlavaForConditionalGeneration | FastVlmForConditionalGeneration:
+    """The same model without predictors, query tables and logit scales; `model` is not changed. With a convolutional
+    tower of timm it is transformers' FastVLM, which is LLaVA with such a tower."""
     ours = {"model_type", "tasks", "task_token_ids", "auto_map", "architectures", "transformers_version"}
     fields = {name: value for name, value in model.config.to_dict().items() if name not in ours}
-    plain = LlavaForConditionalGeneration(LlavaConfig(**fields)).to(model.dtype)
+    if model.config.vision_config.model_type == "timm_wrapper":
+        plain = FastVlmForConditionalGeneration(FastVlmConfig(**fields))
+    else:
+        plain = LlavaForConditionalGeneration(LlavaConfig(**fields))
+    plain = plain.to(model.dtype)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(TRAINING_ONLY)}
     plain.load_state_dict(weights)
     plain.generation_config = model.generation_config

@@ -8,8 +8,6 @@ import jinja2
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..configuration_ola_vlm import OlaVlmConfig, normalize_task, task_token_strings
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
+from ..targets.encoders import OF_VISION_TOWER, load_vision_config, load_whole, vision_preprocessing
 
 IMAGE_TOKEN = "<image>"
 # Put before a template that takes text only: content parts become text, an image being its token and a line break.
@@ -34,12 +33,6 @@ PARTS_TO_TEXT = (
     "{% set chat.messages = chat.messages + [dict(message, content=text.value)] %}{% endfor %}"
     "{% set messages = chat.messages %}{{ '' }}"  # the last so that no line break after a tag is lost
 ).replace("IMAGE", IMAGE_TOKEN)
-
-
-def load_vision_config(path: str) -> PreTrainedConfig:
-    """The config of the vision tower in a folder or repository; of a CLIP-like pair of towers, its vision half's."""
-    config = AutoConfig.from_pretrained(path)
-    return config.vision_config if "vision_config" in config.sub_configs else config
 
 
 def taking_images(chat_template: str | None, **special_tokens: str) -> str | None:
@@ -65,10 +58,10 @@ def build_processor(
     geometry="pad",
 ) -> OlaVlmProcessor:
     """
-    Processor for a ViT tower: pads an image to a square with its mean colour, never crops (the teachers see the same
-    square); with `geometry` "reference" it crops the middle square, as the reference implementation does. Adds
-    `<image>` and the task tokens to the tokenizer. `statistics`: (mean, std) of the tower's pixel values, CLIP's by
-    default. `class_tokens`: of the tower, one of which is left out by the `strategy` "default".
+    Processor for a tower (`vision_config`: `measure_tower`'s): pads an image to a square with its mean colour, never
+    crops (the teachers see the same square); with `geometry` "reference" it crops the middle square, as the reference
+    implementation does. Adds `<image>` and the task tokens to the tokenizer. `statistics`: (mean, std) of the tower's
+    pixel values, CLIP's by default. `class_tokens`: of the tower, one of which the `strategy` "default" leaves out.
     """
     if geometry not in ("pad", "reference"):
         raise ValueError(f'geometry {geometry!r} is unknown: choose "pad" or "reference"')
@@ -124,11 +117,25 @@ def check_logits(language_model: PreTrainedModel):
 
 
 @torch.no_grad()
-def count_class_tokens(vision_tower: PreTrainedModel) -> int:
-    """Tokens of the tower beyond its patches: CLIP's has one, SigLIP's none."""
-    side = vision_tower.config.image_size
+def measure_tower(vision_tower: PreTrainedModel) -> tuple[PreTrainedConfig, int]:
+    """A tower's configuration, completed by what LLaVA asks for if it is a convolutional one of timm, and its tokens
+    beyond its patches: CLIP's has one, SigLIP's none. ValueError for other layouts."""
+    config, name = copy.deepcopy(vision_tower.config), type(vision_tower).__name__
+    is_timm = config.model_type == "timm_wrapper"
+    if is_timm:
+        config.image_size, name = config.pretrained_cfg["input_size"][-1], f"timm's {config.architecture}"
+    side = config.image_size
+    if not isinstance(side, int):
+        raise ValueError(f"{name} has an image_size of {side}, not one number: take another vision tower")
     blank = torch.zeros(1, 3, side, side, dtype=vision_tower.dtype, device=vision_tower.device)
-    return vision_tower(blank).last_hidden_state.shape[1] - (side // vision_tower.config.patch_size) ** 2
+    features = vision_tower(blank).last_hidden_state
+    if is_timm != (features.ndim == 4):
+        shape = tuple(features.shape)
+        raise ValueError(f"{name} gives features {shape}: take a convolutional net of timm, or a ViT of transformers")
+    if is_timm:
+        config.hidden_size, config.patch_size = features.shape[1], side // features.shape[-1]
+        return config, 0
+    return config, features.shape[1] - (side // config.patch_size) ** 2
 
 
 def build_ola_vlm(
@@ -147,18 +154,20 @@ def build_ola_vlm(
     The parts keep their weights; projector, predictors and query tables are new. The rows of `<image>` and of the task
     tokens start as the mean of the known rows; the task tokens' input rows as the means of their query tables.
     `dtype`: the LLM's by default. `geometry`: `build_processor`'s. `config_overrides`: more fields of `OlaVlmConfig`.
-    Raises ValueError for tasks that don't fit the LLM (`normalize_task`) and for an LLM whose logits LLaVA can't give.
+    Raises ValueError for tasks that don't fit the LLM (`normalize_task`), for checkpoints that lack weights, for
+    towers of another layout (`measure_tower`) and for an LLM whose logits LLaVA can't give.
     """
     if unknown := config_overrides.keys() - {field.name for field in dataclasses.fields(OlaVlmConfig)}:
         raise ValueError(f"config_overrides has {sorted(unknown)}: no fields of OlaVlmConfig")
     statistics = None
     if isinstance(vision_tower, str):
+        vision_config = load_vision_config(vision_tower)
         with contextlib.suppress(OSError):  # a tower may be saved without its processor
-            own = AutoImageProcessor.from_pretrained(vision_tower)
-            statistics = (own.image_mean, own.image_std)
-        vision_tower = AutoModel.from_pretrained(vision_tower, config=load_vision_config(vision_tower))
+            _, *statistics = vision_preprocessing(vision_tower, vision_config)
+        options = {"config": vision_config, "key_mapping": OF_VISION_TOWER, "unused": ["pooler."]}
+        vision_tower = load_whole(AutoModel, vision_tower, **options)
     if isinstance(language_model, str):
-        language_model = AutoModelForCausalLM.from_pretrained(language_model)
+        language_model = load_whole(AutoModelForCausalLM, language_model)
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer or language_model.name_or_path)
     text_config, head = language_model.config, language_model.get_output_embeddings()
@@ -173,12 +182,14 @@ def build_ola_vlm(
     tasks = [normalize_task(task, text_config.hidden_size, text_config.num_hidden_layers) for task in tasks]
     tokenizer = copy.deepcopy(tokenizer)  # the caller's doesn't change
     known = min(len(tokenizer), text_config.vocab_size)
-    class_tokens = count_class_tokens(vision_tower)
+    vision_config, class_tokens = measure_tower(vision_tower)
     config_overrides.setdefault("vision_feature_select_strategy", "default" if class_tokens else "full")
+    if vision_config.model_type == "timm_wrapper":  # whose other stages have other widths and grids
+        config_overrides.setdefault("vision_feature_layer", -1)
     options = statistics, chat_template, class_tokens, config_overrides["vision_feature_select_strategy"], geometry
-    processor = build_processor(tokenizer, vision_tower.config, tasks, *options)
+    processor = build_processor(tokenizer, vision_config, tasks, *options)
     ids = [processor.image_token_id, *processor.task_token_ids]
-    config = build_config(text_config, vision_tower.config, tasks, ids, len(tokenizer), **config_overrides)
+    config = build_config(text_config, vision_config, tasks, ids, len(tokenizer), **config_overrides)
     model = OlaVlmForConditionalGeneration(config).to(dtype or language_model.dtype)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
     grown = {name: grow_table(embeddings.weight.data, known, len(tokenizer))}

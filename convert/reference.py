@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
-from .parts import build_config, build_processor, grow_table, load_vision_config
+from ..targets.encoders import load_vision_config
+from .parts import build_config, build_processor, grow_table
 
 LANGUAGE_MODELS = {"ola_llama": "llama", "llava_llama": "llama", "ola_phi3": "phi3", "llava_phi3": "phi3"}
 

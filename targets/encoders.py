@@ -31,6 +31,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
     DepthAnythingForDepthEstimation,
     OneFormerForUniversalSegmentation,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.image_processing_base import ImageProcessingMixin
@@ -83,20 +84,42 @@ def read_preprocessing(path, **where) -> tuple[int, list[float], list[float]]:
     return tuple(found.values())
 
 
+# Where a vision encoder's weights are in a LLaVA-like model.
+OF_VISION_TOWER = {r"^(model\.)?vision_tower\.": ""}
+
+
+def load_whole(model_class, path, unused: Sequence[str] = (), **kwargs) -> PreTrainedModel:
+    """The model (`kwargs`: of `from_pretrained`). ValueError if the checkpoint lacks a weight, except those whose
+    names begin with one of `unused`, which become 0."""
+    model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    for name in sorted(report["missing_keys"]):  # of random values, which would be others at every load
+        if not name.startswith(tuple(unused)):
+            what = f"{path} has no weights for {type(model).__name__}'s {name}: give a checkpoint of the whole model"
+            raise ValueError(f'{what} (if features need none, add the name to the teacher\'s "unused")')
+        model.state_dict()[name].zero_()
+    return model
+
+
+def vision_preprocessing(path, config: PreTrainedConfig, **where) -> tuple[int, list[float], list[float]]:
+    """`read_preprocessing`, also of timm's models, whose configuration says it."""
+    if config.model_type != "timm_wrapper":
+        return read_preprocessing(path, **where)
+    return config.pretrained_cfg["input_size"][-1], config.pretrained_cfg["mean"], config.pretrained_cfg["std"]
+
+
 def load_teacher(
-    model_class, path, dtype: torch.dtype | str = torch.float32, device="cpu", licence=None, unused=(), **kwargs
+    model_class, path, dtype: torch.dtype | str = torch.float32, device="cpu", licence=None, **kwargs
 ) -> PreTrainedModel:
-    """The model, whole: ValueError if the checkpoint lacks a weight, except those whose names begin with one of
-    `unused`, which become 0. `dtype`: of torch, or its name, "bfloat16". `licence`: of the weights, logged."""
+    """`load_whole` on a device. `dtype`: of torch, or its name, "bfloat16". `licence`: of the weights, logged."""
     if licence:
         logger.info(f"teacher {path}: weights under {licence}")
-    model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
-    for name in report["missing_keys"]:  # of random values, which would change the fingerprint at every load
-        if not name.startswith(tuple(unused)):
-            what = f"{path} has no weights for {type(model).__name__}'s {name}"
-            raise ValueError(f'{what}: if the features need none, add the name to the teacher\'s "unused"')
-        model.state_dict()[name].zero_()
-    return model.to(device)
+    return load_whole(model_class, path, dtype=dtype, **kwargs).to(device)
+
+
+def load_vision_config(path, **where) -> PreTrainedConfig:
+    """Of the vision encoder in a folder or repository; of a model of several towers, its vision half's."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+    return config.vision_config if "vision_config" in config.sub_configs else config
 
 
 class TargetEncoder(ABC):
@@ -346,16 +369,11 @@ class VisionEncoder(TargetEncoder):
         """`size`: pixels a side, that of its preprocessing by default; position embeddings are interpolated if the
         model can (a timm ViT can with `config={"model_args": {"dynamic_img_size": true}}`). `config`: fields of the
         model's configuration to change."""
-        own = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        own = own.vision_config if "vision_config" in own.sub_configs else own
+        own = load_vision_config(path, revision=revision)
         own.update(config or {})
-        if own.model_type == "timm_wrapper":
-            seen = own.pretrained_cfg
-            own_size, mean, std = seen["input_size"][-1], seen["mean"], seen["std"]
-        else:
-            own_size, mean, std = read_preprocessing(path, revision=revision)
+        own_size, mean, std = vision_preprocessing(path, own, revision=revision)
         options = {"revision": revision, "config": own, "trust_remote_code": False}
-        options["key_mapping"] = {r"^(model\.)?vision_tower\.": ""}  # of a LLaVA-like model
+        options["key_mapping"] = OF_VISION_TOWER
         options["unused"] = ("pooler.",) if grid > 1 else ()
         model = load_teacher(AutoModel, path, **(options | loading))
         return cls(model, size or own_size, grid, mean, std, geometry=geometry, batch_size=batch_size)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from ola_vlm.configuration_ola_vlm import normalize_task
+from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.convert.reference import convert_reference, convert_state_dict
 from ola_vlm.modeling_ola_vlm import EmbeddingPredictor, ImageLayout, OlaVlmForConditionalGeneration
 from ola_vlm.training.losses import embedding_loss
@@ -26,6 +27,15 @@ def assert_close(actual, expected, relative=1e-5):
     assert actual.shape == expected.shape
     bound = relative * expected.abs().max().clamp(min=1e-6)
     assert (actual.detach() - expected).abs().max() <= bound, f"{(actual - expected).abs().max() / bound:.3g} x bound"
+
+
+def test_the_llms_layers_are_not_the_towers(tiny_parts):
+    """Predictions at inference ask the LLM for a few layers' states; the tower has others (23 of 25 in CLIP-L)."""
+    tasks = [{**tiny_tasks()[1], "layers": [1, 4]}]  # the tower's features are its state 2 of 0 to 3
+    model, processor = build_ola_vlm(tiny_parts.vision_tower, tiny_parts.language_model, tasks=tasks)
+    batch = encode(processor, random_rows(2))
+    output = model(**batch, output_predictions=True)
+    assert output.logits.equal(model(**batch).logits) and output.predictions["depth"][4].shape == (2, 16, 10)
 
 
 # Golden a and b: resampler and heads, with gradients

@@ -1,13 +1,222 @@
-"""Recipes make valid arguments; methods differ in what they should."""
+"""Recipes say what the paper says: their fields, what trains and their losses, on tiny stand-ins of all parts."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import make_tokenizer
+from tiny_teachers import save_clip_image, save_depth_anything, save_oneformer, timm_model
+from training_helpers import llava_sample, write_llava
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
-from ola_vlm.recipes import RECIPES, miniature
+from ola_vlm import cli
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.recipes import RECIPES, RUNS, ablations, miniature, paper, show
 from ola_vlm.recipes.paper import METHODS, WEIGHTS
 from ola_vlm.targets.encoders import ENCODERS
+from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.stages import PARTS, apply_stage
+from ola_vlm.training.targets import target_sources
+from ola_vlm.training.trainer import OlaVlmTrainer
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+BY_RUN = {}
+for name, recipe in RECIPES.items():
+    if recipe.run != "miniature":  # which has its own tests
+        BY_RUN.setdefault(recipe.run, []).append(name)
+ABLATIONS = {  # what each ablation changes in its parent, apart from folders
+    "losses_none_pretrain": {"embedding_losses": False},
+    "losses_pt_ift_finetune": {"embedding_losses": True},
+    "learnable_finetune": {"task_tokens": "trained"},
+    "smooth_l1_pretrain": {"contrastive_weight": 0.0},
+    "lambda_0.10_pretrain": {"loss_weight": 0.1},
+    "lambda_1.00_pretrain": {"loss_weight": 1.0},
+    "tokens_0_pretrain": {"num_task_tokens": 0},
+    "tokens_24_pretrain": {"num_task_tokens": 24},
+    "keys_image_task_pretrain": {"keys": ["image", "task"]},
+    "keys_system_image_task_pretrain": {"keys": ["system", "image", "task"]},
+    "layers_d20_s18_g20_pretrain": {"depth.layers": [20], "seg.layers": [18], "gen.layers": [20]},
+    "layers_d8.14_s10.16_g12.18_pretrain": {"depth.layers": [8, 14], "seg.layers": [10, 16], "gen.layers": [12, 18]},
+    "tasks_gen_seg_pretrain": {"tasks": ["gen", "seg"]},
+    "order_sgd_pretrain": {"tasks": ["seg", "gen", "depth"]},
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, tiny_parts):
+    """Function (recipe, folder) -> its arguments with tiny parts of the same kinds; all targets go into one cache."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 32}
+    sizes |= {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    parts = {"openai/clip-vit-large-patch14-336": tiny_parts.vision_tower}
+    for path, config in zip(paper.LANGUAGE_MODELS.values(), (LlamaConfig(**sizes), Phi3Config(**sizes)), strict=True):
+        parts[path] = str(folder / config.model_type)
+        AutoModelForCausalLM.from_config(config).save_pretrained(parts[path])
+        make_tokenizer().save_pretrained(parts[path])
+    parts[paper.VISION_TOWERS["convnext"]] = str(folder / "convnext")
+    timm_model("convnext_atto", depths=[1, 1, 1, 1], dims=[4, 4, 4, 8]).save_pretrained(folder / "convnext")
+    for name, save in {"gen": save_clip_image, "depth": save_depth_anything, "seg": save_oneformer}.items():
+        save(folder / name)
+    target_dims = {"gen": 12, "depth": 32, "seg": 64}
+    data = write_llava(folder, [llava_sample(0), llava_sample(1, "b.png")], ["a.png", "b.png"])
+
+    def arguments(name: str) -> OlaVlmArguments:
+        fields = RECIPES[name]() | {"data": str(data), "image_folder": str(folder), "bf16": False, "use_cpu": True}
+        fields |= {"max_steps": 1, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
+        fields |= {"save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "target_fill": True}
+        fields["output_dir"] = str(folder / fields["output_dir"])
+        for part in {"vision_tower", "language_model"} & fields.keys():
+            fields[part] = parts[fields[part]]
+        if "checkpoint" in fields:
+            fields["checkpoint"] = str(folder / fields["checkpoint"])
+        if "target_cache" in fields:
+            fields["target_cache"] = str(folder / "targets")
+        for task in fields.get("tasks", ()):  # a length that all numbers of task tokens divide
+            length = 1 if task["target_length"] == 1 else 144
+            task.update(target_length=length, target_dim=target_dims[task["name"]])
+        for task, teacher in fields.get("teachers", {}).items():
+            teacher.pop("subfolder", None)
+            teacher["path"] = str(folder / task)
+        return OlaVlmArguments(**fields)
+
+    return arguments
+
+
+def expected_parts(name: str, tasks: list[dict]) -> set[str]:
+    """What the recipe trains, by the paper's section 3.4 and Tables 4 to 6."""
+    stage = RECIPES[name].fields["stage"]
+    trained = {"projector"} | ({"language_model"} if stage != "pretrain" else set())
+    trained |= {"vision_tower"} if stage == "visual_pretrain" else set()
+    if tasks and stage == "pretrain" and "tokens_0" not in name:
+        trained |= {"queries"}
+    if tasks and ((stage == "pretrain" and "losses_none" not in name) or "losses_pt_ift" in name):
+        trained |= {"predictors", "logit_scales"}
+    return trained
+
+
+def by_part(model) -> dict[str, list]:
+    parts = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(next(PARTS[word] for word in name.split(".") if word in PARTS), []).append(parameter)
+    return parts
+
+
+@pytest.fixture(scope="module")
+def trained_models():
+    """output_dir -> (model, processor) of the recipes so far: where later stages begin."""
+    return {}
+
+
+@pytest.mark.parametrize("run", list(BY_RUN))
+def test_every_run_trains_what_it_should(stand_ins, trained_models, monkeypatch, run):
+    """Each of its stages from parts or from the checkpoint that the recipe names, with its first batch's losses."""
+    monkeypatch.setattr(OlaVlmForConditionalGeneration, "from_pretrained", lambda path, **_: trained_models[path][0])
+    monkeypatch.setattr(OlaVlmProcessor, "from_pretrained", lambda path: trained_models[path][1])
+    for name in BY_RUN[run]:
+        args = stand_ins(name)
+        model, processor = load_model(args)
+        trained_models[args.output_dir] = model, processor
+        stage = apply_stage(model, args.stage, args.embedding_losses, args.task_tokens)
+        tasks, rows = model.config.tasks if stage.embedding_losses else [], args.load_rows()
+        sources = target_sources(args, tasks, rows) if tasks else {}
+        trainer = OlaVlmTrainer(model, args, data_collator=OlaVlmCollator(processor, sources, tasks))
+        batch = trainer.data_collator([rows[0], rows[1]])
+        trainer.compute_loss(model.train(), batch, num_items_in_batch=(batch["labels"] != -100).sum())
+
+        parts = by_part(model)
+        trained = {part for part in parts if all(parameter.requires_grad for parameter in parts[part])}
+        assert {part for part in parts if any(parameter.requires_grad for parameter in parts[part])} == trained
+        assert trained == expected_parts(name, model.config.tasks), name
+        expected = {"loss/ntp"}
+        for task in model.config.tasks if "predictors" in trained else ():
+            pairs = [(layer, part) for layer in task["layers"] for part in ("smooth_l1", "contrastive")]
+            expected |= {f"loss/{task['name']}/{layer}/{part}" for layer, part in pairs}
+        losses = {part: value for part, value in trainer._sums["train"].items() if part != "steps"}
+        assert set(losses) == expected and all(value > 0 for value in losses.values()), name
+
+
+def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
+    for name, recipe in RECIPES.items():
+        changed = {field: own for field, (_, own) in show.changes(name).items()}
+        if recipe.parent is None:
+            assert not changed and name in {
+                f"{r}_{s}" for r in ("llama3_vit", "miniature") for s in ("pretrain", "finetune")
+            }
+            continue
+        assert changed.pop("output_dir") == f"runs/{recipe.run}/{recipe.fields['stage']}"
+        variant = name.removeprefix("llama3_vit_")
+        begin = changed.pop("checkpoint", None)
+        if begin is not None:  # its own earlier stage's end
+            assert begin in {RECIPES[other].fields["output_dir"] for other in BY_RUN[recipe.run]}
+        if variant in ABLATIONS:
+            own = {field.removeprefix("tasks."): value for field, value in changed.items() if field != "teachers"}
+            ours = ABLATIONS[variant]
+            if variant.split("_")[0] in ("lambda", "tokens", "keys", "smooth"):
+                ((field, value),) = ours.items()
+                ours = {f"{task}.{field}": value for task in ("gen", "depth", "seg")}
+            assert {field: value for field, value in own.items() if not field.startswith("target_")} == ours, name
+        elif recipe.table in (paper.table_1, paper.table_2):
+            method, _llm, encoder = ({word} & set(name.split("_")) for word in ("llava", "phi3", "convnext"))
+            what = (
+                {"tasks", "teachers"}
+                if method
+                else {"vision_tower"}
+                if encoder
+                else {"language_model", "model_overrides"}
+            )
+            if name.startswith("commercial"):
+                what = {"teachers", "tasks.depth.target_dim"}
+            if "visual_pretrain" in name:
+                what = {"stage", "data", "image_folder"}
+            assert set(changed) == (what if recipe.fields["stage"] != "finetune" else set()), name
+        elif name.endswith("pretrain"):
+            assert len({field.rpartition(".")[2] for field in changed} - {"teachers", "image_folder"}) == 1, name
+        else:
+            assert not changed, name
+
+
+def test_docstrings_give_command_hours_and_the_papers_numbers():
+    for name, recipe in RECIPES.items():
+        if recipe.run == "miniature":
+            assert show.estimated_hours(name) is None and f"--recipe {name}" in recipe.table.__doc__
+            continue
+        doc = recipe.table.__doc__
+        assert f"{show.estimated_hours(name):.1f} h" in doc and "16 MI300X, estimated" in doc, name
+        assert f"RUN_{recipe.fields['stage']}" in doc, name
+        if recipe.fields["stage"] == "finetune" and not name.startswith("commercial"):
+            assert re.fullmatch(r"\d+\.\d( \d+\.\d)*", show.scores(name)), name
+    assert show.scores("llama3_vit_finetune").endswith(" 57.6") and show.scores("llama3_vit_pretrain") == ""
+    # Tables I to V and 3 to 7 agree about the paper's own choice.
+    own = [
+        re.search(r"^ +llama3_vit \(.*\) +(.+)$", doc.__doc__, re.M)
+        for doc in RUNS
+        if doc.__module__ == ablations.__name__
+    ]
+    assert {match[1].split()[-1] for match in own if match} == {"54.1", "55.1", "61.4"}
+
+
+def test_the_command_lists_and_prints_and_the_page_agrees(capsys):
+    cli.main(["recipes"])
+    listing = capsys.readouterr().out
+    assert all(len(re.findall(rf"^  {re.escape(name)} ", listing + " ", re.M)) <= 1 for name in RECIPES)
+    assert {line.split()[0] for line in listing.splitlines() if line.startswith("  ")} == set(RECIPES)
+    assert listing.strip() in PAGE.read_text(), "docs/recipes.md: paste what `ola-vlm recipes` prints"
+    cli.main(["recipes", "llama3_vit_tokens_4_pretrain"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["parent"] == "llama3_vit_pretrain" and shown["changes"]["tasks.gen.num_task_tokens"] == [8, 4]
+    assert shown["fields"]["tasks"][1]["keys"] == ["system", "image", "task", "text"]
+    assert shown["fields"]["learning_rate"] == 1e-3 and shown["fields"]["task_tokens"] is None
+    with pytest.raises(SystemExit, match="no recipe llama4"):
+        cli.main(["recipes", "llama4"])
+    with pytest.raises(SystemExit):
+        cli.main(["recipes", "--help"])
+    assert "ola-vlm recipes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -35,7 +244,8 @@ def test_every_preset_says_its_licence_and_one_may_be_used_commercially():
         (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
         assert preset["path"] in line and licences[name] in line
     assert {name for name, licence in licences.items() if "NC" in licence} == {"depth_base", "depth_large"}
-    for method, (tasks, teachers) in METHODS.items():
+    for method, fields in METHODS.items():
+        tasks, teachers = fields["tasks"], fields["teachers"]
         assert [task["name"] for task in tasks] == list(teachers)
         commercial = not any("NC" in teacher["licence"] for teacher in teachers.values())
         assert commercial == (method != "ola_vlm")

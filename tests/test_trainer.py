@@ -97,9 +97,45 @@ def test_visual_pretrain_trains_the_whole_llava(make_model, tmp_path):
     assert set(moved) == {"vision_tower", "projector", "language_model"}
 
 
-def test_unknown_stage_names_the_known_ones(make_model):
-    with pytest.raises(ValueError, match=r"'pretraining'.*pretrain"):
-        apply_stage(make_model()[0], "pretraining")
+@pytest.mark.parametrize(
+    ("stage", "changes", "parts"),
+    [  # Tables 4 and 6 of the paper, and what else can be combined
+        ("pretrain", {"embedding_losses": False}, {"projector", "queries"}),
+        ("pretrain", {"task_tokens": "frozen"}, {"projector", "predictors", "logit_scales"}),
+        ("finetune", {"embedding_losses": True}, {"projector", "language_model", "predictors", "logit_scales"}),
+        ("finetune", {"task_tokens": "trained"}, {"projector", "language_model"}),
+        ("finetune", {"task_tokens": "queries"}, {"projector", "language_model", "queries"}),
+    ],
+)
+def test_losses_and_task_tokens_by_choice(make_model, tmp_path, stage, changes, parts):
+    model, processor = make_model()
+    before, rows = weights(model), model.get_input_embeddings().weight
+    table = rows.detach().clone()
+    trainer = make_trainer(model, processor, tmp_path, stage=stage, weight_decay=0.1, **changes)
+    trainer.train()
+    with_losses = changes.get("embedding_losses", stage == "pretrain")
+    for step in losses(trainer):
+        assert sorted(step) == sorted([*PT_PARTS, "loss"] if with_losses else ["loss", "loss/ntp"])
+        assert all(value > 0 for value in step.values())
+    trainer.save_model()
+    moved, frozen = moved_parts(before, weights(model))
+    ids, way = model.config.task_token_ids, changes.get("task_tokens", "queries" if stage == "pretrain" else "frozen")
+    if stage == "pretrain" and way == "queries":
+        assert moved.pop("language_model") == ["model.language_model.embed_tokens.weight"]  # the tokens, by saving
+    assert set(moved) == parts and not set(moved) & (set(frozen) - {"language_model"})
+    assert (rows[ids] != table[ids]).any(1).tolist() == [way != "frozen"] * len(ids)
+    if way == "queries":
+        assert rows[ids].equal(model.task_token_embeddings())
+
+
+def test_unknown_stages_and_choices_name_the_known_ones(make_model):
+    for wrong, message in [
+        (("pretraining",), r"'pretraining'.*pretrain"),
+        (("finetune", None, "learnable"), r"task_tokens 'learnable' is unknown.*'trained'"),
+        (("pretrain", None, "trained"), r"which pretrain freezes: take \"queries\""),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            apply_stage(make_model()[0], *wrong)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -37,7 +37,7 @@ def make_trainer(
     defaults = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.01, "logging_steps": 1}
     defaults |= {"lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     args = OlaVlmArguments(output_dir=str(output_dir), **(defaults | arguments))
-    stage = apply_stage(model, args.stage)
+    stage = apply_stage(model, args.stage, args.embedding_losses, args.task_tokens)
     tasks = model.config.tasks if stage.embedding_losses else []
     if sources is None:
         sources = {task["name"]: target_source(task) for task in tasks}

@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from ..targets.cache import STORAGE
 from .rows import Rows, StreamRows, load_rows
-from .stages import STAGES
+from .stages import STAGES, TASK_TOKENS, find_stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,6 +19,10 @@ class OlaVlmArguments(TrainingArguments):
     """`TrainingArguments` (all of them) plus the fields below; dicts and lists may be given as JSON strings."""
 
     stage: str = HfArg(default="pretrain", help=f"what trains: one of {', '.join(STAGES)}")
+    embedding_losses: bool | None = HfArg(default=None, help="train predictors; by default in pretrain only")
+    task_tokens: str | None = HfArg(
+        default=None, help=f"one of {', '.join(TASK_TOKENS)} (rows of the vocabulary); the stage's by default"
+    )
     checkpoint: str | None = HfArg(default=None, help="start from this folder or name: one of ours or a plain LLaVA")
     vision_tower: str | None = HfArg(default=None, help="without a checkpoint: vision encoder, name or folder")
     language_model: str | None = HfArg(default=None, help="without a checkpoint: language model, name or folder")
@@ -63,6 +67,7 @@ class OlaVlmArguments(TrainingArguments):
         for name in ("tasks", "model_overrides", "teachers"):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, json.loads(value))
+        find_stage(self.stage, self.embedding_losses, self.task_tokens)  # a mistake costs no loading
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {list(DTYPES)}")
         if self.target_storage not in STORAGE:

@@ -1,7 +1,7 @@
 """What trains when (paper, section 3.4; Tables 4 and 6)."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.utils import logging
@@ -22,30 +22,50 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """`task_tokens`: "queries" (their embeddings are the query tables' group means), "frozen" or "trained" rows."""
+    """`llava`: what it trains of the plain LLaVA. Predictors and logit scales train with the `embedding_losses`.
+    `task_tokens`: "queries" (their embeddings are the group means of the query tables, which train), or rows of the
+    vocabulary, "frozen" or "trained"; then the query tables, which a predictor may still take, are frozen."""
 
-    trains: tuple[str, ...]
+    llava: tuple[str, ...]
     embedding_losses: bool
     task_tokens: str
 
+    @property
+    def trains(self) -> tuple[str, ...]:
+        heads = ("predictors", "logit_scales") if self.embedding_losses else ()
+        return (*self.llava, *heads, *(("queries",) if self.task_tokens == "queries" else ()))
+
 
 STAGES = {
-    "pretrain": Stage(("projector", "predictors", "queries", "logit_scales"), True, "queries"),
+    "pretrain": Stage(("projector",), True, "queries"),
     "visual_pretrain": Stage(("vision_tower", "projector", "language_model"), False, "trained"),
     "finetune": Stage(("projector", "language_model"), False, "frozen"),
 }
+TASK_TOKENS = ("queries", "frozen", "trained")
 
 
-def apply_stage(model: nn.Module, name: str) -> Stage:
-    """Sets what trains in a freshly loaded model, and logs it with parameter counts.
-
-    In "finetune" the task tokens' rows of the input embeddings get no gradient (`OlaVlmModel.task_tokens_frozen`; the
-    head's rows never get one: they are no candidates of the loss). That alone is no freeze: the optimiser must not
-    decay the vocabulary's tables either (`OlaVlmTrainer.get_decay_parameter_names`).
-    """
+def find_stage(name: str, embedding_losses: bool | None = None, task_tokens: str | None = None) -> Stage:
+    """The stage, with what is given changed. ValueError for unknown names and for rows that nothing trains."""
     if name not in STAGES:
         raise ValueError(f"stage {name!r} is unknown: choose one of {list(STAGES)}")
-    stage = STAGES[name]
+    if task_tokens not in (None, *TASK_TOKENS):
+        raise ValueError(f"task_tokens {task_tokens!r} is unknown: choose one of {TASK_TOKENS}")
+    if task_tokens == "trained" and "language_model" not in STAGES[name].llava:
+        raise ValueError(f'task_tokens "trained" are rows of the language model, which {name} freezes: take "queries"')
+    changes = {"embedding_losses": embedding_losses, "task_tokens": task_tokens}
+    return replace(STAGES[name], **{field: value for field, value in changes.items() if value is not None})
+
+
+def apply_stage(
+    model: nn.Module, name: str, embedding_losses: bool | None = None, task_tokens: str | None = None
+) -> Stage:
+    """Sets what trains in a freshly loaded model (`find_stage`), and logs it with parameter counts.
+
+    "frozen" task tokens' rows of the input embeddings get no gradient (`OlaVlmModel.task_tokens_frozen`; the head's
+    rows never get one: they are no candidates of the loss). That alone is no freeze: the optimiser must not decay the
+    vocabulary's tables either (`OlaVlmTrainer.get_decay_parameter_names`).
+    """
+    stage = find_stage(name, embedding_losses, task_tokens)
     trained, frozen = Counter(), Counter()
     for parameter_name, parameter in model.named_parameters():
         part = next(PARTS[component] for component in parameter_name.split(".") if component in PARTS)

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .data import GroupedSampler
 from .losses import embedding_loss
-from .stages import STAGES
+from .stages import find_stage
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +34,7 @@ class OlaVlmTrainer(Trainer):
             raise ValueError("several GPUs in one process are not supported: start with torchrun --nproc_per_node")
         if not args.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices must stay true: losses are sums over all ranks' counts")
-        self.stage = STAGES[args.stage]
+        self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
         # Sums of the logged losses, and the number of their "steps", since the last log.
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
@@ -163,7 +163,7 @@ class OlaVlmTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in names]
 
     def save_model(self, *args, **kwargs):
-        """In pre-training every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
+        """Every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
         if self.stage.task_tokens == "queries" and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)

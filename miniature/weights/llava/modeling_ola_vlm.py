@@ -167,6 +167,12 @@ class ImageLayout:
         return mask_NT
 
 
+def as_tokens(projector: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """The projector's input: tokens, to which the maps (N, C, h, w) of a convolutional tower are flattened."""
+    (features,) = inputs
+    return (features.flatten(2).transpose(1, 2) if features.ndim == 4 else features,)
+
+
 class OlaVlmModel(LlavaModel):
     """LLaVA's backbone; in pre-training the task tokens' embeddings are passed in instead of looked up.
 
@@ -177,9 +183,16 @@ class OlaVlmModel(LlavaModel):
     config: OlaVlmConfig
     task_tokens_frozen = False
 
+    def __init__(self, config: OlaVlmConfig):
+        super().__init__(config)
+        self.multi_modal_projector.register_forward_pre_hook(as_tokens)
+
     def get_image_features(self, pixel_values: Tensor, **kwargs):
-        if isinstance(kwargs.get("output_hidden_states"), list):
-            del kwargs["output_hidden_states"]  # layers of the LLM, which mean nothing to the tower
+        if isinstance(kwargs.get("output_hidden_states"), list):  # layers of the LLM, not of the tower
+            del kwargs["output_hidden_states"]
+        if self.config.vision_config.model_type == "timm_wrapper":  # takes none of the LLM's arguments
+            own = ("vision_feature_layer", "vision_feature_select_strategy", "return_dict")
+            kwargs = {name: value for name, value in kwargs.items() if name in own}
         if pixel_values.shape[0] > 0:
             return super().get_image_features(pixel_values=pixel_values, **kwargs)
         # No image in the batch: the projector runs on no rows, so that its gradients are zeros, not None (DDP).

@@ -1,0 +1,209 @@
+"""Vision towers and language models of several families: from their checkpoints to two stages of training and back."""
+
+import json
+
+import pytest
+import timm
+import torch
+from conftest import encode, make_tokenizer, random_rows, tiny_tasks
+from safetensors.torch import save_file
+from tiny_teachers import VISION_MODELS, save_vision
+from training_helpers import llava_sample, losses, target_source, weights, write_llava
+from transformers import (
+    AutoModelForCausalLM,
+    FastVlmForConditionalGeneration,
+    LlamaConfig,
+    LlamaModel,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipConfig,
+    SiglipModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
+
+from ola_vlm import cli, train
+from ola_vlm.convert.export import export_llava
+from ola_vlm.convert.parts import build_ola_vlm, measure_tower
+from ola_vlm.convert.tower import convert_tower
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.training.arguments import OlaVlmArguments
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "vocab_size": 64,
+}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LANGUAGE_MODELS = {
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2),
+    "smollm2": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "phi3": Phi3Config(**SIZES),
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
+}
+CHATML = (  # as Qwen and SmolLM2 have it: text only, answers not marked
+    "{% for message in messages %}{{ ' user : ' if message['role'] == 'user' else ' assistant : ' }}"
+    "{{ message['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %} assistant : {% endif %}"
+)
+
+
+def save_language_model(folder, name):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LANGUAGE_MODELS[name]).save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run_stages(tmp_path, monkeypatch, vision_tower, language_model):
+    """A step of PT and one of IFT by `train`, checked; the folder of the second."""
+
+    def sources(args, tasks, rows):
+        return {task["name"]: target_source(task) for task in tasks}
+
+    monkeypatch.setattr(train, "target_sources", sources)
+    data = write_llava(tmp_path, [llava_sample(0), llava_sample(1, None), llava_sample(2), llava_sample(3)], ["a.png"])
+    common = {"data": str(data), "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+    common |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    parts = {"vision_tower": vision_tower, "language_model": language_model, "tasks": tiny_tasks()}
+    folders = [str(tmp_path / stage) for stage in ("pretrain", "finetune")]
+    pretrained = train.train(OlaVlmArguments(output_dir=folders[0], activation_checkpointing=True, **common, **parts))
+    assert len(losses(pretrained)[0]) == 14 and all(value > 0 for value in losses(pretrained)[0].values())
+    checkpoint = {"stage": "finetune", "checkpoint": folders[0]}
+    finetuned = train.train(OlaVlmArguments(output_dir=folders[1], **common, **checkpoint))
+    before, after = weights(pretrained.model), weights(finetuned.model)
+    moved = {name for name, value in before.items() if not after[name].equal(value)}
+    assert any("layers.0" in name for name in moved) and any("projector" in name for name in moved)
+    assert not any("vision_tower" in name or "predictors" in name for name in moved)
+    return folders[1]
+
+
+@pytest.mark.parametrize("name", list(LANGUAGE_MODELS))
+def test_any_causal_language_model(tiny_parts, tmp_path, monkeypatch, name):
+    language_model = save_language_model(tmp_path / name, name)
+    folder = run_stages(tmp_path, monkeypatch, tiny_parts.vision_tower, language_model)
+    model = OlaVlmForConditionalGeneration.from_pretrained(folder)
+    processor = OlaVlmProcessor.from_pretrained(folder)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == LANGUAGE_MODELS[name].tie_word_embeddings
+    batch = encode(processor, random_rows(2))
+    with torch.no_grad():
+        answer = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert not set(answer[:, batch["input_ids"].shape[1] :].flatten().tolist()) & set(model.config.task_token_ids)
+
+
+def save_open_clip(folder, file_name="open_clip_pytorch_model.bin", without=()):
+    """What open_clip's repositories hold: its configuration, and weights of both halves; returns timm's trunk."""
+    torch.manual_seed(0)
+    trunk = timm.create_model("convnext_atto", num_classes=0).eval()
+    weights = {f"visual.trunk.{name}": value.clone() for name, value in trunk.state_dict().items()}
+    weights |= {"visual.head.proj.weight": torch.ones(8, 320), "logit_scale": torch.ones(1), "text.a": torch.ones(2)}
+    weights = {name: value for name, value in weights.items() if name not in without}
+    folder.mkdir()
+    save = save_file if file_name.endswith("safetensors") else torch.save
+    save(weights, folder / file_name)
+    vision = {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
+    fields = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(fields))
+    return trunk
+
+
+def test_convnext_of_open_clip(tiny_parts, tmp_path, monkeypatch, capsys):
+    """From open_clip's checkpoint through both stages to transformers' FastVLM, with the same logits."""
+    trunk = save_open_clip(tmp_path / "open_clip")
+    tower = str(tmp_path / "tower")
+    cli.main(["convert-tower", str(tmp_path / "open_clip"), tower, "--image-size", "128"])
+    assert f"Wrote the vision tower to {tower}" in capsys.readouterr().out
+    folder = run_stages(tmp_path, monkeypatch, tower, tiny_parts.language_model)
+    model = OlaVlmForConditionalGeneration.from_pretrained(folder)
+    processor = OlaVlmProcessor.from_pretrained(folder)
+    assert (processor.patch_size, processor.num_additional_image_tokens) == (32, 0)
+    assert processor.image_processor.size == {"height": 128, "width": 128}
+    assert (*processor.image_processor.image_mean, *processor.image_processor.image_std) == (0.4,) * 3 + (0.2,) * 3
+    config = model.config
+    assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-1, "full")
+    assert config.image_seq_length == 16 and config.vision_config.hidden_size == 320
+    batch = encode(processor, random_rows(2))
+    assert (batch["input_ids"] == config.image_token_id).sum(1).tolist() == [16, 16]
+    with torch.no_grad():
+        output = model(**batch, output_predictions=True)
+        assert output.predictions["seg"][2].shape == (2, 16, 14)
+        features = trunk.forward_features(batch["pixel_values"])  # one map; a token is a place, row by row
+        tokens = model.model.multi_modal_projector(features.flatten(2).transpose(1, 2))
+        torch.testing.assert_close(torch.stack(model.get_image_features(batch["pixel_values"]).pooler_output), tokens)
+        cli.main(["export", folder, str(tmp_path / "plain")])
+        plain, info = FastVlmForConditionalGeneration.from_pretrained(tmp_path / "plain", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert plain(**batch).logits.equal(output.logits)
+
+
+def test_the_papers_convnext_has_the_papers_grid():
+    """24x24 tokens of 768 pixels, without memory for its 843 million weights (and as `ola-vlm check-data` does it)."""
+    seen = {"input_size": [3, 768, 768], "mean": [0.5] * 3, "std": [0.5] * 3}
+    with torch.device("meta"):
+        tower = TimmWrapperModel(
+            TimmWrapperConfig(architecture="convnext_xxlarge", do_pooling=False, pretrained_cfg=seen)
+        )
+        config, class_tokens = measure_tower(tower)
+    assert (config.hidden_size, config.image_size, config.patch_size, class_tokens) == (3072, 768, 32, 0)
+
+
+def test_open_clip_checkpoints_that_do_not_fit(tmp_path):
+    save_open_clip(tmp_path / "good", "open_clip_model.safetensors")
+    assert convert_tower(str(tmp_path / "good")).config.pretrained_cfg["input_size"] == [3, 32, 32]
+    save_open_clip(tmp_path / "less", without=["visual.trunk.stages.1.blocks.0.norm.weight"])
+    with pytest.raises(RuntimeError, match=r"Missing key.*stages\.1\.blocks\.0\.norm\.weight"):
+        convert_tower(str(tmp_path / "less"))
+    (tmp_path / "good" / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"none of the files \['open_clip_model.safetensors'"):
+        convert_tower(str(tmp_path / "good"))
+    fields = {"model_cfg": {"vision_cfg": {"image_size": 32, "patch_size": 16}}, "preprocess_cfg": {}}
+    (tmp_path / "good" / "open_clip_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="no trunk of timm's"):
+        convert_tower(str(tmp_path / "good"))
+
+
+def test_siglip_pair_as_tower(tiny_parts, tmp_path, monkeypatch):
+    """As Google's checkpoints come: two towers, half a patch over (a side of 27 patches at 384 pixels)."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+    vision = {**small, "image_size": 36, "patch_size": 8}
+    pair = SiglipModel(SiglipConfig(vision_config=vision, text_config={**small, "vocab_size": 64}))
+    pair.save_pretrained(tmp_path / "siglip")
+    (tmp_path / "siglip" / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 36, "width": 36}})
+    )
+    folder = run_stages(tmp_path, monkeypatch, str(tmp_path / "siglip"), tiny_parts.language_model)
+    model, processor = OlaVlmForConditionalGeneration.from_pretrained(folder), OlaVlmProcessor.from_pretrained(folder)
+    embedding = model.model.vision_tower.embeddings.patch_embedding.weight
+    assert embedding.equal(pair.vision_model.embeddings.patch_embedding.weight)
+    assert tuple(processor.image_processor.image_mean) == (0.5,) * 3
+    assert (encode(processor, random_rows(1))["input_ids"] == model.config.image_token_id).sum() == 16
+
+
+def test_checkpoints_that_lack_weights_are_refused(tiny_parts, make_model, tmp_path):
+    """They would be random, with a warning only."""
+    with pytest.raises(ValueError, match=r"InternVL.*image_size of \[64, 64\], not one number"):
+        save_vision(tmp_path / "internvl", "internvl")
+        build_ola_vlm(str(tmp_path / "internvl"), tiny_parts.language_model)
+    save_vision(tmp_path / "siglip")
+    fields = json.loads((tmp_path / "siglip" / "config.json").read_text())
+    fields["num_hidden_layers"] = 3
+    (tmp_path / "siglip" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"no weights for SiglipVisionModel's .*layers\.2.*of the whole model"):
+        build_ola_vlm(str(tmp_path / "siglip"), tiny_parts.language_model)
+    LlamaModel(LANGUAGE_MODELS["llama"]).save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"headless has no weights for LlamaForCausalLM's lm_head\.weight"):
+        build_ola_vlm(tiny_parts.vision_tower, str(tmp_path / "headless"), make_tokenizer())
+    with pytest.raises(ValueError, match=r"timm's vit_small\w+ gives features \(1, 69, 32\): take a convolutional"):
+        build_ola_vlm(VISION_MODELS["timm_vit"](), tiny_parts.language_model)
+    # The tower of a whole LLaVA is found in it.
+    llava, _ = make_model()
+    export_llava(llava).save_pretrained(tmp_path / "llava")
+    model, _ = build_ola_vlm(str(tmp_path / "llava"), tiny_parts.language_model)
+    for name, value in llava.model.vision_tower.state_dict().items():
+        assert model.model.vision_tower.state_dict()[name].equal(value)
