@@ -164,7 +164,7 @@ class OlaVlmTrainer(Trainer):
 
     def save_model(self, *args, **kwargs):
         """In pre-training every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
-        if self.stage.task_tokens == "queries":
+        if self.tasks and self.stage.task_tokens == "queries":
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)
 
