@@ -1,6 +1,7 @@
 """A multi-encoder LLaVA from a plain LLaVA and target encoders; checkpoints told apart."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,14 @@ def classes_of(path: str | Path) -> tuple[type[PreTrainedModel], type[ProcessorM
     if config.get("model_type") == MultiEncoderLlavaConfig.model_type:
         return MultiEncoderLlavaForConditionalGeneration, MultiEncoderLlavaProcessor
     return OlaVlmForConditionalGeneration, OlaVlmProcessor
+
+
+def multi_encoder_processor(
+    processor: OlaVlmProcessor, num_image_tokens: int, views: Sequence[dict] = ()
+) -> MultiEncoderLlavaProcessor:
+    options = {"chat_template": processor.chat_template, "image_token": processor.image_token}
+    options |= {"num_image_tokens": num_image_tokens, "views": views}
+    return MultiEncoderLlavaProcessor(processor.image_processor, processor.tokenizer, **options)
 
 
 def load_encoders(entries: dict[str, dict], length: int) -> dict[str, TargetEncoder]:
@@ -91,6 +100,4 @@ def build_multi_encoder(
     model.generation_config = llava.generation_config
     seen = ("do_pad", "do_center_crop", "size", "image_mean", "image_std")
     views = [{field: encoder.image_processor.to_dict()[field] for field in seen} for encoder in encoders.values()]
-    options = {"chat_template": processor.chat_template, "image_token": processor.image_token}
-    options |= {"num_image_tokens": config.num_image_tokens, "views": views}
-    return model.eval(), MultiEncoderLlavaProcessor(processor.image_processor, processor.tokenizer, **options)
+    return model.eval(), multi_encoder_processor(processor, config.num_image_tokens, views)

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlavaConfig
+from transformers import LlavaConfig
 
 FUSIONS = ("feature", "token")
 FEATURES = ("embedding", "mean", "last")
@@ -61,15 +61,6 @@ class MultiEncoderLlavaConfig(LlavaConfig):
         auto_map = dict(self.__dict__.get("auto_map") or {})
         auto_map.setdefault("AutoModel", "modeling_multi_encoder.MultiEncoderLlavaForConditionalGeneration")
         self.auto_map = auto_map
-
-    def encoder_configs(self) -> list:
-        """The encoders' configurations as transformers' objects, new ones at every call."""
-        return [AutoConfig.for_model(**encoder["config"]) for encoder in self.encoders]
-
-    @property
-    def view_sizes(self) -> list[int]:
-        """Sides in pixels of what the encoders see, the base encoder first."""
-        return [self.vision_config.image_size, *(encoder["size"] for encoder in self.encoders)]
 
     @property
     def num_image_tokens(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoBackbone,
+    AutoConfig,
     CLIPVisionModelWithProjection,
     LlavaForConditionalGeneration,
     LlavaModel,
@@ -26,6 +27,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
@@ -39,10 +41,11 @@ for ours, theirs in {"multi_encoder_llava": "llava", "MultiEncoderLlavaModel": "
 class FrozenEncoder(nn.Module):
     """A target encoder's trunk, always in evaluation mode and without gradients."""
 
-    def __init__(self, fields: dict, config, grid: int):
+    def __init__(self, fields: dict, grid: int):
+        """`fields`: an entry of `config.encoders`; `grid`: side of the base grid."""
         super().__init__()
         self.features, self.dim, self.grid = fields["features"], fields["dim"], grid
-        embeds = self.features == "embedding"
+        config, embeds = AutoConfig.for_model(**fields["config"]), self.features == "embedding"
         self.model = CLIPVisionModelWithProjection(config) if embeds else AutoBackbone.from_config(config)
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
@@ -51,11 +54,12 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixels_N3SS: Tensor) -> Tensor:
         """(N, Q, E): what `targets.encoders` gives for the same pixels."""
-        if len(pixels_N3SS) == 0:  # not every encoder takes none
-            return pixels_N3SS.new_zeros(0, 1 if self.features == "embedding" else self.grid**2, self.dim)
+        pixels = pixels_N3SS.to(self.model.dtype)
+        if len(pixels) == 0:  # not every encoder takes none
+            return pixels.new_zeros(0, 1 if self.features == "embedding" else self.grid**2, self.dim)
         if self.features == "embedding":
-            return self.model(pixels_N3SS).image_embeds[:, None]
-        maps = self.model(pixels_N3SS).feature_maps
+            return self.model(pixels).image_embeds[:, None]
+        maps = self.model(pixels).feature_maps
         chosen = torch.stack(maps).mean(0) if self.features == "mean" else maps[-1]
         if chosen.ndim == 3:
             return chosen[:, 1:]  # without the class token
@@ -83,12 +87,12 @@ class MultiEncoderLlavaModel(LlavaModel):
 
     def __init__(self, config: MultiEncoderLlavaConfig):
         super().__init__(config)
-        grid, parts = math.isqrt(config.image_seq_length), zip(config.encoders, config.encoder_configs(), strict=True)
-        self.encoders = nn.ModuleDict({fields["name"]: FrozenEncoder(fields, own, grid) for fields, own in parts})
+        grid = math.isqrt(config.image_seq_length)
+        self.encoders = nn.ModuleDict({fields["name"]: FrozenEncoder(fields, grid) for fields in config.encoders})
         widths = {name: encoder.dim for name, encoder in self.encoders.items()}
+        self.base_dim = self.multi_modal_projector.linear_1.in_features
         if config.fusion == "feature":
-            width = self.multi_modal_projector.linear_1.in_features + sum(widths.values())
-            self.multi_modal_projector = make_projector(config, width)
+            self.multi_modal_projector = make_projector(config, self.base_dim + sum(widths.values()))
         else:
             projectors = {name: make_projector(config, width) for name, width in widths.items()}
             self.encoder_projectors = nn.ModuleDict(projectors)
@@ -96,7 +100,7 @@ class MultiEncoderLlavaModel(LlavaModel):
 
     def views(self, pixel_values: Tensor) -> list[Tensor]:
         """(N, 3, S, S) for the base encoder and each of the others. ValueError if the pixels aren't theirs."""
-        sizes = self.config.view_sizes
+        sizes = [self.config.vision_config.image_size, *(encoder["size"] for encoder in self.config.encoders)]
         lengths = [3 * size * size for size in sizes]
         if pixel_values.ndim != 2 or pixel_values.shape[1] != sum(lengths):
             expected = f"the views of encoders that see {sizes} pixels a side are (N, {sum(lengths)})"
@@ -116,10 +120,14 @@ class MultiEncoderLlavaModel(LlavaModel):
     ):
         """The vision tower's output; in its `pooler_output` each image's tokens for the LLM, a list of (T, H)."""
         base, *views = self.views(pixel_values)
-        outputs = self.vision_tower(base, output_hidden_states=True, return_dict=True)
-        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-        first = 1 if vision_feature_select_strategy == "default" else 0  # without the class token
-        features_NVC = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
+        if len(base) > 0:
+            outputs = self.vision_tower(base, output_hidden_states=True, return_dict=True)
+            layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+            first = 1 if vision_feature_select_strategy == "default" else 0  # without the class token
+            features_NVC = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
+        else:  # the projectors run on no rows, so that their gradients are zeros, not None (DDP)
+            outputs, weight = BaseModelOutputWithPooling(), self.multi_modal_projector.linear_1.weight
+            features_NVC = weight.new_zeros(0, self.config.image_seq_length, self.base_dim)
         others = {name: self.encoders[name](view) for name, view in zip(self.encoders, views, strict=True)}
         if self.config.fusion == "feature":
             repeated = [other_NQE.expand(-1, features_NVC.shape[1], -1) for other_NQE in others.values()]
@@ -130,7 +138,7 @@ class MultiEncoderLlavaModel(LlavaModel):
                 pooled = F.adaptive_avg_pool1d(other_NQE.transpose(1, 2), self.config.num_encoder_tokens)
                 tokens.append(self.encoder_projectors[name](pooled.transpose(1, 2)))
             tokens_NTH = torch.cat(tokens, dim=1)
-        outputs.pooler_output = list(tokens_NTH)
+        outputs.pooler_output = list(tokens_NTH) if len(base) > 0 else [tokens_NTH]
         return outputs
 
 

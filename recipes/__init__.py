@@ -6,7 +6,8 @@ from . import miniature, paper
 
 RECIPES = {
     f"{prefix}{llm}_vit_{stage.__name__}": partial(stage, llm, method)
-    for prefix, method in [("", "ola_vlm"), ("commercial_", "ola_vlm_commercial"), ("llava_", "llava")]
+    for prefix, method in [("", "ola_vlm"), ("commercial_", "ola_vlm_commercial")]
+    + [(f"{name}_", name) for name in ("llava", *paper.FUSIONS)]
     for llm in paper.LANGUAGE_MODELS
     for stage in [paper.pretrain, paper.finetune]
 }

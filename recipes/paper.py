@@ -58,7 +58,10 @@ METHODS = {  # -> tasks and teachers
     "ola_vlm": (default_tasks(), TEACHERS),
     "ola_vlm_commercial": (COMMERCIAL_TASKS, COMMERCIAL_TEACHERS),
     "llava": ([], {}),
+    "feature_concat": ([], TEACHERS),
+    "token_concat": ([], TEACHERS),
 }
+FUSIONS = {"feature_concat": "feature", "token_concat": "token"}  # Table 1's multi-encoder LLaVAs
 # Of the miniature's runs, too; no weight decay is the default.
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 10, "dataloader_drop_last": True}
 # One epoch each, bf16; batches are for 16 devices.
@@ -78,7 +81,9 @@ COMMON = {
 def pretrain(llm: str, method: str = "ola_vlm") -> dict:
     """PT: captions, next-token prediction and (but for `llava`) the embedding losses; batch 256, lr 1e-3.
 
-    `ola_vlm_commercial` has a smaller depth teacher, whose licence allows commercial use; the paper's doesn't.
+    `feature_concat` and `token_concat` are LLaVA with the teachers as further encoders (Table 1: 56.8 and 56.7 with
+    Llama-3), without embedding losses; their checkpoints hold the teachers. `ola_vlm_commercial` has a smaller depth
+    teacher, whose licence allows commercial use; the paper's doesn't.
 
     torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe llama3_vit_pretrain
     """
@@ -90,6 +95,7 @@ def pretrain(llm: str, method: str = "ola_vlm") -> dict:
         "language_model": LANGUAGE_MODELS[llm],
         "model_overrides": {"chat_template": CHAT_TEMPLATES[llm]},
         "tasks": tasks,
+        "fusion": FUSIONS.get(method),
         "teachers": teachers,
         "target_cache": "runs/targets",
         "target_storage": "bfloat16",
