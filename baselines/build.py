@@ -21,8 +21,9 @@ FIRST_LAYER = "model.multi_modal_projector.linear_1.weight"
 
 def classes_of(path: str | Path) -> tuple[type[PreTrainedModel], type[ProcessorMixin]]:
     """Of a checkpoint's model and processor: a multi-encoder LLaVA's if it says so, else OLA-VLM's."""
-    config = json.loads(Path(cached_file(str(path), "config.json")).read_text(encoding="utf-8"))
-    if config.get("model_type") == MultiEncoderLlavaConfig.model_type:
+    config = cached_file(str(path), "config.json")  # None in a folder that has a processor only
+    of_baseline = MultiEncoderLlavaConfig.model_type
+    if config and json.loads(Path(config).read_text(encoding="utf-8")).get("model_type") == of_baseline:
         return MultiEncoderLlavaForConditionalGeneration, MultiEncoderLlavaProcessor
     return OlaVlmForConditionalGeneration, OlaVlmProcessor
 
