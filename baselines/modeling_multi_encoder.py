@@ -121,8 +121,8 @@ class MultiEncoderLlavaModel(LlavaModel):
         """The vision tower's output; in its `pooler_output` each image's tokens for the LLM, a list of (T, H)."""
         base, *views = self.views(pixel_values)
         if len(base) > 0:
-            outputs = self.vision_tower(base, output_hidden_states=True, return_dict=True)
             layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+            outputs = self.vision_tower(base, output_hidden_states=layers, return_dict=True)
             first = 1 if vision_feature_select_strategy == "default" else 0  # without the class token
             features_NVC = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
         else:  # the projectors run on no rows, so that their gradients are zeros, not None (DDP)
