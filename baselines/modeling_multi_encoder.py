@@ -28,7 +28,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaMultiModalProjector
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .configuration_multi_encoder import MultiEncoderLlavaConfig
@@ -161,6 +161,32 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         renamings = [t for t in get_model_conversion_mapping(self) if isinstance(t, WeightRenaming)]
         renamed = {rename_source_key(name, renamings, [])[0]: value for name, value in state_dict.items()}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        supervised_logits_only: bool = False,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """LLaVA's forward. `supervised_logits_only=True`, as OLA-VLM's, needs `labels`: the same loss, but `logits`
+        (S, vocabulary) of those S positions only whose next token has a label."""
+        kwargs |= {"input_ids": input_ids, "pixel_values": pixel_values, "inputs_embeds": inputs_embeds}
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        if not supervised_logits_only:
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        if labels is None:
+            raise ValueError("supervised_logits_only=True leaves no logits without labels: pass labels.")
+        states = self.model(**kwargs).last_hidden_state
+        next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        logits = self.lm_head(states[next_labels != -100])
+        kwargs |= {"vocab_size": self.config.text_config.vocab_size, "shift_labels": next_labels[next_labels != -100]}
+        return LlavaCausalLMOutputWithPast(loss=self.loss_function(logits, labels, **kwargs), logits=logits)
 
     def generate(self, *args, **kwargs):
         """LLaVA's, never emitting image tokens, even with a generation config that came without ours."""

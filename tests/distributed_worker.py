@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from conftest import random_rows, tiny_tasks
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from training_helpers import IMAGES, GroupedRows, Interrupt, ListStream, losses, make_trainer, weights
 
 from ola_vlm.convert.parts import build_ola_vlm
@@ -96,6 +99,36 @@ def resume_grouped(parts: Path, out: Path):
     save(resumed, out / "grouped.pt", whole=losses(whole))
 
 
+def run_sharded(parts: Path, out: Path, ranks: int, stage: str):
+    """Two SGD steps, by `fully_shard` if there are several ranks (the trainer itself shards on GPUs only); saves
+    what a sharded run saves."""
+    model, processor = build(parts)
+    trainer = make_trainer(model, processor, out, stage=stage)
+    model.train()
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        predictors = [predictor for layers in model.predictors.values() for predictor in layers.values()]
+        for block in [*model.model.language_model.layers, *predictors]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    rank, size, logged = trainer.args.process_index, 8 // ranks, []
+    for step in range(2):
+        rows = trainer.train_dataset[8 * step + size * rank :][:size]
+        batch = trainer.data_collator(rows)
+        supervised = trainer.accelerator.gather((batch["labels"][:, 1:] != -100).sum()[None]).sum()
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=supervised)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        logged.append({"loss": trainer.accelerator.reduce(loss.detach(), "mean").item()})
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:  # which alone has it
+        if stage == "pretrain":
+            model.write_task_tokens(state)
+        torch.save({"losses": logged, "weights": state}, out / f"sharded-{stage}.pt")
+
+
 if __name__ == "__main__":
     parts, out = Path(sys.argv[1]), Path(sys.argv[2])
     for stage, accumulation in RUNS:
@@ -104,4 +137,6 @@ if __name__ == "__main__":
     run_stream(parts, out, ranks=2)
     run_check(parts, out)
     resume_grouped(parts, out)
+    for stage in ("pretrain", "finetune"):
+        run_sharded(parts, out, ranks=2, stage=stage)
     torch.distributed.destroy_process_group()

@@ -148,6 +148,23 @@ def not_any(values) -> bool:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
+def test_logits_only_where_supervised_give_the_same_loss(make, fusion):
+    made = make(fusion)
+    inputs, gradients, losses = encode(made.processor, random_rows(3, [1, 0, 2])), {}, {}
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == made.model.config.image_token_id, -100)
+    for few in (False, True):
+        output = made.model(**inputs, labels=labels, supervised_logits_only=few, num_items_in_batch=7)
+        output.loss.backward()
+        losses[few], gradients[few] = output.loss, made.model.model.multi_modal_projector.linear_1.weight.grad.clone()
+        made.model.zero_grad()
+    assert output.logits.shape == ((labels[:, 1:] != -100).sum(), made.model.config.text_config.vocab_size)
+    torch.testing.assert_close(losses[True], losses[False])
+    torch.testing.assert_close(gradients[True], gradients[False])
+    with pytest.raises(ValueError, match="pass labels"):
+        made.model(**inputs, supervised_logits_only=True)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_loss_is_llavas_and_reaches_every_projector_without_images(make, fusion):
     made = make(fusion)
     inputs = encode(made.processor, random_rows(2, 0))

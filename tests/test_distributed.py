@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import BAD, RUNS, run, run_bad_rows, run_check, run_stream
+from distributed_worker import BAD, RUNS, build, run, run_bad_rows, run_check, run_sharded, run_stream
 from training_helpers import IMAGES
 
 TESTS = Path(__file__).parent
@@ -62,6 +62,21 @@ def test_a_rank_that_loses_all_its_rows_keeps_in_step(tiny_parts, two_processes,
 def test_ranks_share_a_stream(tiny_parts, two_processes, tmp_path):
     run_stream(tiny_parts.folder, tmp_path, ranks=1)
     assert_same(*(torch.load(folder / "stream.pt") for folder in (tmp_path, two_processes)))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_two_shards_equal_one_process(tiny_parts, two_processes, tmp_path, stage):
+    """FSDP2: the same weights, the task tokens written (pre-training) or bit-frozen (fine-tuning)."""
+    run_sharded(tiny_parts.folder, tmp_path, ranks=1, stage=stage)
+    one, two = (torch.load(folder / f"sharded-{stage}.pt") for folder in (tmp_path, two_processes))
+    assert_same(one, two)
+    model, _ = build(tiny_parts.folder)
+    rows, ids = model.get_input_embeddings().weight, model.config.task_token_ids
+    now = two["weights"]["model.language_model.embed_tokens.weight"]
+    moved, others_moved = not now[ids].equal(rows[ids]), not now[:10].equal(rows[:10])
+    assert (moved, others_moved) == ((True, False) if stage == "pretrain" else (False, True))
+    if stage == "pretrain":
+        assert now[ids].equal(model.task_token_embeddings({n: two["weights"][f"queries.{n}"] for n in model.queries}))
 
 
 def test_grouped_batches_are_resumed_by_all_ranks(two_processes):

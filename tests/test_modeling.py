@@ -15,6 +15,7 @@ from ola_vlm.configuration_ola_vlm import normalize_task
 from ola_vlm.convert.reference import convert_reference, convert_state_dict
 from ola_vlm.modeling_ola_vlm import EmbeddingPredictor, ImageLayout, OlaVlmForConditionalGeneration
 from ola_vlm.training.losses import embedding_loss
+from ola_vlm.training.stages import apply_stage
 
 GOLDEN = Path(__file__).parent / "golden"
 STRIDE = 16  # the golden files keep each 16th position of long sequences
@@ -500,6 +501,46 @@ def test_batch_without_images_keeps_the_graph(make_model):
     with torch.no_grad():
         without = model(**encode(processor, random_rows(2, 0)), output_predictions=True)
     assert without.logits.equal(output.logits) and without.predictions["depth"][1].shape == (0, 16, 10)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("images", [1, 0])
+def test_logits_only_where_supervised_give_the_same_loss_and_gradients(make_model, stage, images):
+    model, processor = make_model()
+    apply_stage(model, stage)
+    model.train()
+    batch = encode(processor, random_rows(3, images))
+    labels = answer_labels(batch, processor)
+    options = {"labels": labels, "output_predictions": stage == "pretrain", "num_items_in_batch": torch.tensor(7)}
+    results = []
+    for only in (False, True):
+        model.zero_grad()
+        output = model(**batch, **options, supervised_logits_only=only)
+        output.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((output, gradients))
+    (whole, expected), (short, found) = results
+    supervised = labels[:, 1:] != -100
+    assert short.logits.shape == (supervised.sum(), whole.logits.shape[-1]) and short.hidden_states is None
+    assert_close(short.logits, whole.logits[:, :-1][supervised])
+    assert_close(short.loss, whole.loss)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    with pytest.raises(ValueError, match="pass labels"):
+        model(**batch, supervised_logits_only=True)
+
+
+def test_chosen_layers_of_the_llm_say_nothing_to_the_tower(make_model):
+    """After pre-training the model takes LLaVA's path, which hands output_hidden_states to the tower, too."""
+    model, processor = make_model()
+    model.config.vision_feature_layer = -3  # the tower's embeddings; no task looks at layer 0
+    batch = encode(processor, random_rows(2))
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True, output_predictions=True)
+        found = model(**batch, output_predictions=True)
+        chosen = model(**batch, output_hidden_states=[4])
+    assert found.logits.equal(expected.logits) and chosen.hidden_states[4].equal(expected.hidden_states[4])
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -42,9 +41,9 @@ STAGES = {
 def apply_stage(model: nn.Module, name: str) -> Stage:
     """Sets what trains in a freshly loaded model, and logs it with parameter counts.
 
-    In "finetune" the task tokens' rows of the input embeddings get no gradient (the head's rows never get one: they
-    are no candidates of the loss). That alone is no freeze: the optimiser must not decay the vocabulary's tables
-    either (`OlaVlmTrainer.get_decay_parameter_names`).
+    In "finetune" the task tokens' rows of the input embeddings get no gradient (`OlaVlmModel.task_tokens_frozen`; the
+    head's rows never get one: they are no candidates of the loss). That alone is no freeze: the optimiser must not
+    decay the vocabulary's tables either (`OlaVlmTrainer.get_decay_parameter_names`).
     """
     if name not in STAGES:
         raise ValueError(f"stage {name!r} is unknown: choose one of {list(STAGES)}")
@@ -55,10 +54,6 @@ def apply_stage(model: nn.Module, name: str) -> Stage:
         parameter.requires_grad_(part in stage.trains)
         (trained if parameter.requires_grad else frozen)[part] += parameter.numel()
     model.task_tokens_from_queries = stage.task_tokens == "queries"
-    task_token_ids = model.config.task_token_ids
-    if stage.task_tokens == "frozen" and task_token_ids:
-        rows = model.get_input_embeddings().weight
-        ids = torch.tensor(task_token_ids)  # not of the gradient's type: bf16 holds no id above 256 exactly
-        rows.register_hook(lambda grad: grad.index_fill(0, ids.to(grad.device), 0))
+    model.model.task_tokens_frozen = stage.task_tokens == "frozen"
     logger.info(f"stage {name}: trains {dict(trained)} parameters, frozen {dict(frozen)}")
     return stage

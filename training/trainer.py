@@ -36,6 +36,7 @@ class OlaVlmTrainer(Trainer):
             raise ValueError("average_tokens_across_devices must stay true: losses are sums over all ranks' counts")
         self.stage = STAGES[args.stage]
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
+        self.writes_task_tokens = len(self.tasks) > 0 and self.stage.task_tokens == "queries"
         # Sums of the logged losses, and the number of their "steps", since the last log.
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._new_bad_rows = 0  # since the last log
@@ -106,7 +107,7 @@ class OlaVlmTrainer(Trainer):
             offset += size
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
+        inputs = dict(inputs, supervised_logits_only=model.training)
         if self.tasks:
             if "step_targets" not in inputs:  # evaluation: the columns are those of the batch on all ranks
                 self._attach_step_targets([inputs], self.args.device)
@@ -164,9 +165,18 @@ class OlaVlmTrainer(Trainer):
 
     def save_model(self, *args, **kwargs):
         """In pre-training every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
-        if self.tasks and self.stage.task_tokens == "queries":
+        if (
+            self.tasks
+            and self.stage.task_tokens == "queries"
+            and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        ):
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.writes_task_tokens and state_dict is not None:  # of sharded weights
+            self.accelerator.unwrap_model(self.model).write_task_tokens(state_dict)
+        super()._save(output_dir, state_dict)
 
 
 def _report_bad_rows(batch: dict) -> int:

@@ -168,11 +168,18 @@ class ImageLayout:
 
 
 class OlaVlmModel(LlavaModel):
-    """LLaVA's backbone; in pre-training the task tokens' embeddings are passed in instead of looked up."""
+    """LLaVA's backbone; in pre-training the task tokens' embeddings are passed in instead of looked up.
+
+    `task_tokens_frozen`: their rows of the vocabulary get no gradient (cut where they are looked up, not by a hook on
+    the parameter, which sharding would lose).
+    """
 
     config: OlaVlmConfig
+    task_tokens_frozen = False
 
     def get_image_features(self, pixel_values: Tensor, **kwargs):
+        if isinstance(kwargs.get("output_hidden_states"), list):
+            del kwargs["output_hidden_states"]  # layers of the LLM, which mean nothing to the tower
         if pixel_values.shape[0] > 0:
             return super().get_image_features(pixel_values=pixel_values, **kwargs)
         # No image in the batch: the projector runs on no rows, so that its gradients are zeros, not None (DDP).
@@ -190,14 +197,17 @@ class OlaVlmModel(LlavaModel):
         **kwargs,
     ):
         """`task_token_embeds` (all tasks' K, H) replace the vocabulary's rows of `config.task_token_ids`."""
-        if task_token_embeds is None or input_ids is None:
+        if input_ids is None or (task_token_embeds is None and not (self.task_tokens_frozen and self.training)):
             return super().forward(
                 input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
             )
         ids = torch.tensor(self.config.task_token_ids, device=input_ids.device)
         match_BTK = input_ids[..., None] == ids
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        replacement = task_token_embeds.to(inputs_embeds.dtype)[match_BTK.int().argmax(-1)]
+        if task_token_embeds is None:
+            replacement = inputs_embeds.detach()
+        else:
+            replacement = task_token_embeds.to(inputs_embeds.dtype)[match_BTK.int().argmax(-1)]
         inputs_embeds = torch.where(match_BTK.any(-1, keepdim=True), replacement, inputs_embeds)
         if pixel_values is not None:
             vision = {k: kwargs.pop(k, None) for k in ["vision_feature_layer", "vision_feature_select_strategy"]}
@@ -270,17 +280,26 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         kwargs.setdefault("suppress_tokens", self.never_emitted)
         return super().generate(*args, **kwargs)
 
-    def task_token_embeddings(self) -> Tensor:
+    def task_token_embeddings(self, tables: Mapping[str, Tensor] | None = None) -> Tensor:
         """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables."""
+        tables = self.queries if tables is None else tables
         counts = {task["name"]: task["num_task_tokens"] for task in self.config.tasks}
-        return torch.cat([table.unflatten(0, (counts[name], -1)).mean(1) for name, table in self.queries.items()])
+        return torch.cat([table.unflatten(0, (counts[name], -1)).mean(1) for name, table in tables.items()])
 
     @torch.no_grad()
-    def write_task_tokens(self):
-        """Write `task_token_embeddings` into the vocabulary's rows (before every save in pre-training)."""
-        if self.config.task_token_ids:
-            weight = self.get_input_embeddings().weight
-            weight[self.config.task_token_ids] = self.task_token_embeddings().to(weight.dtype)
+    def write_task_tokens(self, state_dict: dict[str, Tensor] | None = None):
+        """Write `task_token_embeddings` into the vocabulary's rows (before every save in pre-training): the model's,
+        or those of a whole `state_dict` of it, which sharded training gathers to save it."""
+        if not self.config.task_token_ids:
+            return
+        weights, tables = [self.get_input_embeddings().weight], None
+        if state_dict is not None:
+            names = ["model.language_model.embed_tokens.weight"]
+            names += ["lm_head.weight"] if self.config.tie_word_embeddings else []
+            weights = [state_dict[name] for name in names if name in state_dict]
+            tables = {name: state_dict[f"queries.{name}"] for name in self.queries}
+        for weight in weights:
+            weight[self.config.task_token_ids] = self.task_token_embeddings(tables).to(weight)
 
     def predict_embeddings(
         self,
@@ -323,22 +342,31 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         output_predictions: bool = False,
+        supervised_logits_only: bool = False,
         **kwargs,
     ) -> OlaVlmCausalLMOutputWithPast:
         """
         LLaVA's forward (`kwargs` hold its cache, whose name differs between versions); `output_predictions=True` adds
         `predictions` and `logit_scales` and needs `input_ids` and a mask (B, T) of whole sequences. Without images
-        predictions have zero rows but stay in the graph.
+        predictions have zero rows but stay in the graph. `supervised_logits_only=True` needs `labels`: the same loss,
+        but `logits` (S, vocabulary) of those S positions only whose next token has a label: most of a caption's
+        positions are the image's, and the head is the widest layer.
         """
         wanted = kwargs.pop("output_hidden_states", None)
         wanted = self.config.output_hidden_states if wanted is None else wanted
         output_predictions = output_predictions and len(self.config.tasks) > 0
         if output_predictions and input_ids is None:
             raise ValueError("output_predictions=True finds images by token id: pass input_ids, not inputs_embeds.")
+        last = self.config.text_config.num_hidden_layers
+        if supervised_logits_only:
+            if labels is None:
+                raise ValueError("supervised_logits_only=True leaves no logits without labels: pass labels.")
+            logits_to_keep = torch.empty(0, dtype=torch.long)  # none of LLaVA's: they are made below
         if wanted:
-            kwargs["output_hidden_states"] = True if output_predictions else wanted
-        elif output_predictions:  # keep the chosen layers only
-            kwargs["output_hidden_states"] = sorted({layer for task in self.config.tasks for layer in task["layers"]})
+            kwargs["output_hidden_states"] = True if output_predictions or supervised_logits_only else wanted
+        elif output_predictions or supervised_logits_only:  # keep the chosen layers only
+            layers = {layer for task in self.config.tasks for layer in task["layers"]} if output_predictions else set()
+            kwargs["output_hidden_states"] = sorted(layers | ({last} if supervised_logits_only else set()))
         if self.task_tokens_from_queries and self.config.task_token_ids:
             kwargs["task_token_embeds"] = self.task_token_embeddings()
         outputs = super().forward(
@@ -357,6 +385,11 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         )
         loss = None
         if labels is not None:
+            if supervised_logits_only:
+                next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+                supervised = next_labels != -100
+                kwargs["shift_labels"] = next_labels[supervised]
+                outputs["logits"] = self.lm_head(outputs.hidden_states[last][supervised])
             candidates = outputs.logits
             if self.config.tasks:
                 # Tokens that are never emitted are no candidates: their rows in the head neither learn nor disturb.

@@ -1,0 +1,78 @@
+"""Kills a training run again and again, and asks whether the weights suffer: `python benchmarks/kill.py [--kills 20]`.
+
+A short pre-training of the miniature is killed (SIGKILL) at random moments: every other time at any moment from its
+start on, while it loads, computes targets or trains; else as it writes a checkpoint. Each time it is started again
+with --resume_from_checkpoint true. In the end its weights must equal, bit by bit, those of an undisturbed run.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from ola_vlm.miniature.dataset import write_world
+
+
+def command(folder: Path, name: str, steps: int) -> list[str]:
+    fields = {
+        "data": folder / "data" / "pretrain.json", "image_folder": folder / "data" / "images", "max_steps": steps,
+        "output_dir": folder / name, "target_cache": folder / f"{name}_targets", "per_device_train_batch_size": 8,
+        "save_steps": 2, "save_total_limit": 2, "resume_from_checkpoint": "true", "disable_tqdm": "true",
+    }  # fmt: skip
+    options = (f"--{field}={value}" for field, value in fields.items())
+    return [sys.executable, "-m", "ola_vlm.train", "--recipe", "miniature_pretrain", *options]
+
+
+def checkpoints(run: Path) -> set[str]:
+    return {path.name for path in run.glob("checkpoint-*")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_world(folder / "data", {"train": 64, "validation": 8, "test": 16}, {"test": 4})
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+        start = time.time()
+        subprocess.run(command(folder, "whole", args.steps), check=True, **options)
+        duration = time.time() - start
+        run, counts = folder / "killed", {"at any moment": 0, "while it saved": 0, "lost a started checkpoint": 0}
+        for kill in tqdm(range(args.kills), desc="kills"):
+            process, seen = subprocess.Popen(command(folder, "killed", args.steps), **options), checkpoints(run)
+            while_saving, until = kill % 2 == 1, time.time() + rng.uniform(0, duration)
+            number = len(seen) + rng.randint(1, 3)  # of the checkpoint that it dies with
+            while process.poll() is None and (len(seen) < number if while_saving else time.time() < until):
+                time.sleep(0.001)
+                seen |= checkpoints(run)
+            if while_saving:
+                time.sleep(rng.uniform(0, 0.1))  # at its beginning, in the middle or just after it
+            if process.poll() is None:
+                counts["while it saved" if while_saving else "at any moment"] += 1
+            process.kill()
+            process.wait()
+            whole = {state.parent.name for state in run.glob("checkpoint-*/trainer_state.json")}
+            counts["lost a started checkpoint"] += bool(checkpoints(run) - whole)
+        subprocess.run(command(folder, "killed", args.steps), check=True, **options)
+        expected, found = (load_file(folder / name / "model.safetensors") for name in ("whole", "killed"))
+        different = [name for name, value in expected.items() if not value.equal(found[name])]
+    print(f"{args.steps} steps, killed: {counts}")
+    print(f"tensors that differ from the undisturbed run's: {len(different)} of {len(expected)} {different[:3]}")
+    if different or expected.keys() != found.keys():
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
