@@ -165,11 +165,7 @@ class OlaVlmTrainer(Trainer):
 
     def save_model(self, *args, **kwargs):
         """In pre-training every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
-        if (
-            self.tasks
-            and self.stage.task_tokens == "queries"
-            and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        ):
+        if self.writes_task_tokens and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)
 
