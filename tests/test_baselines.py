@@ -129,6 +129,7 @@ def test_what_trains_and_what_stays(make, tmp_path, fusion, stage):
     trainer.train()
     assert [sorted(step) for step in losses(trainer)] == [["loss", "loss/ntp"]] * 2
     assert made.model.training and made.model.model.language_model.training
+    assert not any(parameter.requires_grad for parameter in made.model.model.encoders.parameters())
     assert not any(part.training for encoder in made.model.model.encoders.values() for part in encoder.modules())
     trained = {"pretrain": {"projector"}, "visual_pretrain": {"projector", "language_model", "vision_tower"}}
     trained["finetune"] = {"projector", "language_model"}
