@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, LlavaProcessor
 
+from ola_vlm.baselines.build import classes_of, multi_encoder_processor
 from ola_vlm.configuration_ola_vlm import normalize_task
 from ola_vlm.convert.parts import build_processor, measure_tower
-from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.targets.encoders import load_vision_config
 from ola_vlm.train import parse_arguments
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -24,10 +24,10 @@ from ola_vlm.training.data import OlaVlmCollator
 from ola_vlm.training.rows import PROBLEMS, StreamRows
 
 
-def load_processor(args: OlaVlmArguments) -> OlaVlmProcessor | None:
+def load_processor(args: OlaVlmArguments) -> LlavaProcessor | None:
     """The processor that a run would use; None if the arguments name no model."""
     if args.checkpoint:
-        return OlaVlmProcessor.from_pretrained(args.checkpoint)
+        return classes_of(args.checkpoint)[1].from_pretrained(args.checkpoint)
     if not args.language_model:
         return None
     text_config = AutoConfig.from_pretrained(args.language_model)
@@ -36,7 +36,7 @@ def load_processor(args: OlaVlmArguments) -> OlaVlmProcessor | None:
         vision_config, class_tokens = measure_tower(tower)
     width, layers = text_config.hidden_size, text_config.num_hidden_layers
     overrides = args.model_overrides or {}
-    return build_processor(
+    processor = build_processor(
         AutoTokenizer.from_pretrained(args.tokenizer or args.language_model),
         vision_config,
         [normalize_task(task, width, layers) for task in args.tasks or []],
@@ -44,6 +44,10 @@ def load_processor(args: OlaVlmArguments) -> OlaVlmProcessor | None:
         class_tokens=class_tokens,
         strategy=overrides.get("vision_feature_select_strategy", "default" if class_tokens else "full"),
     )
+    if args.fusion != "token":
+        return processor
+    grid, appended = vision_config.image_size // vision_config.patch_size, len(args.teachers or {})
+    return multi_encoder_processor(processor, grid**2 + appended * args.num_encoder_tokens)
 
 
 def table(report: dict) -> str:

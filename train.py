@@ -10,11 +10,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainerCallback, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
+from ola_vlm.baselines.build import build_multi_encoder, classes_of, load_encoders
 from ola_vlm.convert.parts import build_ola_vlm
-from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import drop_bad_rows
@@ -27,20 +26,24 @@ from ola_vlm.training.trainer import OlaVlmTrainer
 logger = logging.getLogger("ola_vlm.train")  # as a script the module is "__main__"
 
 
-def load_model(args: OlaVlmArguments) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
+def load_model(args: OlaVlmArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
     """From `checkpoint`, or built from parts."""
     parts = [args.vision_tower, args.language_model]
-    if args.checkpoint and any([*parts, args.tokenizer, args.tasks, args.model_overrides]):
+    if args.checkpoint and any([*parts, args.tokenizer, args.tasks, args.model_overrides, args.fusion]):
         raise ValueError("a checkpoint has its own parts and tasks: give either checkpoint or vision_tower etc.")
     if args.checkpoint:
-        model = OlaVlmForConditionalGeneration.from_pretrained(args.checkpoint, dtype=args.torch_dtype)
-        return model, OlaVlmProcessor.from_pretrained(args.checkpoint)
+        model_class, processor_class = classes_of(args.checkpoint)
+        model = model_class.from_pretrained(args.checkpoint, dtype=args.torch_dtype)
+        return model, processor_class.from_pretrained(args.checkpoint)
     if not all(parts):
         raise ValueError("nothing to train: give checkpoint, or vision_tower and language_model")
     overrides = {"dtype": args.torch_dtype, **(args.model_overrides or {})}
     model, processor = build_ola_vlm(*parts, args.tokenizer, args.tasks or [], **overrides)
     set_seed(args.seed)  # other tasks draw other numbers before: this way methods start from the same projector
     model.model.multi_modal_projector.apply(model._init_weights)
+    if args.fusion:
+        encoders = load_encoders(args.teachers or {}, model.config.image_seq_length)
+        return build_multi_encoder(model, processor, encoders, args.fusion, args.num_encoder_tokens)
     return model, processor
 
 

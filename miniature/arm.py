@@ -96,7 +96,8 @@ class Arm(TrainerCallback):
         paths = probe_paths(self.root, self.overrides.get("probe_splits", PROBE_SPLITS))
         images = {split: list(map(open_image, files)) for split, files in paths.items()}
         targets = open_caches(self.root / "targets", make_teachers(recipe.TASKS, recipe.TEACHERS))
-        probe = ModelProbe(model, processor, targets, batch_size=50, prompt=PROMPT)
+        options = {"batch_size": 50, "prompt": PROMPT, "grid_tokens": model.config.image_seq_length}
+        probe = ModelProbe(model, processor, targets, **options)
         probe.fit(images["train"], range(len(images["train"])))
         scores = {s: probe.score(images[s], range(len(images[s])), STRENGTHS) for s in ("validation", "test")}
         path.write_text(json.dumps(scores))

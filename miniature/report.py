@@ -23,6 +23,8 @@ DRAWN = {
     BASELINE: ("LLaVA", "#4c72b0", "-"),
     OURS: ("OLA-VLM", "#d1495b", "-"),
     CONTROL: ("OLA-VLM, shuffled targets", "#8d8d8d", "--"),
+    "feature_concat": ("LLaVA, feature concat", "#55a868", "-."),
+    "token_concat": ("LLaVA, token concat", "#dd8452", "-."),
 }
 STAGES = {"pretrain": "after PT", "finetune": "after IFT"}
 METRICS = {"ridge": "mean-centred cosine", "ridge_plain": "plain cosine"}
@@ -150,19 +152,21 @@ def verdicts(compared: dict[str, dict]) -> list[str]:
 
 
 def speed_and_probes(results: dict) -> list[str]:
-    """OLA-VLM minus LLaVA along the curve (a method may learn faster and end nowhere better) and layer by layer."""
-    if not {BASELINE, OURS} <= results["methods"].keys():
+    """Methods minus LLaVA along the curve (a method may learn faster and end nowhere better) and layer by layer."""
+    if BASELINE not in results["methods"]:
         return []
 
-    def gains(read: Reader, digits: int) -> str:
-        base, ours = (over_seeds(results["methods"][name], read) for name in (BASELINE, OURS))
-        return ", ".join(f"{x}: {ours[x][0] - base[x][0]:+.{digits}f}" for x in ours if x in base) + "."
+    def gains(name: str, read: Reader, digits: int) -> str:
+        base, own = (over_seeds(results["methods"][method], read) for method in (BASELINE, name))
+        return ", ".join(f"{x}: {own[x][0] - base[x][0]:+.{digits}f}" for x in own if x in base) + "."
 
-    lines = ["", f"**{OURS} - {BASELINE}** along IFT, mean of the tasks, points by step:", ""]
-    lines += ["- " + gains(accuracy_curve("average"), 1)]
-    lines += ["", f"**{OURS} - {BASELINE}**, probes (mean-centred cosine), by layer:", ""]
-    for stage, when in STAGES.items():
-        lines += [f"- {task} {when}: {gains(probe_curve(stage, task), 3)}" for task in probed_tasks(results)]
+    lines = []
+    for name in (name for name in results["methods"] if name not in (BASELINE, CONTROL)):
+        lines += ["", f"**{name} - {BASELINE}** along IFT, mean of the tasks, points by step:", ""]
+        lines += ["- " + gains(name, accuracy_curve("average"), 1)]
+        lines += ["", f"**{name} - {BASELINE}**, probes (mean-centred cosine), by layer:", ""]
+        for stage, when in STAGES.items():
+            lines += [f"- {task} {when}: {gains(name, probe_curve(stage, task), 3)}" for task in probed_tasks(results)]
     return lines
 
 

@@ -43,6 +43,7 @@ SHRUNK = {
     "overrides": dict.fromkeys(STAGES, FOUR_STEPS) | {"probe_splits": {"train": 16, "validation": 8, "test": 8}},
 }
 PAIRS = [("llava", "ola_vlm"), ("llava", "ola_vlm_shuffled"), ("ola_vlm_shuffled", "ola_vlm")]
+PAIRS += [pair for name in recipe.FUSIONS for pair in (("llava", name), (name, "ola_vlm"))]
 
 
 def fill_targets(root: Path, probe_splits: dict[str, int]) -> None:
@@ -166,7 +167,8 @@ def main(argv=None) -> dict:
     """Runs the study and returns report.json's content."""
     parser = argparse.ArgumentParser(prog="ola-vlm miniature", description=__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="seeds a method")
-    parser.add_argument("--methods", nargs="+", choices=recipe.METHODS, default=list(recipe.METHODS))
+    methods = {"choices": [*recipe.METHODS, *recipe.FUSIONS], "default": list(recipe.METHODS)}
+    parser.add_argument("--methods", nargs="+", **methods, help="by default all but the multi-encoder baselines")
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--resume", action="store_true", help="go on with what an earlier run left in --out")
     parser.add_argument("--workers", type=int, default=(os.cpu_count() or 1) + 1, help="arms at a time")

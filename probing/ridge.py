@@ -93,10 +93,21 @@ class ModelProbe:
         model, processor: OLA-VLM or any LLaVA of transformers with its processor.
         targets: for each task, a function from a list of images to their targets (N, Q, E), such as a TargetCache.
         prompt: the user's words after the image. Image tokens don't see what follows them.
+        grid_tokens: how many of an image's tokens are probed, the first ones; all by default. The baseline
+            `fusion="token"` has others behind its grid.
     """
 
-    def __init__(self, model, processor, targets: Mapping[str, Callable], batch_size=32, prompt="Describe the image."):
+    def __init__(
+        self,
+        model,
+        processor,
+        targets: Mapping[str, Callable],
+        batch_size=32,
+        prompt="Describe the image.",
+        grid_tokens: int | None = None,
+    ):
         self.model, self.processor, self.targets, self.batch_size = model.eval(), processor, targets, batch_size
+        self.grid_tokens = grid_tokens
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         self.text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -113,7 +124,8 @@ class ModelProbe:
         inputs = inputs.to(self.model.device, self.model.dtype)
         hidden = self.model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states
         is_image_BT = inputs["input_ids"] == self.model.config.image_token_id
-        return [states[is_image_BT].unflatten(0, (len(images), -1)).float() for states in hidden]
+        of_images = [states[is_image_BT].unflatten(0, (len(images), -1)) for states in hidden]
+        return [states[:, : self.grid_tokens].float() for states in of_images]
 
     def _batches(self, images: Sequence, indices: Iterable[int]) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
         for rows in torch.tensor(list(indices)).split(self.batch_size):

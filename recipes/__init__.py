@@ -21,7 +21,7 @@ class Recipe(NamedTuple):
 
 RUNS = {  # of each table, but for those that it shares with one before it
     paper.table_1: "phi3_vit llama3_convnext phi3_convnext llava_llama3_vit llava_phi3_vit llava_llama3_convnext "
-    "llava_phi3_convnext commercial_llama3_vit commercial_phi3_vit",
+    "llava_phi3_convnext feature_concat_llama3_vit token_concat_llama3_vit commercial_llama3_vit commercial_phi3_vit",
     paper.table_2: "llama3_convnext_vpt phi3_convnext_vpt llava_llama3_convnext_vpt llava_phi3_convnext_vpt",
     ablations.layers: "llama3_vit_layers_d18_s18_g20 llama3_vit_layers_d20_s18_g20 "
     "llama3_vit_layers_d8.14_s10.16_g12.18 llama3_vit_layers_d18.20_s18.20_g16.20 "

@@ -5,9 +5,9 @@ Before them the study renders the data (`runs/miniature/data`); the parts are in
 
 from pathlib import Path
 
-from .paper import SCHEDULE
+from .paper import FUSIONS, SCHEDULE
 
-METHODS = ("llava", "ola_vlm", "ola_vlm_shuffled")
+METHODS = ("llava", "ola_vlm", "ola_vlm_shuffled")  # and, when asked for, those of FUSIONS
 WEIGHTS = Path(__file__).parents[1] / "miniature" / "weights"
 # 8x8 image tokens; one task token a task keeps the paper's proportion (24 of 600). The LLM has 4 layers.
 SMALL = {"num_task_tokens": 1, "predictor_heads": 4, "predictor_head_dim": 32}
@@ -28,8 +28,8 @@ def run_folder(method: str, seed: int, root: str | Path = "runs/miniature") -> P
 
 
 def _common(method: str, seed: int, root: str | Path, stage: str) -> dict:
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown: choose one of {METHODS}")
+    if method not in (known := (*METHODS, *FUSIONS)):
+        raise ValueError(f"method {method!r} is unknown: choose one of {known}")
     return SCHEDULE | {
         "stage": stage,
         "seed": seed,
@@ -48,7 +48,9 @@ def pretrain(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
     return _common(method, seed, root, "pretrain") | {
         "vision_tower": str(WEIGHTS / "vision_tower"),
         "language_model": str(WEIGHTS / "language_model"),
-        "tasks": [] if method == "llava" else [dict(task) for task in TASKS],
+        "tasks": [dict(task) for task in TASKS] if method.startswith("ola_vlm") else [],
+        "fusion": FUSIONS.get(method),
+        "num_encoder_tokens": 1,
         "teachers": TEACHERS,
         "target_cache": str(Path(root) / "targets"),
         "target_fill": True,

@@ -59,11 +59,13 @@ WEIGHTS["unclip"]["subfolder"] = "image_encoder"
 TEACHERS = {"gen": WEIGHTS["unclip"], "depth": WEIGHTS["depth_large"], "seg": WEIGHTS["oneformer_coco"]}
 COMMERCIAL_TEACHERS = TEACHERS | {"depth": WEIGHTS["depth_small"]}
 COMMERCIAL_TASKS = [task | ({"target_dim": 384} if task["name"] == "depth" else {}) for task in default_tasks()]
+FUSIONS = {"feature_concat": "feature", "token_concat": "token"}  # Table 1's multi-encoder LLaVAs
 METHODS = {  # -> fields of the pre-training
     "ola_vlm": {"tasks": default_tasks(), "teachers": TEACHERS},
     "commercial": {"tasks": COMMERCIAL_TASKS, "teachers": COMMERCIAL_TEACHERS},
     "llava": {"tasks": [], "teachers": {}},
 }
+METHODS |= {name: {"tasks": [], "fusion": fusion, "teachers": TEACHERS} for name, fusion in FUSIONS.items()}
 # Of the miniature's runs, too; no weight decay is the default.
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 10, "dataloader_drop_last": True}
 TARGETS = {"target_cache": "runs/targets", "target_storage": "bfloat16"}
@@ -127,7 +129,8 @@ def table_1(run: str) -> Changes:
     torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe RUN_pretrain, then --recipe RUN_finetune
     On 16 MI300X, estimated (`recipes.show.estimated_hours`): Llama-3 PT 0.7 h to 0.8 h, IFT 1.7 h; Phi-3
     0.4 h to 0.5 h and 0.9 h to 1.0 h.
-    `commercial`, not in the paper, has a smaller depth teacher, whose licence allows commercial use.
+    `commercial`, not in the paper, has a smaller depth teacher, whose licence allows commercial use. `feature_concat`
+    and `token_concat` are LLaVA with the teachers as further encoders; their checkpoints hold the teachers.
 
     CV-Bench's Count, Depth, Relation and Distance, MMStar, RealWorldQA, OK-VQA, their average:
         llava_phi3_vit              52.4 67.2 75.2 56.3 36.5 57.1 56.7 57.3
@@ -135,6 +138,8 @@ def table_1(run: str) -> Changes:
         llava_phi3_convnext         51.8 70.8 74.0 55.3 36.4 58.0 55.9 57.4
         phi3_convnext               49.4 72.5 77.2 60.3 38.4 58.4 56.5 58.9
         llava_llama3_vit            50.4 73.3 64.9 48.7 38.8 57.8 56.9 55.1
+        feature_concat_llama3_vit   45.3 75.5 70.9 54.3 36.1 57.5 58.3 56.8
+        token_concat_llama3_vit     45.9 75.7 68.9 52.7 37.8 56.5 59.3 56.7
         llama3_vit                  51.3 74.2 69.4 54.3 39.5 57.9 56.6 57.6
         llava_llama3_convnext       54.1 62.8 69.5 49.8 37.4 57.5 56.3 55.3
         llama3_convnext             57.4 71.5 66.8 52.8 38.5 55.0 59.0 57.3

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HUB = ["configuration_ola_vlm", "modeling_ola_vlm", "processing_ola_vlm"]
+# Files that travel with a checkpoint: the hub files, and the baselines' own ones.
+TRAVELLERS = [HUB, [f"baselines.{kind}_multi_encoder" for kind in ("configuration", "modeling", "processing")]]
 # A room imports from its own level and the levels above it.
 LEVELS = [
     HUB,
@@ -59,12 +61,13 @@ def test_every_file_has_its_place():
     assert {name.split(".")[0] for name in TREES} <= LEVEL.keys()
 
 
-@pytest.mark.parametrize("name", HUB)
-def test_hub_files_travel_alone(name):
+@pytest.mark.parametrize(("name", "company"), [(name, company) for company in TRAVELLERS for name in company])
+def test_hub_files_travel_alone(name, company):
+    siblings = {other.rpartition(".")[2] for other in company}
     for module, node in imports(name):
         if module.startswith("ola_vlm"):
             # save_pretrained copies `from .sibling import x` only, from the same folder
-            assert isinstance(node, ast.ImportFrom) and node.level == 1 and node.module in HUB, ast.unparse(node)
+            assert isinstance(node, ast.ImportFrom) and node.level == 1 and node.module in siblings, ast.unparse(node)
         else:
             # huggingface_hub comes with transformers, whose configs take `strict` from it
             allowed = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names

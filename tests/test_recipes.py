@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,9 @@ from tiny_teachers import save_clip_image, save_depth_anything, save_oneformer, 
 from training_helpers import llava_sample, write_llava
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
-from ola_vlm import cli
-from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm import cli, train
 from ola_vlm.recipes import RECIPES, RUNS, ablations, miniature, paper, show
-from ola_vlm.recipes.paper import METHODS, WEIGHTS
+from ola_vlm.recipes.paper import FUSIONS, METHODS, WEIGHTS
 from ola_vlm.targets.encoders import ENCODERS
 from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -116,8 +115,11 @@ def trained_models():
 @pytest.mark.parametrize("run", list(BY_RUN))
 def test_every_run_trains_what_it_should(stand_ins, trained_models, monkeypatch, run):
     """Each of its stages from parts or from the checkpoint that the recipe names, with its first batch's losses."""
-    monkeypatch.setattr(OlaVlmForConditionalGeneration, "from_pretrained", lambda path, **_: trained_models[path][0])
-    monkeypatch.setattr(OlaVlmProcessor, "from_pretrained", lambda path: trained_models[path][1])
+
+    def classes_of(path):
+        return [SimpleNamespace(from_pretrained=lambda *_, part=part, **__: part) for part in trained_models[path]]
+
+    monkeypatch.setattr(train, "classes_of", classes_of)
     for name in BY_RUN[run]:
         args = stand_ins(name)
         model, processor = load_model(args)
@@ -176,7 +178,9 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
                 what = {"stage", "data", "image_folder"}
             assert set(changed) == (what if recipe.fields["stage"] != "finetune" else set()), name
         elif name.endswith("pretrain"):
-            assert len({field.rpartition(".")[2] for field in changed} - {"teachers", "image_folder"}) == 1, name
+            assert (
+                len({field.rpartition(".")[2] for field in changed} - {"teachers", "image_folder", "fusion"}) == 1
+            ), name
         else:
             assert not changed, name
 
@@ -232,6 +236,10 @@ def test_miniature_methods_differ_in_what_they_should_only():
     for other, fields in ((llava, {"tasks", "output_dir"}), (shuffled, {"shuffle_targets", "output_dir"})):
         assert {field for field in ola if ola[field] != other[field]} == fields
     assert shuffled["shuffle_targets"] and not ola["shuffle_targets"] and llava["tasks"] == []
+    for name, fusion in FUSIONS.items():
+        baseline = miniature.pretrain(name)
+        assert {field for field in llava if llava[field] != baseline[field]} == {"fusion", "output_dir"}
+        assert baseline["fusion"] == fusion and llava["fusion"] is None
     with pytest.raises(ValueError, match="'lava'"):
         miniature.finetune("lava")
 
@@ -246,6 +254,9 @@ def test_every_preset_says_its_licence_and_one_may_be_used_commercially():
     assert {name for name, licence in licences.items() if "NC" in licence} == {"depth_base", "depth_large"}
     for method, fields in METHODS.items():
         tasks, teachers = fields["tasks"], fields["teachers"]
+        if method in FUSIONS:  # in the paper's order, too
+            assert tasks == [] and list(teachers) == [task["name"] for task in METHODS["ola_vlm"]["tasks"]]
+            continue
         assert [task["name"] for task in tasks] == list(teachers)
         commercial = not any("NC" in teacher["licence"] for teacher in teachers.values())
         assert commercial == (method != "ola_vlm")

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from conftest import encode, random_rows
 
-SCRIPT = """
+NO_PACKAGE = """
 import importlib.abc, json, sys
 
 class NoPackage(importlib.abc.MetaPathFinder):
@@ -22,7 +23,8 @@ try:
     raise SystemExit("the package can be imported")
 except ModuleNotFoundError:
     pass
-
+"""
+SCRIPT = """
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
@@ -59,6 +61,16 @@ print(json.dumps({"answer": answer[0]["generated_text"]}))
 """
 
 
+def run_without_the_package(script: str, folder: Path, *arguments: Path) -> str:
+    """Runs `script` in a process of its own; returns the last line that it prints."""
+    (folder / "use.py").write_text(NO_PACKAGE + script)
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "use.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
 def test_remote_code_in_a_fresh_process(make_model, tmp_path):
     model, processor = make_model()
     folder = tmp_path / "checkpoint"
@@ -69,10 +81,5 @@ def test_remote_code_in_a_fresh_process(make_model, tmp_path):
         output = model(**inputs, output_predictions=True)
     saved = {"inputs": inputs, "logits": output.logits, "prediction": output.predictions["depth"][1]}
     torch.save(saved, tmp_path / "batch.pt")
-    script = tmp_path / "use.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, str(script), str(folder), str(tmp_path / "batch.pt"), str(tmp_path / "again")]
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "answer" in json.loads(done.stdout.strip().splitlines()[-1])
+    answer = run_without_the_package(SCRIPT, tmp_path, folder, tmp_path / "batch.pt", tmp_path / "again")
+    assert "answer" in json.loads(answer)

@@ -30,6 +30,10 @@ class OlaVlmArguments(TrainingArguments):
     tasks: list | str | None = HfArg(
         default=None, help="the task dicts of the configuration, in token order; none is plain LLaVA"
     )
+    fusion: str | None = HfArg(
+        default=None, help="the multi-encoder baseline, its encoders being `teachers`: feature or token"
+    )
+    num_encoder_tokens: int = HfArg(default=8, help="tokens of each of its encoders, if fusion is token")
     model_overrides: dict | str | None = HfArg(default=None, help="more arguments of convert.parts.build_ola_vlm")
     dtype: str = HfArg(default="float32", help=f"of the weights that are loaded: one of {', '.join(DTYPES)}")
     data: str | None = HfArg(
@@ -75,6 +79,8 @@ class OlaVlmArguments(TrainingArguments):
         for name, choices in {"on_long_rows": ("drop", "truncate"), "on_bad_rows": ("stop", "drop")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {choices}")
+        if self.fusion and self.tasks:
+            raise ValueError("the multi-encoder baseline distils nothing: give either fusion or tasks")
         if self.streaming:
             # Each rank reads the stream; handed out by the first one, rows of other ranks would lose their images.
             self.accelerator_config = self.accelerator_config or {"dispatch_batches": False}

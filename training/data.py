@@ -215,7 +215,7 @@ class OlaVlmCollator:
         return texts[0], spans[0] if spans else []
 
     def _pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
     def _targets(self, samples: list[Sample]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
         """The targets of the samples' images, and which samples have none that can be used, and why."""

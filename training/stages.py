@@ -11,7 +11,9 @@ logger = logging.get_logger(__name__)
 # A component of a parameter's name -> the part of the model that it belongs to.
 PARTS = {
     "vision_tower": "vision_tower",
+    "encoders": "encoders",  # of the multi-encoder baseline: no stage trains them
     "multi_modal_projector": "projector",
+    "encoder_projectors": "projector",
     "language_model": "language_model",
     "lm_head": "language_model",
     "predictors": "predictors",

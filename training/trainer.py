@@ -36,6 +36,7 @@ class OlaVlmTrainer(Trainer):
             raise ValueError("average_tokens_across_devices must stay true: losses are sums over all ranks' counts")
         self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
+        self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
         # Sums of the logged losses, and the number of their "steps", since the last log.
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._new_bad_rows = 0  # since the last log
@@ -164,12 +165,12 @@ class OlaVlmTrainer(Trainer):
 
     def save_model(self, *args, **kwargs):
         """Every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
-        if self.stage.task_tokens == "queries" and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.writes_task_tokens and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
-        if self.stage.task_tokens == "queries" and state_dict is not None:  # of sharded weights
+        if self.writes_task_tokens and state_dict is not None:  # of sharded weights
             self.accelerator.unwrap_model(self.model).write_task_tokens(state_dict)
         super()._save(output_dir, state_dict)
 

@@ -1,0 +1,1 @@
+"""The paper's baselines: LLaVA with several vision encoders."""

@@ -1,0 +1,104 @@
+"""A multi-encoder LLaVA from a plain LLaVA and target encoders; checkpoints told apart."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import cached_file
+
+from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ..processing_ola_vlm import OlaVlmProcessor
+from ..targets.encoders import ENCODERS, ClipImageEncoder, DepthAnythingEncoder, OneFormerEncoder, TargetEncoder
+from .configuration_multi_encoder import MultiEncoderLlavaConfig
+from .modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
+from .processing_multi_encoder import MultiEncoderLlavaProcessor
+
+OURS = {"model_type", "tasks", "task_token_ids", "auto_map", "architectures", "transformers_version"}
+FIRST_LAYER = "model.multi_modal_projector.linear_1.weight"
+
+
+def classes_of(path: str | Path) -> tuple[type[PreTrainedModel], type[ProcessorMixin]]:
+    """Of a checkpoint's model and processor: a multi-encoder LLaVA's if it says so, else OLA-VLM's."""
+    config = cached_file(str(path), "config.json")  # None in a folder that has a processor only
+    of_baseline = MultiEncoderLlavaConfig.model_type
+    if config and json.loads(Path(config).read_text(encoding="utf-8")).get("model_type") == of_baseline:
+        return MultiEncoderLlavaForConditionalGeneration, MultiEncoderLlavaProcessor
+    return OlaVlmForConditionalGeneration, OlaVlmProcessor
+
+
+def multi_encoder_processor(
+    processor: OlaVlmProcessor, num_image_tokens: int, views: Sequence[dict] = ()
+) -> MultiEncoderLlavaProcessor:
+    options = {"chat_template": processor.chat_template, "image_token": processor.image_token}
+    options |= {"num_image_tokens": num_image_tokens, "views": views}
+    return MultiEncoderLlavaProcessor(processor.image_processor, processor.tokenizer, **options)
+
+
+def load_encoders(entries: dict[str, dict], length: int) -> dict[str, TargetEncoder]:
+    """The teachers of a recipe, for a base grid of `length` positions, in the recipe's order."""
+    encoders = {}
+    for name, entry in entries.items():
+        options = dict(entry)
+        kind, path = options.pop("encoder", None), options.pop("path", None)
+        if kind not in ENCODERS or path is None:
+            raise ValueError(f"teachers[{name!r}] is {entry}: give its path, and as encoder one of {list(ENCODERS)}")
+        encoders[name] = ENCODERS[kind].from_pretrained(path, grid=round(length**0.5), **options)
+    return encoders
+
+
+def trunk(encoder: TargetEncoder) -> tuple[PreTrainedModel, str]:
+    """The part of a teacher that its features are computed with, and which of its outputs they are."""
+    match encoder:
+        case ClipImageEncoder():
+            return encoder.model, "embedding"
+        case DepthAnythingEncoder():
+            return encoder.model.backbone, encoder.view["features"]
+        case OneFormerEncoder():
+            return encoder.model.model.pixel_level_module.encoder, "last"
+    raise ValueError(f"{encoder.name} can't be a part of the model: take clip_image, depth_anything or oneformer")
+
+
+def encoder_fields(name: str, encoder: TargetEncoder) -> dict:
+    """An entry of `config.encoders`."""
+    model, features = trunk(encoder)
+    config = model.config.to_diff_dict() | {"model_type": model.config.model_type}
+    config = {field: value for field, value in config.items() if field not in (*OURS - {"model_type"}, "dtype")}
+    size, dim = encoder.view["size"], encoder.target_dim
+    return {"name": name, "config": config, "size": size, "features": features, "dim": dim}
+
+
+@torch.no_grad()
+def build_multi_encoder(
+    llava: OlaVlmForConditionalGeneration,
+    processor: OlaVlmProcessor,
+    encoders: dict[str, TargetEncoder],
+    fusion: str,
+    num_tokens: int = 8,
+) -> tuple[MultiEncoderLlavaForConditionalGeneration, MultiEncoderLlavaProcessor]:
+    """
+    The multi-encoder LLaVA of `build_ola_vlm`'s model and processor without tasks, and target encoders in order.
+
+    Everything of LLaVA keeps its weights, its projector too, so that methods start alike; new are the columns of its
+    first layer for the encoders' channels (`fusion` "feature") or the encoders' own projectors ("token").
+    `num_tokens`: of each encoder, for "token". ValueError for tasks, no encoders or encoders that can't be a part.
+    """
+    if llava.config.tasks or not encoders:
+        raise ValueError("the multi-encoder baseline takes a LLaVA without tasks and at least one encoder (teachers)")
+    fields = {name: value for name, value in llava.config.to_dict().items() if name not in OURS}
+    parts = [encoder_fields(name, encoder) for name, encoder in encoders.items()]
+    config = MultiEncoderLlavaConfig(**fields, fusion=fusion, encoders=parts, num_encoder_tokens=num_tokens)
+    model = MultiEncoderLlavaForConditionalGeneration(config).to(llava.dtype)
+    weights = model.state_dict() | llava.state_dict()
+    if fusion == "feature":
+        base, new = llava.state_dict()[FIRST_LAYER], model.state_dict()[FIRST_LAYER]
+        weights[FIRST_LAYER] = torch.cat([base, new[:, base.shape[1] :]], dim=1)
+    for name, encoder in encoders.items():
+        prefix = f"model.encoders.{name}.model."
+        weights |= {prefix + key: value for key, value in trunk(encoder)[0].state_dict().items()}
+    model.load_state_dict(weights)
+    model.generation_config = llava.generation_config
+    seen = ("do_pad", "do_center_crop", "size", "image_mean", "image_std")
+    views = [{field: encoder.image_processor.to_dict()[field] for field in seen} for encoder in encoders.values()]
+    return model.eval(), multi_encoder_processor(processor, config.num_image_tokens, views)

@@ -1,0 +1,198 @@
+"""
+The multi-encoder LLaVA: the paper's baselines *feature concat* and *token concat* (arXiv 2412.09585, Table 1).
+
+It needs at inference what OLA-VLM needs in pre-training only: the target encoders, here frozen parts of the model.
+
+Shapes: N images, V positions of the base grid, Q of an encoder's (V, or 1 for an embedding), E its width, C width of
+the base features, S pixels a side, H LLM width.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    CLIPVisionModelWithProjection,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaMultiModalProjector
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+
+from .configuration_multi_encoder import MultiEncoderLlavaConfig
+
+# Custom code gets no checkpoint key conversion of its own.
+for ours, theirs in {"multi_encoder_llava": "llava", "MultiEncoderLlavaModel": "LlavaModel"}.items():
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+
+
+class FrozenEncoder(nn.Module):
+    """A target encoder's trunk, always in evaluation mode and without gradients."""
+
+    def __init__(self, fields: dict, grid: int):
+        """`fields`: an entry of `config.encoders`; `grid`: side of the base grid."""
+        super().__init__()
+        self.features, self.dim, self.grid = fields["features"], fields["dim"], grid
+        config, embeds = AutoConfig.for_model(**fields["config"]), self.features == "embedding"
+        self.model = CLIPVisionModelWithProjection(config) if embeds else AutoBackbone.from_config(config)
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        return super().train(False)  # some drop paths at random in training
+
+    @torch.no_grad()
+    def forward(self, pixels_N3SS: Tensor) -> Tensor:
+        """(N, Q, E): what `targets.encoders` gives for the same pixels."""
+        pixels = pixels_N3SS.to(self.model.dtype)
+        if len(pixels) == 0:  # not every encoder takes none
+            return pixels.new_zeros(0, 1 if self.features == "embedding" else self.grid**2, self.dim)
+        if self.features == "embedding":
+            return self.model(pixels).image_embeds[:, None]
+        maps = self.model(pixels).feature_maps
+        chosen = torch.stack(maps).mean(0) if self.features == "mean" else maps[-1]
+        if chosen.ndim == 3:
+            return chosen[:, 1:]  # without the class token
+        resized = F.interpolate(chosen, size=self.grid, mode="bilinear", align_corners=False)
+        return resized.flatten(2).transpose(1, 2)
+
+
+def make_projector(config: MultiEncoderLlavaConfig, width: int) -> LlavaMultiModalProjector:
+    """LLaVA's two layers for features of another width."""
+    projector = LlavaMultiModalProjector(config)
+    projector.linear_1 = nn.Linear(width, projector.linear_1.out_features, bias=config.multimodal_projector_bias)
+    return projector
+
+
+class MultiEncoderLlavaModel(LlavaModel):
+    """
+    LLaVA's backbone whose images go through several encoders.
+
+    `pixel_values` (N, P) hold every encoder's own view of an image, flattened, one after the other, the base
+    encoder's first: P is the sum of 3 * S * S. `MultiEncoderLlavaProcessor` makes them.
+    """
+
+    config_class = MultiEncoderLlavaConfig
+    config: MultiEncoderLlavaConfig
+
+    def __init__(self, config: MultiEncoderLlavaConfig):
+        super().__init__(config)
+        grid = math.isqrt(config.image_seq_length)
+        self.encoders = nn.ModuleDict({fields["name"]: FrozenEncoder(fields, grid) for fields in config.encoders})
+        widths = {name: encoder.dim for name, encoder in self.encoders.items()}
+        self.base_dim = self.multi_modal_projector.linear_1.in_features
+        if config.fusion == "feature":
+            self.multi_modal_projector = make_projector(config, self.base_dim + sum(widths.values()))
+        else:
+            projectors = {name: make_projector(config, width) for name, width in widths.items()}
+            self.encoder_projectors = nn.ModuleDict(projectors)
+        self.post_init()
+
+    def views(self, pixel_values: Tensor) -> list[Tensor]:
+        """(N, 3, S, S) for the base encoder and each of the others. ValueError if the pixels aren't theirs."""
+        sizes = [self.config.vision_config.image_size, *(encoder["size"] for encoder in self.config.encoders)]
+        lengths = [3 * size * size for size in sizes]
+        if pixel_values.ndim != 2 or pixel_values.shape[1] != sum(lengths):
+            expected = f"the views of encoders that see {sizes} pixels a side are (N, {sum(lengths)})"
+            found = f"pixel_values have shape {tuple(pixel_values.shape)}"
+            raise ValueError(f"{found}, {expected}: take the checkpoint's own processor.")
+        parts = pixel_values.split(lengths, dim=1)
+        return [part.unflatten(1, (3, size, size)) for part, size in zip(parts, sizes, strict=True)]
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ):
+        """The vision tower's output; in its `pooler_output` each image's tokens for the LLM, a list of (T, H)."""
+        base, *views = self.views(pixel_values)
+        if len(base) > 0:
+            layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+            outputs = self.vision_tower(base, output_hidden_states=layers, return_dict=True)
+            first = 1 if vision_feature_select_strategy == "default" else 0  # without the class token
+            features_NVC = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
+        else:  # the projectors run on no rows, so that their gradients are zeros, not None (DDP)
+            outputs, weight = BaseModelOutputWithPooling(), self.multi_modal_projector.linear_1.weight
+            features_NVC = weight.new_zeros(0, self.config.image_seq_length, self.base_dim)
+        others = {name: self.encoders[name](view) for name, view in zip(self.encoders, views, strict=True)}
+        if self.config.fusion == "feature":
+            repeated = [other_NQE.expand(-1, features_NVC.shape[1], -1) for other_NQE in others.values()]
+            tokens_NTH = self.multi_modal_projector(torch.cat([features_NVC, *repeated], dim=-1))
+        else:
+            tokens = [self.multi_modal_projector(features_NVC)]
+            for name, other_NQE in others.items():  # pooling also repeats a single embedding
+                pooled = F.adaptive_avg_pool1d(other_NQE.transpose(1, 2), self.config.num_encoder_tokens)
+                tokens.append(self.encoder_projectors[name](pooled.transpose(1, 2)))
+            tokens_NTH = torch.cat(tokens, dim=1)
+        outputs.pooler_output = list(tokens_NTH) if len(base) > 0 else [tokens_NTH]
+        return outputs
+
+
+class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA with several encoders. Generation, loss and cache are LLaVA's."""
+
+    config_class = MultiEncoderLlavaConfig
+    config: MultiEncoderLlavaConfig
+
+    def __init__(self, config: MultiEncoderLlavaConfig):
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = MultiEncoderLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.never_emitted = [config.image_token_id]
+        self.generation_config.suppress_tokens = self.never_emitted
+        self.post_init()
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """Also takes the names that `save_pretrained` writes: `Trainer` resumes from its files through this method."""
+        renamings = [t for t in get_model_conversion_mapping(self) if isinstance(t, WeightRenaming)]
+        renamed = {rename_source_key(name, renamings, [])[0]: value for name, value in state_dict.items()}
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        supervised_logits_only: bool = False,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """LLaVA's forward. `supervised_logits_only=True`, as OLA-VLM's, needs `labels`: the same loss, but `logits`
+        (S, vocabulary) of those S positions only whose next token has a label."""
+        kwargs |= {"input_ids": input_ids, "pixel_values": pixel_values, "inputs_embeds": inputs_embeds}
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        if not supervised_logits_only:
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        if labels is None:
+            raise ValueError("supervised_logits_only=True leaves no logits without labels: pass labels.")
+        states = self.model(**kwargs).last_hidden_state
+        next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        logits = self.lm_head(states[next_labels != -100])
+        kwargs |= {"vocab_size": self.config.text_config.vocab_size, "shift_labels": next_labels[next_labels != -100]}
+        return LlavaCausalLMOutputWithPast(loss=self.loss_function(logits, labels, **kwargs), logits=logits)
+
+    def generate(self, *args, **kwargs):
+        """LLaVA's, never emitting image tokens, even with a generation config that came without ours."""
+        kwargs.setdefault("suppress_tokens", self.never_emitted)
+        return super().generate(*args, **kwargs)
+
+
+MultiEncoderLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+__all__ = ["MultiEncoderLlavaForConditionalGeneration", "MultiEncoderLlavaModel"]
