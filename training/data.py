@@ -33,12 +33,13 @@ TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E
 
 class Encoded(NamedTuple):
     """Token ids of a row, images expanded; its labels; how many of its images they hold; its length if it were not
-    truncated."""
+    truncated; the chat as text, images not expanded."""
 
     ids: np.ndarray
     labels: np.ndarray
     num_images: int
     full_length: int
+    text: str
 
 
 class Sample(NamedTuple):
@@ -87,10 +88,7 @@ class OlaVlmCollator:
         self.drop_bad_rows = drop_bad_rows
         self.target_sources = target_sources or {}
         self.target_shapes = {task["name"]: (task["target_length"], task["target_dim"]) for task in tasks}
-        blank = self._pixel_values([Image.new("RGB", (8, 8))])
-        self.no_pixel_values = blank[:0]
-        expansion = processor.replace_image_token({"pixel_values": blank}, 0)
-        self.image_ids = np.array(tokenizer(expansion, add_special_tokens=False)["input_ids"])
+        self.image_ids = self._expand_image()
         self.end_of_turn = ""
         self.end_of_turn = self._check_template()
 
@@ -104,24 +102,29 @@ class OlaVlmCollator:
                 if not self.drop_bad_rows:
                     raise BadRow(bad_row.kind, named) from bad_row
                 bad_rows.append(named)
-        targets, wrong = self._targets(samples)
+        batch, wrong = self._batch(samples)
         while wrong:
             bad_rows += [f"row {samples[i].id}: {reason}" for i, reason in wrong.items()]
             samples = [sample for i, sample in enumerate(samples) if i not in wrong]
-            targets, wrong = self._targets(samples)
+            batch, wrong = self._batch(samples)
+        return {**batch, "row_ids": [sample.id for sample in samples], "bad_rows": bad_rows}
+
+    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, str]]:
+        """The tensors of a batch, or which samples can't be used, and why."""
+        targets, wrong = self._targets(samples)
+        if wrong:
+            return {}, wrong
         pad = self.processor.tokenizer.pad_token_id
         ids = [sample.encoded.ids for sample in samples] or [np.array([pad, pad])]
         labels = [sample.encoded.labels for sample in samples] or [np.array([IGNORE_INDEX, IGNORE_INDEX])]
         images = [image for sample in samples for image in sample.images]
-        return {
+        tensors = {
             "input_ids": _pad(ids, pad),
             "attention_mask": _pad([np.ones_like(row) for row in ids], 0),
             "labels": _pad(labels, IGNORE_INDEX),
             "pixel_values": self._pixel_values(images) if images else self.no_pixel_values,
-            "targets": targets,
-            "row_ids": [sample.id for sample in samples],
-            "bad_rows": bad_rows,
         }
+        return {**tensors, "targets": targets}, {}
 
     def prepare(self, row: dict) -> Sample:
         """The row ready for a batch but for its targets. Raises `BadRow`."""
@@ -165,7 +168,14 @@ class OlaVlmCollator:
             ids, labels, is_image, sizes = ids[:kept], labels[:kept], is_image[:kept], sizes[:kept]
         ids, labels, num_images = ids.repeat(sizes), labels.repeat(sizes), int(is_image.sum())
         ids[is_image.repeat(sizes)] = np.tile(self.image_ids, num_images)
-        return Encoded(ids, labels, num_images, full_length)
+        return Encoded(ids, labels, num_images, full_length, text)
+
+    def _expand_image(self) -> np.ndarray:
+        """The ids that an image's placeholder becomes."""
+        blank = self._pixel_values([Image.new("RGB", (8, 8))])
+        self.no_pixel_values = blank[:0]
+        expansion = self.processor.replace_image_token({"pixel_values": blank}, 0)
+        return np.array(self.processor.tokenizer(expansion, add_special_tokens=False)["input_ids"])
 
     def _check_template(self) -> str:
         """What the chat template writes after an answer, end of turn; ValueError if it can't be trained with."""

@@ -9,15 +9,23 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# A component of a parameter's name -> the part of the model that it belongs to.
+# A component of a parameter's name -> the part of the model that it belongs to; the first one here counts, as a part's
+# name may have several (Qwen's "visual.merger" is the projector in the tower). More than LLaVA's: of attached models.
 PARTS = {
-    "vision_tower": "vision_tower",
-    "multi_modal_projector": "projector",
-    "language_model": "language_model",
-    "lm_head": "language_model",
     "predictors": "predictors",
     "queries": "queries",
     "logit_scales": "logit_scales",
+    "multi_modal_projector": "projector",
+    "connector": "projector",
+    "merger": "projector",
+    "deepstack_merger_list": "projector",
+    "image_newline": "projector",
+    "vision_tower": "vision_tower",
+    "vision_model": "vision_tower",
+    "visual": "vision_tower",
+    "language_model": "language_model",
+    "text_model": "language_model",
+    "lm_head": "language_model",
 }
 
 
@@ -49,7 +57,10 @@ def apply_stage(model: nn.Module, name: str) -> Stage:
     stage = STAGES[name]
     trained, frozen = Counter(), Counter()
     for parameter_name, parameter in model.named_parameters():
-        part = next(PARTS[component] for component in parameter_name.split(".") if component in PARTS)
+        components = parameter_name.split(".")
+        part = next((part for component, part in PARTS.items() if component in components), None)
+        if part is None:
+            raise ValueError(f"which part is {parameter_name}? Add a component of its name to training.stages.PARTS")
         parameter.requires_grad_(part in stage.trains)
         (trained if parameter.requires_grad else frozen)[part] += parameter.numel()
     model.task_tokens_from_queries = stage.task_tokens == "queries"

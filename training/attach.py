@@ -1,0 +1,293 @@
+"""The method on any image-text-to-text model of transformers: tasks and predictors attached to it, taken off again.
+
+The model stays what it is: the same weights, names, logits and `generate`. Shapes as in `modeling_ola_vlm`; the number
+of an image's tokens differs from image to image, so which token belongs to which image comes with the batch
+(`image_owner`), from the processor itself.
+"""
+
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..configuration_ola_vlm import normalize_task, task_token_strings
+from ..modeling_ola_vlm import (
+    EmbeddingPredictor,
+    ImageLayout,
+    OlaVlmCausalLMOutputWithPast,
+    OlaVlmForConditionalGeneration,
+)
+from .data import IGNORE_INDEX, OlaVlmCollator, Sample
+from .rows import BadRow
+
+PREDICTORS_FILE = "predictors.safetensors"
+OWN = ("predictors", "queries", "logit_scales")  # what is added to the model, with the names of OLA-VLM's own
+
+
+class AttachedPredictors:
+    """Mixed into a model's class by `attach_predictors`: `output_predictions=True` in `forward`, and two files in a
+    checkpoint, the model's own and `PREDICTORS_FILE`."""
+
+    accepts_loss_kwargs = True  # the loss is ours, so that accumulated micro-batches count by their tokens
+    task_tokens_from_queries = False
+    task_token_embeddings = OlaVlmForConditionalGeneration.task_token_embeddings
+    write_task_tokens = OlaVlmForConditionalGeneration.write_task_tokens
+
+    def forward(
+        self,
+        *args,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+        image_owner: Tensor | None = None,
+        output_predictions: bool = False,
+        **kwargs,
+    ):
+        """
+        The model's own, with the loss of the next tokens. `output_predictions=True` returns an
+        `OlaVlmCausalLMOutputWithPast` of `loss`, `logits`, `predictions` and `logit_scales`; it needs, by name,
+        `input_ids`, `attention_mask` and `image_owner` (B, T): the number of the image that a token belongs to,
+        counted through the batch, -1 for none (`AttachedCollator`).
+        """
+        if output_predictions:
+            if image_owner is None or not kwargs.keys() >= {"input_ids", "attention_mask"}:
+                needs = "input_ids, attention_mask and image_owner by name, as AttachedCollator gives them"
+                raise ValueError(f"output_predictions=True needs {needs}")
+            layers = {layer for task in self.config.tasks for layer in task["layers"]}
+            kwargs["output_hidden_states"] = sorted(layers)
+        with self._task_tokens_from_queries():
+            outputs = super().forward(*args, **kwargs)
+        if labels is not None:
+            candidates = outputs.logits
+            if never := self.config.task_token_ids:  # inputs only: their rows in the head neither learn nor disturb
+                never = torch.tensor(never, device=candidates.device)
+                candidates = candidates.index_fill(-1, never, torch.finfo(candidates.dtype).min)
+            count = {"vocab_size": candidates.shape[-1], "num_items_in_batch": num_items_in_batch}
+            outputs["loss"] = self.loss_function(logits=candidates, labels=labels, **count)
+        if not output_predictions:
+            return outputs
+        layout = image_layout(image_owner, kwargs["input_ids"], kwargs["attention_mask"], self.config)
+        return OlaVlmCausalLMOutputWithPast(
+            loss=outputs["loss"] if labels is not None else None,
+            logits=outputs.logits,
+            predictions=self.predict_embeddings(outputs.hidden_states, layout),
+            logit_scales={name: scale[0] for name, scale in self.logit_scales.items()},
+        )
+
+    def predict_embeddings(self, hidden_states: tuple, layout: ImageLayout) -> dict[str, dict[int, Tensor]]:
+        """predictions[task][layer] (N, Q, E) from `hidden_states[layer]` (B, T, H)."""
+        predictions = {}
+        for task in self.config.tasks:
+            name, key_mask_NT, predictions[task["name"]] = task["name"], layout.key_mask(task), {}
+            for layer in task["layers"]:
+                states_BTH, queries = hidden_states[layer], None
+                if task["num_task_tokens"] > 0 and task["target_length"] > 1:
+                    queries = self.queries[name][None]
+                elif task["num_task_tokens"] > 0:
+                    queries = states_BTH[layout.sample_N[:, None], layout.task_columns_NK[name]]
+                predictor = self.predictors[name][str(layer)]
+                predictions[name][layer] = predictor(states_BTH, queries, layout.sample_N, key_mask_NT)
+        return predictions
+
+    @contextmanager
+    def _task_tokens_from_queries(self):
+        """In it, the embeddings of the task tokens are those of the query tables, if this stage wants so."""
+        if not (self.task_tokens_from_queries and self.config.task_token_ids):
+            yield
+            return
+        table = self.task_token_embeddings()
+
+        def replace(module, args, embeds_BTH):
+            match_BTK = args[0][..., None] == torch.tensor(self.config.task_token_ids, device=args[0].device)
+            own_BTH = table.to(embeds_BTH.dtype)[match_BTK.int().argmax(-1)]
+            return torch.where(match_BTK.any(-1, keepdim=True), own_BTH, embeds_BTH)
+
+        handle = self.get_input_embeddings().register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
+        """A checkpoint of the model's own class, and `PREDICTORS_FILE` beside it."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        own = {name: value for name, value in state_dict.items() if name.split(".")[0] in OWN}
+        plain = {name: value for name, value in state_dict.items() if name not in own}
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
+        if is_main_process:
+            own = {name: value.cpu().contiguous() for name, value in own.items()}
+            save_file(own, Path(save_directory) / PREDICTORS_FILE, metadata={"format": "pt"})
+
+    def load_checkpoint(self, folder: str | Path):
+        """All weights from a folder that `save_pretrained` wrote, by the model's own class, which knows the names in
+        its files."""
+        plain = type(self).__bases__[1].from_pretrained(folder, dtype=self.dtype)
+        self.load_state_dict(plain.state_dict() | load_file(Path(folder) / PREDICTORS_FILE))
+
+
+def attach_predictors(
+    model: PreTrainedModel,
+    tasks: list[dict],
+    processor: ProcessorMixin | None = None,
+    checkpoint: str | Path | None = None,
+) -> PreTrainedModel:
+    """
+    Gives `model`, in place, an embedding predictor for each task and layer; returns it.
+
+    Args:
+        model: decoder-only, any that `AutoModelForImageTextToText` loads.
+        tasks: `normalize_task`'s dicts; `config.tasks` from then on, also in the saved configuration.
+        processor: needed for task tokens (`num_task_tokens` > 0) only, which join its tokenizer and its chat
+            template, behind each image, and the model's vocabulary. Save it with the model.
+        checkpoint: folder of `save_pretrained`, whose predictors are loaded; random ones without it.
+    """
+    base, text = type(model), model.config.get_text_config()
+    if isinstance(model, AttachedPredictors):
+        raise ValueError("the model has predictors already: detach_predictors takes them off")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{base.__name__} has an encoder for its text: take a decoder-only model")
+    tasks = [normalize_task(task, text.hidden_size, text.num_hidden_layers) for task in tasks]
+    names = [task["name"] for task in tasks]
+    if not tasks or len(set(names)) < len(names):
+        raise ValueError(f"tasks are {names}: give one or more, each with its own name")
+    token_ids = _add_task_tokens(model, processor, task_token_strings(tasks))
+
+    model.predictors, model.queries, model.logit_scales = nn.ModuleDict(), nn.ParameterDict(), nn.ParameterDict()
+    for task in tasks:
+        layers = {str(layer): EmbeddingPredictor(task, text.hidden_size) for layer in task["layers"]}
+        model.predictors[task["name"]] = nn.ModuleDict(layers)
+        model.logit_scales[task["name"]] = nn.Parameter(torch.full((1,), 2.0))
+        if task["num_task_tokens"] > 0:
+            rows = max(task["target_length"], task["num_task_tokens"])
+            model.queries[task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
+    own = nn.ModuleDict({name: getattr(model, name) for name in OWN}).to(model.device, model.dtype)
+    if checkpoint is not None:
+        own.load_state_dict(load_file(Path(checkpoint) / PREDICTORS_FILE))
+
+    @wraps(base.forward)  # its signature, which `generate` and the trainer look at
+    def forward(self, *args, **kwargs):
+        return AttachedPredictors.forward(self, *args, **kwargs)
+
+    # A class of the same name, as torch's `fully_shard` makes one: it is written into checkpoints, and transformers
+    # looks up by it which states a model records and how its files' names are converted.
+    place = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    model.__class__ = type(base.__name__, (AttachedPredictors, base), {**place, "forward": forward})
+    model.config.tasks, model.config.task_token_ids = tasks, token_ids
+    return model
+
+
+def detach_predictors(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of its own class again, in place; with the rows of task tokens if there were any."""
+    if AttachedPredictors not in type(model).__bases__:
+        raise ValueError(f"{type(model).__name__} has no predictors, or is sharded")
+    model.__class__ = type(model).__bases__[1]
+    for name in OWN:
+        delattr(model, name)
+    del model.config.tasks, model.config.task_token_ids
+    return model
+
+
+def _add_task_tokens(model: PreTrainedModel, processor: ProcessorMixin | None, tokens: list[str]) -> list[int]:
+    """Their ids. In the chat template they follow the image's placeholder: as ordinary text between the image's
+    tokens and what the template writes after it, so positions in several dimensions (M-RoPE) run on as for words."""
+    if not tokens:
+        return []
+    if processor is None:
+        raise ValueError("task tokens need the processor, to write them after each image: give it")
+    image, joined = processor.image_token, "".join(tokens)
+    template = processor.chat_template or processor.tokenizer.chat_template or ""
+    if joined not in template:  # saved with an attached model, it has them
+        if image not in template:
+            raise ValueError(f"the chat template doesn't spell out {image}: write {joined} after each image in it")
+        processor.chat_template = template.replace(image, image + joined)
+    processor.tokenizer.add_tokens(tokens, special_tokens=True)
+    ids = processor.tokenizer.convert_tokens_to_ids(tokens)
+    if max(ids) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    never = {*(model.generation_config.suppress_tokens or []), *ids}
+    model.generation_config.suppress_tokens = sorted(never)
+    return ids
+
+
+def image_layout(image_owner: Tensor, input_ids: Tensor, attention_mask: Tensor, config) -> ImageLayout:
+    """Where the images are, from `image_owner` (B, T); tokens beside the pixels' that belong to an image (tags of
+    tiles) count as its own. ValueError if an image has no token or lacks its task tokens."""
+    numbers_N = torch.arange(int(image_owner.max()) + 1, device=image_owner.device)
+    is_first_NP = image_owner.flatten() == numbers_N[:, None]
+    if not bool(is_first_NP.any(1).all()):
+        raise ValueError(f"image_owner names {len(numbers_N)} images, but not each of them has a token")
+    # OLA-VLM's rules for words and task tokens, with one token standing for each image.
+    ids = input_ids.masked_fill(image_owner >= 0, -1)
+    ids.view(-1)[is_first_NP.int().argmax(1)] = -2
+    stand_in = SimpleNamespace(image_token_id=-2, task_token_ids=config.task_token_ids, tasks=config.tasks)
+    layout = ImageLayout.find(ids, attention_mask, len(numbers_N), stand_in)
+    owner_NT = image_owner[layout.sample_N]
+    for group in ("system", "text"):
+        layout.groups_NT[group] &= owner_NT < 0
+    layout.groups_NT["image"] = owner_NT == numbers_N[:, None]
+    return layout
+
+
+class AttachedCollator(OlaVlmCollator):
+    """Rows -> a batch by any processor of transformers, right-padded, labels on the assistant's spans.
+
+    What the processor returns goes to the model as it is (`image_grid_thw`, `pixel_attention_mask`, `image_sizes`,
+    ...), with `labels` and `image_owner` (B, T): the images are found where the processor says that it put them, so it
+    does not matter how many runs of tokens, tags and tiles it makes of one. A batch without images has no
+    `pixel_values`. `square`: pad each image to a square with the processor's mean colour before it is given to it, the
+    square that the teachers see. The other arguments and results are `OlaVlmCollator`'s; `max_length` counts image
+    tokens, but `check_text`, before images are opened, counts each image as one.
+    """
+
+    def __init__(self, processor, target_sources=None, tasks=(), max_length=None, drop_bad_rows=False, square=True):
+        super().__init__(processor, target_sources, tasks, max_length, drop_bad_rows=drop_bad_rows)
+        self.square = square
+
+    def _expand_image(self) -> np.ndarray:
+        return np.array([self.processor.image_token_id])
+
+    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, str]]:
+        tokenizer, encoded = self.processor.tokenizer, [sample.encoded for sample in samples]
+        texts = [row.text for row in encoded] or [tokenizer.pad_token * 2]
+        images = [[self._view(image) for image in sample.images] for sample in samples]
+        batch = self.processor(
+            text=texts,
+            images=images if any(images) else None,
+            padding=True,
+            add_special_tokens=not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)),
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            text_kwargs={"padding_side": "right"},
+            images_kwargs={"return_tensors": "pt"},
+        )
+        begins, ends = np.array(batch.pop("offset_mapping")).transpose(2, 0, 1)
+        replaced = batch.pop("text_replacement_offsets", [()] * len(texts))
+        batch.convert_to_tensors("pt")
+        ids, attended = batch["input_ids"].numpy(), batch["attention_mask"].numpy() == 1
+        owner, labels, number = np.full_like(ids, -1), np.full_like(ids, IGNORE_INDEX), 0
+        for i, row in enumerate(encoded):
+            for start, stop in (one["new_span"] for one in replaced[i]):
+                owner[i, (begins[i] < stop) & (ends[i] > start)], number = number, number + 1
+            words, its_words = attended[i] & (owner[i] < 0), row.ids != self.processor.image_token_id
+            if len(replaced[i]) != row.num_images or not np.array_equal(ids[i, words], row.ids[its_words]):
+                name = type(self.processor).__name__
+                raise ValueError(f"{name} changes more of a text than its images, which is not supported")
+            labels[i, words] = row.labels[its_words]
+        lengths = attended.sum(1).tolist()
+        too_long = {i: n for i, n in enumerate(lengths[: len(samples)]) if self.max_length and n > self.max_length}
+        wrong = {i: f"{n} tokens, more than max_length={self.max_length}" for i, n in too_long.items()}
+        if wrong and not self.drop_bad_rows:
+            raise BadRow("too_long", "; ".join(f"row {samples[i].id}: {reason}" for i, reason in wrong.items()))
+        targets, without = ({}, wrong) if wrong else self._targets(samples)
+        tensors = {"image_owner": torch.from_numpy(owner), "labels": torch.from_numpy(labels)}
+        return {**batch, **tensors, "targets": targets}, without
+
+    def _view(self, image: Image.Image) -> Image.Image:
+        colour = tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
+        return ImageOps.pad(image, (max(image.size),) * 2, color=colour) if self.square else image
