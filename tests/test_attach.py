@@ -1,16 +1,24 @@
 """Tasks and predictors on models of other families, each sample with its own number of image tokens."""
 
 import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import encode, random_image, random_rows, tiny_tasks
+from tiny_teachers import GRID, save_depth_anything
 from tiny_vlms import FAMILIES
-from training_helpers import Interrupt, losses, target_source, weights
+from training_helpers import Interrupt, llava_sample, losses, target_source, weights, write_llava
 from transformers import LlavaForConditionalGeneration
 
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.attach import AttachedCollator, attach_predictors, detach_predictors, image_layout
+from ola_vlm.training.attach import attach_predictors, detach_predictors, image_layout
+from ola_vlm.training.data import AttachedCollator
 from ola_vlm.training.rows import BadRow
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.trainer import OlaVlmTrainer
@@ -57,10 +65,17 @@ def make_trainer(model, processor, folder, images=IMAGES * 2, stage="pretrain", 
     return OlaVlmTrainer(model, args, train_dataset=make_rows(images), callbacks=list(callbacks), **options)
 
 
-def embedding_losses(trainer: OlaVlmTrainer, batch: dict) -> torch.Tensor:
-    """Loss of a batch, with the embedding losses, as the trainer has it."""
-    trainer.model.train()
-    return trainer.compute_loss(trainer.model, batch)
+def run_ranks(out: Path, ranks: int):
+    """Three SGD steps of 4 rows; the second of two ranks has text only."""
+    for family in FAMILIES:
+        model, processor = make(family)
+        apply_stage(model, "pretrain")
+        options = {"optim": "sgd", "learning_rate": 0.1, "train_sampling_strategy": "sequential"}
+        options |= {"per_device_train_batch_size": 4 // ranks, "ddp_find_unused_parameters": True}
+        trainer = make_trainer(model, processor, out, images=[1, 2, 0, 0] * 3, **options)
+        trainer.train()
+        if trainer.args.should_save:
+            torch.save({"losses": losses(trainer), "weights": weights(model)}, out / f"{family}-{ranks}.pt")
 
 
 @every_family
@@ -340,7 +355,23 @@ def test_the_student_sees_the_teachers_square():
     assert make_collator(model, processor, square=False)(rows)["image_grid_thw"].tolist() == [[1, 2, 6]]
 
 
-def test_what_it_refuses(make_model):
+@pytest.mark.parametrize("fault", ["rewrites", "does not tell"])
+def test_a_processor_that_does_as_it_likes_is_refused(fault, monkeypatch):
+    model, processor = make("qwen2_5_vl")
+    own = type(processor).get_text_with_replacements
+
+    def replace(self, *args, **kwargs):
+        texts, offsets = own(self, *args, **kwargs)
+        return ([text + " b" for text in texts], offsets) if fault == "rewrites" else (texts, [])
+
+    monkeypatch.setattr(type(processor), "get_text_with_replacements", replace)
+    with pytest.raises(
+        ValueError, match="Qwen2_5_VLProcessor changes more of a text than its images, or doesn't tell"
+    ):
+        make_collator(model, processor)(make_rows([1]))
+
+
+def test_what_it_refuses():
     model, processor = make("qwen2_5_vl")
     with pytest.raises(ValueError, match="has predictors already"):
         attach_predictors(model, tasks_of())
@@ -362,3 +393,47 @@ def test_what_it_refuses(make_model):
     attach_predictors(model, tasks_of())
     with pytest.raises(ValueError, match="which part is aligner"):
         apply_stage(model, "pretrain")
+
+
+def test_two_processes_equal_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "timeout": 300, "env": environment}
+    done = subprocess.run([*command, __file__, str(tmp_path)], **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(tmp_path, ranks=1)
+    for family in FAMILIES:
+        one, two = (torch.load(tmp_path / f"{family}-{ranks}.pt") for ranks in (1, 2))
+        for step, expected in zip(two["losses"], one["losses"], strict=True):
+            assert step == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        for name, value in two["weights"].items():
+            torch.testing.assert_close(value, one["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_documents_example_runs(tmp_path, monkeypatch):
+    model, processor = FAMILIES["qwen2_5_vl"]()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    save_depth_anything(tmp_path / "teacher")
+    samples = [llava_sample(0), llava_sample(1, image=None), llava_sample(2, image="b.png")]
+    write_llava(tmp_path, samples, ["a.png", "b.png"])
+    page = (Path(__file__).parents[1] / "docs" / "your_own_vlm.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    smaller = {"Qwen/Qwen2.5-VL-3B-Instruct": "model", "depth-anything/Depth-Anything-V2-Small-hf": "teacher"}
+    smaller |= {"[12, 24]": "[2, 4]", "576": str(GRID**2), "384": "32", "max_steps=1000": "max_steps=2, use_cpu=True"}
+    for old, new in smaller.items():
+        assert old in example
+        example = example.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert type(names["model"]) is type(model)
+    assert len(losses(names["trainer"])) == 0 < names["trainer"].state.global_step == 2
+    assert (tmp_path / "runs" / "qwen" / "predictors.safetensors").exists()
+    config = json.loads((tmp_path / "runs" / "qwen" / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__] and config["tasks"][0]["layers"] == [2, 4]
+
+
+if __name__ == "__main__":
+    run_ranks(Path(sys.argv[1]), ranks=2)
+    torch.distributed.destroy_process_group()

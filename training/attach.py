@@ -5,14 +5,12 @@ of an image's tokens differs from image to image, so which token belongs to whic
 (`image_owner`), from the processor itself.
 """
 
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
@@ -24,8 +22,6 @@ from ..modeling_ola_vlm import (
     OlaVlmCausalLMOutputWithPast,
     OlaVlmForConditionalGeneration,
 )
-from .data import IGNORE_INDEX, OlaVlmCollator, Sample
-from .rows import BadRow
 
 PREDICTORS_FILE = "predictors.safetensors"
 OWN = ("predictors", "queries", "logit_scales")  # what is added to the model, with the names of OLA-VLM's own
@@ -53,7 +49,7 @@ class AttachedPredictors:
         The model's own, with the loss of the next tokens. `output_predictions=True` returns an
         `OlaVlmCausalLMOutputWithPast` of `loss`, `logits`, `predictions` and `logit_scales`; it needs, by name,
         `input_ids`, `attention_mask` and `image_owner` (B, T): the number of the image that a token belongs to,
-        counted through the batch, -1 for none (`AttachedCollator`).
+        counted through the batch, -1 for none (`data.AttachedCollator`).
         """
         if output_predictions:
             if image_owner is None or not kwargs.keys() >= {"input_ids", "attention_mask"}:
@@ -61,7 +57,10 @@ class AttachedPredictors:
                 raise ValueError(f"output_predictions=True needs {needs}")
             layers = {layer for task in self.config.tasks for layer in task["layers"]}
             kwargs["output_hidden_states"] = sorted(layers)
-        with self._task_tokens_from_queries():
+        hook = nullcontext()
+        if self.task_tokens_from_queries and self.config.task_token_ids:  # the tables learn from the language model
+            hook = self.get_input_embeddings().register_forward_hook(self._task_tokens_hook())
+        with hook:
             outputs = super().forward(*args, **kwargs)
         if labels is not None:
             candidates = outputs.logits
@@ -95,12 +94,7 @@ class AttachedPredictors:
                 predictions[name][layer] = predictor(states_BTH, queries, layout.sample_N, key_mask_NT)
         return predictions
 
-    @contextmanager
-    def _task_tokens_from_queries(self):
-        """In it, the embeddings of the task tokens are those of the query tables, if this stage wants so."""
-        if not (self.task_tokens_from_queries and self.config.task_token_ids):
-            yield
-            return
+    def _task_tokens_hook(self):
         table = self.task_token_embeddings()
 
         def replace(module, args, embeds_BTH):
@@ -108,11 +102,7 @@ class AttachedPredictors:
             own_BTH = table.to(embeds_BTH.dtype)[match_BTK.int().argmax(-1)]
             return torch.where(match_BTK.any(-1, keepdim=True), own_BTH, embeds_BTH)
 
-        handle = self.get_input_embeddings().register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return replace
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """A checkpoint of the model's own class, and `PREDICTORS_FILE` beside it."""
@@ -158,17 +148,18 @@ def attach_predictors(
         raise ValueError(f"tasks are {names}: give one or more, each with its own name")
     token_ids = _add_task_tokens(model, processor, task_token_strings(tasks))
 
-    model.predictors, model.queries, model.logit_scales = nn.ModuleDict(), nn.ParameterDict(), nn.ParameterDict()
+    own = nn.ModuleDict({name: nn.ModuleDict() if name == "predictors" else nn.ParameterDict() for name in OWN})
     for task in tasks:
         layers = {str(layer): EmbeddingPredictor(task, text.hidden_size) for layer in task["layers"]}
-        model.predictors[task["name"]] = nn.ModuleDict(layers)
-        model.logit_scales[task["name"]] = nn.Parameter(torch.full((1,), 2.0))
+        own["predictors"][task["name"]] = nn.ModuleDict(layers)
+        own["logit_scales"][task["name"]] = nn.Parameter(torch.full((1,), 2.0))
         if task["num_task_tokens"] > 0:
             rows = max(task["target_length"], task["num_task_tokens"])
-            model.queries[task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
-    own = nn.ModuleDict({name: getattr(model, name) for name in OWN}).to(model.device, model.dtype)
+            own["queries"][task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
     if checkpoint is not None:
         own.load_state_dict(load_file(Path(checkpoint) / PREDICTORS_FILE))
+    for name, module in own.to(model.device, model.dtype).items():
+        model.add_module(name, module)
 
     @wraps(base.forward)  # its signature, which `generate` and the trainer look at
     def forward(self, *args, **kwargs):
@@ -232,62 +223,3 @@ def image_layout(image_owner: Tensor, input_ids: Tensor, attention_mask: Tensor,
         layout.groups_NT[group] &= owner_NT < 0
     layout.groups_NT["image"] = owner_NT == numbers_N[:, None]
     return layout
-
-
-class AttachedCollator(OlaVlmCollator):
-    """Rows -> a batch by any processor of transformers, right-padded, labels on the assistant's spans.
-
-    What the processor returns goes to the model as it is (`image_grid_thw`, `pixel_attention_mask`, `image_sizes`,
-    ...), with `labels` and `image_owner` (B, T): the images are found where the processor says that it put them, so it
-    does not matter how many runs of tokens, tags and tiles it makes of one. A batch without images has no
-    `pixel_values`. `square`: pad each image to a square with the processor's mean colour before it is given to it, the
-    square that the teachers see. The other arguments and results are `OlaVlmCollator`'s; `max_length` counts image
-    tokens, but `check_text`, before images are opened, counts each image as one.
-    """
-
-    def __init__(self, processor, target_sources=None, tasks=(), max_length=None, drop_bad_rows=False, square=True):
-        super().__init__(processor, target_sources, tasks, max_length, drop_bad_rows=drop_bad_rows)
-        self.square = square
-
-    def _expand_image(self) -> np.ndarray:
-        return np.array([self.processor.image_token_id])
-
-    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, str]]:
-        tokenizer, encoded = self.processor.tokenizer, [sample.encoded for sample in samples]
-        texts = [row.text for row in encoded] or [tokenizer.pad_token * 2]
-        images = [[self._view(image) for image in sample.images] for sample in samples]
-        batch = self.processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            add_special_tokens=not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)),
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            text_kwargs={"padding_side": "right"},
-            images_kwargs={"return_tensors": "pt"},
-        )
-        begins, ends = np.array(batch.pop("offset_mapping")).transpose(2, 0, 1)
-        replaced = batch.pop("text_replacement_offsets", [()] * len(texts))
-        batch.convert_to_tensors("pt")
-        ids, attended = batch["input_ids"].numpy(), batch["attention_mask"].numpy() == 1
-        owner, labels, number = np.full_like(ids, -1), np.full_like(ids, IGNORE_INDEX), 0
-        for i, row in enumerate(encoded):
-            for start, stop in (one["new_span"] for one in replaced[i]):
-                owner[i, (begins[i] < stop) & (ends[i] > start)], number = number, number + 1
-            words, its_words = attended[i] & (owner[i] < 0), row.ids != self.processor.image_token_id
-            if len(replaced[i]) != row.num_images or not np.array_equal(ids[i, words], row.ids[its_words]):
-                name = type(self.processor).__name__
-                raise ValueError(f"{name} changes more of a text than its images, which is not supported")
-            labels[i, words] = row.labels[its_words]
-        lengths = attended.sum(1).tolist()
-        too_long = {i: n for i, n in enumerate(lengths[: len(samples)]) if self.max_length and n > self.max_length}
-        wrong = {i: f"{n} tokens, more than max_length={self.max_length}" for i, n in too_long.items()}
-        if wrong and not self.drop_bad_rows:
-            raise BadRow("too_long", "; ".join(f"row {samples[i].id}: {reason}" for i, reason in wrong.items()))
-        targets, without = ({}, wrong) if wrong else self._targets(samples)
-        tensors = {"image_owner": torch.from_numpy(owner), "labels": torch.from_numpy(labels)}
-        return {**batch, **tensors, "targets": targets}, without
-
-    def _view(self, image: Image.Image) -> Image.Image:
-        colour = tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
-        return ImageOps.pad(image, (max(image.size),) * 2, color=colour) if self.square else image
