@@ -111,6 +111,10 @@ def test_losses_and_where_gradients_go(family, tokens, tmp_path):
         assert touched["queries.gen"] and touched["queries.depth"]
     own = ("predictors.", "queries.", "logit_scales.", "model.image_newline")
     assert all(name.startswith(own) or projector[family] in name for name in touched), "a frozen part has a gradient"
+    model.requires_grad_(True)  # and on to the vision tower, if it trains
+    forward(model, batch).predictions["depth"][3].square().sum().backward()
+    first = [p.grad for name, p in model.named_parameters() if "patch_embed" in name and name.endswith("weight")]
+    assert len(first) == 1 and (first[0] != 0).any()
 
 
 @every_family
