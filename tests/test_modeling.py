@@ -156,7 +156,9 @@ def reference_losses(model, batch, targets):
     with torch.no_grad():  # id 0 is the padding only, nothing else of this batch has it
         model.get_input_embeddings().weight[0] = 0
     output = model(**batch, output_hidden_states=True)
-    predictions = model.predict_embeddings(output.hidden_states, batch["input_ids"], None, 2)
+    predictions = model.predict_embeddings(
+        output.hidden_states, ImageLayout.find(batch["input_ids"], None, 2, model.config)
+    )
     losses = {}
     for task in model.config.tasks:
         name = task["name"]
@@ -342,12 +344,12 @@ def test_predictor_reads_its_own_tokens_only(make_model):
     batch = encode(processor, random_rows(3, [2, 1, 0]))
     ids, mask = batch["input_ids"], batch["attention_mask"]
     states = states_for(model, batch)
-    base = by_task(model.predict_embeddings(states, ids, mask, 3))
+    base = by_task(model.predict_embeddings(states, ImageLayout.find(ids, mask, 3, model.config)))
 
     def changed_by(where: torch.Tensor) -> dict:
         """Which images' predictions change, for each task and layer, if the states at `where` (B, T) do."""
         other = {layer: state.where(~where[..., None], state + 1.7) for layer, state in states.items()}
-        new = by_task(model.predict_embeddings(other, ids, mask, 3))
+        new = by_task(model.predict_embeddings(other, ImageLayout.find(ids, mask, 3, model.config)))
         return {key: [bool((new[key][n] != value[n]).any()) for n in range(3)] for key, value in base.items()}
 
     assert (mask == 0).any()
@@ -380,13 +382,13 @@ def test_keys_choose_what_the_predictor_sees(make_model, keys):
     batch = encode(processor, random_rows(2), padding_side="left")
     ids, mask, image = batch["input_ids"], batch["attention_mask"], model.config.image_token_id
     states = states_for(model, batch)
-    base = model.predict_embeddings(states, ids, mask, 2)
+    base = model.predict_embeddings(states, ImageLayout.find(ids, mask, 2, model.config))
     before = ((ids == image).cumsum(1) == 0) & mask.bool()
     special = torch.isin(ids, torch.tensor([image, *model.config.task_token_ids]))
     groups = {"system": before, "image": ids == image, "text": mask.bool() & ~before & ~special}
     for group, where in groups.items():
         other = {layer: state.where(~where[..., None], state + 1.7) for layer, state in states.items()}
-        new = model.predict_embeddings(other, ids, mask, 2)
+        new = model.predict_embeddings(other, ImageLayout.find(ids, mask, 2, model.config))
         same = [value.equal(by_task(base)[key]) for key, value in by_task(new).items()]
         assert not any(same) if group in keys else all(same)
 
@@ -658,7 +660,9 @@ def test_errors_say_what_is_wrong(make_model):
         embeds = model.get_input_embeddings()(batch["input_ids"])
         model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], output_predictions=True)
     with pytest.raises(ValueError, match="whole sequences"):
-        model.predict_embeddings({}, batch["input_ids"], batch["attention_mask"][:, 1:], 2)
+        model.predict_embeddings(
+            {}, ImageLayout.find(batch["input_ids"], batch["attention_mask"][:, 1:], 2, model.config)
+        )
 
 
 # Files

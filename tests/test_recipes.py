@@ -19,7 +19,7 @@ from ola_vlm.targets.encoders import ENCODERS
 from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.data import OlaVlmCollator
-from ola_vlm.training.stages import PARTS, apply_stage
+from ola_vlm.training.stages import apply_stage, part_of
 from ola_vlm.training.targets import target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer
 
@@ -102,7 +102,7 @@ def expected_parts(name: str, tasks: list[dict]) -> set[str]:
 def by_part(model) -> dict[str, list]:
     parts = {}
     for name, parameter in model.named_parameters():
-        parts.setdefault(next(PARTS[word] for word in name.split(".") if word in PARTS), []).append(parameter)
+        parts.setdefault(part_of(name), []).append(parameter)
     return parts
 
 

@@ -10,7 +10,7 @@ from training_helpers import IMAGES, GroupedRows, Interrupt, losses, make_traine
 
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.training.rows import BadRow
-from ola_vlm.training.stages import PARTS, STAGES, apply_stage
+from ola_vlm.training.stages import STAGES, apply_stage, part_of
 
 PT_PARTS = ["loss/ntp"] + [
     f"loss/{task['name']}/{layer}/{part}"
@@ -18,10 +18,6 @@ PT_PARTS = ["loss/ntp"] + [
     for layer in task["layers"]
     for part in ("smooth_l1", "contrastive")
 ]
-
-
-def part_of(name):
-    return next(PARTS[component] for component in name.split(".") if component in PARTS)
 
 
 def moved_parts(before, after):
@@ -173,7 +169,7 @@ def test_frozen_rows_are_the_right_ones_in_bf16(make_model):
     model.resize_token_embeddings(400, mean_resizing=False)
     model.config.task_token_ids = [301, 303]
     apply_stage(model, "finetune")
-    states = model.train().model(input_ids=torch.arange(300, 306)[None]).last_hidden_state
+    states = model.train()(input_ids=torch.arange(300, 306)[None], output_hidden_states=True).hidden_states[-1]
     states.float().sum().backward()
     gradient = model.get_input_embeddings().weight.grad[300:306]
     assert (gradient == 0).all(1).nonzero().flatten().tolist() == [1, 3]

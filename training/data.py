@@ -1,4 +1,4 @@
-"""The collator: rows (`training.rows`) -> a batch for `OlaVlmTrainer`.
+"""The collators: rows (`training.rows`) -> a batch for `OlaVlmTrainer`.
 
 N images of the batch in the order of their placeholders, Q queries, E target width.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -33,12 +33,13 @@ TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E
 
 class Encoded(NamedTuple):
     """Token ids of a row, images expanded; its labels; how many of its images they hold; its length if it were not
-    truncated."""
+    truncated; the chat as text, images not expanded."""
 
     ids: np.ndarray
     labels: np.ndarray
     num_images: int
     full_length: int
+    text: str
 
 
 class Sample(NamedTuple):
@@ -87,10 +88,7 @@ class OlaVlmCollator:
         self.drop_bad_rows = drop_bad_rows
         self.target_sources = target_sources or {}
         self.target_shapes = {task["name"]: (task["target_length"], task["target_dim"]) for task in tasks}
-        blank = self._pixel_values([Image.new("RGB", (8, 8))])
-        self.no_pixel_values = blank[:0]
-        expansion = processor.replace_image_token({"pixel_values": blank}, 0)
-        self.image_ids = np.array(tokenizer(expansion, add_special_tokens=False)["input_ids"])
+        self.image_ids = self._expand_image()
         self.end_of_turn = ""
         self.end_of_turn = self._check_template()
 
@@ -104,24 +102,29 @@ class OlaVlmCollator:
                 if not self.drop_bad_rows:
                     raise BadRow(bad_row.kind, named) from bad_row
                 bad_rows.append(named)
-        targets, wrong = self._targets(samples)
+        batch, wrong = self._batch(samples)
         while wrong:
             bad_rows += [f"row {samples[i].id}: {reason}" for i, reason in wrong.items()]
             samples = [sample for i, sample in enumerate(samples) if i not in wrong]
-            targets, wrong = self._targets(samples)
+            batch, wrong = self._batch(samples)
+        return {**batch, "row_ids": [sample.id for sample in samples], "bad_rows": bad_rows}
+
+    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, str]]:
+        """The tensors of a batch, or which samples can't be used, and why."""
+        targets, wrong = self._targets(samples)
+        if wrong:
+            return {}, wrong
         pad = self.processor.tokenizer.pad_token_id
         ids = [sample.encoded.ids for sample in samples] or [np.array([pad, pad])]
         labels = [sample.encoded.labels for sample in samples] or [np.array([IGNORE_INDEX, IGNORE_INDEX])]
         images = [image for sample in samples for image in sample.images]
-        return {
+        tensors = {
             "input_ids": _pad(ids, pad),
             "attention_mask": _pad([np.ones_like(row) for row in ids], 0),
             "labels": _pad(labels, IGNORE_INDEX),
             "pixel_values": self._pixel_values(images) if images else self.no_pixel_values,
-            "targets": targets,
-            "row_ids": [sample.id for sample in samples],
-            "bad_rows": bad_rows,
         }
+        return {**tensors, "targets": targets}, {}
 
     def prepare(self, row: dict) -> Sample:
         """The row ready for a batch but for its targets. Raises `BadRow`."""
@@ -165,7 +168,14 @@ class OlaVlmCollator:
             ids, labels, is_image, sizes = ids[:kept], labels[:kept], is_image[:kept], sizes[:kept]
         ids, labels, num_images = ids.repeat(sizes), labels.repeat(sizes), int(is_image.sum())
         ids[is_image.repeat(sizes)] = np.tile(self.image_ids, num_images)
-        return Encoded(ids, labels, num_images, full_length)
+        return Encoded(ids, labels, num_images, full_length, text)
+
+    def _expand_image(self) -> np.ndarray:
+        """The ids that an image's placeholder becomes."""
+        blank = self._pixel_values([Image.new("RGB", (8, 8))])
+        self.no_pixel_values = blank[:0]
+        expansion = self.processor.replace_image_token({"pixel_values": blank}, 0)
+        return np.array(self.processor.tokenizer(expansion, add_special_tokens=False)["input_ids"])
 
     def _check_template(self) -> str:
         """What the chat template writes after an answer, end of turn; ValueError if it can't be trained with."""
@@ -247,6 +257,65 @@ class OlaVlmCollator:
                 raise FloatingPointError(f"task {name!r}: its teacher's targets of the rows {bad} are not finite")
             wrong |= dict.fromkeys(bad, f"task {name!r}: its teacher's targets are not finite")
         return targets, wrong
+
+
+class AttachedCollator(OlaVlmCollator):
+    """Rows -> a batch for a model with attached predictors (`attach`), by the processor of any family.
+
+    What the processor returns goes to the model as it is (`image_grid_thw`, `pixel_attention_mask`, `image_sizes`,
+    ...), with `labels` and `image_owner` (B, T): the images are found where the processor says that it put them, so it
+    does not matter how many runs of tokens, tags and tiles it makes of one. A batch without images has no
+    `pixel_values`. `square`: pad each image to a square with the processor's mean colour before it is given to it, the
+    square that the teachers see. The other arguments and results are `OlaVlmCollator`'s; `max_length` counts image
+    tokens, but `check_text`, before images are opened, counts each image as one.
+    """
+
+    def __init__(self, processor, target_sources=None, tasks=(), max_length=None, drop_bad_rows=False, square=True):
+        super().__init__(processor, target_sources, tasks, max_length, drop_bad_rows=drop_bad_rows)
+        self.square = square
+
+    def _expand_image(self) -> np.ndarray:
+        return np.array([self.processor.image_token_id])
+
+    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, str]]:
+        tokenizer, encoded = self.processor.tokenizer, [sample.encoded for sample in samples]
+        texts = [row.text for row in encoded] or [tokenizer.pad_token * 2]
+        images = [[self._view(image) for image in sample.images] for sample in samples]
+        batch = self.processor(
+            text=texts,
+            images=images if any(images) else None,
+            padding=True,
+            add_special_tokens=not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)),
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            text_kwargs={"padding_side": "right"},
+            images_kwargs={"return_tensors": "pt"},
+        )
+        begins, ends = np.array(batch.pop("offset_mapping")).transpose(2, 0, 1)
+        replaced = batch.pop("text_replacement_offsets", None) or [()] * len(texts)
+        batch.convert_to_tensors("pt")
+        ids, attended = batch["input_ids"].numpy(), batch["attention_mask"].numpy() == 1
+        owner, labels, number = np.full_like(ids, -1), np.full_like(ids, IGNORE_INDEX), 0
+        for i, row in enumerate(encoded):
+            for start, stop in (one["new_span"] for one in replaced[i]):
+                owner[i, (begins[i] < stop) & (ends[i] > start)], number = number, number + 1
+            words, its_words = attended[i] & (owner[i] < 0), row.ids != self.processor.image_token_id
+            if len(replaced[i]) != row.num_images or not np.array_equal(ids[i, words], row.ids[its_words]):
+                name = type(self.processor).__name__
+                raise ValueError(f"{name} changes more of a text than its images, or doesn't tell where it puts them")
+            labels[i, words] = row.labels[its_words]
+        lengths = attended.sum(1).tolist()
+        too_long = {i: n for i, n in enumerate(lengths[: len(samples)]) if self.max_length and n > self.max_length}
+        wrong = {i: f"{n} tokens, more than max_length={self.max_length}" for i, n in too_long.items()}
+        if wrong and not self.drop_bad_rows:
+            raise BadRow("too_long", "; ".join(f"row {samples[i].id}: {reason}" for i, reason in wrong.items()))
+        targets, without = ({}, wrong) if wrong else self._targets(samples)
+        tensors = {"image_owner": torch.from_numpy(owner), "labels": torch.from_numpy(labels)}
+        return {**batch, **tensors, "targets": targets}, without
+
+    def _view(self, image: Image.Image) -> Image.Image:
+        colour = tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
+        return ImageOps.pad(image, (max(image.size),) * 2, color=colour) if self.square else image
 
 
 class GroupedSampler(Sampler[int]):

@@ -8,17 +8,25 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# A component of a parameter's name -> the part of the model that it belongs to.
+# A component of a parameter's name -> the part of the model that it belongs to; the first one here counts, as a part's
+# name may have several (Qwen's "visual.merger" is the projector in the tower). More than LLaVA's: of attached models.
 PARTS = {
-    "vision_tower": "vision_tower",
-    "encoders": "encoders",  # of the multi-encoder baseline: no stage trains them
-    "multi_modal_projector": "projector",
-    "encoder_projectors": "projector",
-    "language_model": "language_model",
-    "lm_head": "language_model",
     "predictors": "predictors",
     "queries": "queries",
     "logit_scales": "logit_scales",
+    "encoders": "encoders",  # of the multi-encoder baseline: no stage trains them
+    "encoder_projectors": "projector",
+    "multi_modal_projector": "projector",
+    "connector": "projector",
+    "merger": "projector",
+    "deepstack_merger_list": "projector",
+    "image_newline": "projector",
+    "vision_tower": "vision_tower",
+    "vision_model": "vision_tower",
+    "visual": "vision_tower",
+    "language_model": "language_model",
+    "text_model": "language_model",
+    "lm_head": "language_model",
 }
 
 
@@ -58,22 +66,31 @@ def find_stage(name: str, embedding_losses: bool | None = None, task_tokens: str
     return replace(STAGES[name], **{field: value for field, value in changes.items() if value is not None})
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to. ValueError if its name says nothing."""
+    components = name.split(".")
+    part = next((part for component, part in PARTS.items() if component in components), None)
+    if part is None:
+        raise ValueError(f"which part is {name}? Add a component of its name to training.stages.PARTS")
+    return part
+
+
 def apply_stage(
     model: nn.Module, name: str, embedding_losses: bool | None = None, task_tokens: str | None = None
 ) -> Stage:
     """Sets what trains in a freshly loaded model (`find_stage`), and logs it with parameter counts.
 
-    "frozen" task tokens' rows of the input embeddings get no gradient (`OlaVlmModel.task_tokens_frozen`; the head's
+    "frozen" task tokens' rows of the input embeddings get no gradient (the model's `task_tokens_frozen`; the head's
     rows never get one: they are no candidates of the loss). That alone is no freeze: the optimiser must not decay the
     vocabulary's tables either (`OlaVlmTrainer.get_decay_parameter_names`).
     """
     stage = find_stage(name, embedding_losses, task_tokens)
     trained, frozen = Counter(), Counter()
     for parameter_name, parameter in model.named_parameters():
-        part = next(PARTS[component] for component in parameter_name.split(".") if component in PARTS)
+        part = part_of(parameter_name)
         parameter.requires_grad_(part in stage.trains)
         (trained if parameter.requires_grad else frozen)[part] += parameter.numel()
     model.task_tokens_from_queries = stage.task_tokens == "queries"
-    model.model.task_tokens_frozen = stage.task_tokens == "frozen"
+    model.task_tokens_frozen = stage.task_tokens == "frozen"
     logger.info(f"stage {name}: trains {dict(trained)} parameters, frozen {dict(frozen)}")
     return stage

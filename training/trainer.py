@@ -12,6 +12,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.utils import logging
 
+from .attach import AttachedPredictors
 from .data import GroupedSampler
 from .losses import embedding_loss
 from .stages import find_stage
@@ -93,7 +94,7 @@ class OlaVlmTrainer(Trainer):
 
     def _attach_step_targets(self, batches: list[dict], device: torch.device) -> None:
         """Gives each micro-batch the contrastive columns of its step, its own first column and their number."""
-        columns, sizes = {}, [len(batch["pixel_values"]) for batch in batches]
+        columns, sizes = {}, [len(batch["targets"][self.tasks[0]["name"]]) for batch in batches]
         counts = self.accelerator.gather(torch.tensor([sum(sizes)], device=device)).tolist()
         for task in self.tasks:
             columns[task["name"]] = torch.cat([batch["targets"][task["name"]].to(device) for batch in batches])
@@ -107,7 +108,9 @@ class OlaVlmTrainer(Trainer):
             offset += size
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs, supervised_logits_only=model.training)
+        inputs = dict(inputs)
+        if not isinstance(self.model, AttachedPredictors):  # whose model has a head of its own
+            inputs["supervised_logits_only"] = model.training
         if self.tasks:
             if "step_targets" not in inputs:  # evaluation: the columns are those of the batch on all ranks
                 self._attach_step_targets([inputs], self.args.device)
@@ -173,6 +176,19 @@ class OlaVlmTrainer(Trainer):
         if self.writes_task_tokens and state_dict is not None:  # of sharded weights
             self.accelerator.unwrap_model(self.model).write_task_tokens(state_dict)
         super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own."""
+        if isinstance(self.model, AttachedPredictors) and not self.is_fsdp_enabled:
+            self.model.load_checkpoint(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if isinstance(self.model, AttachedPredictors) and not self.is_fsdp_enabled:
+            self.model.load_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
 
 def _report_bad_rows(batch: dict) -> int:

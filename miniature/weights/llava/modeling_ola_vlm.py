@@ -174,14 +174,9 @@ def as_tokens(projector: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 
 class OlaVlmModel(LlavaModel):
-    """LLaVA's backbone; in pre-training the task tokens' embeddings are passed in instead of looked up.
-
-    `task_tokens_frozen`: their rows of the vocabulary get no gradient (cut where they are looked up, not by a hook on
-    the parameter, which sharding would lose).
-    """
+    """LLaVA's backbone; in pre-training the task tokens' embeddings are passed in instead of looked up."""
 
     config: OlaVlmConfig
-    task_tokens_frozen = False
 
     def __init__(self, config: OlaVlmConfig):
         super().__init__(config)
@@ -207,10 +202,12 @@ class OlaVlmModel(LlavaModel):
         pixel_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         task_token_embeds: Tensor | None = None,
+        freeze_task_tokens: bool = False,
         **kwargs,
     ):
-        """`task_token_embeds` (all tasks' K, H) replace the vocabulary's rows of `config.task_token_ids`."""
-        if input_ids is None or (task_token_embeds is None and not (self.task_tokens_frozen and self.training)):
+        """`task_token_embeds` (all tasks' K, H) replace the vocabulary's rows of `config.task_token_ids`;
+        `freeze_task_tokens` gives these rows no gradient."""
+        if input_ids is None or (task_token_embeds is None and not freeze_task_tokens):
             return super().forward(
                 input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
             )
@@ -237,6 +234,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
 
     `task_tokens_from_queries`: True in pre-training, when the query tables produce the task tokens (group means) and
     learn from the LLM; False otherwise, when task tokens are ordinary rows of the vocabulary.
+    `task_tokens_frozen`: these rows get no gradient. It is cut where they are looked up: a hook on the parameter would
+    be lost when it is sharded.
     With no tasks it is LLaVA: same keys, same logits, same loss.
     """
 
@@ -248,7 +247,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         text = config.text_config
         self.model = OlaVlmModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.task_tokens_from_queries = False
+        self.task_tokens_from_queries = self.task_tokens_frozen = False
         if config.tasks:  # no empty containers otherwise: they would show in FSDP plans and module listings
             self.predictors, self.queries = nn.ModuleDict(), nn.ParameterDict()
             self.logit_scales = nn.ParameterDict()
@@ -315,17 +314,9 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
             weight[self.config.task_token_ids] = self.task_token_embeddings(tables).to(weight)
 
     def predict_embeddings(
-        self,
-        hidden_states: Mapping[int, Tensor] | tuple,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        num_images: int,
+        self, hidden_states: Mapping[int, Tensor] | tuple, layout: ImageLayout
     ) -> dict[str, dict[int, Tensor]]:
-        """
-        predictions[task][layer] (N, Q, E) from `hidden_states[layer]` (B, T, H), 1-based, 0 being the embeddings.
-        `input_ids`, `attention_mask` (B, T). Raises ValueError if image or task tokens don't fit to `num_images`.
-        """
-        layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config)
+        """predictions[task][layer] (N, Q, E) from `hidden_states[layer]` (B, T, H), 1-based, 0 the embeddings."""
         predictions = {}
         for task in self.config.tasks:
             name, key_mask_NT = task["name"], layout.key_mask(task)
@@ -360,10 +351,11 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> OlaVlmCausalLMOutputWithPast:
         """
         LLaVA's forward (`kwargs` hold its cache, whose name differs between versions); `output_predictions=True` adds
-        `predictions` and `logit_scales` and needs `input_ids` and a mask (B, T) of whole sequences. Without images
-        predictions have zero rows but stay in the graph. `supervised_logits_only=True` needs `labels`: the same loss,
-        but `logits` (S, vocabulary) of those S positions only whose next token has a label: most of a caption's
-        positions are the image's, and the head is the widest layer.
+        `predictions` and `logit_scales` and needs `input_ids` and a mask (B, T) of whole sequences; ValueError if
+        image or task tokens don't fit to `pixel_values`. Without images predictions have zero rows but stay in the
+        graph. `supervised_logits_only=True` needs `labels`: the same loss, but `logits` (S, vocabulary) of those S
+        positions only whose next token has a label: most of a caption's positions are the image's, and the head is
+        the widest layer.
         """
         wanted = kwargs.pop("output_hidden_states", None)
         wanted = self.config.output_hidden_states if wanted is None else wanted
@@ -382,6 +374,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
             kwargs["output_hidden_states"] = sorted(layers | ({last} if supervised_logits_only else set()))
         if self.task_tokens_from_queries and self.config.task_token_ids:
             kwargs["task_token_embeds"] = self.task_token_embeddings()
+        elif self.task_tokens_frozen and self.training and self.config.task_token_ids:
+            kwargs["freeze_task_tokens"] = True
         outputs = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -413,7 +407,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         predictions = logit_scales = None
         if output_predictions:
             num_images = 0 if pixel_values is None else pixel_values.shape[0]
-            predictions = self.predict_embeddings(outputs.hidden_states, input_ids, attention_mask, num_images)
+            layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config)
+            predictions = self.predict_embeddings(outputs.hidden_states, layout)
             logit_scales = {name: scale[0] for name, scale in self.logit_scales.items()}
         outputs = {**outputs, "hidden_states": outputs.hidden_states if wanted else None, "loss": loss}
         return OlaVlmCausalLMOutputWithPast(**outputs, predictions=predictions, logit_scales=logit_scales)
