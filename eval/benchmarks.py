@@ -49,9 +49,10 @@ def read_options(question: str) -> list[str]:
         if match[1] == letter:
             found.append(match)
             letter = next(expected)
+    if len(found) < 2:
+        return []
     ends = [match.start() for match in found[1:]] + [len(question)]
-    options = [question[match.end() : end].split("\n")[0].strip(" ,") for match, end in zip(found, ends, strict=True)]
-    return options if len(options) > 1 else []
+    return [question[match.end() : end].split("\n")[0].strip(" ,") for match, end in zip(found, ends, strict=True)]
 
 
 def _cvbench(row: dict) -> dict:

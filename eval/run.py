@@ -1,9 +1,9 @@
-"""Ask a checkpoint a benchmark's questions, then score its answers: `ola-vlm eval CHECKPOINT --benchmark NAME --out DIR`.
+"""Ask a checkpoint a benchmark's questions, score the answers: `ola-vlm eval CHECKPOINT --benchmark NAME --out DIR`.
 
 CHECKPOINT: any image-text-to-text model of transformers, a folder or a name on the Hub. DIR gets answers.jsonl (each
 line has its prompt, the raw answer and all that scoring needs) and results.json. Interrupted, the same command goes
-on; when all is answered it only scores. Several processes share the questions: `torchrun --nproc_per_node 8 -m
-ola_vlm.cli eval ...`.
+on; when all is answered it only scores. Processes share the questions: `torchrun --nproc_per_node 8 -m ola_vlm.cli
+eval ...`.
 """
 
 import argparse
@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, __version__
@@ -27,22 +28,22 @@ from .multiple_choice import generate_answers
 from .scoring import table, write_results
 
 
+def processes() -> PartialState:
+    """torchrun's processes, or this one alone."""
+    return PartialState(cpu=not torch.accelerator.is_available())  # without `cpu` it sees no other process on CPUs
+
+
 def load_checkpoint(checkpoint: str, dtype: str = "auto", device_map: str | None = None, trust_remote_code=False):
     """(model, processor): ours, or any image-text-to-text model. Without a `device_map` the model goes to this
     process's own device; `dtype` "auto" is the checkpoint's on a GPU, float32 on a CPU."""
-    ours = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type") == "ola_vlm"
-    device = PartialState().device
-    options = {"dtype": "float32" if dtype == "auto" and device.type == "cpu" else dtype, "device_map": device_map}
-    if not ours and trust_remote_code:
-        options["trust_remote_code"] = True
-    model = (OlaVlmForConditionalGeneration if ours else AutoModelForImageTextToText).from_pretrained(
-        checkpoint, **options
-    )
-    processor_class, code = (
-        (OlaVlmProcessor, {}) if ours else (AutoProcessor, {"trust_remote_code": trust_remote_code})
-    )
-    processor = processor_class.from_pretrained(checkpoint, **code)
-    return (model if device_map else model.to(device)), processor
+    model_class, processor_class, code = OlaVlmForConditionalGeneration, OlaVlmProcessor, {}
+    if PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type") != "ola_vlm":
+        model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
+        code = {"trust_remote_code": trust_remote_code}
+    device = processes().device
+    dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
+    model = model_class.from_pretrained(checkpoint, dtype=dtype, device_map=device_map, **code)
+    return model if device_map else model.to(device), processor_class.from_pretrained(checkpoint, **code)
 
 
 def weights_state(checkpoint: str) -> str:
@@ -54,41 +55,35 @@ def weights_state(checkpoint: str) -> str:
     return f"files:{hashlib.sha256(state.encode()).hexdigest()[:16]}"
 
 
-def _read_parts(out: Path) -> Iterator[dict]:
-    """Lines that processes have written so far; the last line of one that was killed may be torn."""
-    for part in out.glob("answers.*.part"):
-        for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
+def _read_lines(out: Path) -> Iterator[dict]:
+    """What is answered so far; the last line of a process that was killed may be torn."""
+    for file in [*out.glob("answers.jsonl"), *out.glob("answers.*.part")]:
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):
                 yield json.loads(line)
 
 
-def answer(
-    load, questions: list[dict], read_image, out: Path, run: dict, batch_size: int, max_new_tokens: int
-) -> None:
+def answer(load: Callable, questions: list[dict], read_image: Callable, out: Path, run: dict, batch_size: int) -> None:
     """Leaves out/answers.jsonl with all questions answered, in their order; goes on with what is there.
 
     `load` gives (model, processor) and is called only if this process has something to do. Each process answers every
-    so-manieth question into a file of its own; the first one joins them. ValueError if `out` has another run's answers.
+    so-manieth question into a file of its own; the first one joins them. `run` says what makes these answers and goes
+    into every line. ValueError if `out` has another run's answers.
     """
-    state, whole = PartialState(), out / "answers.jsonl"
+    state = processes()
     out.mkdir(parents=True, exist_ok=True)
-    done = {record["id"]: record for record in _read_parts(out)}
-    if whole.exists():
-        done |= {record["id"]: record for record in map(json.loads, whole.read_text(encoding="utf-8").splitlines())}
+    done = {record["id"]: record for record in _read_lines(out)}
     for record in done.values():
         if record["run"] != run:
-            differs = {name for name in run if record["run"].get(name) != run[name]}
-            raise ValueError(
-                f"{out} has answers of a run with another {', '.join(sorted(differs))}: choose another --out"
-            )
-    order = sorted(questions, key=lambda question: len(question["question"]))  # processes get alike lengths
-    todo = [q for q in order[state.process_index :: state.num_processes] if q["id"] not in done]
-    if todo:
+            differs = ", ".join(name for name in run if record["run"].get(name) != run[name])
+            raise ValueError(f"{out} has answers of a run with another {differs}: choose another --out")
+    order = sorted(questions, key=lambda question: len(question["question"]))  # all processes get alike lengths
+    if todo := [q for q in order[state.process_index :: state.num_processes] if q["id"] not in done]:
         model, processor = load()
-        generation = {**model.generation_config.to_diff_dict(), "do_sample": False, "max_new_tokens": max_new_tokens}
-        bar = tqdm(
-            total=len(todo), desc=f"answering {run['benchmark']}", unit="question", disable=state.process_index > 0
-        )
+        greedy = {"do_sample": False, "max_new_tokens": run["max_new_tokens"]}
+        generation = model.generation_config.to_diff_dict() | greedy
+        quiet = {"disable": not state.is_main_process}
+        bar = tqdm(total=len(todo), desc=f"answering {run['benchmark']}", unit="question", **quiet)
         with (out / f"answers.{uuid.uuid4().hex}.part").open("w", encoding="utf-8") as part, bar:
 
             def save(answered: list[dict]) -> None:
@@ -96,55 +91,45 @@ def answer(
                 part.flush()
                 bar.update(len(answered))
 
-            options = {
-                "read_image": read_image,
-                "batch_size": batch_size,
-                "max_new_tokens": max_new_tokens,
-                "save": save,
-            }
-            generate_answers(model, processor, todo, **options)
+            options = {"batch_size": batch_size, "max_new_tokens": run["max_new_tokens"]}
+            generate_answers(model, processor, todo, read_image=read_image, save=save, **options)
     state.wait_for_everyone()
     if state.is_main_process:
-        done |= {record["id"]: record for record in _read_parts(out)}
-        unfinished = whole.with_suffix(".tmp")
+        done = {record["id"]: record for record in _read_lines(out)}
+        unfinished = out / "answers.tmp"
         with unfinished.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(done[question["id"]]) + "\n" for question in questions)
-        os.replace(unfinished, whole)
+        os.replace(unfinished, out / "answers.jsonl")
         for part in out.glob("answers.*.part"):
             part.unlink()
-    state.wait_for_everyone()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ola-vlm eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm eval", description=__doc__, formatter_class=layout)
     parser.add_argument("checkpoint")
     parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS))
     parser.add_argument("--out", type=Path, required=True)
     names = "; ".join(f"{name}: {', '.join(benchmark.variants)}" for name, benchmark in BENCHMARKS.items())
     parser.add_argument("--variant", help=f"prompt and scoring by name, the first is the default ({names})")
-    parser.add_argument(
-        "--data", help="folder with the benchmark's files, or a name on the Hub (default: its own there)"
-    )
+    parser.add_argument("--data", help="folder with the benchmark's files, or a name on the Hub (default: its own)")
     parser.add_argument("--revision", help="of the data on the Hub")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=16)
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, ... (auto: the checkpoint's; float32 on a CPU)"
-    )
+    dtypes = "float32, bfloat16, ... (auto: the checkpoint's, float32 on a CPU)"
+    parser.add_argument("--dtype", default="auto", help=dtypes)
     parser.add_argument("--device_map", help="auto, cuda:1, ... (default: each process its own device)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     args = parser.parse_args(argv)
-    state = PartialState()
+    state, benchmark = processes(), BENCHMARKS[args.benchmark]
     try:
         with state.main_process_first():  # the others find what it has downloaded or made
             folder, revision = locate(args.benchmark, args.data, args.revision)
         questions, read_image = load_questions(args.benchmark, folder, args.variant)
         run = {
             "benchmark": args.benchmark,
-            "variant": args.variant or next(iter(BENCHMARKS[args.benchmark].variants)),
-            "data": args.data or BENCHMARKS[args.benchmark].repo or str(folder),
+            "variant": args.variant or next(iter(benchmark.variants)),
+            "data": args.data or benchmark.repo or str(folder),
             "revision": revision,
             "questions": len(questions),
             "model": args.checkpoint,
@@ -153,9 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "max_new_tokens": args.max_new_tokens,
             "transformers": __version__,
         }
-        options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
         how = (args.checkpoint, args.dtype, args.device_map, args.trust_remote_code)
-        answer(lambda: load_checkpoint(*how), questions, read_image, args.out, run, **options)
+        answer(lambda: load_checkpoint(*how), questions, read_image, args.out, run, args.batch_size)
         if state.is_main_process:
             print(table(write_results(args.out)))
     except ValueError as error:

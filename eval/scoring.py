@@ -116,9 +116,8 @@ def table(results: dict) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ola-vlm score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm score", description=__doc__, formatter_class=layout)
     parser.add_argument("answers", help="answers.jsonl, or the folder with it")
     try:
         print(table(write_results(parser.parse_args(argv).answers)))
