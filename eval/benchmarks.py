@@ -143,9 +143,12 @@ def locate(name: str, data: str | None = None, revision: str | None = None) -> t
         raise ValueError(f"{data} is neither a folder nor the name of a data set on the Hub")
     from huggingface_hub import snapshot_download
 
-    wanted = [f"*{pattern}" for pattern in (*benchmark.files, ".jpg", ".png")]
-    folder = snapshot_download(data or benchmark.repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
-    return Path(folder), Path(folder).name
+    repo = {"repo_id": data or benchmark.repo, "repo_type": "dataset"}
+    wanted = [f"*{pattern}" for pattern in benchmark.files]
+    folder = Path(snapshot_download(**repo, revision=revision, allow_patterns=wanted))
+    if question_files(folder, benchmark)[0].suffix != ".parquet":  # images in files of their own
+        snapshot_download(**repo, revision=folder.name, allow_patterns=["*.jpg", "*.png"])
+    return folder, folder.name
 
 
 def question_files(folder: Path, benchmark: Benchmark) -> list[Path]:
@@ -187,8 +190,8 @@ def _rows(files: Sequence[Path]) -> tuple[Sequence[dict], Sequence]:
         import datasets  # of the extra "eval"; takes a second
 
         data = datasets.Dataset.from_parquet(list(map(str, files)))
-        images = data.select_columns("image").cast_column("image", datasets.Image(decode=False))
-        return data.remove_columns("image"), _Column(images)
+        images = data.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]  # lazy
+        return data.remove_columns("image"), images
     (file,) = files
     if file.suffix == ".csv":
         with file.open(encoding="utf-8-sig", newline="") as opened:
@@ -196,13 +199,3 @@ def _rows(files: Sequence[Path]) -> tuple[Sequence[dict], Sequence]:
         return rows, [file.parent / "MMVP Images" / f"{row['Index']}.jpg" for row in rows]
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return rows, [file.parent / row["filename"] for row in rows]
-
-
-class _Column:
-    """The images of a data set, read one by one."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __getitem__(self, row: int) -> dict:
-        return self.data[row]["image"]

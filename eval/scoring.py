@@ -49,10 +49,10 @@ def strata(rows: Sequence[dict], benchmark: str) -> dict[str, list[tuple[float, 
     """What is reported -> its parts as (weight, indices of rows): headline numbers, task/..., source/....
 
     A headline number that lacks one of its parts is left out."""
-    labels = {
-        kind: {row[kind]: [i for i, r in enumerate(rows) if r[kind] == row[kind]] for row in rows}
-        for kind in ("task", "source")
-    }
+    labels = {"task": {}, "source": {}}
+    for i, row in enumerate(rows):
+        for kind, of_kind in labels.items():
+            of_kind.setdefault(row[kind], []).append(i)
     members, found = labels["source"] | labels["task"], {}
     for name, weights in BENCHMARKS[benchmark].headline.items():
         if weights is None:
@@ -85,10 +85,10 @@ def read_answers(path: str | Path) -> list[dict]:
     if not path.exists():
         raise ValueError(f"{path} is not there: `ola-vlm eval` writes it when all questions are answered")
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if not records or any(record["run"] != records[0]["run"] for record in records):
+    if not records or any(record.get("run", {}) != records[0].get("run") for record in records):
         raise ValueError(f"{path} must hold the answers of one run, it has those of none or several")
-    if len({record["id"] for record in records}) != len(records) or len(records) != records[0]["run"]["questions"]:
-        total = records[0]["run"]["questions"]
+    total = records[0]["run"]["questions"]
+    if len({record["id"] for record in records}) != len(records) or len(records) != total:
         raise ValueError(f"{path} has {len(records)} lines for {total} questions: answer each exactly once")
     return records
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark_fixtures
 import numpy as np
 import pytest
 import torch
@@ -66,50 +65,34 @@ def checkpoint(make_model, tmp_path_factory) -> str:
 
 
 # Questions ----------------------------------------------------------------------------------------------------------
-EXPECTED = {  # of the second question: what its prompt ends with, by variant; and how it is scored
-    "miniature": {"official": ("right", "choice")},
-    "cvbench": {
-        "official": ("(B) right\nAnswer with the option's letter from the given choices directly.", "choice"),
-        "paper": (
-            "(B) right\nOnly answer the option as the output. For example, if your answer is the option A, answer (A).",
-            "choice",
-        ),
-    },
-    "mmstar": {
-        "paper": (
-            "B: right\nAnswer with the option's letter from the given choices directly, such as answer letter 'A' "
-            "only. \n",
-            "choice",
-        )
-    },
-    "realworldqa": {
-        "options": (
-            "B. right\nPlease answer directly with only the letter of the correct option and nothing else.",
-            "choice",
-        ),
-        "paper": (
-            "B. right\nPlease answer directly with only the letter of the correct option and nothing else.",
-            "exact",
-        ),
-    },
-    "okvqa": {
-        "paper": (
-            "?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\nAnswer the question using "
-            "a single word or phrase.",
-            "vqa",
-        )
-    },
-    "mmvp": {"official": ("far? (a) Near (b) Far away", "choice"), "corrected": ("(a) Near (b) Far away", "choice")},
+LETTER = "Answer with the option's letter from the given choices directly"
+ONLY = "B. right\nPlease answer directly with only the letter of the correct option and nothing else."
+EXPECTED = {  # what a question's prompt ends with, and how it is scored
+    ("miniature", "official"): ("(B) right", "choice"),
+    ("cvbench", "official"): (f"(B) right\n{LETTER}.", "choice"),
+    ("cvbench", "paper"): (
+        "(B) right\nOnly answer the option as the output. For example, if your answer is the option A, answer (A).",
+        "choice",
+    ),
+    ("mmstar", "paper"): (f"B: right\n{LETTER}, such as answer letter 'A' only. \n", "choice"),
+    ("realworldqa", "options"): (ONLY, "choice"),
+    ("realworldqa", "paper"): (ONLY, "exact"),
+    ("okvqa", "paper"): (
+        "?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
+        "Answer the question using a single word or phrase.",
+        "vqa",
+    ),
+    ("mmvp", "official"): ("far? (a) Near (b) Far away", "choice"),
+    ("mmvp", "corrected"): ("far? (a) Near (b) Far away", "choice"),
 }
 
 
-@pytest.mark.parametrize(("name", "variant"), [(name, variant) for name in EXPECTED for variant in EXPECTED[name]])
+@pytest.mark.parametrize(("name", "variant"), EXPECTED)
 def test_questions_and_images(folders, name, variant):
     questions, read_image = load_questions(name, folders[name], variant)
     images, asked, _ = scenes()
     assert len(questions) == (6 if name == "mmvp" else len(asked))
-    asked[1]["question"]  # "where is the ... ? (A) left (B) right" or "(A) above (B) below"
-    ending, how = EXPECTED[name][variant]
+    ending, how = EXPECTED[name, variant]
     question = next(q for q in questions if q["question"].endswith(ending))
     assert question["scoring"] == how and question["id"] not in ("", None)
     if name == "mmvp":
@@ -180,16 +163,18 @@ def test_a_local_copys_revision_is_its_contents(folders, tmp_path):
 
 
 def test_the_hub_is_asked_for_what_is_needed(folders, monkeypatch):
-    def download(repo, **kwargs):
-        asked.append((repo, kwargs))
-        return str(folders["okvqa"])
+    def download(**kwargs):
+        asked.append(kwargs)
+        return str(folders["mmvp" if "MMVP" in kwargs["repo_id"] else "okvqa"])
 
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert locate("okvqa", revision="abc") == (folders["okvqa"], folders["okvqa"].name)
-    ((repo, kwargs),) = asked
-    assert repo == "lmms-lab/OK-VQA" and kwargs["repo_type"] == "dataset" and kwargs["revision"] == "abc"
-    assert kwargs["allow_patterns"] == ["*val2014*.parquet", "*.jpg", "*.png"]
+    repo = {"repo_type": "dataset", "repo_id": "lmms-lab/OK-VQA"}
+    assert asked == [repo | {"revision": "abc", "allow_patterns": ["*val2014*.parquet"]}]
+    assert locate("mmvp", "other/MMVP")[0] == folders["mmvp"]
+    of_images = {"revision": "mmvp", "allow_patterns": ["*.jpg", "*.png"]}  # of the commit that was found
+    assert asked[-1] == {"repo_type": "dataset", "repo_id": "other/MMVP"} | of_images
 
 
 def test_the_miniatures_questions_are_the_studys_form(tmp_path):
@@ -514,8 +499,9 @@ def test_the_page_shows_where_two_models_disagree(folders, checkpoint, tmp_path,
         compare.main([str(tmp_path / "a"), str(tmp_path / "b.jsonl"), "--data", str(tmp_path / "other")])
 
 
-def test_the_fixtures_are_the_benchmarks():
-    assert benchmark_fixtures.WRITERS.keys() == BENCHMARKS.keys()
+def test_no_benchmark_or_variant_goes_untested():
+    assert WRITERS.keys() == BENCHMARKS.keys()
+    assert set(EXPECTED) == {(name, variant) for name in BENCHMARKS for variant in BENCHMARKS[name].variants}
 
 
 # Other models -------------------------------------------------------------------------------------------------------
@@ -543,12 +529,8 @@ def tiny_qwen2_vl(_):
     pad, start, end = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
     tokenizer = tokenizer_with(f"{start}{pad}{end}", pad, "<|video_pad|>", start, end)
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8, "mlp_ratio": 2}
-    ids = dict(
-        zip(
-            ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
-            tokenizer.convert_tokens_to_ids([pad, "<|video_pad|>", start, end]),
-        )
-    )
+    kinds = {"image": pad, "video": "<|video_pad|>", "vision_start": start, "vision_end": end}
+    ids = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(token) for kind, token in kinds.items()}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     text = TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope}
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
