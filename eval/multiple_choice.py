@@ -1,6 +1,7 @@
 """Multiple-choice questions about an image (CV-Bench's form): generate the answers, then score them.
 
 A question is `{"id", "image": path, "question": prompt and options, "choices": [str], "answer": "(A)", "task": str}`.
+`generate_answers` answers any other question, too.
 """
 
 import re
@@ -63,38 +64,48 @@ def generate_answers(
     batch_size: int = 64,
     max_new_tokens: int = 8,
     progress: Callable[[Iterable], Iterable] = iter,
+    read_image: Callable[[dict], object] | None = None,
+    save: Callable[[list[dict]], object] = lambda answered: None,
 ) -> list[dict]:
-    """The questions with the model's raw answer as `"output"`, in the given order.
+    """The questions with the model's raw answer as `"output"`, in the given order, and `"prompt"`, the whole text.
 
     Greedy and left-padded, so that an answer does not depend on its batch mates. `progress` wraps the batches'
-    iterator (`tqdm`); the model's train/eval mode is put back afterwards.
+    iterator (`tqdm`); `read_image` gives a question's image (`open_image`'s source) instead of `image_folder`; `save`
+    gets each batch as soon as it is answered. The model's train/eval mode is put back afterwards.
     """
     was_training = model.training
     model.eval()
+    read_image = read_image or (lambda question: Path(image_folder) / question["image"])
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     # alike lengths side by side waste no padding; the sort is stable
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]["question"]))
-    outputs = {}
+    answered = {}
     template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     padding = {"padding": True, "padding_side": "left"}
     try:
         for start in progress(range(0, len(order), batch_size)):
             batch, chats = order[start : start + batch_size], []
             for question in (questions[i] for i in batch):
-                image = {"type": "image", "image": open_image(Path(image_folder) / question["image"])}
+                image = {"type": "image", "image": open_image(read_image(question))}
                 chats.append([{"role": "user", "content": [image, {"type": "text", "text": question["question"]}]}])
             inputs = processor.apply_chat_template(chats, **template, processor_kwargs=padding)
             inputs = inputs.to(model.device, model.dtype)
-            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+            pad = processor.tokenizer.pad_token_id
+            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad)
             answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            outputs |= zip(batch, answers, strict=True)
+            prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
+            for i, prompt, answer in zip(batch, prompts, answers, strict=True):
+                answered[i] = {**questions[i], "prompt": prompt, "output": answer}
+            save([answered[i] for i in batch])
     finally:
         model.train(was_training)
-    return [{**question, "output": outputs[i]} for i, question in enumerate(questions)]
+    return [answered[i] for i in range(len(questions))]
 
 
 def is_correct(record: dict) -> bool:
-    """Whether an answered question's `"output"` names its `"answer"`; an unreadable output is wrong."""
-    return parse_choice(record["output"], record["choices"]) == record["answer"]
+    """Whether an answered question's `"output"` names its `"answer"` ("(A)" or "a"); an unreadable output is wrong."""
+    return parse_choice(record["output"], record["choices"]) == f"({record['answer'].strip('()').upper()})"
 
 
 def score(records: Sequence[dict]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Is one model better than another on the same questions? Paired tests, because most gains in this field's tables
 lie within two standard errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.stats import binomtest, sem
@@ -13,35 +13,41 @@ DRAWS = 20_000
 
 
 def paired_comparison(
-    correct_a: np.ndarray, correct_b: np.ndarray, strata: Sequence | None = None, seed: int = 0
+    correct_a: np.ndarray,
+    correct_b: np.ndarray,
+    strata: Sequence | None = None,
+    seed: int = 0,
+    weights: Mapping | None = None,
 ) -> dict:
-    """Accuracy of b minus accuracy of a, both (S, N) or (N,) bool: S seeds, N questions in the same order.
+    """Accuracy of b minus accuracy of a, both (S, N) or (N,), bool or scores from 0 to 1: S seeds, N questions in the
+    same order.
 
-    With `strata` (N labels, e.g. tasks) the accuracy is the mean of the strata's accuracies. Returns
-    `difference`; `ci95`, a bootstrap over questions (within strata); `p`, two-sided: McNemar's exact test with one
-    seed and stratum, else a sign-flip permutation over questions of the mean over seeds; `n` questions; `test`.
+    With `strata` (N labels, e.g. tasks) the accuracy is the mean of the strata's accuracies, or their sum with
+    `weights` (label -> weight). Returns `difference`; `ci95`, a bootstrap over questions (within strata); `p`,
+    two-sided: McNemar's exact test with one seed and stratum and answers right or wrong, else a sign-flip permutation
+    over questions of the mean over seeds; `n` questions; `test`.
 
     All these speak of new questions for *these* trained models. Of new training seeds speak `seed_differences` (one
     a seed) and `p_seeds`, a paired t-test over seeds (None with one seed).
     """
-    a, b = np.atleast_2d(np.asarray(correct_a, bool)), np.atleast_2d(np.asarray(correct_b, bool))
+    a, b = np.atleast_2d(np.asarray(correct_a, float)), np.atleast_2d(np.asarray(correct_b, float))
     if a.shape != b.shape or not a.size:
         raise ValueError(f"paired answers need equal, non-empty shapes (seeds, questions): got {a.shape}, {b.shape}")
     num_seeds, num_questions = a.shape
-    wins_SN = b.astype(int) - a.astype(int)
+    wins_SN = b - a
     labels, stratum_N = np.unique([0] * num_questions if strata is None else strata, return_inverse=True)
     rng = np.random.default_rng(seed)
     seed_differences, resampled, flipped = np.zeros(num_seeds), np.zeros(DRAWS), np.zeros(DRAWS)
-    for stratum in range(len(labels)):
-        wins = wins_SN[:, stratum_N == stratum]
-        seed_differences += wins.mean(1) / len(labels)
+    for stratum, label in enumerate(labels):
+        wins, weight = wins_SN[:, stratum_N == stratum], 1 / len(labels) if weights is None else weights[label]
+        seed_differences += wins.mean(1) * weight
         # Questions with the same sum over seeds are exchangeable: draw how often each sum occurs, not each question.
-        sums, counts = np.unique(wins.sum(0), return_counts=True)
-        weights = sums / (wins.size * len(labels))
-        resampled += rng.multinomial(counts.sum(), counts / counts.sum(), DRAWS) @ weights
-        flipped += (2 * rng.binomial(counts, 0.5, (DRAWS, len(counts))) - counts) @ weights
+        sums, counts = np.unique(wins.sum(0).round(9), return_counts=True)
+        effects = sums * weight / wins.size
+        resampled += rng.multinomial(counts.sum(), counts / counts.sum(), DRAWS) @ effects
+        flipped += (2 * rng.binomial(counts, 0.5, (DRAWS, len(counts))) - counts) @ effects
     difference, p_seeds = seed_differences.mean(), None
-    if num_seeds == len(labels) == 1:
+    if num_seeds == len(labels) == 1 and np.isin(wins_SN, [-1, 0, 1]).all():
         better, worse = int((wins_SN > 0).sum()), int((wins_SN < 0).sum())
         p = binomtest(better, better + worse).pvalue if better + worse else 1.0
         test = "exact McNemar"

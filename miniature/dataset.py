@@ -139,3 +139,28 @@ def contact_sheet(folder: Path, count: int = 6) -> None:
     figure.legend(handles, world.CLASSES, loc="outside lower center", ncols=len(PALETTE), fontsize=10)
     figure.savefig(folder / "contact_sheet.png", dpi=75)
     plt.close(figure)
+
+
+def write_questions(folder: Path, scenes: int = SIZES["test"], per_task: int = QUESTIONS["test"]) -> None:
+    """The test split's questions alone, in CV-Bench's form: `folder`/test.jsonl and the images it names. They are the
+    study's own, unless there are fewer `scenes`. ValueError if those are too few for `per_task` questions."""
+    sampled, arrays = world.make_scenes(scenes, SEEDS["test"], desc="rendering test scenes")
+    asked = world.balanced(sampled, per_task, SEEDS["test"])
+    kinds = {"count": "2D", "relation": "2D", "depth": "3D", "distance": "3D"}
+    (folder / "img").mkdir(parents=True, exist_ok=True)
+    for i in sorted({row["scene"] for row in asked}):
+        Image.fromarray(arrays["image"][i]).save(folder / "img" / f"{i:05d}.png", compress_level=1)
+    lines = [
+        {
+            "idx": n,
+            "type": kinds[row["task"]],
+            "task": row["task"].capitalize(),
+            "prompt": row["question"],
+            "choices": row["choices"],
+            "answer": row["answer"],
+            "filename": f"img/{row['scene']:05d}.png",
+            "source": "miniature",
+        }
+        for n, row in enumerate(asked)
+    ]
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

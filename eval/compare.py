@@ -1,0 +1,146 @@
+"""Compare two models' answers to the same questions: `ola-vlm compare A B --out DIR`.
+
+A and B are files of answers (or their folders) of one benchmark. Prints and writes (DIR/comparison.json) B minus A for
+everything that `ola-vlm score` reports, with a 95% interval (bootstrap over questions) and a paired two-sided test:
+McNemar's, exact, where answers are right or wrong; a sign-flip permutation of weighted means and of VQA's scores.
+DIR/disagreements.html shows the questions on which one is better: image, question, both answers, truth.
+"""
+
+import argparse
+import base64
+import io
+import json
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from ola_vlm.targets.encoders import open_image
+
+from .benchmarks import load_questions, locate
+from .scoring import SCORERS, read_answers, scored_rows, strata
+from .statistics import paired_comparison
+
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd }
+td:first-child, td:last-child { text-align: left }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 1em }
+.card { display: flex; gap: .8em; border: 1px solid #ddd; border-radius: 6px; padding: .7em }
+.card img { width: 128px; height: 128px; object-fit: contain; background: #f4f4f4; flex: none }
+.card p { margin: 0 0 .4em; white-space: pre-line; overflow-wrap: anywhere }
+.right { color: #116329 } .wrong { color: #a40e26 } .truth, small { color: #555 }"""
+
+
+def compare_records(records_a: Sequence[dict], records_b: Sequence[dict]) -> dict[str, dict]:
+    """`paired_comparison` (b minus a) for everything that scoring reports; ValueError if the questions differ."""
+    runs = [records[0]["run"] for records in (records_a, records_b)]
+    for name in ("benchmark", "revision"):
+        if runs[0][name] != runs[1][name]:
+            raise ValueError(f"the answers differ in their {name}: {runs[0][name]} and {runs[1][name]}")
+    rows_a, rows_b = scored_rows(records_a), scored_rows(records_b)
+    if [row["id"] for row in rows_a] != [row["id"] for row in rows_b]:
+        raise ValueError("both files must answer the same questions in the same order")
+    a, b = (np.array([row["score"] for row in rows], float) for rows in (rows_a, rows_b))
+    compared = {}
+    for name, parts in strata(rows_a, runs[0]["benchmark"]).items():
+        indices = np.concatenate([i for _, i in parts])
+        labels = np.repeat(range(len(parts)), [len(i) for _, i in parts])
+        weights = [weight for weight, _ in parts]
+        compared[name] = paired_comparison(a[indices], b[indices], strata=labels, weights=weights)
+    return compared
+
+
+def describe(compared: dict[str, dict]) -> list[list[str]]:
+    """Rows of a table: what, difference, interval, p, questions, test; in percentage points."""
+    rows = [["", "B - A", "95%", "p", "n", "test"]]
+    for name, one in compared.items():
+        low, high = (f"{100 * bound:+.1f}" for bound in one["ci95"])
+        difference = f"{100 * one['difference']:+.1f}"
+        rows.append([name, difference, f"[{low}, {high}]", f"{one['p']:.2g}", f"{one['n']:,}", one["test"]])
+    return rows
+
+
+def _thumbnail(source, side: int = 256) -> str:
+    image = open_image(source)
+    image.thumbnail((side, side))
+    image.save(buffer := io.BytesIO(), "JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _truth(record: dict) -> str:
+    if record["scoring"] == "vqa":
+        return ", ".join(dict.fromkeys(record["answer"]))
+    if record["scoring"] == "exact":
+        return record["answer"]
+    letter = record["answer"].strip("()").upper()
+    return f"({letter}) {record['choices'][ord(letter) - ord('A')]}"
+
+
+CARD = """<div class="card"><img src="data:image/jpeg;base64,{image}" alt=""><div><p>{question}</p>
+<p class="{class_a}">A: {a}</p><p class="{class_b}">B: {b}</p><p class="truth">truth: {truth}</p>
+<small>{id}</small></div></div>"""
+
+
+def page(
+    records_a: Sequence[dict], records_b: Sequence[dict], compared: dict[str, dict], read_image: Callable, limit: int
+) -> str:
+    """The disagreements as an HTML page that needs no other file; at most about `limit` of them, equally many of each
+    task and spread evenly over it."""
+    by_task = {record["task"]: [] for record in records_a}
+    for pair in zip(records_a, records_b, strict=True):
+        by_task[pair[0]["task"]].append((*pair, *(SCORERS[record["scoring"]](record) for record in pair)))
+    run, models = records_a[0]["run"], [records[0]["run"]["model"] for records in (records_a, records_b)]
+    parts = [f"<h1>{escape(run['benchmark'])}: where two models disagree</h1>"]
+    parts.append("<p>A: {}<br>B: {}</p><table>".format(*map(escape, models)))
+    for row in describe(compared):
+        parts.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    parts.append("</table>")
+    for task, answered in by_task.items():
+        pairs = [pair for pair in answered if pair[2] != pair[3]]
+        places = np.linspace(0, len(pairs) - 1, min(len(pairs), max(1, limit // len(by_task)))).round().astype(int)
+        a_better = sum(pair[2] > pair[3] for pair in pairs)
+        counts = f"on {len(pairs):,} of {len(answered):,} questions: A is better on {a_better:,}, B on"
+        shown = f"{len(pairs) - a_better:,}. Shown: {len(places)}."
+        parts.append(f"<h2>{escape(task)}</h2><p>They disagree {counts} {shown}</p><div class='cards'>")
+        for a, b, score_a, score_b in (pairs[i] for i in places):
+            texts = {"question": a["question"].strip(), "a": a["output"], "b": b["output"], "truth": _truth(a)}
+            texts = {name: escape(text) for name, text in (texts | {"id": a["id"]}).items()}
+            classes = {"class_a": "right" if score_a > score_b else "wrong"}
+            classes["class_b"] = "right" if score_b > score_a else "wrong"
+            parts.append(CARD.format(image=_thumbnail(read_image(a)), **texts, **classes))
+        parts.append("</div>")
+    head = f"<meta charset='utf-8'><title>{escape(run['benchmark'])}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm compare", description=__doc__, formatter_class=layout)
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("--out", type=Path, default=Path("comparison"), help="default: comparison")
+    parser.add_argument("--data", help="where the images are, if not where A found them")
+    parser.add_argument("--limit", type=int, default=48, help="questions on the page at most (about 10 kB each)")
+    args = parser.parse_args(argv)
+    try:
+        records_a, records_b = read_answers(args.a), read_answers(args.b)
+        compared = compare_records(records_a, records_b)
+        run = records_a[0]["run"]
+        known = None if run["revision"].startswith("sha256:") else run["revision"]
+        folder, revision = locate(run["benchmark"], args.data or run["data"], None if args.data else known)
+        if revision != run["revision"] and not (known and args.data):
+            raise ValueError(f"{folder} holds other questions ({revision}) than those answered ({run['revision']})")
+        read_image = load_questions(run["benchmark"], folder, run["variant"])[1]
+        text = page(records_a, records_b, compared, read_image, args.limit)
+    except ValueError as error:
+        raise SystemExit(f"ola-vlm compare: {error}") from error
+    args.out.mkdir(parents=True, exist_ok=True)
+    models = {letter: records[0]["run"] for letter, records in zip("AB", (records_a, records_b), strict=True)}
+    report = json.dumps({**models, "B - A": compared}, indent=2)
+    (args.out / "comparison.json").write_text(report + "\n", encoding="utf-8")
+    (args.out / "disagreements.html").write_text(text, encoding="utf-8")
+    for name, *cells, test in describe(compared):
+        print(f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells) + f"   {test}")
+    print(f"disagreements: {args.out / 'disagreements.html'}")

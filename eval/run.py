@@ -1,0 +1,146 @@
+"""Ask a checkpoint a benchmark's questions, score the answers: `ola-vlm eval CHECKPOINT --benchmark NAME --out DIR`.
+
+CHECKPOINT: any image-text-to-text model of transformers, a folder or a name on the Hub. DIR gets answers.jsonl (each
+line has its prompt, the raw answer and all that scoring needs) and results.json. Interrupted, the same command goes
+on; when all is answered it only scores. Processes share the questions: `torchrun --nproc_per_node 8 -m ola_vlm.cli
+eval ...`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, __version__
+
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+
+from .benchmarks import BENCHMARKS, load_questions, locate
+from .multiple_choice import generate_answers
+from .scoring import table, write_results
+
+
+def processes() -> PartialState:
+    """torchrun's processes, or this one alone."""
+    return PartialState(cpu=not torch.accelerator.is_available())  # without `cpu` it sees no other process on CPUs
+
+
+def load_checkpoint(checkpoint: str, dtype: str = "auto", device_map: str | None = None, trust_remote_code=False):
+    """(model, processor): ours, or any image-text-to-text model. Without a `device_map` the model goes to this
+    process's own device; `dtype` "auto" is the checkpoint's on a GPU, float32 on a CPU."""
+    model_class, processor_class, code = OlaVlmForConditionalGeneration, OlaVlmProcessor, {}
+    if PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type") != "ola_vlm":
+        model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
+        code = {"trust_remote_code": trust_remote_code}
+    device = processes().device
+    dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
+    model = model_class.from_pretrained(checkpoint, dtype=dtype, device_map=device_map, **code)
+    return model if device_map else model.to(device), processor_class.from_pretrained(checkpoint, **code)
+
+
+def weights_state(checkpoint: str) -> str:
+    """What changes when a checkpoint does: a hash of its files' names, sizes and dates, or its commit on the Hub."""
+    if not Path(checkpoint).is_dir():
+        return str(PreTrainedConfig.get_config_dict(checkpoint)[0].get("_commit_hash"))
+    files = sorted(file for file in Path(checkpoint).iterdir() if file.suffix in (".safetensors", ".json"))
+    state = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return f"files:{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+
+
+def _read_lines(out: Path) -> Iterator[dict]:
+    """What is answered so far; the last line of a process that was killed may be torn."""
+    for file in [*out.glob("answers.jsonl"), *out.glob("answers.*.part")]:
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                yield json.loads(line)
+
+
+def answer(load: Callable, questions: list[dict], read_image: Callable, out: Path, run: dict, batch_size: int) -> None:
+    """Leaves out/answers.jsonl with all questions answered, in their order; goes on with what is there.
+
+    `load` gives (model, processor) and is called only if this process has something to do. Each process answers every
+    so-manieth question into a file of its own; the first one joins them. `run` says what makes these answers and goes
+    into every line. ValueError if `out` has another run's answers.
+    """
+    state = processes()
+    out.mkdir(parents=True, exist_ok=True)
+    done = {record["id"]: record for record in _read_lines(out)}
+    for record in done.values():
+        if record["run"] != run:
+            differs = ", ".join(name for name in run if record["run"].get(name) != run[name])
+            raise ValueError(f"{out} has answers of a run with another {differs}: choose another --out")
+    order = sorted(questions, key=lambda question: len(question["question"]))  # all processes get alike lengths
+    if todo := [q for q in order[state.process_index :: state.num_processes] if q["id"] not in done]:
+        model, processor = load()
+        greedy = {"do_sample": False, "max_new_tokens": run["max_new_tokens"]}
+        generation = model.generation_config.to_diff_dict() | greedy
+        quiet = {"disable": not state.is_main_process}
+        bar = tqdm(total=len(todo), desc=f"answering {run['benchmark']}", unit="question", **quiet)
+        with (out / f"answers.{uuid.uuid4().hex}.part").open("w", encoding="utf-8") as part, bar:
+
+            def save(answered: list[dict]) -> None:
+                part.writelines(json.dumps({**r, "generation": generation, "run": run}) + "\n" for r in answered)
+                part.flush()
+                bar.update(len(answered))
+
+            options = {"batch_size": batch_size, "max_new_tokens": run["max_new_tokens"]}
+            generate_answers(model, processor, todo, read_image=read_image, save=save, **options)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        done = {record["id"]: record for record in _read_lines(out)}
+        unfinished = out / "answers.tmp"
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(done[question["id"]]) + "\n" for question in questions)
+        os.replace(unfinished, out / "answers.jsonl")
+        for part in out.glob("answers.*.part"):
+            part.unlink()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm eval", description=__doc__, formatter_class=layout)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS))
+    parser.add_argument("--out", type=Path, required=True)
+    names = "; ".join(f"{name}: {', '.join(benchmark.variants)}" for name, benchmark in BENCHMARKS.items())
+    parser.add_argument("--variant", help=f"prompt and scoring by name, the first is the default ({names})")
+    parser.add_argument("--data", help="folder with the benchmark's files, or a name on the Hub (default: its own)")
+    parser.add_argument("--revision", help="of the data on the Hub")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=16)
+    dtypes = "float32, bfloat16, ... (auto: the checkpoint's, float32 on a CPU)"
+    parser.add_argument("--dtype", default="auto", help=dtypes)
+    parser.add_argument("--device_map", help="auto, cuda:1, ... (default: each process its own device)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    args = parser.parse_args(argv)
+    state, benchmark = processes(), BENCHMARKS[args.benchmark]
+    try:
+        with state.main_process_first():  # the others find what it has downloaded or made
+            folder, revision = locate(args.benchmark, args.data, args.revision)
+        questions, read_image = load_questions(args.benchmark, folder, args.variant)
+        run = {
+            "benchmark": args.benchmark,
+            "variant": args.variant or next(iter(benchmark.variants)),
+            "data": args.data or benchmark.repo or str(folder),
+            "revision": revision,
+            "questions": len(questions),
+            "model": args.checkpoint,
+            "weights": weights_state(args.checkpoint),
+            "dtype": args.dtype,
+            "max_new_tokens": args.max_new_tokens,
+            "transformers": __version__,
+        }
+        how = (args.checkpoint, args.dtype, args.device_map, args.trust_remote_code)
+        answer(lambda: load_checkpoint(*how), questions, read_image, args.out, run, args.batch_size)
+        if state.is_main_process:
+            print(table(write_results(args.out)))
+    except ValueError as error:
+        raise SystemExit(f"ola-vlm eval: {error}") from error

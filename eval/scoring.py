@@ -1,0 +1,125 @@
+"""Score a file of answers: `ola-vlm score answers.jsonl`. It needs the file alone: no model, no data.
+
+Prints and writes (results.json beside it) the benchmark's headline numbers, then every task's and source's, each with
+its standard error over questions.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .benchmarks import BENCHMARKS
+from .multiple_choice import is_correct, parse_choice
+from .vqa import vqa_accuracy
+
+
+def _plain(text: str) -> str:
+    return text.strip().lower().rstrip(".")
+
+
+SCORERS = {
+    "choice": is_correct,
+    "exact": lambda record: _plain(record["output"]) == _plain(record["answer"]),
+    "vqa": lambda record: vqa_accuracy(record["output"], record["answer"]),
+}
+
+
+def scored_rows(records: Sequence[dict]) -> list[dict]:
+    """What a benchmark's mean runs over, `{"id", "task", "source", "score": 0 to 1}`: its questions; then MMVP's pairs
+    as a task "pair", whose score is the lower of the two."""
+    rows = [
+        {name: r[name] for name in ("id", "task", "source")} | {"score": SCORERS[r["scoring"]](r)} for r in records
+    ]
+    pairs = {}
+    for record, row in zip(records, rows, strict=True):
+        if "pair" in record:
+            pairs.setdefault(record["pair"], []).append(row)
+    for pair, of_pair in pairs.items():
+        if len(of_pair) != 2:
+            raise ValueError(f"pair {pair} has {len(of_pair)} answered questions instead of 2")
+        score = min(row["score"] for row in of_pair)
+        rows.append({"id": f"pair {pair}", "task": "pair", "source": of_pair[0]["source"], "score": score})
+    return rows
+
+
+def strata(rows: Sequence[dict], benchmark: str) -> dict[str, list[tuple[float, list[int]]]]:
+    """What is reported -> its parts as (weight, indices of rows): headline numbers, task/..., source/....
+
+    A headline number that lacks one of its parts is left out."""
+    labels = {"task": {}, "source": {}}
+    for i, row in enumerate(rows):
+        for kind, of_kind in labels.items():
+            of_kind.setdefault(row[kind], []).append(i)
+    members, found = labels["source"] | labels["task"], {}
+    for name, weights in BENCHMARKS[benchmark].headline.items():
+        if weights is None:
+            found[name] = [(1, list(range(len(rows))))]
+        elif weights.keys() <= members.keys():
+            found[name] = [(weight, members[label]) for label, weight in weights.items()]
+    for kind, of_kind in labels.items():
+        found |= {f"{kind}/{label}": [(1, indices)] for label, indices in of_kind.items()}
+    return found
+
+
+def score_records(records: Sequence[dict], benchmark: str) -> dict[str, dict]:
+    """`{"score", "standard_error", "n"}` of everything that `strata` names. The standard error is that of a weighted
+    sum of means over questions: binomial where answers are right or wrong."""
+    if not records:
+        raise ValueError("no answers to score")
+    rows = scored_rows(records)
+    scores, found = np.array([row["score"] for row in rows], float), {}
+    for name, parts in strata(rows, benchmark).items():
+        score = sum(weight * scores[i].mean() for weight, i in parts)
+        variance = sum(weight**2 * scores[i].var() / len(i) for weight, i in parts)
+        count = sum(len(i) for _, i in parts)
+        found[name] = {"score": float(score), "standard_error": float(variance**0.5), "n": count}
+    return found
+
+
+def read_answers(path: str | Path) -> list[dict]:
+    """A file's answers (or those of its folder), all of one run and all there: else ValueError."""
+    path = Path(path) / "answers.jsonl" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} is not there: `ola-vlm eval` writes it when all questions are answered")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not records or any(record.get("run", {}) != records[0].get("run") for record in records):
+        raise ValueError(f"{path} must hold the answers of one run, it has those of none or several")
+    total = records[0]["run"]["questions"]
+    if len({record["id"] for record in records}) != len(records) or len(records) != total:
+        raise ValueError(f"{path} has {len(records)} lines for {total} questions: answer each exactly once")
+    return records
+
+
+def write_results(path: str | Path) -> dict:
+    """Scores the file (or the folder's) and writes results.json beside it."""
+    records = read_answers(path)
+    choices = [record for record in records if record["scoring"] == "choice"]
+    unread = sum(parse_choice(record["output"], record["choices"]) is None for record in choices)
+    run = records[0]["run"]
+    scores = score_records(records, run["benchmark"])
+    results = {"run": run, "generation": records[0]["generation"], "unreadable_choices": unread, "scores": scores}
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def table(results: dict) -> str:
+    run, lines = results["run"], []
+    lines.append(f"{run['benchmark']} ({run['variant']}), {run['model']}: per cent, standard error, questions")
+    for name, one in results["scores"].items():
+        lines.append(f"{name:<28} {100 * one['score']:6.1f} ± {100 * one['standard_error']:4.1f} {one['n']:>7,}")
+    lines.append(f"{results['unreadable_choices']} answers named no option, or several: wrong")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm score", description=__doc__, formatter_class=layout)
+    parser.add_argument("answers", help="answers.jsonl, or the folder with it")
+    try:
+        print(table(write_results(parser.parse_args(argv).answers)))
+    except ValueError as error:
+        raise SystemExit(f"ola-vlm score: {error}") from error

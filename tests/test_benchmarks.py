@@ -1,0 +1,565 @@
+"""The benchmarks: files in their own schema -> questions -> answers (batched, resumed, shared) -> scores -> pages."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmark_fixtures import WRITERS, cvbench_older, da2k, scenes
+from conftest import CHAT_TEMPLATE, make_tokenizer
+from safetensors.numpy import load_file
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from ola_vlm.eval import compare, run, scoring
+from ola_vlm.eval.benchmarks import BENCHMARKS, load_questions, locate, read_options
+from ola_vlm.eval.compare import compare_records
+from ola_vlm.eval.dense import (
+    confusion_matrix,
+    depth_order_correct,
+    frechet_distance,
+    load_da2k,
+    mean_iou,
+    reference_mean_iou,
+)
+from ola_vlm.eval.scoring import read_answers, score_records
+from ola_vlm.eval.vqa import normalize_answer, vqa_accuracy
+from ola_vlm.miniature import world
+from ola_vlm.miniature.dataset import write_questions
+from ola_vlm.targets.encoders import open_image
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Each benchmark's files."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    for name, write in WRITERS.items():
+        write(root / name)
+    return {name: root / name for name in WRITERS}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for part in make_model():
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+# Questions ----------------------------------------------------------------------------------------------------------
+LETTER = "Answer with the option's letter from the given choices directly"
+ONLY = "B. right\nPlease answer directly with only the letter of the correct option and nothing else."
+EXPECTED = {  # what a question's prompt ends with, and how it is scored
+    ("miniature", "official"): ("(B) right", "choice"),
+    ("cvbench", "official"): (f"(B) right\n{LETTER}.", "choice"),
+    ("cvbench", "paper"): (
+        "(B) right\nOnly answer the option as the output. For example, if your answer is the option A, answer (A).",
+        "choice",
+    ),
+    ("mmstar", "paper"): (f"B: right\n{LETTER}, such as answer letter 'A' only. \n", "choice"),
+    ("realworldqa", "options"): (ONLY, "choice"),
+    ("realworldqa", "paper"): (ONLY, "exact"),
+    ("okvqa", "paper"): (
+        "?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
+        "Answer the question using a single word or phrase.",
+        "vqa",
+    ),
+    ("mmvp", "official"): ("far? (a) Near (b) Far away", "choice"),
+    ("mmvp", "corrected"): ("far? (a) Near (b) Far away", "choice"),
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), EXPECTED)
+def test_questions_and_images(folders, name, variant):
+    questions, read_image = load_questions(name, folders[name], variant)
+    images, asked, _ = scenes()
+    assert len(questions) == (6 if name == "mmvp" else len(asked))
+    ending, how = EXPECTED[name, variant]
+    question = next(q for q in questions if q["question"].endswith(ending))
+    assert question["scoring"] == how and question["id"] not in ("", None)
+    if name == "mmvp":
+        assert question["choices"] == ["Near", "Far away"]
+        return
+    found = [open_image(read_image(q)) for q in questions]
+    scene = [next(i for i, image in enumerate(images) if image.tobytes() == one.tobytes()) for one in found]
+    assert sorted(scene) == [q["scene"] for q in asked]
+    for i, q in zip(scene, questions, strict=True):
+        assert q["question"].startswith(
+            tuple(q["question"].split(" (A)")[0].split("?")[0] for q in asked if q["scene"] == i)
+        )
+
+
+def test_both_layouts_of_cvbench_hold_the_same(folders, tmp_path):
+    cvbench_older(tmp_path)
+    new, old = (load_questions("cvbench", folder)[0] for folder in (folders["cvbench"], tmp_path))
+    assert sorted(new, key=lambda q: q["id"]) == sorted(old, key=lambda q: q["id"])
+    assert {q["task"] for q in new} == {"Count", "Relation", "Depth", "Distance"}
+    assert {q["source"] for q in new} == {"ADE20K", "COCO", "Omni3D"}
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        (
+            "Which?\nOptions: A: on the book., B: beneath the cat., C: x, y, D: z",
+            ["on the book.", "beneath the cat.", "x, y", "z"],
+        ),
+        ("Where to?\n\nA. Left\nB. Straight on\nC. Right\nPlease answer directly", ["Left", "Straight on", "Right"]),
+        ("Choices:\n(A) 1\n(B) 2", ["1", "2"]),
+        ("What is in Fig. A. and where?", []),
+        ("How many?", []),
+    ],
+)
+def test_read_options(question, options):
+    assert read_options(question) == options
+
+
+def test_mmvp_corrections_swap_the_two_pairs(folders):
+    official, corrected = (load_questions("mmvp", folders["mmvp"], v)[0] for v in ("official", "corrected"))
+    changed = [a["id"] for a, b in zip(official, corrected, strict=True) if a["answer"] != b["answer"]]
+    assert changed == ["99", "100"]
+    assert [q["pair"] for q in official] == [1, 1, 2, 2, 50, 50]
+
+
+def test_what_is_no_data_is_said(folders, tmp_path):
+    with pytest.raises(ValueError, match="neither a folder nor"):
+        locate("mmstar", str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match=r"has no \*.parquet"):
+        locate("mmstar", str(tmp_path))
+    with pytest.raises(ValueError, match="no revision 'x'"):
+        locate("mmstar", str(folders["mmstar"]), "x")
+    with pytest.raises(ValueError, match="variants paper, not 'official'"):
+        load_questions("mmstar", folders["mmstar"], "official")
+    cvbench_older(tmp_path)
+    (tmp_path / "test.jsonl").write_text(2 * (tmp_path / "test.jsonl").read_text())
+    with pytest.raises(ValueError, match="two questions have the id"):
+        load_questions("cvbench", tmp_path)
+
+
+def test_a_local_copys_revision_is_its_contents(folders, tmp_path):
+    cvbench_older(tmp_path)
+    first = locate("cvbench", str(tmp_path))[1]
+    assert first == locate("miniature", str(folders["miniature"]))[1]
+    (tmp_path / "test.jsonl").write_text((tmp_path / "test.jsonl").read_text() + "\n")
+    assert locate("cvbench", str(tmp_path))[1] != first
+
+
+def test_the_hub_is_asked_for_what_is_needed(folders, monkeypatch):
+    def download(**kwargs):
+        asked.append(kwargs)
+        return str(folders["mmvp" if "MMVP" in kwargs["repo_id"] else "okvqa"])
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert locate("okvqa", revision="abc") == (folders["okvqa"], folders["okvqa"].name)
+    repo = {"repo_type": "dataset", "repo_id": "lmms-lab/OK-VQA"}
+    assert asked == [repo | {"revision": "abc", "allow_patterns": ["*val2014*.parquet"]}]
+    assert locate("mmvp", "other/MMVP")[0] == folders["mmvp"]
+    of_images = {"revision": "mmvp", "allow_patterns": ["*.jpg", "*.png"]}  # of the commit that was found
+    assert asked[-1] == {"repo_type": "dataset", "repo_id": "other/MMVP"} | of_images
+
+
+def test_the_miniatures_questions_are_the_studys_form(tmp_path):
+    write_questions(tmp_path, scenes=240, per_task=24)
+    questions, read_image = load_questions("miniature", tmp_path)
+    assert {
+        task: sum(q["task"] == task for q in questions) for task in ("Count", "Relation", "Depth", "Distance")
+    } == {
+        "Count": 16,
+        "Relation": 24,
+        "Depth": 24,
+        "Distance": 24,
+    }
+    assert open_image(read_image(questions[0])).size == (world.SIZE, world.SIZE)
+
+
+# Answers ------------------------------------------------------------------------------------------------------------
+def ask(checkpoint, name, folder, out, *more):
+    run.main(
+        [checkpoint, "--benchmark", name, "--data", str(folder), "--out", str(out), "--max_new_tokens", "4", *more]
+    )
+    return read_answers(out)
+
+
+def test_every_benchmark_from_files_to_scores(folders, checkpoint, tmp_path, capsys):
+    for name in BENCHMARKS:
+        records = ask(checkpoint, name, folders[name], tmp_path / name)
+        questions, _ = load_questions(name, folders[name])
+        assert [{k: r[k] for k in q} for r, q in zip(records, questions, strict=True)] == questions
+        assert all(record["question"].split()[0] in record["prompt"] for record in records)
+        first = records[0]
+        assert first["run"]["model"] == checkpoint and first["run"]["revision"].startswith("sha256:")
+        assert first["generation"]["do_sample"] is False and first["generation"]["max_new_tokens"] == 4
+        printed = capsys.readouterr().out
+        assert f"{name} ({next(iter(BENCHMARKS[name].variants))})" in printed and "overall" in printed
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        os.remove(tmp_path / name / "results.json")
+        scoring.main([str(tmp_path / name / "answers.jsonl")])  # the file alone
+        assert capsys.readouterr().out == printed
+        assert json.loads((tmp_path / name / "results.json").read_text()) == results
+        assert results["scores"]["overall"]["n"] > 0
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(folders, checkpoint, tmp_path, monkeypatch):
+    whole = ask(checkpoint, "cvbench", folders["cvbench"], tmp_path / "whole")
+    answered, generate = [], run.generate_answers
+
+    def interrupted(model, processor, questions, save, **kwargs):
+        def save_two(records):
+            save(records)
+            answered.extend(records)
+            if len(answered) >= 4:
+                raise KeyboardInterrupt
+
+        return generate(model, processor, questions, save=save_two, **kwargs)
+
+    monkeypatch.setattr(run, "generate_answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(checkpoint, "cvbench", folders["cvbench"], tmp_path / "cut", "--batch_size", "2")
+    (part,) = (tmp_path / "cut").glob("*.part")
+    part.write_text(part.read_text() + part.read_text().splitlines()[0][:100])  # killed while writing
+    with pytest.raises(ValueError, match="is not there"):
+        read_answers(tmp_path / "cut")
+    asked = []
+    monkeypatch.setattr(
+        run, "generate_answers", lambda m, p, questions, **k: asked.extend(questions) or generate(m, p, questions, **k)
+    )
+    resumed = ask(checkpoint, "cvbench", folders["cvbench"], tmp_path / "cut", "--batch_size", "3")
+    assert resumed == whole
+    assert len(asked) == len(whole) - 4 and not {q["id"] for q in asked} & {r["id"] for r in answered}
+    assert not list((tmp_path / "cut").glob("*.part"))
+
+
+def test_what_is_answered_is_not_asked_again_and_no_other_run_is_mixed_in(folders, checkpoint, tmp_path, monkeypatch):
+    records = ask(checkpoint, "mmvp", folders["mmvp"], tmp_path / "out")
+    monkeypatch.setattr(run, "load_checkpoint", lambda *args: pytest.fail("nothing is left to answer"))
+    assert ask(checkpoint, "mmvp", folders["mmvp"], tmp_path / "out") == records
+    for more, differs in [(["--variant", "corrected"], "variant"), (["--dtype", "bfloat16"], "dtype")]:
+        with pytest.raises(SystemExit, match=f"another {differs}: choose another --out"):
+            ask(checkpoint, "mmvp", folders["mmvp"], tmp_path / "out", *more)
+    config = Path(checkpoint) / "generation_config.json"
+    before = config.stat()
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    with pytest.raises(SystemExit, match="another weights"):
+        ask(checkpoint, "mmvp", folders["mmvp"], tmp_path / "out")
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_two_processes_share_the_questions(folders, checkpoint, tmp_path):
+    alone = ask(checkpoint, "mmstar", folders["mmstar"], tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["ola_vlm.cli", "eval", checkpoint, "--benchmark", "mmstar", "--data", str(folders["mmstar"])]
+    command += ["--out", str(tmp_path / "two"), "--max_new_tokens", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("overall") == 1
+    assert read_answers(tmp_path / "two") == alone
+
+
+def test_a_file_of_answers_must_be_whole(tmp_path):
+    line = {"id": "a", "run": {"questions": 2, "benchmark": "mmstar"}}
+    for lines, complaint in [
+        ([], "those of none or several"),
+        ([line, line | {"id": "b", "run": {"questions": 2}}], "those of none or several"),
+        ([line], "1 lines for 2 questions"),
+        ([line, line], "2 lines for 2 questions: answer each exactly once"),
+    ]:
+        (tmp_path / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        with pytest.raises(ValueError, match=complaint):
+            read_answers(tmp_path)
+
+
+# Scores -------------------------------------------------------------------------------------------------------------
+def record(output, answer="(A)", task="Count", source="ADE20K", how="choice", **more):
+    more = {"id": f"{task} {source} {output} {answer}", "choices": ["2", "3"], "output": output} | more
+    return {"answer": answer, "task": task, "source": source, "scoring": how, **more}
+
+
+def test_cvbench_weighs_sources_as_its_authors_do():
+    records = [record("(A)") for _ in range(3)] + [record("B", task="Relation", source="COCO")]
+    records += [record("B", task="Depth", source="Omni3D"), record("(A)", task="Distance", source="Omni3D")]
+    scores = score_records(records, "cvbench")
+    assert {name: one["score"] for name, one in scores.items()} == {
+        "2D": 0.5,  # by source, where the mean over questions would be 3 / 4
+        "3D": 0.5,
+        "overall": 0.5,
+        "task/Count": 1,
+        "task/Relation": 0,
+        "task/Depth": 0,
+        "task/Distance": 1,
+        "source/ADE20K": 1,
+        "source/COCO": 0,
+        "source/Omni3D": 0.5,
+    }
+    # var = 1/4 * 1/4 / 2 for 3D's half of the score, the rest is certain
+    assert scores["overall"]["standard_error"] == pytest.approx((1 / 4 * 1 / 4 / 2) ** 0.5)
+    assert scores["3D"]["standard_error"] == pytest.approx((0.25 / 2) ** 0.5)  # binomial
+    assert scores["overall"]["n"] == 6 and scores["2D"]["n"] == 4
+    assert not {"2D", "overall"} & score_records(records[-2:], "cvbench").keys()  # a part is missing
+
+
+def test_a_pair_counts_only_if_both_are_right():
+    records = [
+        record(output, answer, "question", "MMVP", pair=pair, id=str(n))
+        for n, (output, answer, pair) in enumerate(
+            [("(a)", "(a)", 1), ("(b)", "(b)", 1), ("a", "(a)", 2), ("a", "(b)", 2)]
+        )
+    ]
+    scores = score_records(records, "mmvp")
+    assert scores["overall"]["score"] == 0.5 and scores["overall"]["n"] == 2
+    assert scores["questions"]["score"] == 0.75 and scores["questions"]["n"] == 4
+    with pytest.raises(ValueError, match="pair 2 has 1 answered"):
+        score_records(records[:3], "mmvp")
+
+
+@pytest.mark.parametrize(
+    ("how", "output", "answer", "right"),
+    [
+        ("exact", "b.", "B", True),
+        ("exact", " YES", "Yes", True),
+        ("exact", "B. Straight", "B", False),
+        ("exact", "", "B", False),
+        ("choice", "B. 3", "B", True),
+        ("choice", "The answer is (B)", "(b)", True),
+        ("choice", "", "B", False),
+        ("choice", "\x00\ufffd{}%s(Z)", "B", False),
+    ],
+)
+def test_exact_and_option_scoring(how, output, answer, right):
+    assert score_records([record(output, answer, how=how)], "realworldqa")["overall"]["score"] == right
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("The Dog.", "dog"),
+        ("  two\ncats ", "2 cats"),
+        ("None", "0"),
+        ("dont know", "don't know"),
+        ("couldntve", "couldntve"),  # the evaluator knows it with one apostrophe missing only
+        ("couldnt've", "couldn't've"),
+        ("yes, it is", "yes it is"),
+        ("black/white", "black white"),
+        ("t-shirt", "t shirt"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("somebody'd", "somebodyd"),
+        ("a", ""),
+        ("", ""),
+    ],
+)
+def test_vqa_normalisation(text, plain):
+    assert normalize_answer(text) == plain
+
+
+@pytest.mark.parametrize(("matches", "accuracy"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_vqa_accuracy_leaves_one_out(matches, accuracy):
+    # m answers match: min(1, (m - 1) / 3) for the m times a matching one is left out, min(1, m / 3) for the others
+    assert vqa_accuracy("The dogs.", ["dogs"] * matches + ["cat"] * (10 - matches)) == pytest.approx(accuracy)
+
+
+def test_a_metric_of_evaluate_gives_the_same_scores(folders, checkpoint, tmp_path, monkeypatch):
+    evaluate = pytest.importorskip("evaluate")
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name in ("mmvp", "okvqa"):
+        records = ask(checkpoint, name, folders[name], tmp_path / name)
+        references = [
+            {"answers": [r["answer"]] if isinstance(r["answer"], str) else r["answer"], "pair": r.get("pair", -1)}
+            | {field: r[field] for field in ("choices", "task", "source", "scoring")}
+            for r in records
+        ]
+        metric = evaluate.load(str(TESTS.parent / "eval" / "answer_score"), name, cache_dir=str(tmp_path / "cache"))
+        found = metric.compute(predictions=[r["output"] for r in records], references=references)
+        for what, one in score_records(records, name).items():
+            assert found[what] == one["score"] and found[f"{what}/standard_error"] == one["standard_error"]
+
+
+# Depth, masks, images -----------------------------------------------------------------------------------------------
+GOLDEN = load_file(TESTS / "golden" / "i_metrics.safetensors")
+EXPECT = json.loads((TESTS / "golden" / "i_metrics.json").read_text())
+
+
+def test_depth_order_as_the_reference_but_for_ties():
+    pairs = [dict(zip(("point1", "point2", "closer_point"), p, strict=True)) for p in EXPECT["da2k_points"]]
+    assert depth_order_correct(GOLDEN["depth_map"], pairs).tolist() == EXPECT["da2k_correct"]
+    assert EXPECT["tie"] == [True, False]  # the reference: a tie means point1
+    assert not depth_order_correct(np.ones((20, 30)), pairs).any()  # so a constant map would score 100% on DA-2K
+    with pytest.raises(ValueError, match="resize the map"):
+        depth_order_correct(GOLDEN["depth_map"].T, pairs)
+
+
+def test_da2k_from_its_file(tmp_path):
+    truth = da2k(tmp_path)
+    annotations = load_da2k(tmp_path)
+    assert annotations.keys() == truth.keys()  # the same file names in two scenes
+    closer = {pair["closer_point"] for pairs in annotations.values() for pair in pairs}
+    assert closer == {"point1", "point2"}
+    for path, pairs in annotations.items():
+        assert depth_order_correct(truth[path], pairs).all()
+        assert not depth_order_correct(-truth[path], pairs).any()
+
+
+def test_mean_iou_of_the_data_set_and_the_references():
+    truth, prediction = GOLDEN["seg_gt"], GOLDEN["seg_pred"]
+    assert reference_mean_iou([truth], [prediction]) == pytest.approx(EXPECT["mask_iou"], rel=1e-6)
+    a, b = np.array([[0, 0, 1, 255]]), np.array([[1, 1, 1, 1]])
+    guess_a, guess_b = np.array([[0, 1, 1, 0]]), np.array([[1, 1, 255, 7]])
+    confusion = confusion_matrix(a, guess_a, 3) + confusion_matrix(b, guess_b, 3)
+    # class 0: 1 of 2; class 1: 3 of 6 pixels in the union; class 2 occurs nowhere
+    assert mean_iou(confusion) == pytest.approx((1 / 2 + 3 / 6) / 2)
+    # its way: (1/3 + 1/2) / 2 in the first image, where void counts, and 1/2 in the second
+    assert reference_mean_iou([a, b], [guess_a, guess_b]) == pytest.approx(((1 / 3 + 1 / 2) / 2 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize("count", [4, 60])  # fewer and more rows than features
+def test_frechet_distance_is_the_closed_form(count):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(count, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(count, 6)) + 2
+    mean, cov_a, cov_b = a.mean(0) - b.mean(0), np.cov(a.T), np.cov(b.T)
+    eigenvalues = np.linalg.eigvals(cov_a @ cov_b).real.clip(0)
+    expected = mean @ mean + np.trace(cov_a + cov_b) - 2 * np.sqrt(eigenvalues).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    # two Gaussians with diagonal covariances: |m|^2 + sum (s - t)^2
+    s, t, units = (
+        np.array([1, 2, 3.0]),
+        np.array([2, 2, 1.0]),
+        np.concatenate([np.eye(3), -np.eye(3)]) * 5**0.5 / 2**0.5,
+    )
+    assert frechet_distance(units * s + 1, units * t) == pytest.approx(3 + ((s - t) ** 2).sum())
+
+
+# Comparison ---------------------------------------------------------------------------------------------------------
+def as_run(records, model):
+    about = {"benchmark": "cvbench", "revision": "sha256:0", "model": model, "questions": len(records), "variant": "x"}
+    return [one | {"id": str(n), "question": "how <many> ?", "run": about} for n, one in enumerate(records)]
+
+
+def test_compare_names_its_test_and_weighs_like_the_score():
+    def records(outputs):
+        sources = ["ADE20K"] * 20 + ["COCO"] * 5 + ["Omni3D"] * 5
+        return [record(output, source=source, task=source) for output, source in zip(outputs, sources, strict=True)]
+
+    a, b = as_run(records(["B"] * 30), "a"), as_run(records(["A"] * 20 + ["B"] * 10), "b")
+    compared = compare_records(a, b)
+    overall = score_records(b, "cvbench")["overall"]["score"] - score_records(a, "cvbench")["overall"]["score"]
+    assert compared["overall"]["difference"] == pytest.approx(overall) == 0.25
+    assert compared["2D"]["difference"] == pytest.approx(0.5)
+    assert compared["source/ADE20K"]["test"] == "exact McNemar" and compared["source/ADE20K"]["p"] == 2 / 2**20
+    assert compared["overall"]["test"].startswith("sign-flip") and compared["overall"]["p"] < 0.01
+    vqa = [
+        as_run([record("dog", answers, how="vqa", task="t", source="ADE20K") for _ in range(9)], "v")
+        for answers in (["dog"] * 2 + ["cat"] * 8, ["dog"] * 10)
+    ]
+    soft = compare_records(*vqa)["source/ADE20K"]
+    assert soft["difference"] == pytest.approx(0.4) and soft["test"].startswith("sign-flip")
+    assert soft["p"] == pytest.approx(2 / 2**9, rel=0.6)
+    with pytest.raises(ValueError, match="same questions in the same order"):
+        compare_records(a, b[::-1])
+    with pytest.raises(ValueError, match="differ in their revision"):
+        compare_records(a, [r | {"run": r["run"] | {"revision": "sha256:1"}} for r in b])
+
+
+def test_the_page_shows_where_two_models_disagree(folders, checkpoint, tmp_path, capsys):
+    records = ask(checkpoint, "cvbench", folders["cvbench"], tmp_path / "a")
+    better = [
+        r | {"output": r["answer"] + " <script>", "run": r["run"] | {"model": "better & bigger"}} for r in records
+    ]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in better))
+    capsys.readouterr()
+    compare.main([str(tmp_path / "a"), str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c"), "--limit", "8"])
+    printed, page = capsys.readouterr().out, (tmp_path / "c" / "disagreements.html").read_text()
+    assert "overall" in printed and "exact McNemar" in printed
+    compared = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert compared["B"]["model"] == "better & bigger" and compared["B - A"]["overall"]["difference"] > 0
+    assert page.count('<img src="data:image/jpeg;base64,') == 8 and 'src="http' not in page
+    assert "<script>" not in page and "&lt;script&gt;" in page and "better &amp; bigger" in page
+    assert page.count('class="right">B') == 8 and page.count('class="wrong">A') == 8
+    cvbench_older(tmp_path / "other")  # other files, other revision
+    with pytest.raises(SystemExit, match="holds other questions"):
+        compare.main([str(tmp_path / "a"), str(tmp_path / "b.jsonl"), "--data", str(tmp_path / "other")])
+
+
+def test_no_benchmark_or_variant_goes_untested():
+    assert WRITERS.keys() == BENCHMARKS.keys()
+    assert set(EXPECTED) == {(name, variant) for name in BENCHMARKS for variant in BENCHMARKS[name].variants}
+
+
+# Other models -------------------------------------------------------------------------------------------------------
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
+
+
+def tokenizer_with(*tokens):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<image>", tokens[0])
+    return tokenizer
+
+
+def tiny_llava(make_model):
+    model, processor = make_model(tasks=[])
+    config = LlavaConfig(**{name: getattr(model.config, name) for name in ("vision_config", "text_config")})
+    config.image_token_id = model.config.image_token_id
+    fields = ("image_processor", "tokenizer", "patch_size", "vision_feature_select_strategy", "chat_template")
+    options = {name: getattr(processor, name) for name in fields} | {"num_additional_image_tokens": 1}
+    return LlavaForConditionalGeneration(config), LlavaProcessor(**options)
+
+
+def tiny_qwen2_vl(_):
+    pad, start, end = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+    tokenizer = tokenizer_with(f"{start}{pad}{end}", pad, "<|video_pad|>", start, end)
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8, "mlp_ratio": 2}
+    kinds = {"image": pad, "video": "<|video_pad|>", "vision_start": start, "vision_end": end}
+    ids = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(token) for kind, token in kinds.items()}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
+    images = Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 256, "longest_edge": 4096})
+    return model, Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=tokenizer.chat_template)
+
+
+def tiny_idefics3(_):
+    """SmolVLM's architecture (its own processor wants one more package)."""
+    tokenizer = tokenizer_with("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = {name: TEXT[name] for name in sizes} | {"image_size": 32, "patch_size": 8}
+    text = {**TEXT, "model_type": "llama", "vocab_size": len(tokenizer)}
+    ids = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": 0}
+    config = Idefics3Config(text_config=text, vision_config=vision, scale_factor=2, **ids)
+    size = {"longest_edge": 32}
+    images = Idefics3ImageProcessor(do_image_splitting=False, size=size, max_image_size=size)
+    options = {"image_seq_len": 4, "chat_template": tokenizer.chat_template}
+    return Idefics3ForConditionalGeneration(config), Idefics3Processor(images, tokenizer, **options)
+
+
+@pytest.mark.parametrize("build", [tiny_llava, tiny_qwen2_vl, tiny_idefics3])
+def test_any_image_text_model_answers_alike_one_by_one_and_batched(build, make_model, folders, tmp_path):
+    torch.manual_seed(0)
+    for part in build(make_model):
+        part.save_pretrained(tmp_path / "model")
+    answers = [
+        ask(str(tmp_path / "model"), "cvbench", folders["cvbench"], tmp_path / size, "--batch_size", size)
+        for size in ("1", "5")
+    ]
+    assert answers[0] == answers[1]
+    assert len({record["output"] for record in answers[0]}) > 1
