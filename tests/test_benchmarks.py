@@ -272,6 +272,7 @@ def test_two_processes_share_the_questions(folders, checkpoint, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("overall") == 1
+    assert f"{len(alone) // 2}/{len(alone) // 2} " in done.stderr  # the first process's bar: it had half of them
     assert read_answers(tmp_path / "two") == alone
 
 
@@ -346,6 +347,14 @@ def test_a_pair_counts_only_if_both_are_right():
 )
 def test_exact_and_option_scoring(how, output, answer, right):
     assert score_records([record(output, answer, how=how)], "realworldqa")["overall"]["score"] == right
+
+
+def test_letters_are_read_where_the_options_are_not():
+    assert score_records([record("B", "B", choices=[""] * 4)], "mmstar")["overall"]["score"] == 1
+    for garbage in ("???", "", " ", "E"):
+        assert score_records([record(garbage, "B", choices=[""] * 4)], "mmstar")["overall"]["score"] == 0
+    row = {"index": 0, "question": "Which?", "answer": "C", "category": "math", "l2_category": "x"}
+    assert BENCHMARKS["mmstar"].read(row)["choices"] == [""] * 4
 
 
 @pytest.mark.parametrize(
