@@ -1,1 +1,1 @@
-"""One benchmark a file: first generate the answers, then score them; `statistics` compares two models' answers."""
+"""Benchmarks: questions asked (`run`), answers scored (`scoring`), models compared (`compare`, `statistics`)."""

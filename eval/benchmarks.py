@@ -60,19 +60,22 @@ def _cvbench(row: dict) -> dict:
     return {"id": f"{row['type']}-{row['idx']}", **fields, "question": row["prompt"], "choices": list(row["choices"])}
 
 
-def _mmstar(row: dict) -> dict:
+def _choices(row: dict) -> list[str]:
+    """The options that the question lists; four letters only if the answer's is not among them."""
     options = read_options(row["question"])
-    if len(options) <= ascii_uppercase.index(row["answer"]):
-        options = [""] * 4  # not found in the text: letters only
+    return options if ascii_uppercase.index(row["answer"]) < len(options) else [""] * 4
+
+
+def _mmstar(row: dict) -> dict:
     fields = {"id": str(row["index"]), "task": row["category"], "source": row["l2_category"]}
-    return {**fields, "question": row["question"], "choices": options, "answer": row["answer"]}
+    return {**fields, "question": row["question"], "choices": _choices(row), "answer": row["answer"]}
 
 
 def _realworldqa(row: dict) -> dict:
-    answer = row["answer"].strip()
-    options = read_options(row["question"]) if re.fullmatch(r"[A-Z]", answer) else []
-    fields = {"id": str(row["row"]), "task": "choice" if options else "short", "source": "RealWorldQA"}
-    return {**fields, "question": row["question"], "choices": options, "answer": answer}
+    is_letter = re.fullmatch("[A-D]", row["answer"]) is not None
+    fields = {"id": str(row["row"]), "task": "choice" if is_letter else "short", "source": "RealWorldQA"}
+    choices = _choices(row) if is_letter else []
+    return {**fields, "question": row["question"], "choices": choices, "answer": row["answer"]}
 
 
 def _okvqa(row: dict) -> dict:

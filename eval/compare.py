@@ -30,7 +30,8 @@ td:first-child, td:last-child { text-align: left }
 .card { display: flex; gap: .8em; border: 1px solid #ddd; border-radius: 6px; padding: .7em }
 .card img { width: 128px; height: 128px; object-fit: contain; background: #f4f4f4; flex: none }
 .card p { margin: 0 0 .4em; white-space: pre-line; overflow-wrap: anywhere }
-.right { color: #116329 } .wrong { color: #a40e26 } .truth, small { color: #555 }"""
+.right { color: #116329 } .wrong { color: #a40e26 } .truth, small { color: #555 }
+.right::after { content: " \\2713" } .wrong::after { content: " \\2717" }"""
 
 
 def compare_records(records_a: Sequence[dict], records_b: Sequence[dict]) -> dict[str, dict]:
@@ -54,7 +55,7 @@ def compare_records(records_a: Sequence[dict], records_b: Sequence[dict]) -> dic
 
 def describe(compared: dict[str, dict]) -> list[list[str]]:
     """Rows of a table: what, difference, interval, p, questions, test; in percentage points."""
-    rows = [["", "B - A", "95%", "p", "n", "test"]]
+    rows = [["", "B - A, points", "95%", "p", "n", "test"]]
     for name, one in compared.items():
         low, high = (f"{100 * bound:+.1f}" for bound in one["ci95"])
         difference = f"{100 * one['difference']:+.1f}"
@@ -105,8 +106,9 @@ def page(
         shown = f"{len(pairs) - a_better:,}. Shown: {len(places)}."
         parts.append(f"<h2>{escape(task)}</h2><p>They disagree {counts} {shown}</p><div class='cards'>")
         for a, b, score_a, score_b in (pairs[i] for i in places):
-            texts = {"question": a["question"].strip(), "a": a["output"], "b": b["output"], "truth": _truth(a)}
-            texts = {name: escape(text) for name, text in (texts | {"id": a["id"]}).items()}
+            texts = {"id": a["id"], "question": a["question"].strip(), "truth": _truth(a)}
+            texts |= {"a": a["output"] or "(nothing)", "b": b["output"] or "(nothing)"}
+            texts = {name: escape(text) for name, text in texts.items()}
             classes = {"class_a": "right" if score_a > score_b else "wrong"}
             classes["class_b"] = "right" if score_b > score_a else "wrong"
             parts.append(CARD.format(image=_thumbnail(read_image(a)), **texts, **classes))

@@ -264,14 +264,15 @@ def test_what_is_answered_is_not_asked_again_and_no_other_run_is_mixed_in(folder
 
 
 def test_two_processes_share_the_questions(folders, checkpoint, tmp_path):
-    alone = ask(checkpoint, "mmstar", folders["mmstar"], tmp_path / "one")
+    alone = ask(checkpoint, "miniature", folders["miniature"], tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command += ["ola_vlm.cli", "eval", checkpoint, "--benchmark", "mmstar", "--data", str(folders["mmstar"])]
+    command += ["ola_vlm.cli", "eval", checkpoint, "--benchmark", "miniature", "--data", str(folders["miniature"])]
     command += ["--out", str(tmp_path / "two"), "--max_new_tokens", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("overall") == 1
+    assert f"{len(alone) // 2}/{len(alone) // 2} " in done.stderr  # the first process's bar: it had half of them
     assert read_answers(tmp_path / "two") == alone
 
 
@@ -346,6 +347,14 @@ def test_a_pair_counts_only_if_both_are_right():
 )
 def test_exact_and_option_scoring(how, output, answer, right):
     assert score_records([record(output, answer, how=how)], "realworldqa")["overall"]["score"] == right
+
+
+def test_letters_are_read_where_the_options_are_not():
+    assert score_records([record("B", "B", choices=[""] * 4)], "mmstar")["overall"]["score"] == 1
+    for garbage in ("???", "", " ", "E"):
+        assert score_records([record(garbage, "B", choices=[""] * 4)], "mmstar")["overall"]["score"] == 0
+    row = {"index": 0, "question": "Which?", "answer": "C", "category": "math", "l2_category": "x"}
+    assert BENCHMARKS["mmstar"].read(row)["choices"] == [""] * 4
 
 
 @pytest.mark.parametrize(
