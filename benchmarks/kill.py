@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from ola_vlm.miniature.dataset import write_world
+from ola_vlm.miniature.study import SHRUNK
 
 
 def command(folder: Path, name: str, steps: int) -> list[str]:
@@ -43,7 +44,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_world(folder / "data", {"train": 64, "validation": 8, "test": 16}, {"test": 4})
+        write_world(folder / "data", SHRUNK["sizes"], SHRUNK["questions"])
         options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
         start = time.time()
