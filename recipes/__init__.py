@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from . import miniature, paper
+from . import miniature, paper, smollm2
 
 RECIPES = {
     f"{prefix}{llm}_vit_{stage.__name__}": partial(stage, llm, method)
@@ -11,3 +11,4 @@ RECIPES = {
     for stage in [paper.pretrain, paper.finetune]
 }
 RECIPES |= {"miniature_pretrain": miniature.pretrain, "miniature_finetune": miniature.finetune}
+RECIPES |= {"smollm2_pretrain": smollm2.pretrain, "smollm2_finetune": smollm2.finetune}
