@@ -148,6 +148,14 @@ def test_data(run, tmp_path):
             assert (labels == collator.processor.tokenizer.eos_token_id).sum() == answers  # the end of turn is learnt
 
 
+def test_only_answers_that_end_are_rehearsed(run, language_model, monkeypatch):
+    again = smollm2.Run(run.out, language_model, shrunk=True)
+    again.content = {"prompts": {"train": ["what is red ?", "what is blue ?"]}}
+    answers = iter([again.tokenizer("the cube")["input_ids"], again.tokenizer("the sphere<|im_end|>")["input_ids"]])
+    monkeypatch.setattr(smollm2, "greedy", lambda *_: next(answers))
+    assert again.rehearsal() == [("what is blue ?", "the sphere")]
+
+
 def test_held_out_loss_is_that_of_all_supervised_tokens(run):
     """Of a group, as one row after the other gives it."""
     model = OlaVlmForConditionalGeneration.from_pretrained(run.out / "pretrain").eval()
