@@ -50,6 +50,6 @@ def finetune(root: str | Path = "runs/smollm2") -> dict:
     return _common(root, "finetune") | {
         "checkpoint": str(Path(root) / "pretrain"),
         "learning_rate": 1e-4,
-        "max_steps": 300,
+        "max_steps": 240,
         "per_device_train_batch_size": 4,
     }
