@@ -351,7 +351,8 @@ def report_text(results: dict) -> str:
     accuracy = {"chance": results["chance"], "after IFT": last["accuracy"]}
     tasks = list(last["accuracy"])
     answered = [[name, *(100 * of[task] for task in tasks)] for name, of in accuracy.items()]
-    taught = [[*key, curve[0][1], curve[-1][1]] for key, curve in embedding_losses(results).items()]
+    ends = {key: np.array(curve)[:, 1] for key, curve in embedding_losses(results).items()}
+    taught = [[*key, float(curve[:5].mean()), float(curve[-5:].mean())] for key, curve in ends.items()]
     text = (
         "# SmolLM2-135M-Instruct taught to look\n\n"
         f"PT {trained[0]['steps']} steps, IFT {last['steps']} steps. Rows: {results['rows']}. "
@@ -363,7 +364,7 @@ def report_text(results: dict) -> str:
         + "## Answers on scenes not seen, in %\n\n"
         + table(["", *tasks], answered)
         + "## Embedding losses in PT\n\n"
-        + table(["task", "layer", "part", "first steps", "last steps"], taught)
+        + table(["task", "layer", "part", "first 50 steps", "last 50 steps"], taught)
         + "![losses](losses.png)\n\n## Transcripts after IFT\n\n"
     )
     for talk in last["transcripts"]:
