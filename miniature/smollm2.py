@@ -20,7 +20,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, set_seed
 
 from ola_vlm.eval.multiple_choice import generate_answers, score
 from ola_vlm.miniature import world
@@ -291,7 +291,9 @@ class Run:
     def evaluate(self, stage: str | None) -> dict:
         """Of the model after a stage (None: before PT). ValueError if the language model has changed in PT."""
         checkpoint = {"checkpoint": str(self.root / stage)} if stage else {}
-        model, processor = load_model(self.arguments("finetune" if stage else "pretrain", **checkpoint))
+        args = self.arguments("finetune" if stage else "pretrain", **checkpoint)
+        set_seed(args.seed)  # as training does: before PT it is the model that PT begins with
+        model, processor = load_model(args)
         found = {"held_out_loss": held_out_losses(model.eval(), processor, self.data)}
         if stage:
             texts = self.content["prompts"]["test"]

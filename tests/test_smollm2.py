@@ -93,9 +93,10 @@ def test_pre_training_leaves_text_only_answers_alone(run):
 
 def test_it_goes_on_where_it_was_and_refuses_another_runs_folder(run, language_model):
     stamp = (run.out / "finetune" / "model.safetensors").stat().st_mtime_ns
-    (run.out / "after_pretrain.json").unlink()
+    for name in ("before_pretrain", "after_pretrain"):
+        (run.out / f"{name}.json").unlink()
     again = run.again()
-    assert again["after IFT"] == run.results["after IFT"] and again["after PT"] == run.results["after PT"]
+    assert all(again[stage] == run.results[stage] for stage in ("before PT", "after PT", "after IFT"))
     assert (run.out / "finetune" / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="choose another --out"):
         smollm2.Run(run.out, language_model, shrunk=False)
