@@ -1,6 +1,6 @@
 # make miniature   the study: trains LLaVA-1.5 and OLA-VLM in miniature, probes both, writes runs/miniature/
 #                  (ARGS="--seeds 3" passes options on: `.venv/bin/ola-vlm miniature --help` lists them)
-# make smollm2     a real language model on photographs and scenes, about 75 minutes on a core; writes runs/smollm2/
+# make smollm2     a real language model on photographs and scenes, about 80 minutes on a core; writes runs/smollm2/
 # make test        the tests; make test-all adds the slow ones
 # make style       ruff's linter and formatter, checking only
 # make clean       removes caches and build files; .venv and runs stay

@@ -1,4 +1,4 @@
-"""A real language model on one CPU core, in about an hour: SmolLM2-135M-Instruct reads photographs and scenes.
+"""A real language model on one CPU core, in an hour and a half: SmolLM2-135M-Instruct reads photographs and scenes.
 
 `python -m ola_vlm.miniature.smollm2` (= `make smollm2`) runs both stages; before them it writes the language model and
 the data. Tower and teachers are the miniature's.
