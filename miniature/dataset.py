@@ -24,9 +24,13 @@ PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *world.COLORS.values()
 TURNS = 8  # question-answer turns an image in instruction tuning
 
 
-def _conversations(turns: list[tuple[str, str]]) -> list[dict]:
-    first = [("<image>\n" + turns[0][0], turns[0][1]), *turns[1:]]
-    return [{"from": who, "value": text} for turn in first for who, text in zip(("human", "gpt"), turn, strict=True)]
+def llava_row(name: str, turns: list[tuple[str, str]], image: str | None = None) -> dict:
+    """A row of LLaVA's JSON; the image stands before the first question."""
+    chat = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    if image is None:
+        return {"id": name, "conversations": chat}
+    chat[0]["value"] = "<image>\n" + chat[0]["value"]
+    return {"id": name, "image": image, "conversations": chat}
 
 
 def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str, int] = QUESTIONS) -> dict:
@@ -53,10 +57,8 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
             chats = [world.conversation(scenes[split], i, TURNS, rng) for i in range(count)]
             chats = [[(turn["question"], turn["answer"]) for turn in chat] for chat in chats]
             for name, turns in (("pretrain", captions), ("finetune", chats)):
-                rows = [
-                    {"id": f"{split}_{i:05d}", "image": f"{split}_{i:05d}.png", "conversations": _conversations(row)}
-                    for i, row in enumerate(turns)
-                ]
+                names = [f"{split}_{i:05d}" for i in range(count)]
+                rows = [llava_row(name, row, f"{name}.png") for name, row in zip(names, turns, strict=True)]
                 (folder / f"{name}.json").write_text(json.dumps(rows))
         elif split in questions:
             rows = world.balanced(scenes[split], questions[split], SEEDS[split])

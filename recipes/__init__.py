@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import ablations, miniature, paper
+from . import ablations, miniature, paper, smollm2
 
 
 class Recipe(NamedTuple):
@@ -43,6 +43,8 @@ RUNS = {  # of each table, but for those that it shares with one before it
 RECIPES = {
     "miniature_pretrain": Recipe(miniature.pretrain, None, "miniature", miniature.pretrain()),
     "miniature_finetune": Recipe(miniature.finetune, None, "miniature", miniature.finetune()),
+    "smollm2_pretrain": Recipe(smollm2.pretrain, None, "smollm2", smollm2.pretrain()),
+    "smollm2_finetune": Recipe(smollm2.finetune, None, "smollm2", smollm2.finetune()),
     "llama3_vit_pretrain": Recipe(paper.table_1, None, "llama3_vit", paper.pretrain()),
     "llama3_vit_finetune": Recipe(paper.table_1, None, "llama3_vit", paper.finetune()),
 }

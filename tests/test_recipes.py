@@ -24,9 +24,10 @@ from ola_vlm.training.targets import target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+LOCAL = ("miniature", "smollm2")
 BY_RUN = {}
 for name, recipe in RECIPES.items():
-    if recipe.run != "miniature":  # which has its own tests
+    if recipe.run not in LOCAL:  # which have their own tests
         BY_RUN.setdefault(recipe.run, []).append(name)
 ABLATIONS = {  # what each ablation changes in its parent, apart from folders
     "losses_none_pretrain": {"embedding_losses": False},
@@ -148,7 +149,7 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
         changed = {field: own for field, (_, own) in show.changes(name).items()}
         if recipe.parent is None:
             assert not changed and name in {
-                f"{r}_{s}" for r in ("llama3_vit", "miniature") for s in ("pretrain", "finetune")
+                f"{r}_{s}" for r in ("llama3_vit", *LOCAL) for s in ("pretrain", "finetune")
             }
             continue
         assert changed.pop("output_dir") == f"runs/{recipe.run}/{recipe.fields['stage']}"
@@ -182,7 +183,7 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
 
 def test_docstrings_give_command_hours_and_the_papers_numbers():
     for name, recipe in RECIPES.items():
-        if recipe.run == "miniature":
+        if recipe.run in LOCAL:
             assert show.estimated_hours(name) is None and f"--recipe {name}" in recipe.table.__doc__
             continue
         doc = recipe.table.__doc__
