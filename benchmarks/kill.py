@@ -38,7 +38,7 @@ def checkpoints(run: Path) -> set[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -47,29 +47,32 @@ def main() -> None:
         write_world(folder / "data", SHRUNK["sizes"], SHRUNK["questions"])
         options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-        start = time.time()
-        subprocess.run(command(folder, "whole", args.steps), check=True, **options)
-        duration = time.time() - start
-        run, counts = folder / "killed", {"at any moment": 0, "while it saved": 0, "lost a started checkpoint": 0}
+        start, whole = time.time(), subprocess.Popen(command(folder, "whole", args.steps), **options)
+        while whole.poll() is None and not checkpoints(folder / "whole"):
+            time.sleep(0.1)
+        first = time.time() - start  # loading, and two steps
+        if whole.wait():
+            raise SystemExit("the undisturbed run failed")
+        run, torn = folder / "killed", 0
         for kill in tqdm(range(args.kills), desc="kills"):
-            process, seen = subprocess.Popen(command(folder, "killed", args.steps), **options), checkpoints(run)
-            while_saving, until = kill % 2 == 1, time.time() + rng.uniform(0, duration)
+            process, before = subprocess.Popen(command(folder, "killed", args.steps), **options), checkpoints(run)
+            seen, while_saving, until = set(before), kill % 2 == 1, time.time() + rng.uniform(0, 1.5 * first)
             number = len(seen) + rng.randint(1, 3)  # of the checkpoint that it dies with
             while process.poll() is None and (len(seen) < number if while_saving else time.time() < until):
                 time.sleep(0.001)
                 seen |= checkpoints(run)
             if while_saving:
                 time.sleep(rng.uniform(0, 0.1))  # at its beginning, in the middle or just after it
-            if process.poll() is None:
-                counts["while it saved" if while_saving else "at any moment"] += 1
+            if process.poll() is not None:
+                raise SystemExit(f"the run ended by itself after {kill} kills: give more --steps")
             process.kill()
             process.wait()
             whole = {state.parent.name for state in run.glob("checkpoint-*/trainer_state.json")}
-            counts["lost a started checkpoint"] += bool(checkpoints(run) - whole)
+            torn += bool(checkpoints(run) - before - whole)
         subprocess.run(command(folder, "killed", args.steps), check=True, **options)
         expected, found = (load_file(folder / name / "model.safetensors") for name in ("whole", "killed"))
         different = [name for name, value in expected.items() if not value.equal(found[name])]
-    print(f"{args.steps} steps, killed: {counts}")
+    print(f"{args.steps} steps, killed {args.kills} times, {torn} times with a checkpoint half written")
     print(f"tensors that differ from the undisturbed run's: {len(different)} of {len(expected)} {different[:3]}")
     if different or expected.keys() != found.keys():
         raise SystemExit(1)
