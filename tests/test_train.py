@@ -115,7 +115,9 @@ def test_cached_and_on_the_fly_targets_give_the_same_losses(world, tmp_path, mon
     cache = {"target_cache": str(tmp_path / "targets"), "output_dir": str(tmp_path / "run")}
     monkeypatch.setitem(RECIPES, "tiny", lambda: world | cache)
     for part, missing in (("1/2", 8), ("2/2", 4)):
-        with pytest.raises(ValueError, match=rf"8 images \({missing} of gen, {missing} of depth, .*`ola-vlm targets`"):
+        with pytest.raises(
+            ValueError, match=rf"{missing} of 8 images \({missing} of gen, {missing} of depth, .*`ola-vlm targets`"
+        ):
             train(OlaVlmArguments(**world, **cache))
         cli.main(["targets", "--recipe", "tiny", "--shard", part])
     assert "depth: 8 images, 8192 bytes" not in capsys.readouterr().out

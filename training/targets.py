@@ -1,78 +1,129 @@
 """The targets of a run: from its teachers or from the target cache, which all its processes fill together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
+from torch import distributed
 from transformers.utils import logging
 
-from ..targets.cache import TargetCache, TargetStatistics
+from ..targets.cache import TargetCache
 from ..targets.encoders import Motion
-from ..targets.fill import Teacher, fill, known_keys, make_teachers, open_caches
+from ..targets.fill import Teacher, fill, make_teachers, open_caches, refused_targets
 from .arguments import OlaVlmArguments
 from .data import TargetSource
 from .rows import Rows, Sources, StreamRows
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T")
+
+
+def gathered(compute: Callable[[], T]) -> list[T]:
+    """What each process computes. The slowest one is waited for however long: the run's own group would time out."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [compute()]
+    group, found = (
+        distributed.new_group(backend="gloo", timeout=timedelta(days=365)),
+        [None] * torch.distributed.get_world_size(),
+    )
+    distributed.all_gather_object(found, compute(), group=group)
+    distributed.destroy_process_group(group)
+    return found
 
 
 def filled_caches(
     args: OlaVlmArguments, teachers: dict[str, Teacher], images: Sources, compute: bool
-) -> dict[str, TargetCache]:
-    """The caches after each process has done its part of the images: looked at them and, if asked, computed targets.
-    ValueError names the images that can't be used, or they are logged if bad rows are to be dropped."""
+) -> tuple[dict[str, TargetCache], list[str | None], dict[int, str]]:
+    """The caches after each process has done its part of the images: looked at them and, if asked, computed targets;
+    all images' keys; and those that can't be used, place in `images` -> name and reason, which are logged.
+
+    ValueError names them unless bad rows are to be dropped, and if targets are missing otherwise."""
     with args.main_process_first(desc="target cache"):  # a teacher's fingerprint may have to be computed
         caches = open_caches(args.target_cache, teachers, args.target_storage)
-    part, show = images[args.process_index :: args.world_size], args.should_log and not args.disable_tqdm
-    workers = args.dataloader_num_workers
-    if refused := fill(args.target_cache, teachers, caches if compute else {}, part, workers, show):
-        named = "\n".join(f"{name}: {reason}" for name, reason in list(refused.items())[:20])
-        if args.on_bad_rows == "stop":
-            what = f"{len(refused)} images have no target; drop their rows, or set on_bad_rows=drop"
-            raise ValueError(f"{what}. The first ones:\n{named}")
-        logger.warning(f"{len(refused)} images have no target, their rows will be dropped. The first ones:\n{named}")
-    args.distributed_state.wait_for_everyone()
+    # Shuffled: of an interrupted fill, or one with --shard, each process has about the same left to do.
+    order = np.random.default_rng(0).permutation(len(images))
+    parts = [np.sort(order[rank :: args.world_size]) for rank in range(args.world_size)]
+    part, show = images[parts[args.process_index]], args.should_log and not args.disable_tqdm
+    done = gathered(
+        lambda: fill(args.target_cache, teachers, caches if compute else {}, part, args.dataloader_num_workers, show)
+    )
+    keys, refused = [None] * len(images), {}
+    for places, (found, why) in zip(parts, done, strict=True):
+        refused |= {int(places[i]): reason for i, reason in why.items()}
+        for i, key in zip(places, found, strict=True):
+            keys[i] = key
     for cache in caches.values():
         cache.reload()
-    return caches
+    if refused := refused | refused_targets(caches, keys, images):
+        named, what = "\n".join(list(refused.values())[:20]), f"{len(refused)} images have no target"
+        if args.on_bad_rows == "stop":
+            raise ValueError(f"{what}; drop their rows, or set on_bad_rows=drop. The first ones:\n{named}")
+        logger.warning(f"{what}, their rows are dropped. The first ones:\n{named}")
+    usable = {key for key in keys if key}
+    if lacking := {name: missing for name, cache in caches.items() if (missing := cache.missing(usable))}:
+        counts = ", ".join(f"{len(missing)} of {name}" for name, missing in lacking.items())
+        count = f"{len(set[str]().union(*lacking.values()))} of {len(usable)} images ({counts})"
+        what = f"the cache {args.target_cache} lacks targets of {count}"
+        if compute:
+            raise ValueError(
+                f"{what} that were computed just now: is it one folder for all machines? If it is, start again"
+            )
+        raise ValueError(
+            f"{what}: compute them by `ola-vlm targets` with this run's --recipe and fields, or as the run starts by "
+            "--target_fill true"
+        )
+    return caches, keys, refused
 
 
 def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: Rows | StreamRows) -> dict[str, TargetSource]:
     """Each task's function of images: its teacher or, with `target_cache`, what is stored of it; then no teacher is
-    loaded. ValueError, with the command that helps, if targets are missing and `target_fill` is false."""
+    loaded, and rows with an image that no target can be had of are dropped. ValueError: as `filled_caches`'s."""
     teachers = make_teachers(tasks, args.teachers or {}, args.device)
-    if args.target_cache:
-        if isinstance(rows, StreamRows):
-            raise ValueError(
-                "a stream's images can't be counted for a target cache: give none, or set streaming=false"
-            )
-        images = rows.sources()
-        sources = filled_caches(args, teachers, images, args.target_fill)
-        keys = [key for key in known_keys(args.target_cache, images) if key]
-        lacking = {name: missing for name, cache in sources.items() if (missing := cache.missing(keys))}
-        if lacking and not args.target_fill:
-            counts = ", ".join(f"{len(missing)} of {name}" for name, missing in lacking.items())
-            raise ValueError(
-                f"the cache {args.target_cache} lacks targets of {len(set(keys))} images ({counts}): compute them by "
-                "`ola-vlm targets` with this run's --recipe and fields, or as the run starts by --target_fill true"
-            )
+    if not args.target_cache:
+        sources, keys = {name: teacher.encoder.encode for name, teacher in teachers.items()}, []
+    elif isinstance(rows, StreamRows):
+        raise ValueError("a stream's images can't be counted for a target cache: give none, or set streaming=false")
     else:
-        sources = {name: teacher.encoder.encode for name, teacher in teachers.items()}
-    standardized = {}
-    for name, source in sources.items() if args.standardize_targets else ():
-        # By the training images' statistics, which go with the run: predictions are restored before decoding.
-        if args.target_cache:
-            with args.main_process_first(desc=f"statistics of {name}"):
-                statistics = source.statistics([key for key in keys if key not in lacking.get(name, ())])
-        else:
-            statistics = TargetStatistics.fit(source([image]) for image in rows.images())
-        if args.should_save:
-            statistics.save(Path(args.output_dir) / "target_statistics" / f"{name}.safetensors")
-        standardized[name] = partial(_standardized, source, statistics)
-    sources |= standardized
-    return {name: Motion(source) if teachers[name].motion else source for name, source in sources.items()}
+        images = rows.sources()
+        sources, keys, refused = filled_caches(args, teachers, images, args.target_fill)
+        keys = [key for i, key in enumerate(keys) if i not in refused]
+        if refused:
+            logger.warning(f"dropped {rows.drop_images(images, refused)} rows of images without a target")
+            if not len(rows):
+                raise ValueError("no row is left whose images have targets")
+    found, once = {}, {teacher: Once(sources[name]) for name, teacher in teachers.items()}
+    for name, teacher in teachers.items():
+        is_motion, source = args.teachers[name].get("motion", False), sources[name]
+        if list(teachers.values()).count(teacher) > 1:
+            source = once[teacher]
+        if args.standardize_targets and keys:
+            # By the training images' statistics, which go with the run: predictions are restored before decoding.
+            is_main, cache = args.process_index == 0, sources[name]
+            statistics = gathered(partial(cache.statistics, keys) if is_main else lambda: None)[0]
+            source = partial(_standardized, source, statistics)
+            if args.should_save:
+                if is_motion:  # a difference has no mean
+                    statistics = statistics._replace(mean=torch.zeros_like(statistics.mean))
+                statistics.save(Path(args.output_dir) / "target_statistics" / f"{name}.safetensors")
+        found[name] = Motion(source) if is_motion else source
+    return found
 
 
-def _standardized(source: TargetSource, statistics: TargetStatistics, images: list) -> torch.Tensor:
+class Once:
+    """A source that several tasks ask for the same batch of images, one after the other: the targets are made once."""
+
+    def __init__(self, source: TargetSource):
+        self.source, self.images, self.targets = source, None, None
+
+    def __call__(self, images: list) -> torch.Tensor:
+        if images is not self.images:
+            self.images, self.targets = images, self.source(images)
+        return self.targets
+
+
+def _standardized(source: TargetSource, statistics, images: list) -> torch.Tensor:
     return statistics.standardize(source(images))
