@@ -13,11 +13,11 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,18 +67,22 @@ def as_hint() -> Iterator[None]:
         logger.warning_once(f"{error}: it will be found out again next time")
 
 
-class BatchKeys:
-    """The keys of a batch, computed once for all tasks' caches, which are asked for the same list one after the other.
-    For a cache that asks again they are computed again: the images may have changed meanwhile."""
+def _image_keys(images: list[Image.Image]) -> list[str]:
+    return list(map(image_key, images))
 
-    def __init__(self):
-        self.images, self.keys, self.served = None, [], set()
 
-    def __call__(self, cache: "TargetCache", images: list[Image.Image]) -> list[str]:
-        if images is not self.images or id(cache) in self.served:
-            self.images, self.keys, self.served = images, list(map(image_key, images)), set()
-        self.served.add(id(cache))
-        return self.keys
+class OncePerBatch:
+    """A function of a batch, such as its keys, computed once for all tasks that ask for the same list one after the
+    other. For one that asks again it is computed again: the images may have changed meanwhile."""
+
+    def __init__(self, function: Callable[[list[Image.Image]], Any] = _image_keys):
+        self.function, self.images, self.found, self.served = function, None, None, set()
+
+    def __call__(self, task: object, images: list[Image.Image]) -> Any:
+        if images is not self.images or id(task) in self.served:
+            self.images, self.found, self.served = images, self.function(images), set()
+        self.served.add(id(task))
+        return self.found
 
 
 class TargetCache:
@@ -98,10 +102,10 @@ class TargetCache:
         fingerprint: str,
         storage: str = "float32",
         shard_size: int = 64,
-        batch_keys: BatchKeys | None = None,
+        batch_keys: OncePerBatch | None = None,
     ):
         self.folder, self.fingerprint = Path(folder) / f"{fingerprint}-{storage}", fingerprint
-        self.dtype, self.shard_size, self.batch_keys = STORAGE[storage], shard_size, batch_keys or BatchKeys()
+        self.dtype, self.shard_size, self.batch_keys = STORAGE[storage], shard_size, batch_keys or OncePerBatch()
         self.reload()
 
     def reload(self) -> None:

@@ -172,7 +172,7 @@ class TargetEncoder(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A file-safe name that changes with class, weights, configuration, numeric type, grid, geometry or version."""
+        """A file-safe name that changes with the class, weights, configuration, numeric type, view or version."""
         config = json.loads(self.model.config.to_json_string(), object_hook=_without_volatile)
         digest = hashlib.blake2b(json.dumps([config, self.view], sort_keys=True, default=str).encode())
         digest.update(f"version {FEATURES_VERSION}".encode())

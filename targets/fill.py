@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import extract_commit_hash
 
-from .cache import BatchKeys, TargetCache, as_hint, image_key, write_whole
+from .cache import OncePerBatch, TargetCache, as_hint, image_key, write_whole
 from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder, open_image, source_name
 
 BATCH = 32  # images decoded and encoded at a time
@@ -31,22 +31,18 @@ class Teacher:
     """
 
     def __init__(self, task: dict, entry: dict, device="cpu"):
-        self.task, self.device = task, device
+        self.task, self.device, self.shape = task, device, (task["target_length"], task["target_dim"])
         self.entry = {field: value for field, value in entry.items() if field != "motion"}
         if entry.get("encoder") not in ENCODERS or "path" not in entry:
             need = f"give its path, and as encoder one of {list(ENCODERS)}"
             raise ValueError(f"teachers[{task['name']!r}] is {entry}: {need}")
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.task["target_length"], self.task["target_dim"]
-
     @cached_property
     def encoder(self) -> TargetEncoder:
         options = {"device": self.device, **self.entry, "grid": math.isqrt(self.task["target_length"])}
         encoder = ENCODERS[options.pop("encoder")].from_pretrained(options.pop("path"), **options)
-        if (shape := self.shape) != (found := (encoder.target_length, encoder.target_dim)):
-            shapes = f"targets {found} from its teacher, {shape} from its configuration"
+        if self.shape != (found := (encoder.target_length, encoder.target_dim)):
+            shapes = f"targets {found} from its teacher, {self.shape} from its configuration"
             raise ValueError(
                 f"task {self.task['name']!r} has {shapes}: set target_length and target_dim to the teacher's"
             )
@@ -98,7 +94,7 @@ def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu")
 
 def open_caches(folder: str | Path, teachers: dict[str, Teacher], storage: str = "float32") -> dict[str, TargetCache]:
     fingerprints = {name: teacher.fingerprint(folder) for name, teacher in teachers.items()}
-    keys = BatchKeys()  # tasks of one teacher share its cache
+    keys = OncePerBatch()  # tasks of one teacher share its cache
     caches = {value: TargetCache(folder, value, storage, batch_keys=keys) for value in fingerprints.values()}
     return {name: caches[value] for name, value in fingerprints.items()}
 
@@ -158,29 +154,29 @@ def fill(
     """Computes and stores what the caches lack of the images (paths, or `{"bytes", "path": what to call them}`), and
     brings the index of images up to date.
 
-    What they have is read and compared with its checksums. Without caches only the index is made.
+    What they have is read and compared with its checksums. Without teachers only the index is made.
     Returns the sources' keys, None for what can't be decoded, and what is refused: place in `sources` -> name and
     reason (can't be decoded, a target that isn't finite or overflows the storage).
     """
     keys, refused, bar = known_keys(folder, sources), {}, partial(tqdm, unit="image", disable=not progress)
     known = [key for key in keys if key]
     caches = {cache.fingerprint: (name, cache) for name, cache in caches.items()}  # tasks may share one
-    for name, cache in caches.values():
+    for name, cache in caches.values() if teachers else ():
         cache.remove_remains()
         with bar(total=len(known), desc=f"checking {name} targets") as checked:
             for start in range(0, len(known), 1024):
                 cache.drop_damaged(part := known[start : start + 1024])
                 checked.update(len(part))
-    lacking = set[str]().union(*(cache.missing(known) for _, cache in caches.values()))
+    lacking = set[str]().union(*(cache.missing(known) for _, cache in caches.values() if teachers))
     todo = [i for i, key in enumerate(keys) if key is None or key in lacking]
     index = Path(folder) / "images" / f"{uuid.uuid4().hex}.jsonl"
-    with bar(total=len(keys), initial=len(keys) - len(todo), desc="targets" if caches else "images") as done:
+    with bar(total=len(keys), initial=len(keys) - len(todo), desc="targets" if teachers else "images") as done:
         for batch in DataLoader(_Images(sources, todo), BATCH, num_workers=workers, collate_fn=list):
             done.update(len(batch))
             refused |= {i: f"{name}: {reason}" for i, name, state, reason, _ in batch if state is None}
             batch = [image for image in batch if image[2] is not None]
             found = {key: image for _, _, _, key, image in batch}
-            for name, cache in caches.values():
+            for name, cache in caches.values() if teachers else ():
                 cache.drop_damaged(found)  # of images unknown so far
                 if new := sorted(cache.missing(found)):
                     encoder = teachers[name].encoder
@@ -195,18 +191,9 @@ def fill(
             for i, _, _, key, _ in batch:
                 keys[i] = key
     for _, cache in caches.values():
-        cache.flush()
+        cache.flush()  # also those that are only read look at their folder anew
     keys = [None if i in refused else key for i, key in enumerate(keys)]
-    return keys, refused | refused_targets(dict(caches.values()), keys, sources)
-
-
-def refused_targets(
-    caches: dict[str, TargetCache], keys: Sequence[str | None], sources: Sequence[str | dict]
-) -> dict[int, str]:
-    """Those of `sources`, whose `keys` these are, that a teacher has no usable target for: place -> reason."""
-    return {
-        i: f"{source_name(sources[i])}: {name}: {cache.refused[key]}"
-        for name, cache in caches.items()
-        for i, key in enumerate(keys)
-        if key in cache.refused
-    }
+    for name, cache in caches.values():
+        why = ((i, cache.refused[key]) for i, key in enumerate(keys) if key in cache.refused)
+        refused |= {i: f"{source_name(sources[i])}: {name}: {reason}" for i, reason in why}
+    return keys, refused

@@ -129,6 +129,8 @@ class Rows(Dataset):
             images = ((i, image) for i in range(len(self)) for image in self[i].get("images", ()))
             bad |= {i for i, image in images if isinstance(image, str) and image in files}
         fine = ~np.isin(np.arange(len(self)), list(bad))
+        if not fine.any():
+            raise ValueError("no row is left whose images have targets")
         self.indices = self.indices[fine]
         if self.lengths is not None:
             self.lengths, self.has_image = self.lengths[fine], self.has_image[fine]
