@@ -109,8 +109,7 @@ class TargetCache:
         self.reload()
 
     def reload(self) -> None:
-        """Reads the shards' headers. What is damaged is logged, and its targets are missing. OSError for a shard that
-        can't be opened."""
+        """Reads the shards' headers. What is damaged is logged, and missing. OSError for what can't be opened."""
         self._pending: list[tuple[str, dict[str, Tensor]]] = []
         self._new: set[str] = set()  # keys stored since
         self._shards, self._unreadable = sorted(self.folder.glob("*.safetensors")), []
@@ -127,8 +126,7 @@ class TargetCache:
                     raise ValueError("its keys were changed")
             except (SafetensorError, FileNotFoundError, TypeError, KeyError, ValueError) as error:
                 logger.warning(f"{path} is damaged or truncated ({error}): its targets count as missing")
-                if not isinstance(error, FileNotFoundError):  # removed by another process, which fills
-                    self._unreadable.append(path)
+                self._unreadable += [path] * (not isinstance(error, FileNotFoundError))  # removed by another process
                 continue
             rows = json.loads(header["rows"])
             keys += rows
@@ -180,8 +178,7 @@ class TargetCache:
         """Deletes damaged shards, and what processes left that were killed while writing an hour ago."""
         for path in self._unreadable:
             path.unlink(missing_ok=True)
-        notes = self.folder.parent.glob(f"{self.fingerprint.partition('-')[0]}-*.tmp")  # `Teacher.fingerprint`'s
-        for path in [*self.folder.rglob("*.tmp"), *notes]:
+        for path in [*self.folder.rglob("*.tmp"), *self.folder.parent.glob("*-*.*.tmp")]:  # of shards and notes
             with suppress(FileNotFoundError):  # another process has just finished it
                 if time.time() - path.stat().st_mtime > 3600:
                     path.unlink()

@@ -192,7 +192,6 @@ def fill(
                 keys[i] = key
     for _, cache in caches.values():
         cache.flush()  # also those that are only read look at their folder anew
-    keys = [None if i in refused else key for i, key in enumerate(keys)]
     for name, cache in caches.values():
         why = ((i, cache.refused[key]) for i, key in enumerate(keys) if key in cache.refused)
         refused |= {i: f"{source_name(sources[i])}: {name}: {reason}" for i, reason in why}

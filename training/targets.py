@@ -57,12 +57,11 @@ def filled_caches(
         cache.reload()
     if lacking := {name: missing for name, cache in caches.items() if (missing := cache.missing(usable))}:
         counts = ", ".join(f"{len(missing)} of {name}" for name, missing in lacking.items())
-        count = f"{len(set[str]().union(*lacking.values()))} of {len(set(usable))} images ({counts})"
-        remedy = "with this run's --recipe and fields, or as the run starts by --target_fill true"
-        remedy = f"compute them by `ola-vlm targets` {remedy}"
-        if compute:
-            remedy = "yet they were computed just now. Is it one folder for all machines? If it is, start again"
-        raise ValueError(f"the cache {args.target_cache} lacks targets of {count}: {remedy}")
+        counts = f"{len(set[str]().union(*lacking.values()))} of {len(set(usable))} images ({counts})"
+        by_run = "computed just now. Is it one folder for all machines? If it is, start again"
+        by_command = "compute them by `ola-vlm targets` with this run's --recipe and fields, or by --target_fill true"
+        remedy = by_run if compute else by_command
+        raise ValueError(f"the cache {args.target_cache} lacks targets of {counts}: {remedy}")
     return caches, usable, refused
 
 
