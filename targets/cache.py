@@ -126,7 +126,8 @@ class TargetCache:
                     raise ValueError("its keys were changed")
             except (SafetensorError, FileNotFoundError, TypeError, KeyError, ValueError) as error:
                 logger.warning(f"{path} is damaged or truncated ({error}): its targets count as missing")
-                self._unreadable += [path] * (not isinstance(error, FileNotFoundError))  # removed by another process
+                if not isinstance(error, FileNotFoundError):  # removed by another process
+                    self._unreadable.append(path)
                 continue
             rows = json.loads(header["rows"])
             keys += rows

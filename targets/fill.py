@@ -161,13 +161,14 @@ def fill(
     keys, refused, bar = known_keys(folder, sources), {}, partial(tqdm, unit="image", disable=not progress)
     known = [key for key in keys if key]
     caches = {cache.fingerprint: (name, cache) for name, cache in caches.items()}  # tasks may share one
-    for name, cache in caches.values() if teachers else ():
+    to_fill = list(caches.values()) if teachers else []
+    for name, cache in to_fill:
         cache.remove_remains()
         with bar(total=len(known), desc=f"checking {name} targets") as checked:
             for start in range(0, len(known), 1024):
                 cache.drop_damaged(part := known[start : start + 1024])
                 checked.update(len(part))
-    lacking = set[str]().union(*(cache.missing(known) for _, cache in caches.values() if teachers))
+    lacking = set[str]().union(*(cache.missing(known) for _, cache in to_fill))
     todo = [i for i, key in enumerate(keys) if key is None or key in lacking]
     index = Path(folder) / "images" / f"{uuid.uuid4().hex}.jsonl"
     with bar(total=len(keys), initial=len(keys) - len(todo), desc="targets" if teachers else "images") as done:
@@ -176,7 +177,7 @@ def fill(
             refused |= {i: f"{name}: {reason}" for i, name, state, reason, _ in batch if state is None}
             batch = [image for image in batch if image[2] is not None]
             found = {key: image for _, _, _, key, image in batch}
-            for name, cache in caches.values() if teachers else ():
+            for name, cache in to_fill:
                 cache.drop_damaged(found)  # of images unknown so far
                 if new := sorted(cache.missing(found)):
                     encoder = teachers[name].encoder
@@ -190,8 +191,8 @@ def fill(
                         file.writelines(lines)
             for i, _, _, key, _ in batch:
                 keys[i] = key
-    for _, cache in caches.values():
-        cache.flush()  # also those that are only read look at their folder anew
+    for _, cache in to_fill:
+        cache.flush()
     for name, cache in caches.values():
         why = ((i, cache.refused[key]) for i, key in enumerate(keys) if key in cache.refused)
         refused |= {i: f"{source_name(sources[i])}: {name}: {reason}" for i, reason in why}

@@ -53,8 +53,8 @@ def filled_caches(
             raise ValueError(f"{what}; drop their rows, or set on_bad_rows=drop. The first ones:\n{named}")
         logger.warning(f"{what}, their rows are dropped. The first ones:\n{named}")
     usable = [keys[i] for i in range(len(images)) if i not in refused]
-    for cache in caches.values():
-        cache.reload()
+    for cache in caches.values() if compute else ():
+        cache.reload()  # what the other processes stored
     if lacking := {name: missing for name, cache in caches.items() if (missing := cache.missing(usable))}:
         counts = ", ".join(f"{len(missing)} of {name}" for name, missing in lacking.items())
         counts = f"{len(set[str]().union(*lacking.values()))} of {len(set(usable))} images ({counts})"
