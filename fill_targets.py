@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("a stream has no target cache: give --streaming false")
     drop_bad_rows(rows, None, args.on_bad_rows, args.dataloader_num_workers)
     images = rows.sources()[options.shard]
-    for name, cache in filled_caches(args, teachers, images, compute=True).items():
+    caches, _, _ = filled_caches(args, teachers, images, compute=True)
+    for name, cache in caches.items():
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
         if args.should_log and len(cache):
             print(f"{name}: {len(cache)} images, {size / len(cache):.0f} bytes each, in {cache.folder}")

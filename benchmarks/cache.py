@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from ola_vlm.configuration_ola_vlm import default_tasks
 from ola_vlm.miniature import world
 from ola_vlm.recipes import miniature as recipe
-from ola_vlm.targets.cache import STORAGE, BatchKeys, TargetCache, _decode, _empty, image_key
+from ola_vlm.targets.cache import STORAGE, OncePerBatch, TargetCache, _decode, _empty, image_key
 from ola_vlm.targets.fill import make_teachers
 
 LLAVA_558K = 558_128  # images
@@ -32,7 +32,7 @@ BATCH, WORKERS = 16, 2
 
 def write_caches(folder: Path, images: list[Image.Image], storage: str) -> dict[str, TargetCache]:
     """Random targets of the paper's shapes."""
-    keys, generator = BatchKeys(), torch.Generator().manual_seed(0)
+    keys, generator = OncePerBatch(), torch.Generator().manual_seed(0)
     caches = {task["name"]: TargetCache(folder, task["name"], storage, batch_keys=keys) for task in default_tasks()}
     for task in default_tasks():
         for image in images:

@@ -52,8 +52,9 @@ def fill_targets(root: Path, probe_splits: dict[str, int]) -> None:
     paths = [*sorted((root / "data" / "images").glob("train_*.png")), *probed["validation"], *probed["test"]]
     teachers = make_teachers(recipe.TASKS, recipe.TEACHERS)
     caches = open_caches(root / "targets", teachers)
-    if refused := fill(root / "targets", teachers, caches, list(map(str, paths))):
-        raise ValueError(f"images without a target: {refused}")
+    _, refused = fill(root / "targets", teachers, caches, list(map(str, paths)))
+    if refused:
+        raise ValueError(f"images without a target: {list(refused.values())}")
 
 
 def run_arms(root: Path, arms: list[tuple[str, int]], overrides: dict, workers: int) -> None:

@@ -2,20 +2,22 @@
 
 N images, Q positions, E width. On disk: folder/<encoder's fingerprint>-<storage>/<time>-<random>.safetensors. Such a
 shard's header holds its rows' keys and checksums; it appears by an atomic rename, so that an interrupted fill leaves
-whole shards only. Of two rows for one image the newer one counts.
+whole shards only. Of two rows for one image the newer one counts. <random>.json beside them: keys of images that the
+encoder has no usable target for, and why.
 """
 
+import errno
 import json
-import logging
 import math
 import os
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +27,11 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import get_worker_info
+from transformers.utils import logging
 
 from .encoders import open_image
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 STORAGE = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int8")}
 BLOCK = 64  # int8: channels that share a scale, or the largest number below that divides the width
@@ -40,18 +43,46 @@ def image_key(image: Image.Image) -> str:
     return blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
-class BatchKeys:
-    """The keys of a batch, computed once for all tasks' caches, which are asked for the same list one after the other.
-    For a cache that asks again they are computed again: the images may have changed meanwhile."""
+def write_whole(path: Path, content: bytes) -> None:
+    """The file is there as a whole or not at all. OSError names it and says what helps."""
+    unfinished = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; what was written before stays good: make room and start again" if is_full else ""
+        raise OSError(error.errno, f"{error.strerror}: not written{remedy}", str(path)) from error
 
-    def __init__(self):
-        self.images, self.keys, self.served = None, [], set()
 
-    def __call__(self, cache: "TargetCache", images: list[Image.Image]) -> list[str]:
-        if images is not self.images or id(cache) in self.served:
-            self.images, self.keys, self.served = images, list(map(image_key, images)), set()
-        self.served.add(id(cache))
-        return self.keys
+@contextmanager
+def as_hint() -> Iterator[None]:
+    """What is written here only spares work later: on a full or read-only disk one goes on without."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning_once(f"{error}: it will be found out again next time")
+
+
+def _image_keys(images: list[Image.Image]) -> list[str]:
+    return list(map(image_key, images))
+
+
+class OncePerBatch:
+    """A function of a batch, such as its keys, computed once for all tasks that ask for the same list one after the
+    other. For one that asks again it is computed again: the images may have changed meanwhile."""
+
+    def __init__(self, function: Callable[[list[Image.Image]], Any] = _image_keys):
+        self.function, self.images, self.found, self.served = function, None, None, set()
+
+    def __call__(self, task: object, images: list[Image.Image]) -> Any:
+        if images is not self.images or id(task) in self.served:
+            self.images, self.found, self.served = images, self.function(images), set()
+        self.served.add(id(task))
+        return self.found
 
 
 class TargetCache:
@@ -71,27 +102,32 @@ class TargetCache:
         fingerprint: str,
         storage: str = "float32",
         shard_size: int = 64,
-        batch_keys: BatchKeys | None = None,
+        batch_keys: OncePerBatch | None = None,
     ):
         self.folder, self.fingerprint = Path(folder) / f"{fingerprint}-{storage}", fingerprint
-        self.dtype, self.shard_size, self.batch_keys = STORAGE[storage], shard_size, batch_keys or BatchKeys()
+        self.dtype, self.shard_size, self.batch_keys = STORAGE[storage], shard_size, batch_keys or OncePerBatch()
         self.reload()
 
     def reload(self) -> None:
-        """Reads the shards' headers. What can't be read is logged, and its targets are missing."""
+        """Reads the shards' headers. What is damaged is logged, and missing. OSError for what can't be opened."""
         self._pending: list[tuple[str, dict[str, Tensor]]] = []
         self._new: set[str] = set()  # keys stored since
         self._shards, self._unreadable = sorted(self.folder.glob("*.safetensors")), []
+        self.refused: dict[str, str] = {}  # key -> why its target can't be used
+        for path in self.folder.glob("*.json"):
+            with suppress(ValueError):  # damaged: they are tried again
+                self.refused |= json.loads(path.read_text(encoding="utf-8"))
         keys, places = [], []
         for shard, path in enumerate(self._shards):
             try:
-                with safe_open(path, "pt") as file:
+                with _open(path) as file:
                     header = file.metadata()
                 if zlib.crc32(header["rows"].encode()) != int(header["checksum"]):
                     raise ValueError("its keys were changed")
             except (SafetensorError, FileNotFoundError, TypeError, KeyError, ValueError) as error:
                 logger.warning(f"{path} is damaged or truncated ({error}): its targets count as missing")
-                self._unreadable.append(path)
+                if not isinstance(error, FileNotFoundError):  # removed by another process
+                    self._unreadable.append(path)
                 continue
             rows = json.loads(header["rows"])
             keys += rows
@@ -115,7 +151,7 @@ class TargetCache:
         """What lies at a place, mapped into memory."""
         shard, row, _ = self._places[at].tolist()
         # Opened for each row: as fast as keeping thousands of shards open, and one that was cut short is noticed.
-        with safe_open(self._shards[shard], "pt") as file:
+        with _open(self._shards[shard]) as file:
             return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
 
     def _row(self, at: int) -> dict[str, Tensor] | None:
@@ -127,8 +163,9 @@ class TargetCache:
         return stored if _checksum(self._keys[at].decode(), stored) == self._places[at, 2] else None
 
     def missing(self, keys: Collection[str]) -> set[str]:
-        """Those keys that have no target, not even one that waits to be written."""
-        return {key for key, at in zip(keys, self._find(keys), strict=True) if at < 0} - self._new
+        """Those keys that have no target, not even one that waits to be written, and weren't refused one."""
+        absent = {key for key, at in zip(keys, self._find(keys), strict=True) if at < 0}
+        return absent - self._new - self.refused.keys()
 
     def drop_damaged(self, keys: Collection[str]) -> None:
         """Reads the targets of those keys, logs the shards with any that isn't what was written, and forgets it."""
@@ -139,14 +176,17 @@ class TargetCache:
             self._keys, self._places = np.delete(self._keys, bad), np.delete(self._places, bad, axis=0)
 
     def remove_remains(self) -> None:
-        """Deletes shards that can't be read, and what processes left that were killed while writing an hour ago."""
-        old = [path for path in self.folder.glob("*.tmp") if time.time() - path.stat().st_mtime > 3600]
-        for path in [*self._unreadable, *old]:
+        """Deletes damaged shards, and what processes left that were killed while writing an hour ago."""
+        for path in self._unreadable:
             path.unlink(missing_ok=True)
+        for path in [*self.folder.rglob("*.tmp"), *self.folder.parent.glob("*-*.*.tmp")]:  # of shards and notes
+            with suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()
 
-    def store(self, keys: Sequence[str], targets: Tensor) -> dict[str, str]:
-        """Takes targets (n, Q, E) to be written when a shard is full, or by `flush`. Returns the keys of those that
-        are refused, each with the reason."""
+    def store(self, keys: Sequence[str], targets: Tensor) -> None:
+        """Takes targets (n, Q, E) to be written when a shard is full, or by `flush`. Those that can't be used go to
+        `refused`, which is kept, too: deleting its files lets them be tried again."""
         stored = _encode(targets, self.dtype)
         decoded, refused = _decode(stored), {}
         if not self._new:
@@ -162,7 +202,9 @@ class TargetCache:
         while len(self._pending) >= self.shard_size:
             self._write(self._pending[: self.shard_size])
             del self._pending[: self.shard_size]
-        return refused
+        if refused:
+            self.refused |= refused
+            write_whole(self.folder / f"{uuid.uuid4().hex}.json", json.dumps(refused, indent=2).encode())
 
     def flush(self) -> None:
         """Writes what waits for a full shard, and looks at the folder anew."""
@@ -174,15 +216,7 @@ class TargetCache:
         header = json.dumps({key: _checksum(key, stored) for key, stored in rows})
         tensors = {name: torch.stack([stored[name] for _, stored in rows]) for name in rows[0][1]}
         path = self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.safetensors"
-        unfinished = path.with_suffix(".tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(save(tensors, {"rows": header, "checksum": str(zlib.crc32(header.encode()))}))
-            os.replace(unfinished, path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            remedy = "the shards that are there stay good; make room and start again"
-            raise OSError(error.errno, f"{error.strerror}: no shard written, {remedy}", str(self.folder)) from error
+        write_whole(path, save(tensors, {"rows": header, "checksum": str(zlib.crc32(header.encode()))}))
 
     def read(self, keys: Sequence[str]) -> Tensor:
         """Targets (n, Q, E), fp32; only their rows are read. LookupError for a key that isn't there and for a target
@@ -214,8 +248,14 @@ class TargetCache:
         if at >= 0 and (stored := kept._row(at)):
             return TargetStatistics(**stored)
         found = TargetStatistics.fit(self.read(keys[i : i + 32]) for i in range(0, len(keys), 32))
-        kept._write([(name, found._asdict())])
+        with as_hint():
+            kept._write([(name, found._asdict())])
         return found
+
+
+def _open(path: Path) -> safe_open:
+    path.open("rb").close()  # the true OSError: safetensors takes every failure for a file that isn't there
+    return safe_open(path, "pt")
 
 
 def _checksum(key: str, stored: dict[str, Tensor]) -> int:

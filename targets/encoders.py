@@ -39,6 +39,9 @@ from transformers.models.llava import LlavaImageProcessor
 
 logger = logging.getLogger(__name__)
 
+# Raise it when the code below gives other features for the same weights and view: stored targets are computed anew.
+FEATURES_VERSION = 1
+
 # Fields of a config that change with its place or the library's version but not with the features.
 _VOLATILE_FIELDS = {"_name_or_path", "_commit_hash", "architectures", "dtype", "transformers_version"}
 
@@ -169,9 +172,10 @@ class TargetEncoder(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A file-safe name that changes with the class, weights, configuration, numeric type, grid or geometry."""
+        """A file-safe name that changes with the class, weights, configuration, numeric type, view or version."""
         config = json.loads(self.model.config.to_json_string(), object_hook=_without_volatile)
         digest = hashlib.blake2b(json.dumps([config, self.view], sort_keys=True, default=str).encode())
+        digest.update(f"version {FEATURES_VERSION}".encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.contiguous().flatten().view(torch.uint8).cpu().numpy())

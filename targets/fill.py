@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import extract_commit_hash
 
-from . import encoders
-from .cache import BatchKeys, TargetCache, image_key
-from .encoders import ENCODERS, TargetEncoder, open_image, source_name
+from .cache import OncePerBatch, TargetCache, as_hint, image_key, write_whole
+from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder, open_image, source_name
 
 BATCH = 32  # images decoded and encoded at a time
 
@@ -32,7 +31,7 @@ class Teacher:
     """
 
     def __init__(self, task: dict, entry: dict, device="cpu"):
-        self.task, self.device, self.motion = task, device, entry.get("motion", False)
+        self.task, self.device, self.shape = task, device, (task["target_length"], task["target_dim"])
         self.entry = {field: value for field, value in entry.items() if field != "motion"}
         if entry.get("encoder") not in ENCODERS or "path" not in entry:
             need = f"give its path, and as encoder one of {list(ENCODERS)}"
@@ -42,9 +41,8 @@ class Teacher:
     def encoder(self) -> TargetEncoder:
         options = {"device": self.device, **self.entry, "grid": math.isqrt(self.task["target_length"])}
         encoder = ENCODERS[options.pop("encoder")].from_pretrained(options.pop("path"), **options)
-        shape = self.task["target_length"], self.task["target_dim"]
-        if shape != (found := (encoder.target_length, encoder.target_dim)):
-            shapes = f"targets {found} from its teacher, {shape} from its configuration"
+        if self.shape != (found := (encoder.target_length, encoder.target_dim)):
+            shapes = f"targets {found} from its teacher, {self.shape} from its configuration"
             raise ValueError(
                 f"task {self.task['name']!r} has {shapes}: set target_length and target_dim to the teacher's"
             )
@@ -52,10 +50,11 @@ class Teacher:
 
     def fingerprint(self, folder: str | Path) -> str:
         """`encoder.fingerprint`, without loading the teacher if a note in the cache's folder tells it: a note for this
-        entry, this code, and these files of weights (their sizes and dates; their commit for a name on the Hub).
-        Where the weights are not at all, as after a cache was moved, the note is believed."""
-        code = Path(encoders.__file__).read_text(encoding="utf-8")
-        what = json.dumps([self.task["target_length"], self.entry, code], sort_keys=True)
+        entry (but for what changes no feature), `FEATURES_VERSION`, and these files of weights (their sizes and dates;
+        their commit for a name on the Hub). Where the weights are not at all, as after a cache was moved, the note is
+        believed."""
+        entry = {field: self.entry[field] for field in self.entry.keys() - {"batch_size", "device", "licence"}}
+        what = json.dumps([self.task["target_length"], entry, FEATURES_VERSION], sort_keys=True)
         digest = blake2b(what.encode(), digest_size=8).hexdigest()
         note, files = Path(folder) / f"{self.entry['encoder']}-{digest}.json", self._files()
         with suppress(FileNotFoundError, ValueError, KeyError):  # no note yet, or a damaged one
@@ -63,10 +62,8 @@ class Teacher:
             if files is None or known["files"] == files:
                 return known["fingerprint"]
         known = {"teacher": self.entry, "files": files, "fingerprint": self.encoder.fingerprint}
-        note.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = note.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        unfinished.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, note)
+        with as_hint():
+            write_whole(note, (json.dumps(known, indent=2) + "\n").encode())
         return known["fingerprint"]
 
     def _files(self) -> list | str | None:
@@ -83,15 +80,21 @@ class Teacher:
 
 
 def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu") -> dict[str, Teacher]:
+    """Each task's; tasks whose entries differ in "motion" only share one."""
     names = [task["name"] for task in tasks]
     if set(names) != set(entries):
         raise ValueError(f"the tasks {names} need one teacher each, `teachers` has {list(entries)}")
-    return {task["name"]: Teacher(task, entries[task["name"]], device) for task in tasks}
+    teachers = {}
+    for task in tasks:
+        made = Teacher(task, entries[task["name"]], device)
+        same = (one for one in teachers.values() if (one.entry, one.shape) == (made.entry, made.shape))
+        teachers[task["name"]] = next(same, made)
+    return teachers
 
 
 def open_caches(folder: str | Path, teachers: dict[str, Teacher], storage: str = "float32") -> dict[str, TargetCache]:
     fingerprints = {name: teacher.fingerprint(folder) for name, teacher in teachers.items()}
-    keys = BatchKeys()  # tasks of one teacher share its cache
+    keys = OncePerBatch()  # tasks of one teacher share its cache
     caches = {value: TargetCache(folder, value, storage, batch_keys=keys) for value in fingerprints.values()}
     return {name: caches[value] for name, value in fingerprints.items()}
 
@@ -147,43 +150,50 @@ def fill(
     sources: Sequence[str | dict],
     workers: int = 0,
     progress: bool = True,
-) -> dict[str, str]:
+) -> tuple[list[str | None], dict[int, str]]:
     """Computes and stores what the caches lack of the images (paths, or `{"bytes", "path": what to call them}`), and
     brings the index of images up to date.
 
-    What they have is read and compared with its checksums. Without caches only the index is made.
-    Returns what was refused: name -> reason (can't be decoded, a target that isn't finite or overflows the storage).
+    What they have is read and compared with its checksums. Without teachers only the index is made.
+    Returns the sources' keys, None for what can't be decoded, and what is refused: place in `sources` -> name and
+    reason (can't be decoded, a target that isn't finite or overflows the storage).
     """
     keys, refused, bar = known_keys(folder, sources), {}, partial(tqdm, unit="image", disable=not progress)
     known = [key for key in keys if key]
     caches = {cache.fingerprint: (name, cache) for name, cache in caches.items()}  # tasks may share one
-    for name, cache in caches.values():
+    to_fill = list(caches.values()) if teachers else []
+    for name, cache in to_fill:
         cache.remove_remains()
         with bar(total=len(known), desc=f"checking {name} targets") as checked:
             for start in range(0, len(known), 1024):
                 cache.drop_damaged(part := known[start : start + 1024])
                 checked.update(len(part))
-    lacking = set[str]().union(*(cache.missing(known) for _, cache in caches.values()))
+    lacking = set[str]().union(*(cache.missing(known) for _, cache in to_fill))
     todo = [i for i, key in enumerate(keys) if key is None or key in lacking]
     index = Path(folder) / "images" / f"{uuid.uuid4().hex}.jsonl"
-    with bar(total=len(keys), initial=len(keys) - len(todo), desc="targets" if caches else "images") as done:
+    with bar(total=len(keys), initial=len(keys) - len(todo), desc="targets" if teachers else "images") as done:
         for batch in DataLoader(_Images(sources, todo), BATCH, num_workers=workers, collate_fn=list):
             done.update(len(batch))
-            refused |= {name: reason for _, name, state, reason, _ in batch if state is None}
+            refused |= {i: f"{name}: {reason}" for i, name, state, reason, _ in batch if state is None}
             batch = [image for image in batch if image[2] is not None]
-            found = {key: (name, image) for _, name, _, key, image in batch}
-            for name, cache in caches.values():
+            found = {key: image for _, _, _, key, image in batch}
+            for name, cache in to_fill:
                 cache.drop_damaged(found)  # of images unknown so far
                 if new := sorted(cache.missing(found)):
                     encoder = teachers[name].encoder
                     if encoder.fingerprint != cache.fingerprint:
                         raise ValueError(f"{teachers[name].entry['path']} is not {cache.folder}'s teacher any more")
-                    why = cache.store(new, encoder.encode([found[key][1] for key in new]))
-                    refused |= {found[key][0]: f"{name}: {reason}" for key, reason in why.items()}
-            index.parent.mkdir(parents=True, exist_ok=True)
-            with index.open("a", encoding="utf-8") as file:
-                lines = [json.dumps([*state, key]) for i, _, state, key, _ in batch if keys[i] != key]
-                file.writelines(f"{line}\n" for line in lines)
-    for _, cache in caches.values():
+                    cache.store(new, encoder.encode([found[key] for key in new]))
+            if lines := [f"{json.dumps([*state, key])}\n" for i, _, state, key, _ in batch if keys[i] != key]:
+                with as_hint():
+                    index.parent.mkdir(parents=True, exist_ok=True)
+                    with index.open("a", encoding="utf-8") as file:
+                        file.writelines(lines)
+            for i, _, _, key, _ in batch:
+                keys[i] = key
+    for _, cache in to_fill:
         cache.flush()
-    return refused
+    for name, cache in caches.values():
+        why = ((i, cache.refused[key]) for i, key in enumerate(keys) if key in cache.refused)
+        refused |= {i: f"{source_name(sources[i])}: {name}: {reason}" for i, reason in why}
+    return keys, refused

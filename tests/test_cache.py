@@ -19,8 +19,9 @@ from tiny_teachers import GRID, random_images, save_depth_anything
 from torch.utils.data import DataLoader
 
 from ola_vlm.targets import cache as cache_module
+from ola_vlm.targets import encoders
 from ola_vlm.targets import fill as fill_module
-from ola_vlm.targets.cache import BLOCK, STORAGE, BatchKeys, TargetCache, TargetStatistics, image_key
+from ola_vlm.targets.cache import BLOCK, STORAGE, OncePerBatch, TargetCache, TargetStatistics, image_key
 from ola_vlm.targets.encoders import DepthAnythingEncoder
 from ola_vlm.targets.fill import Teacher, fill, known_keys, make_teachers, open_caches
 
@@ -63,7 +64,8 @@ def fill_with(encoder, folder, paths, shard_size=4, **options) -> TargetCache:
     """The cache after a fill that nothing was refused in."""
     cache = TargetCache(folder, encoder.fingerprint, shard_size=shard_size)
     teacher = SimpleNamespace(encoder=encoder, entry={"path": "fake"})
-    assert fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False, **options) == {}
+    keys, refused = fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False, **options)
+    assert keys == known_keys(folder, paths) and not refused
     return cache
 
 
@@ -96,7 +98,7 @@ def test_cached_equals_on_the_fly(paths, folder, tmp_path):
     save_depth_anything(tmp_path / "teacher")
     teachers = make_teachers([TASK], {"depth": {"encoder": "depth_anything", "path": str(tmp_path / "teacher")}})
     caches = open_caches(folder, teachers)
-    assert fill(folder, teachers, caches, paths, progress=False) == {}
+    assert fill(folder, teachers, caches, paths, progress=False)[1] == {}
     encoder = DepthAnythingEncoder.from_pretrained(tmp_path / "teacher", grid=GRID)
     order, images = [7, 0, 7, 3], opened(paths)
     expected = encoder.encode(images)[order]
@@ -130,7 +132,8 @@ def test_storage(tmp_path, storage, width):
     targets[1, 3] = 0
     cache = TargetCache(tmp_path, "fake", storage)
     keys = [f"{i:032x}" for i in range(6)]
-    assert cache.store(keys, targets) == {}
+    cache.store(keys, targets)
+    assert not cache.refused
     cache.flush()
     read = cache.read(keys)
     assert read.dtype == torch.float32 and read[1, 3].equal(torch.zeros(width))
@@ -158,14 +161,21 @@ def test_refused_targets_are_named_and_the_others_stored(paths, folder):
             return targets
 
     Path(paths[7]).write_bytes(Path(paths[7]).read_bytes()[:200])
-    for storage, overflow in (("float16", {paths[5]}), ("bfloat16", set()), ("int8", set())):
-        cache = TargetCache(folder, "fake", storage)
-        teacher = SimpleNamespace(encoder=Bad(), entry={})
-        refused = fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False)
-        assert set(refused) == {paths[2], paths[7]} | overflow
-        assert "not finite" in refused[paths[2]] and "OSError" in refused[paths[7]]
-        assert not overflow or "overflows torch.float16" in refused[paths[5]]
-        assert len(cache) == 10 - len(refused) and cache.read(cache_keys(cache)).isfinite().all()
+    Path(paths[8]).write_bytes(Path(paths[2]).read_bytes())
+    for storage, overflow in (("float16", {5}), ("bfloat16", set()), ("int8", set())):
+        cache, encoder = TargetCache(folder, "fake", storage), Bad()
+        for again in (False, True):  # what was refused is known from then on, also to those who only read
+            teacher = SimpleNamespace(encoder=None if again else encoder, entry={})
+            keys, refused = fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False)
+            assert set(refused) == {2, 7, 8} | overflow and [i for i, key in enumerate(keys) if not key] == [7]
+            assert f"{paths[2]}: depth: its target is not finite" in refused[2] and "OSError" in refused[7]
+            assert not overflow or "overflows torch.float16" in refused[5]
+            assert len(cache) == 10 - len(refused) and cache.read(cache_keys(cache)).isfinite().all()
+            cache = TargetCache(folder, "fake", storage)
+            assert cache.missing([key for key in keys if key]) == set()
+        for path in cache.folder.glob("*.json"):
+            path.write_text(path.read_text()[:-5])
+        assert len(TargetCache(folder, "fake", storage).missing([key for key in keys if key])) == 1 + len(overflow)
 
 
 def cache_keys(cache) -> list[str]:
@@ -301,7 +311,15 @@ def test_changed_images_are_noticed(paths, folder):
     assert encoder.encoded == 3
 
 
-def test_full_disk_is_an_error_that_leaves_a_usable_cache(paths, folder, monkeypatch):
+def test_full_disk_is_an_error_that_leaves_a_usable_cache(paths, folder, monkeypatch, caplog):
+    """Also the first batch's notes are too much for it: those are done without."""
+    append = Path.open
+
+    def full(path, *mode, **options):
+        if mode == ("a",):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return append(path, *mode, **options)
+
     def write_bytes(path, content):
         if len(list(path.parent.glob("*.safetensors"))) == 2:
             with path.open("wb") as file:
@@ -312,13 +330,80 @@ def test_full_disk_is_an_error_that_leaves_a_usable_cache(paths, folder, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", write_bytes)
-        with pytest.raises(OSError, match=r"No space left on device: no shard written, .*make room") as caught:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(
+            OSError, match=r"No space left on device: not written; .*make room and.*safetensors"
+        ) as caught:
             fill_with(FakeEncoder(), folder, paths)
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == errno.ENOSPC and "it will be found out again" in caplog.text
     cache, encoder = TargetCache(folder, "fake"), FakeEncoder()
     assert len(cache) == 8 and sorted(cache.folder.iterdir()) == shards(cache)
     assert_right(fill_with(encoder, folder, paths), paths)
     assert encoder.encoded == 2
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.ENOSPC])
+def test_a_cache_that_can_only_be_read(paths, folder, monkeypatch, caplog, tmp_path, error):
+    """Its images at another place, its statistics not computed yet, its teacher's note not written."""
+    fill_with(FakeEncoder(), folder, paths)
+    save_depth_anything(tmp_path / "teacher")
+
+    def refuse(path, *mode, **options):
+        raise OSError(error, os.strerror(error), str(path))
+
+    moved = [path.replace("photos", "moved") for path in paths]
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    cache, append = TargetCache(folder, "fake"), Path.open
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", **k: refuse(path) if mode == "a" else append(path, mode, **k)
+    )
+    keys, refused = fill(folder, {}, {}, moved, progress=False)
+    assert not refused and cache.statistics(keys).mean.isfinite().all() and "found out again" in caplog.text
+    teacher = Teacher(TASK, {"encoder": "depth_anything", "path": str(tmp_path / "teacher")})
+    assert teacher.fingerprint(folder) == teacher.encoder.fingerprint
+    with pytest.raises(OSError, match="make room" if error == errno.ENOSPC else "not written: ") as caught:
+        cache.store(["0" * 32] * 64, torch.zeros(64, 16, 8))
+    assert caught.value.errno == error
+
+
+def test_shards_that_cannot_be_opened_are_never_deleted(paths, folder, monkeypatch):
+    """As without the right to, or with too many files open."""
+    cache, really = fill_with(FakeEncoder(), folder, paths), Path.open
+    stored = shards(cache)
+
+    def refuse(path, *mode, **options):
+        if path == stored[1]:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return really(path, *mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        for attempt in (lambda: cache(opened(paths)), lambda: fill_with(FakeEncoder(), folder, paths)):
+            with pytest.raises(OSError, match="Too many open files"):
+                attempt()
+    encoder = FakeEncoder()
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 0 and shards(cache) == stored
+
+
+def test_remains_that_another_process_has_just_finished(paths, folder, monkeypatch):
+    cache, stat = fill_with(FakeEncoder(), folder, paths), Path.stat
+    old = [folder / "fake-1234.0.tmp", cache.folder / "1.tmp", cache.folder / "statistics-float32" / "1.tmp"]
+    old[2].parent.mkdir()
+    others, finished = folder / "notes.tmp", cache.folder / "2.tmp"
+    for path in [*old, others, finished]:
+        path.write_bytes(b"half")
+        os.utime(path, (1, 1))
+
+    def gone(path, **options):
+        if path == finished:
+            path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    cache.remove_remains()
+    assert sorted(folder.rglob("*.tmp")) == [others]
 
 
 def test_index_spares_decoding(paths, folder, monkeypatch):
@@ -331,7 +416,7 @@ def test_index_spares_decoding(paths, folder, monkeypatch):
     os.utime(paths[1])  # looks changed
     fill_with(encoder, folder, paths)
     assert decoded[7:] == [paths[1], *paths[7:]] and encoder.encoded == 10
-    assert fill(folder, {}, {}, paths, progress=False) == {} and len(decoded) == 11
+    assert fill(folder, {}, {}, paths, progress=False)[1] == {} and len(decoded) == 11
     (lines,) = [file for file in (folder / "images").iterdir() if len(file.read_text().splitlines()) == 7]
     lines.write_text(lines.read_text()[:-20])  # cut off by a kill
     assert known_keys(folder, paths).count(None) == 1
@@ -363,7 +448,7 @@ def test_images_are_hashed_once_for_all_tasks(paths, folder, monkeypatch):
     hashed = []
     monkeypatch.setattr(cache_module, "image_key", lambda image: hashed.append(image) or image_key(image))
     fill_with(FakeEncoder(), folder, paths)
-    keys = BatchKeys()
+    keys = OncePerBatch()
     tasks = [TargetCache(folder, "fake", batch_keys=keys) for _ in range(3)]
     images = opened(paths)
     assert all(cache(images).equal(FakeEncoder().encode(images)) for cache in tasks) and len(hashed) == 10
@@ -408,6 +493,21 @@ class TestTeacher:
         assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
         assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
 
+    def test_what_changes_no_feature(self, entry, known, loads, folder):
+        other = entry | {"batch_size": 2, "device": "cpu", "licence": "none"}
+        assert Teacher(TASK, other).fingerprint(folder) == known and not loads
+
+    def test_other_version(self, entry, known, loads, folder, monkeypatch):
+        for module in (encoders, fill_module):
+            monkeypatch.setattr(module, "FEATURES_VERSION", 2)
+        assert Teacher(TASK, entry).fingerprint(folder) != known and len(loads) == 1
+
+    def test_tasks_that_differ_in_motion_share_one(self, entry):
+        tasks = [TASK | {"name": name} for name in ("depth", "motion", "other")]
+        entries = {"depth": entry, "motion": entry | {"motion": True}, "other": entry | {"dtype": "bfloat16"}}
+        teachers = make_teachers(tasks, entries)
+        assert teachers["depth"] is teachers["motion"] is not teachers["other"]
+
     def test_damaged_note(self, entry, known, loads, folder):
         (note,) = folder.glob("*.json")
         note.write_text(note.read_text()[:-5])
@@ -426,11 +526,6 @@ class TestTeacher:
 
     def test_other_arguments(self, entry, known, loads, folder):
         assert Teacher(TASK, entry | {"dtype": "bfloat16"}).fingerprint(folder) != known
-
-    def test_other_code(self, entry, known, loads, folder, tmp_path, monkeypatch):
-        (tmp_path / "encoders.py").write_text("changed")
-        monkeypatch.setattr(fill_module.encoders, "__file__", str(tmp_path / "encoders.py"))
-        assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
 
     def test_name_on_the_hub(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

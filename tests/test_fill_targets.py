@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pytest
 from conftest import random_image, tiny_tasks
 from safetensors import safe_open
@@ -50,6 +51,38 @@ def test_two_processes_do_a_part_each(fields):
     (cache,) = open_caches(fields["target_cache"], teachers, "int8").values()
     headers = [safe_open(path, "pt").metadata() for path in cache.folder.glob("*.safetensors")]
     assert len(cache) == 9 and sorted(len(json.loads(header["rows"])) for header in headers) == [4, 5]
+
+
+SLOW = """
+import sys, time
+from datetime import timedelta
+from torch import distributed
+from ola_vlm import cli
+from ola_vlm.training import targets
+
+def slow(*args, fill=targets.fill):
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), distributed.group.WORLD)
+    time.sleep(3 * distributed.get_rank())
+    return fill(*args)
+
+targets.fill = slow
+cli.main(sys.argv[1:])
+"""
+
+
+def test_the_slowest_process_is_waited_for_before_all_stop(fields, tmp_path):
+    """Longer than a collective may take; also by one that has met an image without a target."""
+    order = np.random.default_rng(0).permutation(9)
+    (tmp_path / f"{order[0]}.png").write_bytes(b"no picture")  # the first process's
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = [*command, str(tmp_path / "slow.py"), *argv(fields)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode != 0 and f"{order[0]}.png: UnidentifiedImageError" in done.stderr, done.stderr[-4000:]
+    teachers = make_teachers(json.loads(fields["tasks"]), json.loads(fields["teachers"]))
+    (cache,) = open_caches(fields["target_cache"], teachers).values()
+    assert len(cache) == 8
 
 
 def test_images_in_a_dataset_are_cached_by_what_they_show(fields, tmp_path, capsys):

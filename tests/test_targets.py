@@ -27,6 +27,7 @@ from transformers import (
 
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.targets.cache import TargetStatistics
 from ola_vlm.targets.encoders import ENCODERS, DepthAnythingEncoder, Motion, OneFormerEncoder, VisionEncoder
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -456,8 +457,11 @@ def test_a_video_is_a_sample_with_several_images(tiny_parts, folders, tmp_path):
     )
 
 
-def test_motion_by_configuration(tiny_parts, folders, tmp_path):
-    """Videos of 3, 1, 2 and 3 frames and a text row, from encoders and from the cache that both tasks share."""
+def test_motion_by_configuration(tiny_parts, folders, tmp_path, monkeypatch):
+    """Videos of 3, 1, 2 and 3 frames and a text row, from encoders and from the cache that both tasks share; the
+    teacher looks at a batch once."""
+    encoded, encode = [], VisionEncoder.encode
+    monkeypatch.setattr(VisionEncoder, "encode", lambda self, images: encoded.append(images) or encode(self, images))
     small = {"layers": [2], "predictor_heads": 2, "predictor_head_dim": 8, "num_task_tokens": 2}
     tasks = [{"name": name, "target_length": 64, "target_dim": 32, **small} for name in ("appearance", "motion")]
     teacher = {"encoder": "vision", "path": str(folders["vision"]), "device": "cpu"}
@@ -482,9 +486,16 @@ def test_motion_by_configuration(tiny_parts, folders, tmp_path):
         trainer = train(args)
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert len(logged) == 2 and all(entry["loss/motion/2/smooth_l1"] > 0 for entry in logged)
+        assert sum(map(len, encoded)) == (6 if options else 18)  # all different frames, or all in both steps
+        encoded.clear()
         rows = [trainer.train_dataset[i] for i in range(5)]
         change = trainer.data_collator(rows)["targets"]["motion"].abs().amax((1, 2))
         assert change[[0, 3, 4, 6]].max() == 0 and change[[1, 2, 5, 7, 8]].min() > 0.1
+        encoded.clear()
+    appearance, motion = (
+        TargetStatistics.load(tmp_path / "run" / "target_statistics" / f"{task['name']}.safetensors") for task in tasks
+    )
+    assert appearance.mean.abs().max() > 0 and motion.mean.abs().max() == 0 and motion.std.equal(appearance.std)
     assert len(list((tmp_path / "cache").glob("vision-grid8-*/"))) == 1
 
 

@@ -21,8 +21,10 @@ from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES
 from ola_vlm.targets.cache import TargetStatistics
-from ola_vlm.targets.encoders import ENCODERS
+from ola_vlm.targets.encoders import ENCODERS, ClipImageEncoder
+from ola_vlm.targets.fill import fill
 from ola_vlm.train import last_checkpoint, main, train
+from ola_vlm.training import targets
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.rows import read_row
 
@@ -115,7 +117,9 @@ def test_cached_and_on_the_fly_targets_give_the_same_losses(world, tmp_path, mon
     cache = {"target_cache": str(tmp_path / "targets"), "output_dir": str(tmp_path / "run")}
     monkeypatch.setitem(RECIPES, "tiny", lambda: world | cache)
     for part, missing in (("1/2", 8), ("2/2", 4)):
-        with pytest.raises(ValueError, match=rf"8 images \({missing} of gen, {missing} of depth, .*`ola-vlm targets`"):
+        with pytest.raises(
+            ValueError, match=rf"{missing} of 8 images \({missing} of gen, {missing} of depth, .*`ola-vlm targets`"
+        ):
             train(OlaVlmArguments(**world, **cache))
         cli.main(["targets", "--recipe", "tiny", "--shard", part])
     assert "depth: 8 images, 8192 bytes" not in capsys.readouterr().out
@@ -124,6 +128,67 @@ def test_cached_and_on_the_fly_targets_give_the_same_losses(world, tmp_path, mon
     cached = losses(train(OlaVlmArguments(**world, **cache)))
     for with_cache, without in zip(cached, computed, strict=True):
         assert with_cache == pytest.approx(without, rel=1e-4)
+
+
+@pytest.fixture
+def spoilt_targets(world, tmp_path, monkeypatch):
+    """Two images of ten rows have no target: one can't be decoded, of the other, which two rows show, gen's is NaN."""
+    folder = tmp_path / "data"
+    shutil.copytree(world["image_folder"], folder / "images")
+    (folder / "images" / "2.png").write_bytes((folder / "images" / "2.png").read_bytes()[:100])
+    rows, spoilt, encode = (
+        json.loads(Path(world["data"]).read_text()),
+        random_image(3).tobytes(),
+        ClipImageEncoder.encode,
+    )
+    (folder / "data.json").write_text(json.dumps([*rows, rows[3] | {"id": "again"}]))
+
+    def spoil(self, images):
+        bad = torch.tensor([image.tobytes() == spoilt for image in images])
+        return torch.where(bad[:, None, None], float("nan"), encode(self, images))
+
+    monkeypatch.setattr(ClipImageEncoder, "encode", spoil)
+    fields = {"data": str(folder / "data.json"), "image_folder": str(folder / "images"), "max_bad_rows": 0.0}
+    return world | fields | {"target_cache": str(tmp_path / "targets"), "standardize_targets": True}
+
+
+@pytest.mark.parametrize("by_command", [True, False])
+def test_images_without_a_target_are_dropped_at_the_start(spoilt_targets, tmp_path, monkeypatch, caplog, by_command):
+    """And count neither as bad rows of the run nor in the statistics; filled in advance or by the run."""
+    fields = spoilt_targets | {"target_fill": not by_command, "output_dir": str(tmp_path / "run")}
+    if by_command:
+        monkeypatch.setitem(RECIPES, "tiny", lambda: fields)
+        cli.main(["targets", "--recipe", "tiny", "--on_bad_rows", "drop"])
+        monkeypatch.setattr(ClipImageEncoder, "from_pretrained", None)
+    with pytest.raises(
+        ValueError, match=r"(?s)2 images have no target.*2\.png: .*3\.png: gen: its target is not finite"
+    ):
+        train(OlaVlmArguments(**fields))
+    trainer = train(OlaVlmArguments(**fields, on_bad_rows="drop"))
+    assert {row["id"] for row in trainer.train_dataset} == {"text", *(f"scene-{i}" for i in (0, 1, 4, 5, 6, 7))}
+    assert trainer.bad_rows == 0 and "dropped 3 rows whose images have no target" in caplog.text
+    assert len(trainer.train_dataset.lengths) == len(trainer.train_dataset.has_image) == 7
+    (folder,) = (tmp_path / "targets").glob("clip_image-*/")
+    statistics = TargetStatistics.load(tmp_path / "run" / "target_statistics" / "gen.safetensors")
+    stored = torch.cat([load_file(path)["targets"] for path in folder.glob("*.safetensors")])
+    assert len(stored) == 6
+    torch.testing.assert_close(statistics.mean, stored.mean(0))
+
+
+def test_targets_that_were_stored_elsewhere(world, tmp_path, monkeypatch):
+    """As by another machine, with a disk of its own."""
+    monkeypatch.setattr(targets, "fill", lambda folder, teachers, caches, sources, *_: fill(folder, {}, {}, sources))
+    cache = {"target_cache": str(tmp_path / "targets"), "target_fill": True}
+    with pytest.raises(ValueError, match=r"lacks targets of 8 of 8 images.*one folder for all machines\?"):
+        train(arguments(world, tmp_path / "run", **cache))
+
+
+def test_standardized_targets_of_text_alone(world, tmp_path):
+    rows = [row for row in json.loads(Path(world["data"]).read_text()) if row["id"] == "text"]
+    (tmp_path / "text.json").write_text(json.dumps(rows * 8))
+    cache = {"target_cache": str(tmp_path / "targets"), "standardize_targets": True, "max_steps": 1}
+    trainer = train(arguments(world, tmp_path / "run", data=str(tmp_path / "text.json"), **cache))
+    assert trainer.state.global_step == 1
 
 
 def test_shuffled_targets_are_a_different_run_of_the_same_model(world, tmp_path):
@@ -229,6 +294,7 @@ def test_streaming_a_parquet_folder(world, tmp_path):
     [
         ({"on_long_rows": "cut"}, r"on_long_rows 'cut' is unknown.*'truncate'"),
         ({"on_bad_rows": "skip"}, r"on_bad_rows 'skip' is unknown.*'drop'"),
+        ({"standardize_targets": True}, "give target_cache"),
         ({"vision_tower": None}, "vision_tower and language_model"),
         ({"checkpoint": "somewhere"}, "either checkpoint or"),
         ({"teachers": {"depth": {}}}, r"need one teacher each.*\['depth'\]"),

@@ -61,7 +61,7 @@ class OlaVlmArguments(TrainingArguments):
         default=False, help="compute what the cache lacks as the run starts, else that is an error"
     )
     standardize_targets: bool = HfArg(
-        default=False, help="centre and scale targets by the training images' statistics"
+        default=False, help="centre and scale targets by the training images' statistics; needs target_cache"
     )
     shuffle_targets: bool = HfArg(default=False, help="the control: each image gets the targets of another one")
     # The trainer needs `targets` and `row_ids`, which are no arguments of the model's forward.
@@ -79,6 +79,8 @@ class OlaVlmArguments(TrainingArguments):
         for name, choices in {"on_long_rows": ("drop", "truncate"), "on_bad_rows": ("stop", "drop")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {choices}")
+        if self.standardize_targets and not self.target_cache:
+            raise ValueError("standardize_targets takes its statistics from stored targets: give target_cache, too")
         if self.fusion and self.tasks:
             raise ValueError("the multi-encoder baseline distils nothing: give either fusion or tasks")
         if self.streaming:

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,9 +120,21 @@ class Rows(Dataset):
         """Every image, each file once, in the order of the rows."""
         return Sources(self)
 
-    def images(self) -> Iterator[Image.Image]:
-        """The same, opened. One that can't be decoded is logged and left out, as its row will be."""
-        return _images((i, self[i]) for i in range(len(self)))
+    def drop_images(self, sources: "Sources", refused: Collection[int]) -> int:
+        """Drops the rows with one of those `sources`, given by their places in it (which is of no use afterwards), and
+        says how many they are."""
+        files = {image for i in refused if isinstance(image := sources[i], str)}  # may lie in several rows
+        bad = set(sources.places[list(refused), 0].tolist())
+        if files:
+            images = ((i, image) for i in range(len(self)) for image in self[i].get("images", ()))
+            bad |= {i for i, image in images if isinstance(image, str) and image in files}
+        fine = ~np.isin(np.arange(len(self)), list(bad))
+        if not fine.any():
+            raise ValueError("no row is left whose images have targets")
+        self.indices = self.indices[fine]
+        if self.lengths is not None:
+            self.lengths, self.has_image = self.lengths[fine], self.has_image[fine]
+        return len(bad)
 
     def shuffle_targets(self, seed: int) -> None:
         """The control: every image gets the targets of another one, by one fixed cycle through all images."""
@@ -137,7 +149,7 @@ class Rows(Dataset):
 
 class Sources(Sequence):
     """The images of rows as they hold them, each file once: a path, or `{"bytes", "path"}`, read when it is asked for.
-    A slice of it is one, too."""
+    A slice of it is one, too, and what an array of places chooses."""
 
     def __init__(self, rows: Rows, places: np.ndarray | None = None):
         self.rows = rows
@@ -150,7 +162,7 @@ class Sources(Sequence):
         return len(self.places)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
+        if isinstance(i, (slice, np.ndarray)):
             return Sources(self.rows, self.places[i])
         row, n = map(int, self.places[i])
         row = self.rows[row]
@@ -169,9 +181,6 @@ class StreamRows(IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         self.source.set_epoch(epoch)  # another order in every epoch, the same on all ranks
-
-    def images(self) -> Iterator[Image.Image]:
-        return _images(enumerate(self))
 
 
 def load_rows(
@@ -304,11 +313,3 @@ def _sources(rows: Iterable[tuple[int, dict]]) -> Iterator[tuple[tuple[int, int]
             yield (i, n), image
     if bad_rows:
         logger.warning(f"{bad_rows} rows can't be read and give no image: `ola-vlm check-data` names them")
-
-
-def _images(rows: Iterable[tuple[int, dict]]) -> Iterator[Image.Image]:
-    for _, image in _sources(rows):
-        try:
-            yield open_source(image)
-        except BadRow as bad_row:
-            logger.warning(f"left out: {bad_row}")

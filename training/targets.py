@@ -1,15 +1,18 @@
 """The targets of a run: from its teachers or from the target cache, which all its processes fill together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import distributed
 from transformers.utils import logging
 
-from ..targets.cache import TargetCache, TargetStatistics
+from ..targets.cache import OncePerBatch, TargetCache, TargetStatistics
 from ..targets.encoders import Motion
-from ..targets.fill import Teacher, fill, known_keys, make_teachers, open_caches
+from ..targets.fill import Teacher, fill, make_teachers, open_caches
 from .arguments import OlaVlmArguments
 from .data import TargetSource
 from .rows import Rows, Sources, StreamRows
@@ -17,61 +20,79 @@ from .rows import Rows, Sources, StreamRows
 logger = logging.get_logger(__name__)
 
 
+def gathered(compute: Callable, *args) -> list:
+    """What each process computes. The slowest one is waited for however long: the run's own group would time out."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [compute(*args)]
+    group = distributed.new_group(timeout=timedelta(days=365), backend="gloo")
+    found = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, compute(*args), group=group)
+    distributed.destroy_process_group(group)
+    return found
+
+
 def filled_caches(
     args: OlaVlmArguments, teachers: dict[str, Teacher], images: Sources, compute: bool
-) -> dict[str, TargetCache]:
-    """The caches after each process has done its part of the images: looked at them and, if asked, computed targets.
-    ValueError names the images that can't be used, or they are logged if bad rows are to be dropped."""
+) -> tuple[dict[str, TargetCache], list[str], dict[int, str]]:
+    """The caches after each process has done its part of the images: looked at them and, if asked, computed targets;
+    the keys of images that can be used; and why others can't, by their place. ValueError names those unless bad rows
+    are to be dropped, and says what helps if targets are missing."""
     with args.main_process_first(desc="target cache"):  # a teacher's fingerprint may have to be computed
         caches = open_caches(args.target_cache, teachers, args.target_storage)
-    part, show = images[args.process_index :: args.world_size], args.should_log and not args.disable_tqdm
-    workers = args.dataloader_num_workers
-    if refused := fill(args.target_cache, teachers, caches if compute else {}, part, workers, show):
-        named = "\n".join(f"{name}: {reason}" for name, reason in list(refused.items())[:20])
+    # Shuffled: of what an interrupted fill or one with --shard left, each process has about the same to do.
+    part = np.sort(np.random.default_rng(0).permutation(len(images))[args.process_index :: args.world_size])
+    todo = args.target_cache, teachers if compute else {}, caches, images[part], args.dataloader_num_workers
+    keys, refused = {}, {}
+    show = args.should_log and not args.disable_tqdm
+    for places, found, why in gathered(lambda: (part.tolist(), *fill(*todo, show))):
+        keys |= zip(places, found, strict=True)
+        refused |= {places[i]: reason for i, reason in why.items()}
+    if refused:
+        named, what = "\n".join(list(refused.values())[:20]), f"{len(refused)} images have no target"
         if args.on_bad_rows == "stop":
-            what = f"{len(refused)} images have no target; drop their rows, or set on_bad_rows=drop"
-            raise ValueError(f"{what}. The first ones:\n{named}")
-        logger.warning(f"{len(refused)} images have no target, their rows will be dropped. The first ones:\n{named}")
-    args.distributed_state.wait_for_everyone()
-    for cache in caches.values():
-        cache.reload()
-    return caches
+            raise ValueError(f"{what}; drop their rows, or set on_bad_rows=drop. The first ones:\n{named}")
+        logger.warning(f"{what}, their rows are dropped. The first ones:\n{named}")
+    usable = [keys[i] for i in range(len(images)) if i not in refused]
+    for cache in caches.values() if compute else ():
+        cache.reload()  # what the other processes stored
+    if lacking := {name: missing for name, cache in caches.items() if (missing := cache.missing(usable))}:
+        counts = ", ".join(f"{len(missing)} of {name}" for name, missing in lacking.items())
+        counts = f"{len(set[str]().union(*lacking.values()))} of {len(set(usable))} images ({counts})"
+        by_run = "computed just now. Is it one folder for all machines? If it is, start again"
+        by_command = "compute them by `ola-vlm targets` with this run's --recipe and fields, or by --target_fill true"
+        remedy = by_run if compute else by_command
+        raise ValueError(f"the cache {args.target_cache} lacks targets of {counts}: {remedy}")
+    return caches, usable, refused
 
 
 def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: Rows | StreamRows) -> dict[str, TargetSource]:
     """Each task's function of images: its teacher or, with `target_cache`, what is stored of it; then no teacher is
-    loaded. ValueError, with the command that helps, if targets are missing and `target_fill` is false."""
+    loaded, and rows with an image that can't be used are dropped. ValueError as of `filled_caches`."""
     teachers = make_teachers(tasks, args.teachers or {}, args.device)
-    if args.target_cache:
-        if isinstance(rows, StreamRows):
-            raise ValueError(
-                "a stream's images can't be counted for a target cache: give none, or set streaming=false"
-            )
-        images = rows.sources()
-        sources = filled_caches(args, teachers, images, args.target_fill)
-        keys = [key for key in known_keys(args.target_cache, images) if key]
-        lacking = {name: missing for name, cache in sources.items() if (missing := cache.missing(keys))}
-        if lacking and not args.target_fill:
-            counts = ", ".join(f"{len(missing)} of {name}" for name, missing in lacking.items())
-            raise ValueError(
-                f"the cache {args.target_cache} lacks targets of {len(set(keys))} images ({counts}): compute them by "
-                "`ola-vlm targets` with this run's --recipe and fields, or as the run starts by --target_fill true"
-            )
+    if not args.target_cache:
+        sources, keys = {name: teacher.encoder.encode for name, teacher in teachers.items()}, []
+    elif isinstance(rows, StreamRows):
+        raise ValueError("a stream's images can't be counted for a target cache: give none, or set streaming=false")
     else:
-        sources = {name: teacher.encoder.encode for name, teacher in teachers.items()}
-    standardized = {}
-    for name, source in sources.items() if args.standardize_targets else ():
-        # By the training images' statistics, which go with the run: predictions are restored before decoding.
-        if args.target_cache:
-            with args.main_process_first(desc=f"statistics of {name}"):
-                statistics = source.statistics([key for key in keys if key not in lacking.get(name, ())])
-        else:
-            statistics = TargetStatistics.fit(source([image]) for image in rows.images())
-        if args.should_save:
-            statistics.save(Path(args.output_dir) / "target_statistics" / f"{name}.safetensors")
-        standardized[name] = partial(_standardized, source, statistics)
-    sources |= standardized
-    return {name: Motion(source) if teachers[name].motion else source for name, source in sources.items()}
+        images = rows.sources()
+        sources, keys, refused = filled_caches(args, teachers, images, args.target_fill)
+        if refused:
+            logger.warning(f"dropped {rows.drop_images(images, refused)} rows whose images have no target")
+    once = {teacher: OncePerBatch(sources[name]) for name, teacher in teachers.items()}
+    for name, teacher in teachers.items():
+        cache, is_motion = sources[name], args.teachers[name].get("motion", False)
+        if list(teachers.values()).count(teacher) > 1:
+            sources[name] = partial(once[teacher], name)
+        if args.standardize_targets and keys:
+            # By the training images' statistics, which go with the run: predictions are restored before decoding.
+            statistics = gathered(cache.statistics if args.process_index == 0 else len, keys)[0]
+            sources[name] = partial(_standardized, sources[name], statistics)
+            if args.should_save:
+                zero = {"mean": torch.zeros_like(statistics.mean)} if is_motion else {}  # of differences
+                statistics._replace(**zero).save(Path(args.output_dir) / "target_statistics" / f"{name}.safetensors")
+        if is_motion:
+            sources[name] = Motion(sources[name])
+    return sources
 
 
 def _standardized(source: TargetSource, statistics: TargetStatistics, images: list) -> torch.Tensor:
