@@ -75,7 +75,7 @@ class OlaVlmTrainer(Trainer):
         if self._grouped is not None:  # resumed within an epoch, several ranks aren't told which one it is
             self._grouped.set_epoch(int(self.state.epoch))
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._sums["train"]["steps"] += 1
+        self._sums["train"]["steps"] += bool(batches)  # none at the end of data of unknown length
         self._count_bad_rows(batches, device)
         if self.tasks and batches:
             self._attach_step_targets(batches, device)
