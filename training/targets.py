@@ -43,10 +43,6 @@ def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: Rows | St
     loaded. ValueError, with the command that helps, if targets are missing and `target_fill` is false."""
     teachers = make_teachers(tasks, args.teachers or {}, args.device)
     if args.target_cache:
-        if isinstance(rows, StreamRows):
-            raise ValueError(
-                "a stream's images can't be counted for a target cache: give none, or set streaming=false"
-            )
         images = rows.sources()
         sources = filled_caches(args, teachers, images, args.target_fill)
         keys = [key for key in known_keys(args.target_cache, images) if key]
