@@ -229,6 +229,7 @@ def test_a_stream_is_resumed_exactly_after_its_first_pass(world, tmp_path, monke
         return encode(self, images)
 
     monkeypatch.setattr(ENCODERS["clip_image"], "encode", counted)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # seconds, after every pass
     options = parquet(world, tmp_path / "parquet") | {"streaming": True, "max_steps": 5, "dataloader_num_workers": 1}
     options |= {"save_strategy": "steps", "save_steps": 1, "tasks": world["tasks"][:1]}
     options |= {"teachers": {"gen": world["teachers"]["gen"]}}
