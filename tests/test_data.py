@@ -504,6 +504,13 @@ CONVERSATIONS = {
 }
 
 
+@pytest.mark.parametrize("name", list(CHAT_TEMPLATES))
+def test_a_system_turn_takes_the_place_of_the_papers(name):
+    chat = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *conversation(1)]
+    text = render_jinja_template([chat], chat_template=CHAT_TEMPLATES[name], bos_token="")[0][0]
+    assert "Be brief." in text and "assistant.<" not in text and "helpful" not in text
+
+
 @pytest.mark.parametrize("name", list(GOLDEN))
 def test_golden_prompts_and_supervised_spans(name, tmp_path):
     """From LLaVA's JSON to ids and labels. The reference's spans begin with the header's line break, ours don't:

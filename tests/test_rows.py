@@ -98,6 +98,15 @@ def test_json_is_indexed_in_pieces(tmp_path, monkeypatch, chunk, form):
     assert list(pickle.loads(pickle.dumps(found))) == rows  # goes to a loader's workers
 
 
+def test_a_byte_order_mark_is_skipped_and_another_encoding_refused(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "data.json").write_text('[{"id": "é"}, {"id": 2}]', encoding=encoding)
+        assert list(JsonRows(tmp_path / "data.json")) == [{"id": "é"}, {"id": 2}]
+    (tmp_path / "data.json").write_text('[{"id": "é"}]', encoding="latin-1")
+    with pytest.raises(ValueError, match=r"data\.json is not UTF-8"):
+        JsonRows(tmp_path / "data.json")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -67,10 +67,14 @@ class JsonRows(Sequence):
 def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
     """(start, stop) in bytes of every object of the file, which is read in pieces."""
     scan, between = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,\[\]]*")
-    decode, text, offset = codecs.getincrementaldecoder("utf-8")().decode, "", 0
+    decode, text = codecs.getincrementaldecoder("utf-8")().decode, ""
     with open(path, "rb") as file:
+        offset = 3 if file.read(3) == codecs.BOM_UTF8 else file.seek(0)
         while data := file.read(CHUNK):
-            text, position = text + decode(data), 0
+            try:
+                text, position = text + decode(data), 0
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8, write it so: {error}") from error
             while True:
                 start = between.match(text, position).end()
                 offset, position = offset + start - position, start
