@@ -71,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         collator = OlaVlmCollator(processor, max_length=args.max_length, truncate=truncate)
     facts = check_rows(rows, collator, not options.no_decode, args.dataloader_num_workers)
     report = facts.report() | {"named": facts.named}
-    if options.out is not None:
+    if options.out is not None and args.process_index == 0:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(report))
-    for bad in facts.named[:20]:
-        print(f"row {bad['row']}: {bad['reason']}")
-    if len(facts.named) > 20:
-        print(f"... and {len(facts.named) - 20} more: --out FILE names all")
+    if args.process_index == 0:
+        print(table(report))
+        for bad in facts.named[:20]:
+            print(f"row {bad['row']}: {bad['reason']}")
+        if len(facts.named) > 20:
+            print(f"... and {len(facts.named) - 20} more: --out FILE names all")
     if args.on_bad_rows == "stop" and any(bad["problem"] != "too_long" for bad in facts.named):
         raise SystemExit(1)

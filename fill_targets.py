@@ -11,7 +11,6 @@ from ola_vlm.configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
 from ola_vlm.targets.fill import make_teachers
 from ola_vlm.train import parse_arguments
 from ola_vlm.training.check import drop_bad_rows
-from ola_vlm.training.rows import StreamRows
 from ola_vlm.training.targets import filled_caches
 
 
@@ -32,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = args.tasks or OlaVlmConfig.from_pretrained(args.checkpoint).tasks
     teachers = make_teachers([PAPER_TASKS.get(task["name"], {}) | task for task in tasks], args.teachers, args.device)
     rows = args.load_rows()
-    if isinstance(rows, StreamRows):
-        raise SystemExit("a stream has no target cache: give --streaming false")
     drop_bad_rows(rows, None, args.on_bad_rows, args.dataloader_num_workers)
     images = rows.sources()[options.shard]
     caches, _, _ = filled_caches(args, teachers, images, compute=True)

@@ -69,7 +69,8 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
         rows.shuffle_targets(args.seed)
 
     options = {"processing_class": processor, "callbacks": list(callbacks)}
-    collator = OlaVlmCollator(processor, sources, tasks, **lengths, drop_bad_rows=True)
+    lengths |= {"drop_bad_rows": True, "targets_later": not args.target_cache}
+    collator = OlaVlmCollator(processor, sources, tasks, **lengths)
     trainer = OlaVlmTrainer(model, args, data_collator=collator, train_dataset=rows, **options)
     if args.should_save:
         run = json.dumps({"recipe": recipe, **args.to_dict()}, indent=2)

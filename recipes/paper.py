@@ -12,11 +12,13 @@ from ..configuration_ola_vlm import default_tasks
 def chat_template(first: str, head: str, end: str) -> str:
     """A template that marks answers as `{% generation %}`, which the models' own ones don't.
 
-    `first`: text before the conversation; `head`: Jinja expression of a turn's head for a `role`; `end`: of a turn.
+    `first`: text before a conversation without a system turn of its own; `head`: Jinja expression of a
+    turn's head for a `role`; `end`: of a turn.
     """
     body = "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}"
     template = (
-        "{% macro head(role) %}{{ HEAD }}{% endmacro %}FIRST{% for message in messages %}{{ head(message['role']) }}"
+        "{% macro head(role) %}{{ HEAD }}{% endmacro %}{% if messages[0]['role'] != 'system' %}FIRST{% endif %}"
+        "{% for message in messages %}{{ head(message['role']) }}"
         "{% if message['role'] == 'assistant' %}{% generation %}BODY{% endgeneration %}{% else %}BODY{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ head('assistant') }}{% endif %}"
     )

@@ -54,7 +54,7 @@ def make_collator(model, processor, **options) -> AttachedCollator:
 
 
 def forward(model, batch: dict, **options):
-    inputs = {key: value for key, value in batch.items() if key not in ("targets", "row_ids", "bad_rows")}
+    inputs = {key: value for key, value in batch.items() if key not in ("targets", "row_ids", "bad_rows", "long_rows")}
     return model(**inputs, output_predictions=True, **options)
 
 
@@ -147,7 +147,7 @@ def test_detached_it_is_the_model_that_it_was(family, tmp_path):
     assert moved and all(name.startswith(("predictors.", "logit_scales.")) for name in moved)
 
     inputs = trainer.data_collator(make_rows(IMAGES))
-    for extra in ("targets", "row_ids", "bad_rows", "image_owner", "labels"):
+    for extra in ("targets", "row_ids", "bad_rows", "long_rows", "image_owner", "labels"):
         inputs.pop(extra)
     untouched.eval(), model.eval()
     with torch.no_grad():
@@ -369,10 +369,10 @@ def test_rows_that_are_too_long():
     with pytest.raises(BadRow, match=f"row row-2: {lengths[2]} tokens, more than max_length={limit}"):
         make_collator(model, processor, max_length=limit)(rows)
     batch = make_collator(model, processor, max_length=limit, drop_bad_rows=True)(rows)
-    assert batch["row_ids"] == ["row-0", "row-1", "row-3"] and len(batch["bad_rows"]) == 1
+    assert batch["row_ids"] == ["row-0", "row-1", "row-3"] and len(batch["long_rows"]) == 1
     assert len(batch["targets"]["gen"]) == 2 == batch["image_owner"].max() + 1
     nothing = make_collator(model, processor, max_length=3, drop_bad_rows=True)(rows)
-    assert nothing["row_ids"] == [] and len(nothing["bad_rows"]) == 4
+    assert nothing["row_ids"] == [] and len(nothing["long_rows"]) == 4
     assert forward(model, nothing).predictions["gen"][2].shape[0] == 0
 
 

@@ -23,7 +23,7 @@ from ola_vlm.recipes.paper import CHAT_TEMPLATES
 from ola_vlm.targets.cache import image_key
 from ola_vlm.targets.encoders import ClipImageEncoder, open_image
 from ola_vlm.training.data import GroupedSampler, OlaVlmCollator
-from ola_vlm.training.rows import BadRow, Rows
+from ola_vlm.training.rows import BadRow, Rows, read_row
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 32}
 
@@ -280,6 +280,71 @@ def test_bad_rows_are_left_out_and_named(processor, tmp_path):
         OlaVlmCollator(processor, sources, tasks)(rows[3:4])
 
 
+def test_a_passing_error_of_a_target_loses_no_row(processor):
+    tasks, calls = tiny_tasks(), []
+    own = fingerprint_target(tasks[1])
+
+    def source(images):
+        calls.append(len(images))
+        if len(calls) == 1:
+            raise OSError("a stale file handle")
+        return own(images)
+
+    rows = random_rows(3, images=[1, 0, 2])
+    batch = OlaVlmCollator(processor, {"depth": source}, tasks, drop_bad_rows=True)(rows)
+    assert batch["bad_rows"] == [] and len(calls) > 1
+    assert batch["targets"]["depth"].equal(own([image for row in rows for image in row["images"]]))
+
+
+def test_rows_that_are_too_long_are_no_bad_rows(processor):
+    rows = random_rows(2, images=0)
+    rows[1]["messages"] = rows[1]["messages"] * 9
+    limit = len(OlaVlmCollator(processor).encode(rows[0]).ids)
+    batch = OlaVlmCollator(processor, max_length=limit, drop_bad_rows=True)(rows)
+    assert batch["row_ids"] == ["row-0"] and batch["bad_rows"] == [] and "row row-1: " in batch["long_rows"][0]
+
+
+def test_targets_later_are_the_same_targets(processor):
+    tasks, rows = tiny_tasks(), random_rows(4, images=[1, 0, 2, 1])
+    own, poisoned = fingerprint_target(tasks[1]), rows[2]["images"][1].tobytes()
+
+    def source(images):
+        targets = own(images).clone()
+        targets[[image.tobytes() == poisoned for image in images]] = math.nan
+        return targets
+
+    options = {"target_sources": {"depth": source}, "tasks": tasks, "drop_bad_rows": True}
+    later = OlaVlmCollator(processor, targets_later=True, **options)
+    batch, expected = later(rows), OlaVlmCollator(processor, **options)(rows)
+    assert "targets" not in batch and batch["row_ids"] == [row["id"] for row in rows]
+    batch = later.add_targets(batch)
+    assert batch.keys() == expected.keys() and batch["bad_rows"] == expected["bad_rows"] != []
+    assert batch["row_ids"] == expected["row_ids"] and batch["pixel_values"].equal(expected["pixel_values"])
+    assert batch["targets"]["depth"].equal(expected["targets"]["depth"]) and later.add_targets(batch) is batch
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "marked"),
+    [
+        ("what is <gen_0> ?", "the cube", True),
+        ("<im<image>age> what ?", "the cube", True),
+        ("what ?", "the <gen_0>", True),
+        ("what ?", "red \ud83d", True),
+        ("what ?", [], False),
+        ("what ?", "a \ufdd0 b", False),  # our mark
+    ],
+)
+def test_texts_that_would_stop_a_run_are_bad_rows(make_model, answer, question, marked):
+    processor = make_model()[1]
+    if not marked:
+        processor.chat_template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", processor.chat_template)
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    row = read_row({"images": [random_image(0)] * question.count("<image>"), "messages": turns}, 0, ".")
+    with pytest.raises(BadRow) as error:
+        OlaVlmCollator(processor).check_text(row)
+    assert error.value.kind == "malformed"
+
+
 def test_a_batch_that_lost_all_rows_has_no_image_and_nothing_to_learn(processor):
     tasks = tiny_tasks()
     sources = {task["name"]: fingerprint_target(task) for task in tasks}
@@ -437,6 +502,13 @@ CONVERSATIONS = {
     "instr3": TURNS,
     "textonly": [("Hi, who are you?", "An assistant.")],
 }
+
+
+@pytest.mark.parametrize("name", list(CHAT_TEMPLATES))
+def test_a_system_turn_takes_the_place_of_the_papers(name):
+    chat = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *conversation(1)]
+    text = render_jinja_template([chat], chat_template=CHAT_TEMPLATES[name], bos_token="")[0][0]
+    assert "Be brief." in text and "assistant.<" not in text and "helpful" not in text
 
 
 @pytest.mark.parametrize("name", list(GOLDEN))

@@ -103,7 +103,7 @@ def test_images_in_a_dataset_are_cached_by_what_they_show(fields, tmp_path, caps
     capsys.readouterr()
     cli.main(argv(of_dataset | {"on_bad_rows": "drop"}))
     assert capsys.readouterr().out.startswith("gen: 9 images, ")
-    with pytest.raises(SystemExit, match="a stream has no target cache"):
+    with pytest.raises(ValueError, match=r"no target cache.*leave out target_cache"):
         cli.main(argv(of_dataset | {"streaming": "true", "max_steps": 1}))
 
 

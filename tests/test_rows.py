@@ -3,12 +3,14 @@
 import io
 import json
 import pickle
+from itertools import islice
 
 import datasets
 import pytest
 from conftest import random_image
 from PIL import Image
-from training_helpers import llava_sample, write_llava
+from torch.utils.data import DataLoader
+from training_helpers import ListStream, llava_sample, write_llava
 
 from ola_vlm.training.rows import BadRow, JsonRows, Rows, StreamRows, load_rows, open_source
 
@@ -96,6 +98,15 @@ def test_json_is_indexed_in_pieces(tmp_path, monkeypatch, chunk, form):
     assert list(pickle.loads(pickle.dumps(found))) == rows  # goes to a loader's workers
 
 
+def test_a_byte_order_mark_is_skipped_and_another_encoding_refused(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "data.json").write_text('[{"id": "é"}, {"id": 2}]', encoding=encoding)
+        assert list(JsonRows(tmp_path / "data.json")) == [{"id": "é"}, {"id": 2}]
+    (tmp_path / "data.json").write_text('[{"id": "é"}]', encoding="latin-1")
+    with pytest.raises(ValueError, match=r"data\.json is not UTF-8"):
+        JsonRows(tmp_path / "data.json")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -126,6 +137,10 @@ def test_files_that_are_not_rows_are_refused(tmp_path, text, message):
         ({"conversations": [{"from": "gpt", "value": None}]}, "malformed", "NoneType"),
         ({"conversations": "hello"}, "malformed", "TypeError"),
         ({"question": "x"}, "malformed", "'messages'"),
+        (llava_sample(0, image=[None]), "malformed", "image is None"),
+        (llava_sample(0, image=5), "malformed", "image is 5"),
+        (llava_sample(0, image={"bytes": None, "path": None}), "malformed", "image is None"),
+        (llava_sample(0, image={"bytes": "x"}), "malformed", "image is None"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "malformed", "content part"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>"}]}]},
@@ -215,9 +230,25 @@ def test_streamed_rows_are_the_same_rows(tmp_path):
     random_image(0).save(tmp_path / "a.png")
     samples = [llava_sample(0), llava_sample(1, image="gone.png"), llava_sample(2, image=None)]
     rows, stream = Rows(samples, tmp_path), StreamRows(samples, tmp_path)
-    assert [row["id"] for row in stream] == ["0", "1", "2"]
-    assert [list(row) for row in stream] == [list(rows[i]) for i in range(3)]
+    two_passes = list(islice(stream, 6))
+    assert [row["id"] for row in two_passes] == ["0", "1", "2"] * 2
+    assert [list(row) for row in two_passes[3:]] == [list(rows[i]) for i in range(3)]
     assert next(iter(stream)) == rows[0]
+
+
+def test_every_pass_of_a_stream_has_another_order(tmp_path):
+    rows = [row["id"] for row in islice(StreamRows(ListStream(), tmp_path, shuffle_seed=3), 48)]
+    passes = rows[:16], rows[16:32], rows[32:]
+    assert len({tuple(one) for one in passes}) == 3 and {*map(frozenset, passes)} == {frozenset(rows)}
+    assert rows == [row["id"] for row in islice(StreamRows(ListStream(), tmp_path, shuffle_seed=3), 48)]
+    assert list(StreamRows([], tmp_path)) == []
+
+
+def test_nameless_rows_of_a_stream_have_names_of_their_own_in_loader_workers(tmp_path):
+    rows = StreamRows([llava_sample(0, image=None) | {"id": None}], tmp_path)
+    loader = DataLoader(rows, batch_size=None, num_workers=2)
+    names = [row["id"] for row in islice(loader, 6)]
+    assert sorted(names) == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2"]
 
 
 def test_streaming_is_for_data_sets(tmp_path):
@@ -245,7 +276,7 @@ def test_parquet_folder(tmp_path, streaming):
         column = "images" if name == "list" else "image"
         table = datasets.Dataset.from_dict({column: images, "messages": [[question, answer]] * 2})
         table.cast_column(column, feature).to_parquet(folder / "train.parquet")
-        rows = list(load_rows(str(folder), streaming=streaming))
+        rows = list(islice(load_rows(str(folder), streaming=streaming), 2))
         assert [contents(row) for row in rows] == [[[IMAGE, QUESTION], [ANSWER]]] * 2
         assert open_source(rows[0]["images"][0]).tobytes() == random_image(1).tobytes()
         with pytest.raises(BadRow):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import random_rows, tiny_tasks
+from torch.utils.data import IterableDataset
 from training_helpers import IMAGES, GroupedRows, Interrupt, losses, make_trainer, target_source, weights
 
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
@@ -368,6 +369,36 @@ def test_bad_rows_are_dropped_counted_and_named_also_when_resumed(make_model, tm
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(losses(whole)[0], rel=1e-5, abs=1e-6)
     assert losses(trainer)[1] == pytest.approx(losses(whole)[1], rel=1e-5, abs=1e-6)
+
+
+def test_counts_of_dropped_rows_are_saved_when_nothing_is_logged(make_model, tmp_path):
+    rows = bad_rows(1, 2)
+    rows[3] = {"id": "long", "bad_row": BadRow("too_long", "900 tokens")}
+    options = {"rows": rows, "max_steps": 4, "logging_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    options |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 4, "drop_bad_rows": True}
+    model, processor = make_model()
+    options |= {"max_bad_rows": 2 / 16}  # the long one is not counted
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model, processor, tmp_path, callbacks=[Interrupt(3)], **options).train()
+    resumed = make_trainer(model, processor, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.bad_rows == 2
+    assert [(e["bad_rows"], e["long_rows"]) for e in resumed.state.log_history if "bad_rows" in e] == [(2, 1)]
+
+
+def test_logged_losses_are_those_of_the_steps_also_where_the_data_end(make_model, tmp_path):
+    """Data of unknown length end with a step without a batch."""
+
+    class Once(IterableDataset):
+        def __iter__(self):
+            return iter(random_rows(16, IMAGES))
+
+    model, processor = make_model(tasks=[])
+    trainer = make_trainer(model, processor, tmp_path, rows=Once(), max_steps=6)
+    trainer.train()
+    assert len(losses(trainer)) == 6  # three passes
+    for step in losses(trainer):
+        assert step["loss"] == pytest.approx(step["loss/ntp"], rel=1e-5)
 
 
 def test_too_many_bad_rows_stop_the_run(make_model, tmp_path):

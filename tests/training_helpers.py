@@ -103,12 +103,13 @@ class GroupedRows(list):
 class ListStream:
     """A stream of samples, as a streaming data set gives them."""
 
-    def __init__(self):
-        self.epochs = []
+    def __init__(self, order: Sequence[int] = range(16)):
+        self.order = order
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epochs.append(epoch)
+    def shuffle(self, seed: int, buffer_size: int) -> "ListStream":
+        return ListStream(np.random.default_rng(seed).permutation(16))
 
     def __iter__(self):
-        for row in random_rows(16, IMAGES):
-            yield {"id": row["id"], "images": row["images"], "messages": row["messages"]}
+        rows = random_rows(16, IMAGES)
+        for i in self.order:
+            yield {name: rows[i][name] for name in ("id", "images", "messages")}

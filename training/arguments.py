@@ -84,6 +84,13 @@ class OlaVlmArguments(TrainingArguments):
         if self.fusion and self.tasks:
             raise ValueError("the multi-encoder baseline distils nothing: give either fusion or tasks")
         if self.streaming:
+            wrong = [name for name in ("target_cache", "target_fill", "shuffle_targets") if getattr(self, name)]
+            wrong += ["train_sampling_strategy"] * (self.train_sampling_strategy == "group_by_length")
+            if wrong:
+                what = "a stream has no target cache, and its rows aren't known in advance"
+                raise ValueError(f"{what}: leave out {', '.join(wrong)}, or set streaming=false")
+            if self.max_steps <= 0:
+                raise ValueError("a stream has no end: give max_steps")
             # Each rank reads the stream; handed out by the first one, rows of other ranks would lose their images.
             self.accelerator_config = self.accelerator_config or {"dispatch_batches": False}
         if self.ddp_find_unused_parameters is None:

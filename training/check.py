@@ -1,11 +1,12 @@
 """What is in the data, and which rows can't be trained on: before a run, and for `ola-vlm check-data`."""
 
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging
@@ -19,7 +20,7 @@ FINE = len(PROBLEMS)
 
 class Facts(NamedTuple):
     """Of every row: `problem` (place in `PROBLEMS`, or FINE), tokens, whether truncated, images, answers; and
-    `named`, the bad rows that this process looked at, as `{"row", "problem", "reason"}`."""
+    `named`, all bad rows, as `{"row", "problem", "reason"}`."""
 
     problem: np.ndarray
     tokens: np.ndarray
@@ -81,13 +82,14 @@ def check_rows(rows: Rows, collator: OlaVlmCollator | None = None, decode: bool 
     with tqdm(total=len(check), desc="checking rows", disable=None if state.is_main_process else True) as bar:
         for batch in loader:
             numbers += [row for row, _ in batch]
-            named += [bad for _, bad in batch if bad is not None]
+            named += [bad for _, bad in batch]
             bar.update(len(batch))
     share = -(-len(rows) // state.num_processes)
     padded = torch.zeros(share, 5, dtype=torch.int64)
     padded[: len(numbers)] = torch.tensor(numbers).view(-1, 5)
     by_rank = gather(padded.to(state.device)).cpu().view(state.num_processes, share, 5)
-    return Facts(*by_rank.transpose(0, 1).reshape(-1, 5)[: len(rows)].numpy().T, named)
+    named = sorted(gather_object([(check.indices[i], bad) for i, bad in enumerate(named) if bad]), key=itemgetter(0))
+    return Facts(*by_rank.transpose(0, 1).reshape(-1, 5)[: len(rows)].numpy().T, [bad for _, bad in named])
 
 
 def drop_bad_rows(rows: Rows, collator: OlaVlmCollator | None, on_bad_rows: str = "stop", workers: int = 0) -> dict:
@@ -98,7 +100,7 @@ def drop_bad_rows(rows: Rows, collator: OlaVlmCollator | None, on_bad_rows: str 
     fine, report = facts.problem == FINE, facts.report()
     bad = {kind: count for kind, count in report["bad rows"].items() if count}
     named = [f"row {row['row']}: {row['reason']}" for row in facts.named if row["problem"] != "too_long"]
-    for problem in named[:20]:
+    for problem in named[:20] if PartialState().is_main_process else ():
         logger.warning(f"bad {problem}")
     if bad.keys() - {"too_long"} and on_bad_rows == "stop":
         raise ValueError(f"bad rows: {bad}; {', '.join(named[:1])}. Mend the data, or set on_bad_rows=drop")

@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..configuration_ola_vlm import task_token_strings
 from ..targets.encoders import Motion
 from .rows import BadRow, open_source
 
@@ -65,10 +66,12 @@ class OlaVlmCollator:
         max_length: rows of more tokens are bad rows, or
         truncate: cut there: before an image that doesn't fit as a whole, never inside it.
         drop_bad_rows: leave bad rows out of the batch and name them in it, instead of raising `BadRow`.
+        targets_later: the batch gets its targets by `add_targets`: a loader's worker can't run a teacher on a GPU.
 
     Returns of a call: input_ids, attention_mask, labels (B, T); pixel_values (N, 3, H, W), without any image 0 rows,
-    so that all ranks run the same graph; targets: task -> (N, Q, E) fp32; row_ids: list of str; bad_rows: list of str,
-    one for each row left out. A batch that lost all its rows has one of two padding tokens, unsupervised.
+    so that all ranks run the same graph; targets: task -> (N, Q, E) fp32; row_ids: list of str; bad_rows and
+    long_rows: lists of str, one for each row left out. A batch that lost all its rows has one of two padding tokens,
+    unsupervised.
     """
 
     def __init__(
@@ -79,41 +82,54 @@ class OlaVlmCollator:
         max_length: int | None = None,
         truncate: bool = False,
         drop_bad_rows: bool = False,
+        targets_later: bool = False,
     ):
         tokenizer = processor.tokenizer
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token before training")
         self.chat_template = processor.chat_template or tokenizer.chat_template or ""
         self.processor, self.max_length, self.truncate = processor, max_length, truncate
-        self.drop_bad_rows = drop_bad_rows
+        self.drop_bad_rows, self.targets_later = drop_bad_rows, targets_later
         self.target_sources = target_sources or {}
         self.target_shapes = {task["name"]: (task["target_length"], task["target_dim"]) for task in tasks}
         self.image_ids = self._expand_image()
+        vocabulary, task_tokens = tokenizer.get_added_vocab(), task_token_strings(tasks)
+        task_ids = [vocabulary[token] for token in task_tokens if token in vocabulary]
+        self.reserved = np.unique([*self.image_ids, *task_ids])  # what only an image may put into the chat
         self.end_of_turn = ""
         self.end_of_turn = self._check_template()
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        samples, bad_rows = [], []
+        samples, dropped = [], {"bad_rows": [], "long_rows": []}
         for row in rows:
             try:
                 samples.append(self.prepare(row))
             except BadRow as bad_row:
-                named = f"row {row['id']}: {bad_row}"
                 if not self.drop_bad_rows:
-                    raise BadRow(bad_row.kind, named) from bad_row
-                bad_rows.append(named)
-        batch, wrong = self._batch(samples)
-        while wrong:
-            bad_rows += [f"row {samples[i].id}: {reason}" for i, reason in wrong.items()]
-            samples = [sample for i, sample in enumerate(samples) if i not in wrong]
-            batch, wrong = self._batch(samples)
-        return {**batch, "row_ids": [sample.id for sample in samples], "bad_rows": bad_rows}
+                    raise BadRow(bad_row.kind, f"row {row['id']}: {bad_row}") from bad_row
+                _drop(dropped, row["id"], bad_row)
+        return self._whole_batch(samples, dropped, self.targets_later)
 
-    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, str]]:
-        """The tensors of a batch, or which samples can't be used, and why."""
+    def add_targets(self, batch: dict) -> dict:
+        """The batch with its targets, if it came without."""
+        if "samples" not in batch:
+            return batch
+        samples, dropped = batch.pop("samples"), {name: batch[name] for name in ("bad_rows", "long_rows")}
         targets, wrong = self._targets(samples)
+        return self._whole_batch(_left(samples, wrong, dropped), dropped) if wrong else {**batch, "targets": targets}
+
+    def _whole_batch(self, samples: list[Sample], dropped: dict[str, list[str]], targets_later: bool = False) -> dict:
+        batch, wrong = self._batch(samples)
+        last = {"samples": samples}
+        if not (wrong or targets_later):
+            targets, wrong = self._targets(samples)
+            last = {"targets": targets}
         if wrong:
-            return {}, wrong
+            return self._whole_batch(_left(samples, wrong, dropped), dropped, targets_later)
+        return {**batch, **last, "row_ids": [sample.id for sample in samples], **dropped}
+
+    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, BadRow]]:
+        """The tensors of a batch but for its targets, or which samples can't be used, and why."""
         pad = self.processor.tokenizer.pad_token_id
         ids = [sample.encoded.ids for sample in samples] or [np.array([pad, pad])]
         labels = [sample.encoded.labels for sample in samples] or [np.array([IGNORE_INDEX, IGNORE_INDEX])]
@@ -124,7 +140,7 @@ class OlaVlmCollator:
             "labels": _pad(labels, IGNORE_INDEX),
             "pixel_values": self._pixel_values(images) if images else self.no_pixel_values,
         }
-        return {**tensors, "targets": targets}, {}
+        return tensors, {}
 
     def prepare(self, row: dict) -> Sample:
         """The row ready for a batch but for its targets. Raises `BadRow`."""
@@ -138,7 +154,12 @@ class OlaVlmCollator:
         """The row's tokens. Opens no image. Raises `BadRow`."""
         if "bad_row" in row:
             raise row["bad_row"]
-        encoded = self.encode(row)
+        try:
+            encoded = self.encode(row)
+        except BadRow:
+            raise
+        except (IndexError, TypeError, ValueError) as error:  # lone surrogates, turns without a part
+            raise BadRow("malformed", f"{type(error).__name__}: {error}") from error
         if self.max_length and encoded.full_length > self.max_length and not self.truncate:
             raise BadRow("too_long", f"{encoded.full_length} tokens, more than max_length={self.max_length}")
         if (encoded.labels == IGNORE_INDEX).all():
@@ -160,6 +181,9 @@ class OlaVlmCollator:
             lasts[:-1], begins, side="right"
         )  # the first one that ends behind the token's begin
         is_image = ids == self.processor.image_token_id
+        images = sum(part["type"] == "image" for message in row["messages"] for part in message["content"])
+        if is_image.sum() != images or np.isin(ids, self.reserved).sum() != images * self.reserved_per_image:
+            raise BadRow("malformed", f"a text has {self.processor.image_token} or a task token in it")
         labels = np.where((firsts[next_span] < ends) & ~is_image, ids, IGNORE_INDEX)
         sizes = np.where(is_image, len(self.image_ids), 1)
         full_length = int(sizes.sum())
@@ -187,6 +211,8 @@ class OlaVlmCollator:
                 f"the chat template must write {self.processor.image_token} for an image and mark (or write) 2 answers"
             )
             raise ValueError(f"{what} in this chat: {text}")
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.reserved_per_image = np.isin(ids, self.reserved).sum()
         for turn, (start, _) in zip((1, 3), spans, strict=True):
             prompt, _ = self._render(PROBE[:turn], add_generation_prompt=True)
             if not text.startswith(prompt) or text[len(prompt) : start].strip():
@@ -227,7 +253,7 @@ class OlaVlmCollator:
     def _pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
         return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
-    def _targets(self, samples: list[Sample]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    def _targets(self, samples: list[Sample]) -> tuple[dict[str, torch.Tensor], dict[int, BadRow]]:
         """The targets of the samples' images, and which samples have none that can be used, and why."""
         images = [image for sample in samples for image in sample.target_images]
         owners = [i for i, sample in enumerate(samples) for _ in sample.target_images]
@@ -241,11 +267,11 @@ class OlaVlmCollator:
                 if not self.drop_bad_rows:
                     raise
                 if len(samples) == 1:
-                    return {}, {0: f"task {name!r}: {error}"}
-                alone = [self._targets([sample])[1] for sample in samples]
-                if not any(alone):
-                    raise
-                return {}, {i: reasons[0] for i, reasons in enumerate(alone) if reasons}
+                    return {}, {0: BadRow("target", f"task {name!r}: {error}")}
+                alone = [self._targets([sample]) for sample in samples]
+                wrong = {i: reasons[0] for i, (_, reasons) in enumerate(alone) if reasons}
+                parts = {} if wrong else self.target_sources  # a passing error: now there are all
+                return {name: torch.cat([one[name] for one, _ in alone]) for name in parts}, wrong
             if targets[name].shape != expected:
                 found = f"targets {tuple(targets[name].shape)} from its teacher, {expected} from its configuration"
                 raise ValueError(f"task {name!r} has {found}: set target_length and target_dim to the teacher's")
@@ -255,7 +281,7 @@ class OlaVlmCollator:
             if bad and not self.drop_bad_rows:
                 bad = [samples[owner].id for owner in bad]
                 raise FloatingPointError(f"task {name!r}: its teacher's targets of the rows {bad} are not finite")
-            wrong |= dict.fromkeys(bad, f"task {name!r}: its teacher's targets are not finite")
+            wrong |= dict.fromkeys(bad, BadRow("target", f"task {name!r}: its teacher's targets are not finite"))
         return targets, wrong
 
 
@@ -270,14 +296,14 @@ class AttachedCollator(OlaVlmCollator):
     tokens, but `check_text`, before images are opened, counts each image as one.
     """
 
-    def __init__(self, processor, target_sources=None, tasks=(), max_length=None, drop_bad_rows=False, square=True):
-        super().__init__(processor, target_sources, tasks, max_length, drop_bad_rows=drop_bad_rows)
+    def __init__(self, processor, target_sources=None, tasks=(), max_length=None, square=True, **options):
+        super().__init__(processor, target_sources, tasks, max_length, **options)
         self.square = square
 
     def _expand_image(self) -> np.ndarray:
         return np.array([self.processor.image_token_id])
 
-    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, str]]:
+    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, BadRow]]:
         tokenizer, encoded = self.processor.tokenizer, [sample.encoded for sample in samples]
         texts = [row.text for row in encoded] or [tokenizer.pad_token * 2]
         images = [[self._view(image) for image in sample.images] for sample in samples]
@@ -306,12 +332,11 @@ class AttachedCollator(OlaVlmCollator):
             labels[i, words] = row.labels[its_words]
         lengths = attended.sum(1).tolist()
         too_long = {i: n for i, n in enumerate(lengths[: len(samples)]) if self.max_length and n > self.max_length}
-        wrong = {i: f"{n} tokens, more than max_length={self.max_length}" for i, n in too_long.items()}
+        limit = f"more than max_length={self.max_length}"
+        wrong = {i: BadRow("too_long", f"{n} tokens, {limit}") for i, n in too_long.items()}
         if wrong and not self.drop_bad_rows:
             raise BadRow("too_long", "; ".join(f"row {samples[i].id}: {reason}" for i, reason in wrong.items()))
-        targets, without = ({}, wrong) if wrong else self._targets(samples)
-        tensors = {"image_owner": torch.from_numpy(owner), "labels": torch.from_numpy(labels)}
-        return {**batch, **tensors, "targets": targets}, without
+        return {**batch, "image_owner": torch.from_numpy(owner), "labels": torch.from_numpy(labels)}, wrong
 
     def _view(self, image: Image.Image) -> Image.Image:
         colour = tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
@@ -351,6 +376,16 @@ class GroupedSampler(Sampler[int]):
             rest.append(rows[whole * self.batch_size :])
         order = torch.randperm(len(batches), generator=generator).tolist()
         return iter(np.concatenate([*(batches[i] for i in order), *rest]).tolist())
+
+
+def _drop(dropped: dict[str, list[str]], row_id, bad_row: BadRow) -> None:
+    dropped["long_rows" if bad_row.kind == "too_long" else "bad_rows"].append(f"row {row_id}: {bad_row}")
+
+
+def _left(samples: list[Sample], wrong: dict[int, BadRow], dropped: dict[str, list[str]]) -> list[Sample]:
+    for i, bad_row in wrong.items():
+        _drop(dropped, samples[i].id, bad_row)
+    return [sample for i, sample in enumerate(samples) if i not in wrong]
 
 
 def _marked(answer: dict) -> dict:

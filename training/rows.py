@@ -4,6 +4,7 @@ A row that can't be read comes as `{"id", "bad_row": BadRow}`: its taker decides
 """
 
 import codecs
+import itertools
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
 from ..targets.encoders import open_image, source_name
@@ -66,10 +67,14 @@ class JsonRows(Sequence):
 def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
     """(start, stop) in bytes of every object of the file, which is read in pieces."""
     scan, between = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,\[\]]*")
-    decode, text, offset = codecs.getincrementaldecoder("utf-8")().decode, "", 0
+    decode, text = codecs.getincrementaldecoder("utf-8")().decode, ""
     with open(path, "rb") as file:
+        offset = 3 if file.read(3) == codecs.BOM_UTF8 else file.seek(0)
         while data := file.read(CHUNK):
-            text, position = text + decode(data), 0
+            try:
+                text, position = text + decode(data), 0
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8, write it so: {error}") from error
             while True:
                 start = between.match(text, position).end()
                 offset, position = offset + start - position, start
@@ -171,16 +176,28 @@ class Sources(Sequence):
 
 
 class StreamRows(IterableDataset):
-    """The same for rows that come one after the other, of unknown number (a streaming Hugging Face dataset)."""
+    """The same for rows that come one after the other, of unknown number (a streaming Hugging Face dataset), over and
+    over: the trainer takes it for one epoch of max_steps, so a resumed run finds its place by counting batches.
 
-    def __init__(self, source: Iterable[dict], image_folder: str | Path):
+    `shuffle_seed`: another order in every pass, the same on all ranks.
+    """
+
+    def __init__(self, source: Iterable[dict], image_folder: str | Path, shuffle_seed: int | None = None):
         self.source, self.image_folder = source, os.path.abspath(image_folder)
+        self.shuffle_seed = shuffle_seed
 
     def __iter__(self) -> Iterator[dict]:
-        return (read_row(sample, i, self.image_folder) for i, sample in enumerate(self.source))
+        worker = get_worker_info()  # each has its own files of the data set, if there are enough
+        prefix = f"{worker.id}." if worker else ""
+        return (read_row(sample, f"{prefix}{i}", self.image_folder) for i, sample in enumerate(self._samples()))
 
-    def set_epoch(self, epoch: int) -> None:
-        self.source.set_epoch(epoch)  # another order in every epoch, the same on all ranks
+    def _samples(self) -> Iterator[dict]:
+        for number in itertools.count():
+            seed, sample = self.shuffle_seed, None
+            for sample in self.source if seed is None else self.source.shuffle(seed + number, buffer_size=1000):
+                yield sample
+            if sample is None:  # a worker without a file of its own
+                return
 
 
 def load_rows(
@@ -218,11 +235,10 @@ def load_rows(
             found = found.cast_column(name, datasets.List(as_bytes))
     if not streaming:
         return Rows(found, image_folder or data)
-    found = found if shuffle_seed is None else found.shuffle(shuffle_seed, buffer_size=1000)
-    return StreamRows(found, image_folder or data)
+    return StreamRows(found, image_folder or data, shuffle_seed)
 
 
-def read_row(sample: dict, index: int, image_folder: str) -> dict:
+def read_row(sample: dict, index: int | str, image_folder: str) -> dict:
     """`{"id", "images", "messages"}` of a row in one of these forms, or `{"id", "bad_row"}`:
 
     - LLaVA's `{"id", "image": path or paths, "conversations": [{"from": "human" or "gpt", "value": text}]}`, whose
@@ -244,10 +260,11 @@ def read_row(sample: dict, index: int, image_folder: str) -> dict:
 
 def _source(image, folder: str) -> str | dict | Image.Image:
     """The image as a row holds it: a path is checked, and made absolute."""
-    if isinstance(image, dict) and image.get("bytes") is None:
-        image = image["path"]
-    if not isinstance(image, str):
+    if isinstance(image, Image.Image) or (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
         return image
+    image = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(image, str):
+        raise BadRow("malformed", f"an image is {image!r:.50}: give its path, or its bytes in a data set")
     path = os.path.join(folder, image)
     real, real_folder = os.path.realpath(path), os.path.realpath(folder)
     if os.path.commonpath([real, real_folder]) != real_folder:

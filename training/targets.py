@@ -71,8 +71,6 @@ def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: Rows | St
     teachers = make_teachers(tasks, args.teachers or {}, args.device)
     if not args.target_cache:
         sources, keys = {name: teacher.encoder.encode for name, teacher in teachers.items()}, []
-    elif isinstance(rows, StreamRows):
-        raise ValueError("a stream's images can't be counted for a target cache: give none, or set streaming=false")
     else:
         images = rows.sources()
         sources, keys, refused = filled_caches(args, teachers, images, args.target_fill)

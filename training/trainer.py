@@ -9,7 +9,8 @@ from collections import defaultdict
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .attach import AttachedPredictors
@@ -25,8 +26,8 @@ class OlaVlmTrainer(Trainer):
 
     Logs `loss/ntp` and `loss/<task>/<layer>/{smooth_l1,contrastive}` beside `loss`: means over the optimiser steps
     since the last log and over ranks; `loss` = ntp + sum over tasks of loss_weight * sum over layers (smooth_l1 +
-    contrastive_weight * contrastive); `bad_rows`: how many rows were dropped so far, over all ranks. Their names are
-    logged as they come; beyond `args.max_bad_rows` of the run's rows it stops.
+    contrastive_weight * contrastive); `bad_rows`, `long_rows`: rows dropped so far, over all ranks. Their names are
+    logged as they come; bad ones beyond `args.max_bad_rows` of the run's rows stop it.
     """
 
     def __init__(self, model, args, **kwargs):
@@ -40,14 +41,14 @@ class OlaVlmTrainer(Trainer):
         self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
         # Sums of the logged losses, and the number of their "steps", since the last log.
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
-        self._new_bad_rows = 0  # since the last log
+        self._dropped = DroppedRows()
+        self.add_callback(self._dropped)
         self._grouped: GroupedSampler | None = None
 
     @property
     def bad_rows(self) -> int:
-        """Rows dropped since the run began, interrupted or not."""
-        logged = (entry["bad_rows"] for entry in reversed(self.state.log_history) if "bad_rows" in entry)
-        return next(logged, 0) + self._new_bad_rows
+        """Rows dropped since the run began, interrupted or not; without those that were too long."""
+        return self._dropped.bad_rows
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -74,8 +75,9 @@ class OlaVlmTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self._grouped is not None:  # resumed within an epoch, several ranks aren't told which one it is
             self._grouped.set_epoch(int(self.state.epoch))
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._sums["train"]["steps"] += 1
+        taught = map(self.data_collator.add_targets, epoch_iterator)
+        batches, num_items_in_batch = super().get_batch_samples(taught, num_batches, device)
+        self._sums["train"]["steps"] += bool(batches)  # none at the end of data of unknown length
         self._count_bad_rows(batches, device)
         if self.tasks and batches:
             self._attach_step_targets(batches, device)
@@ -83,8 +85,10 @@ class OlaVlmTrainer(Trainer):
 
     def _count_bad_rows(self, batches: list[dict], device: torch.device) -> None:
         """Names the rows that the collator dropped and counts those of all ranks; ValueError if they are too many."""
-        found = sum(_report_bad_rows(batch) for batch in batches)
-        self._new_bad_rows += self.accelerator.gather(torch.tensor([found], device=device)).sum().item()
+        found = torch.tensor([[0, 0], *map(_report_bad_rows, batches)], device=device).sum(0, keepdim=True)
+        bad, long = self.accelerator.gather(found).sum(0).tolist()
+        self._dropped.bad_rows += bad
+        self._dropped.long_rows += long
         rows = self.state.max_steps * self.get_total_train_batch_size(self.args)
         if self.bad_rows > self.args.max_bad_rows * rows:
             share = f"max_bad_rows={self.args.max_bad_rows} of the run's {rows} rows"
@@ -151,8 +155,11 @@ class OlaVlmTrainer(Trainer):
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             self._add_means(logs, "train")
-            logs["bad_rows"], self._new_bad_rows = self.bad_rows, 0
+            logs |= vars(self._dropped)
         super().log(logs, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs):
+        return super()._prepare_inputs(self.data_collator.add_targets(inputs))  # evaluation's; training's have them
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -191,8 +198,23 @@ class OlaVlmTrainer(Trainer):
             super()._load_best_model()
 
 
-def _report_bad_rows(batch: dict) -> int:
-    bad_rows = batch.pop("bad_rows", ())
-    for named in bad_rows:
+def _report_bad_rows(batch: dict) -> list[int]:
+    """How many rows were dropped as bad, and how many as too long."""
+    dropped = [batch.pop(name, ()) for name in ("bad_rows", "long_rows")]
+    for named in (*dropped[0], *dropped[1]):
         logger.warning(f"dropped {named}")
-    return len(bad_rows)
+    return [*map(len, dropped)]
+
+
+class DroppedRows(TrainerCallback, ExportableState):
+    """How many rows were dropped since the run began, over all ranks: goes into checkpoints and comes back."""
+
+    def __init__(self):
+        self.bad_rows = self.long_rows = 0
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": dict(vars(self))}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if saved := state.stateful_callbacks.get(type(self).__name__):
+            vars(self).update(saved["attributes"])
