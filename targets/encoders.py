@@ -50,7 +50,7 @@ def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
     """An image, file or `{"bytes"}` (of a Hugging Face dataset) as RGB, upright and on white as transformers reads it:
     student and teachers see one picture.
 
-    ValueError for more than 8 bits a channel, which would saturate, and for a square beyond Pillow's limit.
+    ValueError for 16 or 32 bits a pixel, which would saturate, for a square beyond Pillow's limit, and for a strip.
     """
     name, source = source, io.BytesIO(source["bytes"]) if isinstance(source, dict) else source
     with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
@@ -58,6 +58,8 @@ def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
             # Pillow only warns; and a narrow image becomes a bomb when it is padded to a square.
             size = f"{image.width} x {image.height} pixels"
             raise ValueError(f"{source_name(name)} has {size}: a decompression bomb? Shrink it first")
+        if max(image.size) > 200 * min(image.size):  # cropped by its shorter side it would become a bomb, too
+            raise ValueError(f"{source_name(name)} is a strip of {image.width} x {image.height} pixels: leave it out")
         if image.mode.startswith("I") or image.mode == "F":
             what = f"{source_name(name)} has mode {image.mode}, whose values would saturate"
             raise ValueError(f"{what}: convert it to 8 bits first")
