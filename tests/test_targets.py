@@ -489,7 +489,7 @@ def test_motion_by_configuration(tiny_parts, folders, tmp_path, monkeypatch):
         assert sum(map(len, encoded)) == (6 if options else 18)  # all different frames, or all in both steps
         encoded.clear()
         rows = [trainer.train_dataset[i] for i in range(5)]
-        change = trainer.data_collator(rows)["targets"]["motion"].abs().amax((1, 2))
+        change = trainer._with_targets(trainer.data_collator(rows))["targets"]["motion"].abs().amax((1, 2))
         assert change[[0, 3, 4, 6]].max() == 0 and change[[1, 2, 5, 7, 8]].min() > 0.1
         encoded.clear()
     appearance, motion = (

@@ -111,9 +111,7 @@ class OlaVlmCollator:
         return self._whole_batch(samples, dropped, self.targets_later)
 
     def add_targets(self, batch: dict) -> dict:
-        """The batch with its targets, if it came without."""
-        if "samples" not in batch:
-            return batch
+        """The batch of `targets_later` with its targets."""
         samples, dropped = batch.pop("samples"), {name: batch[name] for name in ("bad_rows", "long_rows")}
         targets, wrong = self._targets(samples)
         return self._whole_batch(_left(samples, wrong, dropped), dropped) if wrong else {**batch, "targets": targets}

@@ -75,13 +75,16 @@ class OlaVlmTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self._grouped is not None:  # resumed within an epoch, several ranks aren't told which one it is
             self._grouped.set_epoch(int(self.state.epoch))
-        taught = map(self.data_collator.add_targets, epoch_iterator)
-        batches, num_items_in_batch = super().get_batch_samples(taught, num_batches, device)
+        whole = map(self._with_targets, epoch_iterator)
+        batches, num_items_in_batch = super().get_batch_samples(whole, num_batches, device)
         self._sums["train"]["steps"] += bool(batches)  # none at the end of data of unknown length
         self._count_bad_rows(batches, device)
         if self.tasks and batches:
             self._attach_step_targets(batches, device)
         return batches, num_items_in_batch
+
+    def _with_targets(self, batch: dict) -> dict:
+        return self.data_collator.add_targets(batch) if "samples" in batch else batch
 
     def _count_bad_rows(self, batches: list[dict], device: torch.device) -> None:
         """Names the rows that the collator dropped and counts those of all ranks; ValueError if they are too many."""
@@ -159,7 +162,7 @@ class OlaVlmTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _prepare_inputs(self, inputs):
-        return super()._prepare_inputs(self.data_collator.add_targets(inputs))  # evaluation's; training's have them
+        return super()._prepare_inputs(self._with_targets(inputs))  # evaluation's; training's have them
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
