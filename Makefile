@@ -1,6 +1,7 @@
 # make miniature   the study: trains LLaVA-1.5 and OLA-VLM in miniature, probes both, writes runs/miniature/
 #                  (ARGS="--seeds 3" passes options on: `.venv/bin/ola-vlm miniature --help` lists them)
 # make smollm2     a real language model on photographs and scenes, about 80 minutes on a core; writes runs/smollm2/
+# make install     the environment alone
 # make test        the tests; make test-all adds the slow ones
 # make style       ruff's linter and formatter, checking only
 # make clean       removes caches and build files; .venv and runs stay
@@ -12,8 +13,10 @@ CANDIDATES := python3 python python3.13 python3.12 python3.11
 RECENT := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(RECENT)" 2>/dev/null && echo $$p && break; done)
 
-.PHONY: miniature smollm2 test test-all style clean
+.PHONY: install miniature smollm2 test test-all style clean
 .DELETE_ON_ERROR:
+
+install: $(VENV)/dev.stamp
 
 miniature: $(VENV)/installed.stamp
 	$(VENV)/bin/ola-vlm miniature $(ARGS)

@@ -50,11 +50,15 @@ def load_processor(args: OlaVlmArguments) -> LlavaProcessor | None:
     return multi_encoder_processor(processor, grid**2 + appended * args.num_encoder_tokens)
 
 
-def table(report: dict) -> str:
-    """The report as lines of a name and a number."""
+def table(report: dict, with_text: bool, with_images: bool) -> str:
+    """The report as lines of a name and a number, or that it wasn't looked at."""
     counts = {name: number for name, number in report.items() if isinstance(number, int)}
-    counts |= {f"bad: {PROBLEMS[kind]}": number for kind, number in report["bad rows"].items()}
-    return "\n".join(f"{name:<36} {number:>12,}" for name, number in counts.items())
+    counts |= {f"bad: {PROBLEMS[kind]}": n for kind, n in report["bad rows"].items() if kind != "target"}
+    unknown = [] if with_text else [name for name in counts if "token" in name or "truncated" in name]
+    unknown += [] if with_text else [f"bad: {PROBLEMS['too_long']}"]
+    unknown += [] if with_images else [f"bad: {PROBLEMS['undecodable']}"]
+    shown = {name: f"{number:,}" for name, number in counts.items()} | dict.fromkeys(unknown, "not checked")
+    return "\n".join(f"{name:<36} {text:>12}" for name, text in shown.items())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.out is not None and args.process_index == 0:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.process_index == 0:
-        print(table(report))
+        print(table(report, collator is not None, not options.no_decode))
+        if collator is None:
+            print("answers' tokens and lengths: give --recipe or --checkpoint, whose tokenizer they need")
         for bad in facts.named[:20]:
             print(f"row {bad['row']}: {bad['reason']}")
         if len(facts.named) > 20:

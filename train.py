@@ -91,7 +91,7 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
 def parse_arguments(argv: Sequence[str] | None, prog: str, *parents: argparse.ArgumentParser, **fields):
     """A recipe's fields with the command line's changes: (OlaVlmArguments, a namespace of `recipe` and what `parents`
     add). `fields` go before the recipe's. SystemExit for an unknown field."""
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=parents)
+    chooser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, parents=parents)
     chooser.add_argument("--recipe", choices=list(RECIPES), metavar="NAME", help="one of `ola-vlm recipes`")
     own = chooser.parse_known_args(argv)[0]
     parser = HfArgumentParser(OlaVlmArguments, prog=prog, allow_abbrev=False, parents=[chooser])

@@ -136,7 +136,7 @@ def test_files_that_are_not_rows_are_refused(tmp_path, text, message):
         ({"conversations": [{"from": "gpt", "value": "<image>"}]}, "malformed", "<image> may stand"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "malformed", "NoneType"),
         ({"conversations": "hello"}, "malformed", "TypeError"),
-        ({"question": "x"}, "malformed", "'messages'"),
+        ({"question": "x"}, "malformed", "nor TRL's messages, but .*question"),
         (llava_sample(0, image=[None]), "malformed", "image is None"),
         (llava_sample(0, image=5), "malformed", "image is 5"),
         (llava_sample(0, image={"bytes": None, "path": None}), "malformed", "image is None"),

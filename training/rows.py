@@ -276,6 +276,8 @@ def _source(image, folder: str) -> str | dict | Image.Image:
 
 def _messages(sample: dict, num_images: int) -> list[dict]:
     is_llava = sample.get("conversations") is not None
+    if not is_llava and "messages" not in sample:
+        raise BadRow("malformed", f"neither LLaVA's conversations nor TRL's messages, but {sorted(sample)}")
     messages, placeholders = [], 0
     for turn in sample["conversations" if is_llava else "messages"]:
         speaker, content = (turn["from"], turn["value"]) if is_llava else (turn["role"], turn["content"])
