@@ -63,7 +63,9 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
 
     lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
     if not isinstance(rows, StreamRows):  # whose rows are checked as they come
-        drop_bad_rows(rows, OlaVlmCollator(processor, **lengths), args.on_bad_rows, args.dataloader_num_workers)
+        decode = args.check_images and not (tasks and args.target_cache)  # filling the cache opens them all
+        workers = args.dataloader_num_workers
+        drop_bad_rows(rows, OlaVlmCollator(processor, **lengths), args.on_bad_rows, workers, decode)
     sources = target_sources(args, tasks, rows) if tasks else {}
     if tasks and args.shuffle_targets:
         rows.shuffle_targets(args.seed)

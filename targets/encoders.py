@@ -58,7 +58,7 @@ def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
             # Pillow only warns; and a narrow image becomes a bomb when it is padded to a square.
             size = f"{image.width} x {image.height} pixels"
             raise ValueError(f"{source_name(name)} has {size}: a decompression bomb? Shrink it first")
-        if max(image.size) > 200 * min(image.size):  # cropped by its shorter side it would become a bomb, too
+        if max(image.size) > 500 * min(image.size):  # cropped by its shorter side it would become a bomb, too
             raise ValueError(f"{source_name(name)} is a strip of {image.width} x {image.height} pixels: leave it out")
         if image.mode.startswith("I") or image.mode == "F":
             what = f"{source_name(name)} has mode {image.mode}, whose values would saturate"

@@ -46,6 +46,7 @@ class OlaVlmArguments(TrainingArguments):
     max_length: int | None = HfArg(default=None, help="tokens of a row, image tokens included")
     on_long_rows: str = HfArg(default="drop", help="longer rows: drop or truncate")
     on_bad_rows: str = HfArg(default="stop", help="rows that can't be trained on, found before the run: stop or drop")
+    check_images: bool = HfArg(default=True, help="open every image before the run, unless a target cache does it")
     max_bad_rows: float = HfArg(
         default=0.01, help="bad rows met in training are dropped up to this share of the run's rows"
     )

@@ -92,11 +92,13 @@ def check_rows(rows: Rows, collator: OlaVlmCollator | None = None, decode: bool 
     return Facts(*by_rank.transpose(0, 1).reshape(-1, 5)[: len(rows)].numpy().T, [bad for _, bad in named])
 
 
-def drop_bad_rows(rows: Rows, collator: OlaVlmCollator | None, on_bad_rows: str = "stop", workers: int = 0) -> dict:
+def drop_bad_rows(
+    rows: Rows, collator: OlaVlmCollator | None, on_bad_rows: str = "stop", workers: int = 0, decode: bool = False
+) -> dict:
     """Before a run: drops rows that are too long and, if `on_bad_rows` is "drop", bad rows; logs and returns the
     report. ValueError for bad rows if it is "stop", and if none is left. Without a collator texts are not looked at.
     """
-    facts = check_rows(rows, collator, workers=workers)
+    facts = check_rows(rows, collator, decode, workers)
     fine, report = facts.problem == FINE, facts.report()
     bad = {kind: count for kind, count in report["bad rows"].items() if count}
     named = [f"row {row['row']}: {row['reason']}" for row in facts.named if row["problem"] != "too_long"]
