@@ -13,6 +13,7 @@ COMMANDS = {
     "eval": ("ola_vlm.eval.run", "ask a checkpoint a benchmark's questions, score its answers"),
     "score": ("ola_vlm.eval.scoring", "score a file of answers"),
     "compare": ("ola_vlm.eval.compare", "compare two files of answers: paired tests, a page of the disagreements"),
+    "visualize": ("ola_vlm.visualize", "pictures of what each layer of a checkpoint sees: CHECKPOINT IMAGE..."),
     "convert": ("ola_vlm.convert.reference", "turn a checkpoint of the reference implementation into ours"),
     "convert-tower": ("ola_vlm.convert.tower", "turn an open_clip model's ConvNeXt into a folder for vision_tower"),
     "export": ("ola_vlm.convert.export", "write a checkpoint of ours as a plain LLaVA model"),

@@ -28,10 +28,8 @@ from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.probing.ridge import choose_strength
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import miniature as recipe
-from ola_vlm.targets.cache import TargetStatistics
-from ola_vlm.targets.encoders import open_image
 from ola_vlm.targets.fill import fill, make_teachers, open_caches
-from ola_vlm.visualize import predictions_figure
+from ola_vlm.visualize import LayerViewer, find_run, pictures_figure
 
 SHIPPED = ("llava", "ola_vlm")
 # Changes of the recipe's fields; the shrunken run, of a minute, checks the chain and not the numbers.
@@ -120,31 +118,20 @@ def collect(root: Path, methods: list[str], seeds: int, seconds: dict, checks: d
     }
 
 
-@torch.no_grad()
 def decoded_figures(root: Path, count: int = 4) -> None:
     """Depth and segmentation decoded from OLA-VLM's predictions right after pre-training, beside teacher and truth."""
     folder = recipe.run_folder("ola_vlm", 0, root) / "pretrain"
     model = OlaVlmForConditionalGeneration.from_pretrained(folder).eval()
     processor = OlaVlmProcessor.from_pretrained(folder)
-    images = list(map(open_image, probe_paths(root, {"test": count})["test"]))
-    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=[text] * count, images=images, return_tensors="pt", add_special_tokens=False)
-    predictions = model(**inputs, output_predictions=True).predictions
-    stored, teachers = load_file(root / "data" / "test.safetensors"), make_teachers(recipe.TASKS, recipe.TEACHERS)
-    truths = {"depth": 1 / stored["depth"][:count].astype(float), "seg": stored["mask"][:count]}
-    for task, truth in truths.items():
-        predictions_figure(
-            root / f"decoded_{task}.png",
-            teachers[task].encoder,
-            images,
-            predictions[task],
-            truth=list(truth),
-            statistics=TargetStatistics.load(folder / "target_statistics" / f"{task}.safetensors"),
-            title=f"{task}: decoded from the LLM's layers after pre-training",
-            class_names=world.CLASSES,  # these two matter to seg only
-            class_colors=dataset.PALETTE.tolist(),
-        )
+    viewer = LayerViewer.load(folder, model, processor, find_run(folder), prompt=PROMPT)
+    stored = load_file(root / "data" / "test.safetensors")
+    truths = {"depth": 1 / stored["depth"][:count].astype(float), "seg": stored["mask"][:count].astype(int)}
+    for task, columns in viewer.pictures(probe_paths(root, {"test": count})["test"]).items():
+        painter = viewer.painters[task]
+        truth = {"truth": list(map(painter.draw, truths[task]))} if task in truths else {}
+        columns = {"image": columns.pop("image"), **truth, **columns}
+        title = f"{task}, right after pre-training: {painter.caption}"
+        pictures_figure(root / f"decoded_{task}.png", columns, title, painter.legend)
 
 
 def publish(root: Path, methods: list[str], ship: bool = False) -> None:
