@@ -10,6 +10,7 @@ COMMANDS = {
     "targets": ("ola_vlm.fill_targets", "compute the teachers' targets in advance: --recipe NAME [--shard i/n]"),
     "check-data": ("ola_vlm.check_data", "count rows, images and answers, and find what can't be trained on"),
     "miniature": ("ola_vlm.miniature.study", "train LLaVA and OLA-VLM in miniature, probe both, compare them"),
+    "probe": ("ola_vlm.probe", "how well each layer of frozen models tells what teachers see: MODEL... --images DIR"),
     "eval": ("ola_vlm.eval.run", "ask a checkpoint a benchmark's questions, score its answers"),
     "score": ("ola_vlm.eval.scoring", "score a file of answers"),
     "compare": ("ola_vlm.eval.compare", "compare two files of answers: paired tests, a page of the disagreements"),
