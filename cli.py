@@ -11,6 +11,8 @@ COMMANDS = {
     "check-data": ("ola_vlm.check_data", "count rows, images and answers, and find what can't be trained on"),
     "miniature": ("ola_vlm.miniature.study", "train LLaVA and OLA-VLM in miniature, probe both, compare them"),
     "probe": ("ola_vlm.probe", "how well each layer of frozen models tells what teachers see: MODEL... --images DIR"),
+    "target-tasks": ("ola_vlm.eval.target_tasks", "depth order, masks and images decoded from probes and predictors"),
+    "correlation": ("ola_vlm.eval.correlation", "probe scores against benchmark scores, over several checkpoints"),
     "eval": ("ola_vlm.eval.run", "ask a checkpoint a benchmark's questions, score its answers"),
     "score": ("ola_vlm.eval.scoring", "score a file of answers"),
     "compare": ("ola_vlm.eval.compare", "compare two files of answers: paired tests, a page of the disagreements"),

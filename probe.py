@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from ola_vlm.configuration_ola_vlm import PAPER_TASKS
 from ola_vlm.eval.run import load_checkpoint, processes, weights_state
 from ola_vlm.probing.figures import curves_figure
-from ola_vlm.probing.fit import batches, fit
+from ola_vlm.probing.fit import IMAGE_ENDINGS, batches, fit
 from ola_vlm.probing.probes import load_probes, score
 from ola_vlm.probing.resampler import ResamplerFit
 from ola_vlm.probing.ridge import STRENGTHS, RidgeFit, choose_strength
@@ -35,7 +35,6 @@ from ola_vlm.training.rows import load_rows, row_images
 from ola_vlm.training.targets import filled_caches
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # of the images
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class Images(Sequence):
@@ -55,7 +54,7 @@ def find_images(place: str, args: OlaVlmArguments) -> Images:
     """The image files of a folder and those below it, else what the rows of a data set hold (`training.rows`), with
     words or without; each file once. ValueError if there are none."""
     if Path(place).is_dir():
-        files = sorted(str(path) for path in Path(place).rglob("*") if path.suffix.lower() in ENDINGS)
+        files = sorted(str(path) for path in Path(place).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
         if files:
             return Images(files.__getitem__, np.arange(len(files)))
     elif not place.endswith((".json", ".jsonl")) and not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
@@ -63,7 +62,7 @@ def find_images(place: str, args: OlaVlmArguments) -> Images:
     try:
         rows = load_rows(place, args.image_folder, args.data_config, args.data_split)
     except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"{place} has no images ({', '.join(sorted(ENDINGS))}) and no rows: {error}") from error
+        raise ValueError(f"{place} has no images ({', '.join(sorted(IMAGE_ENDINGS))}) and no rows: {error}") from error
 
     def images_of(i: int) -> list:
         return row_images(rows.source[i], rows.image_folder)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.models.llava import LlavaImageProcessor
 
 from ..targets.encoders import open_image
@@ -107,12 +107,15 @@ class StateReader:
         colour = tuple(round(255 * mean) for mean in of.image_mean)
         return ImageOps.pad(image, (max(image.size),) * 2, color=colour)
 
-    @torch.no_grad()
-    def __call__(self, images: Sequence) -> ImageStates:
-        """`images`: whatever `open_image` takes, at least one."""
+    def inputs(self, images: Sequence) -> BatchFeature:
+        """The model's, one row an image. `images`: whatever `open_image` takes, at least one."""
         views = list(map(self.view, images))
         inputs = self.processor(text=[self.text] * len(views), images=views, **self.options)
-        inputs = inputs.to(self.model.device, self.model.dtype)
+        return inputs.to(self.model.device, self.model.dtype)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence) -> ImageStates:
+        inputs = self.inputs(images)
         hidden = self.model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states
         hidden = [states.to(self.model.device) for states in hidden]  # a model may lie on several
         is_image_NT = inputs["input_ids"] == self.processor.image_token_id
