@@ -8,8 +8,8 @@ backbone is decoded from features. gen: Frechet distance between features of the
 their embeddings; here the image of --gallery with the nearest gen embedding stands in for unCLIP's, and --features
 (the gen teacher by default) for Inception.
 
-Each for the probes of every layer, for the model's own predictors if it has some, for the teacher's targets decoded
-the same way, and for the teacher itself. Writes OUT/target_tasks.json and prints a table; a model that is done is not
+Each for the probes of every layer, for the model's own predictors if it has some, and as bounds for the teacher itself,
+its targets decoded the same way, and the mean target. Writes OUT/target_tasks.json and prints a table; a model that is done is not
 done again.
 """
 
@@ -124,6 +124,8 @@ def seg_sums(maps: Tensor, images: list[Image.Image], items: list[dict], encoder
         truth, guess = read_mask(item["mask"]), to_image(one, image.size, encoder, "nearest").astype(int)
         if (truth == VOID).all():
             continue
+        if (truth[truth != VOID] >= classes).any():
+            raise ValueError(f"a mask has class {truth[truth != VOID].max()}, the seg teacher knows {classes} classes")
         sums["confusion"] = sums["confusion"] + confusion_matrix(truth, guess, classes)
         sums["iou"] += reference_mean_iou([truth], [guess])
         sums["images"] += 1
@@ -205,12 +207,15 @@ def own_maps(encoder: TargetEncoder, images: list[Image.Image]) -> Tensor:
     return encoder.model(encoder.pixel_values(images)).predicted_depth.float().cpu()
 
 
-def of_teachers(teachers: dict[str, TargetEncoder]) -> Callable:
+def of_teachers(teachers: dict[str, TargetEncoder], means: dict[str, Tensor]) -> Callable:
+    """The upper bounds, and the lower one: the training images' mean target, which knows nothing of the image."""
+
     def embeddings(images):
         for task, encoder in teachers.items():
             if type(encoder) in KINDS:
                 yield task, "target encoder", None
             yield task, "its targets, decoded", encoder.encode(images)
+            yield task, "the mean target, decoded", means[task].expand(len(images), -1, -1)
 
     return embeddings
 
@@ -272,9 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--da2k", type=Path, help="DA-2K's folder: annotations.json and the images it names")
     parser.add_argument("--coco", type=Path, help="folder of panoptic_val2017.json, panoptic_val2017 and val2017")
     parser.add_argument("--miniature", type=Path, help="a study's folder, whose test scenes have exact truth")
-    parser.add_argument(
-        "--gallery", type=Path, help="folder of images, the nearest of which stands for a generated one"
-    )
+    parser.add_argument("--gallery", type=Path, help="images, the nearest of which stands for a generated one")
     parser.add_argument("--gallery_pattern", default="**/*", help='of its files ("train_*" in a study\'s data/images)')
     features = "the extractor of the Frechet distance's features, as JSON like a recipe's teachers (the gen teacher)"
     parser.add_argument("--features", type=json.loads, help=features)
@@ -338,7 +341,8 @@ def run(args: argparse.Namespace) -> dict:
         folder.mkdir(exist_ok=True)
         file.write_text(json.dumps({"about": about | what, "scores": scores[name]}, indent=1), encoding="utf-8")
 
-    score_all("target encoders", args.out / "teachers", {}, lambda: of_teachers(teachers))
+    means = load_probes(args.out / next(iter(probed["models"].values()))["folder"]).means
+    score_all("target encoders", args.out / "teachers", {}, lambda: of_teachers(teachers, means))
     for model, one in probed["models"].items():
         folder = args.out / one["folder"]
 

@@ -1,23 +1,38 @@
 """Probes: ridge against a direct solution, the paper's resampler against the reference, which states they read, and
 the command that fits them."""
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import benchmark_fixtures
 import numpy as np
 import pytest
 import torch
 from conftest import random_image
+from datasets import Dataset
+from datasets import Image as HfImage
+from PIL import Image
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file
+from tiny_teachers import random_images, save_tiny_teachers
 from tiny_vlms import FAMILIES
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from ola_vlm import probe
 from ola_vlm.convert.reference import convert_state_dict
+from ola_vlm.eval import correlation, target_tasks
+from ola_vlm.eval.run import weights_state
 from ola_vlm.probing.fit import batches, fit
 from ola_vlm.probing.probes import Probes, centred_cosine, flat_cosine, load_probes, score
+from ola_vlm.probing.resampler import ResamplerFit
 from ola_vlm.probing.ridge import RidgeFit, RidgeProbe, choose_strength
 from ola_vlm.probing.states import ImageStates, StateReader, to_positions
+from ola_vlm.targets.cache import TargetStatistics
+from ola_vlm.targets.encoders import DepthAnythingEncoder, open_image
+from ola_vlm.training.arguments import OlaVlmArguments
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -331,3 +346,273 @@ def test_golden_probe(task):
     torch.testing.assert_close(F.smooth_l1_loss(prediction, target), data["smooth_l1"], rtol=1e-5, atol=0)
     scores, _ = score([(states, {task: target})], {0: probes})
     assert scores[0][task]["0"]["resampler_plain"] == pytest.approx(data["cosine"].mean().item(), rel=1e-4)
+
+
+def resampler_fit(model, processor, targets, saved=None, batch_size=3, seed=0, statistics=None, stop=None, **options):
+    reader = StateReader(model, processor)
+    options = {"images": 16, "epochs": 2, "step_images": 6, "learning_rate": 0.01, "seed": seed} | options
+    fitter = ResamplerFit(tasks_of(targets), 5, 32, statistics=statistics, **options)
+    if stop is not None:  # killed in the middle of a batch
+        update, count = fitter.update, iter(range(100))
+        fitter.update = lambda *args: update(*args) if next(count) < stop else 1 / 0
+    fit(fitter, reader, sources(targets), TRAIN, batch_size, saved=saved, save_seconds=0)
+    return fitter
+
+
+def same(one: Probes, other: Probes) -> bool:
+    pairs = zip(one.modules.state_dict().items(), other.modules.state_dict().items(), strict=True)
+    means = all(one.means[task].equal(other.means[task]) for task in one.tasks)
+    return means and all(a == b and x.equal(y) for (a, x), (b, y) in pairs)
+
+
+def test_resamplers_are_those_of_a_plain_training_loop(make_model):
+    """One probe of them all, trained by hand on the states of one batch a step."""
+    model, processor = make_model()
+    targets = {"depth": random_targets()["depth"]}
+    fitted = resampler_fit(model, processor, targets, step_images=16, batch_size=5, epochs=3).finish()
+    states, target = StateReader(model, processor)(TRAIN), targets["depth"][:16]
+    by_hand = Probes("resampler", tasks_of(targets), 5, 32)
+    probe = by_hand.modules["depth"]["2"]
+    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.0)
+    for lr in (0.01 / 2, 0.01, 0.01 / 2):  # one step of warm-up, then half a cosine over two
+        optimizer.param_groups[0]["lr"] = lr
+        F.smooth_l1_loss(by_hand.raw(states, "depth", 2), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in probe.state_dict().items():
+        torch.testing.assert_close(fitted.modules["depth"]["2"].get_parameter(name), value, rtol=1e-3, atol=1e-4)
+    assert not fitted.modules["depth"]["1"].proj_in.weight.equal(probe.proj_in.weight)
+    torch.testing.assert_close(fitted.means["depth"], target.mean(0))
+
+
+def test_an_interrupted_fit_goes_on_to_the_same_result(make_model, tmp_path):
+    model, processor = make_model()
+    targets = {task: random_targets()[task] for task in ("gen", "seg")}
+    whole = resampler_fit(model, processor, targets).finish()
+    assert same(resampler_fit(model, processor, targets).finish(), whole)
+    assert not same(resampler_fit(model, processor, targets, seed=1).finish(), whole)
+    for stop in (1, 8):  # in the first step, and in the second epoch
+        saved = tmp_path / f"{stop}.safetensors"
+        with pytest.raises(ZeroDivisionError):
+            resampler_fit(model, processor, targets, saved, stop=stop)
+        assert saved.exists() == (stop > 1)
+        assert same(resampler_fit(model, processor, targets, saved).finish(), whole)
+    alone = resampler_fit(model, processor, {"seg": targets["seg"]}).finish()  # other tasks change nothing
+    assert alone.modules["seg"]["3"].latents.equal(whole.modules["seg"]["3"].latents)
+
+    reader, options = StateReader(model, processor), {"batch_size": 3, "saved": tmp_path / "ridge", "save_seconds": 0}
+    fits = [RidgeFit(tasks_of(targets), 5, 32) for _ in range(3)]
+    fit(fits[0], reader, sources(targets), TRAIN, 3)
+    update, count = fits[1].update, iter(range(100))
+    fits[1].update = lambda *args: update(*args) if next(count) < 4 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fit(fits[1], reader, sources(targets), TRAIN, **options)
+    fit(fits[2], reader, sources(targets), TRAIN, **options)
+    strengths = dict.fromkeys(targets, 0.1)
+    assert fits[2].count == 16 and same(fits[2].solve(strengths), fits[0].solve(strengths))
+
+
+def test_standardised_targets_are_restored(make_model, tmp_path):
+    """A resampler learns standardised targets, and predicts the teacher's own."""
+    model, processor = make_model()
+    targets = {"depth": 100 + 20 * random_targets()["depth"]}
+    statistics = {"depth": TargetStatistics.fit([targets["depth"][:16]])}
+    probes = resampler_fit(model, processor, targets, statistics=statistics).finish()
+    probes.save(tmp_path)
+    states = StateReader(model, processor)(TEST)
+    for one in (probes, load_probes(tmp_path)):
+        prediction = next(found for _, layer, found in one.predict(states) if layer == 2)
+        expected = probes.raw(states, "depth", 2) * statistics["depth"].std + statistics["depth"].mean
+        torch.testing.assert_close(prediction, expected.detach())
+        assert (prediction.mean() - 100).abs() < 10
+
+
+# The command --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, make_model) -> SimpleNamespace:
+    """A folder in the form of a study's, two checkpoints, and the fields of a recipe with tiny teachers."""
+    root = tmp_path_factory.mktemp("study")
+    teachers, (scenes, _, depth) = save_tiny_teachers(root / "teachers"), benchmark_fixtures.scenes()
+    (root / "data" / "images").mkdir(parents=True)
+    for i, image in enumerate(scenes):
+        image.save(root / "data" / "images" / f"test_{i:05d}.png")
+    masks = np.tile(np.arange(64) // 13, (len(scenes), 64, 1)).astype(np.uint8)  # five stripes
+    save_numpy({"depth": depth.astype(np.float16), "mask": masks}, root / "data" / "test.safetensors")
+    for i in range(12):
+        random_images(1, seed=i, size=(64, 48))[0].save(root / "data" / "images" / f"train_{i:05d}.png")
+    tasks = [
+        {"name": "gen", "target_length": 1, "target_dim": 12},
+        {"name": "depth", "target_length": 64, "target_dim": 32},
+        {"name": "seg", "target_length": 64, "target_dim": 64},
+    ]
+    encoders = {"gen": "clip_image", "depth": "depth_anything", "seg": "oneformer"}
+    entries = {name: {"encoder": encoder, "path": str(teachers[encoder])} for name, encoder in encoders.items()}
+    for name, seed in (("one", 0), ("two", 1), ("three", 2)):
+        model, processor = make_model([{**task, "layers": [2], "num_task_tokens": 1} for task in tasks], seed=seed)
+        model.save_pretrained(root / name)
+        processor.save_pretrained(root / name)
+    sizes = [{**task, "predictor_heads": 2, "predictor_head_dim": 8} for task in tasks]
+    recipe = ["--tasks", json.dumps(sizes), "--teachers", json.dumps(entries), "--target_cache", str(root / "targets")]
+    recipe += ["--images", str(root / "data" / "images"), "--bf16", "false", "--use_cpu", "true", "--batch_size", "4"]
+    recipe += ["--dataloader_num_workers", "0"]
+    return SimpleNamespace(root=root, recipe=recipe, models=[str(root / name) for name in ("one", "two", "three")])
+
+
+def run_probe(study, out, *more, models=None):
+    probe.main([*(models or study.models[:2]), *study.recipe, "--out", str(out), *more])
+    return json.loads((out / "probes.json").read_text())
+
+
+def test_the_command(study, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    found = run_probe(study, out)
+    assert found["image_counts"] == {"train": 12, "validation": 2, "test": 4}
+    assert [(model, one["name"]) for model, one in found["models"].items()] == [
+        (study.models[0], "one"),
+        (study.models[1], "two"),
+    ]
+    for one in found["models"].values():
+        assert set(one["scores"]) == set(SHAPES) and all(list(one["scores"][task]) == list("01234") for task in SHAPES)
+        saved = json.loads((out / one["folder"] / "probes.json").read_text())
+        assert saved["about"]["strengths"] == found["strengths"]  # one for all models
+    assert (out / "probes.png").stat().st_size > 10_000 and "one" in capsys.readouterr().out
+
+    with monkeypatch.context() as patched:  # what is done is not done again
+        patched.setattr(probe, "load_checkpoint", None)
+        assert run_probe(study, out) == found
+    run_probe(study, tmp_path / "again", models=study.models[:1])
+    both = run_probe(study, tmp_path / "again", models=study.models[1:2])  # a model that is added later
+    assert both["strengths"] == found["strengths"]
+    for model in study.models[:2]:
+        assert both["models"][model]["scores"] == found["models"][model]["scores"]
+
+
+def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_path):
+    more = ["--probe", "resampler", "--targets", "depth", "--step_images", "4", "--standardize_targets", "true"]
+    more += ["--test_images", str(study.root / "data" / "images")]
+    found = run_probe(study, tmp_path, *more, models=study.models[:1])
+    assert found["image_counts"] == {"train": 16, "validation": 2, "test": 18}
+    (one,) = found["models"].values()
+    assert list(one["scores"]) == ["depth"] and set(one["scores"]["depth"]["3"]) == {"resampler", "resampler_plain"}
+    assert not list(tmp_path.glob("*/fit.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--images", "EMPTY"], "has no images .* and no rows"),
+        (["--images", "nowhere/at/all"], "is no folder"),
+        (["--targets", "depth", "motion"], "no task motion: choose of gen, depth, seg"),
+        (["--out", "EMPTY/.."], "is not empty and not of `ola-vlm probe`"),
+        (["--max_images", "2"], "2 images are too few"),
+    ],
+)
+def test_the_command_says_what_is_wrong(study, tmp_path, change, message):
+    (tmp_path / "EMPTY").mkdir()
+    change = [one.replace("EMPTY", str(tmp_path / "EMPTY")) for one in change]
+    with pytest.raises(SystemExit, match=message):
+        probe.main([study.models[0], *study.recipe, "--out", str(tmp_path / "out"), *change])
+    assert not list(tmp_path.glob("out/*/*"))
+
+
+def test_the_command_refuses_other_models_and_settings(study, tiny_parts, tmp_path):
+    with pytest.raises(SystemExit, match="is a llama, which does not read images"):
+        run_probe(study, tmp_path / "text", models=[tiny_parts.language_model])
+    changed = tmp_path / "model"
+    shutil.copytree(study.models[0], changed)
+    run_probe(study, tmp_path / "out", "--targets", "gen", models=[str(changed)])
+    with pytest.raises(SystemExit, match="has probes with another seed, tasks, teachers: choose another --out"):
+        run_probe(study, tmp_path / "out", "--targets", "gen", "depth", "--seed", "5", models=[str(changed)])
+    (changed / "model.safetensors").touch()
+    with pytest.raises(SystemExit, match="with other weights: choose another --out"):
+        run_probe(study, tmp_path / "out", "--targets", "gen", models=[str(changed)])
+
+
+def test_rows_of_a_data_set_give_images(study, tmp_path):
+    """With words or without, each file once."""
+    images = [str(path) for path in sorted((study.root / "data" / "images").glob("train_*.png"))[:4]]
+    rows = [{"id": i, "image": Path(path).name} for i, path in enumerate([*images, images[0]])]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    args = OlaVlmArguments(output_dir=str(tmp_path), image_folder=str(study.root / "data" / "images"), use_cpu=True)
+    assert list(probe.find_images(str(tmp_path / "rows.json"), args)) == images
+    data = Dataset.from_dict({"image": images}).cast_column("image", HfImage())
+    data.to_parquet(str(tmp_path / "data" / "a.parquet"))
+    found = probe.find_images(str(tmp_path / "data"), args)
+    assert len(found[np.array([1, 3])]) == 2
+    assert np.array_equal(open_image(found[1]), open_image(images[1]))
+    (tmp_path / "words.json").write_text(json.dumps([{"id": "a", "messages": []}]))
+    with pytest.raises(ValueError, match="have no images"):
+        probe.find_images(str(tmp_path / "words.json"), args)
+
+
+def test_target_tasks(study, tmp_path, capsys):
+    """Table 8's scores of probes, predictors and teacher; and Figure 2's correlation."""
+    out, images = tmp_path / "out", study.root / "data" / "images"
+    run_probe(study, out, models=study.models)
+    options = ["--gallery", str(images), "--gallery_pattern", "train_*"]
+    target_tasks.main([str(out), "--miniature", str(study.root), *options])
+    found = json.loads((out / "target_tasks.json").read_text())
+    teacher, ours = found["scores"]["target encoders"]["miniature"], found["scores"]["one"]["miniature"]
+    rows = {"target encoder", "its targets, decoded", "the mean target, decoded"}
+    assert teacher["depth"].keys() == rows == teacher["seg"].keys() and len(teacher["gen"]) == 2
+    probed = {f"probe {layer}" for layer in range(5)} | {"predictor 2"}
+    assert all(ours[task].keys() == probed for task in SHAPES)
+    assert ours["depth"]["probe 3"]["n"] == 8 * len(benchmark_fixtures.scenes()[0])
+    # The teacher's own map, scored by hand.
+    encoder = DepthAnythingEncoder.from_pretrained(study.root / "teachers" / "depth_anything", grid=8)
+    items, correct = target_tasks.miniature_items(study.root), []
+    for item in items:
+        depth = encoder.model(encoder.pixel_values([open_image(item["image"])])).predicted_depth[0].detach().numpy()
+        for pair in item["pairs"]:
+            other = {"point1": "point2", "point2": "point1"}[pair["closer_point"]]
+            correct.append(depth[tuple(pair[pair["closer_point"]])] > depth[tuple(pair[other])])
+    assert teacher["depth"]["target encoder"]["accuracy"] == np.mean(correct)
+    closer = {pair["closer_point"] for item in items for pair in item["pairs"]}
+    assert closer == {"point1", "point2"}
+    assert "teacher-assisted" in capsys.readouterr().out
+
+    folders = []
+    for i, model in enumerate(study.models):
+        folders.append(tmp_path / f"eval{i}")
+        folders[-1].mkdir()
+        run = {"benchmark": "miniature", "variant": "official", "model": model, "weights": weights_state(model)}
+        scores = {"overall": {"score": 0.5 + 0.1 * i, "standard_error": 0.01, "n": 100}}
+        (folders[-1] / "results.json").write_text(json.dumps({"run": run, "scores": scores}))
+    correlation.main([str(out), *map(str, folders), "--figure", str(tmp_path / "figure.png")])
+    content = json.loads((out / "probes.json").read_text())["models"]
+    means = [np.mean([one["ridge"] for one in content[model]["scores"]["depth"].values()]) for model in study.models]
+    r = np.corrcoef(means, [0.5, 0.6, 0.7])[0, 1]
+    assert f"depth    r = {r:+.2f}" in capsys.readouterr().out and (tmp_path / "figure.png").exists()
+    with pytest.raises(SystemExit, match="give at least 3 checkpoints"):
+        correlation.main([str(out), *map(str, folders[:2]), "--figure", str(tmp_path / "figure.png")])
+
+
+def test_maps_lie_on_the_image_and_not_on_its_padding():
+    """A map of the padded square, at the image's own size; DA-2K's points and COCO's masks are the image's."""
+    encoder = SimpleNamespace(view={"square": "pad"})
+    square = torch.arange(16.0).view(4, 4)
+    wide = target_tasks.to_image(square, (8, 4), encoder, "nearest")
+    assert wide.shape == (4, 8) and wide[0].tolist() == [4, 4, 5, 5, 6, 6, 7, 7] and wide[3, 0] == 8
+    tall = target_tasks.to_image(square, (4, 8), encoder, "nearest")
+    assert tall.shape == (8, 4) and tall[:, 0].tolist() == [1, 1, 5, 5, 9, 9, 13, 13]
+    encoder.view["square"] = "reference"
+    assert target_tasks.to_image(square, (8, 4), encoder, "nearest")[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_coco_panoptic_masks(tmp_path):
+    """Ids are R + 256 G + 65536 B; classes are numbered in the order of their ids; without a segment it is void."""
+    (tmp_path / "panoptic_val2017").mkdir()
+    ids = np.array([[7, 7, 300], [0, 70000, 300]])
+    Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(
+        tmp_path / "panoptic_val2017" / "a.png"
+    )
+    segments = [{"id": 7, "category_id": 200}, {"id": 300, "category_id": 1}, {"id": 70000, "category_id": 92}]
+    content = {
+        "categories": [{"id": 92}, {"id": 1}, {"id": 200}],
+        "images": [{"id": 5, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 5, "file_name": "a.png", "segments_info": segments}],
+    }
+    (tmp_path / "panoptic_val2017.json").write_text(json.dumps(content))
+    (item,) = target_tasks.coco_items(tmp_path)
+    assert item["image"].endswith("val2017/a.jpg")
+    assert target_tasks.read_mask(item["mask"]).tolist() == [[2, 2, 0], [255, 1, 0]]
