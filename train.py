@@ -81,8 +81,10 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
     collator = OlaVlmCollator(processor, sources, tasks, **lengths)
     trainer = OlaVlmTrainer(model, args, data_collator=collator, train_dataset=rows, **options)
     if args.should_save:
-        run = json.dumps({"recipe": recipe, **args.to_dict()}, indent=2)
-        (Path(args.output_dir) / "run.json").write_text(run + "\n", encoding="utf-8")
+        before = Path(args.checkpoint or "") / "run.json"  # model cards tell the whole history
+        started_from = json.loads(before.read_text(encoding="utf-8")) if args.checkpoint and before.exists() else None
+        run = {"recipe": recipe, "processes": args.world_size, **args.to_dict(), "started_from": started_from}
+        (Path(args.output_dir) / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     resume = args.resume_from_checkpoint
     if str(resume).lower() == "true":
         resume = last_checkpoint(args.output_dir)

@@ -16,7 +16,7 @@ TRAVELLERS = [HUB, [f"baselines.{kind}_multi_encoder" for kind in ("configuratio
 LEVELS = [
     HUB,
     ["targets", "training", "probing", "baselines", "convert", "visualize"],
-    ["recipes", "miniature", "eval", "space", "cli", "train", "check_data", "fill_targets"],
+    ["recipes", "miniature", "eval", "space", "cli", "train", "check_data", "fill_targets", "publish"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
