@@ -18,6 +18,7 @@ from ola_vlm.recipes import RECIPES
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import drop_bad_rows
 from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.lora import add_adapters, four_bits
 from ola_vlm.training.rows import StreamRows
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.targets import target_sources
@@ -32,8 +33,11 @@ def load_model(args: OlaVlmArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
     if args.checkpoint and any([*parts, args.tokenizer, args.tasks, args.model_overrides, args.fusion]):
         raise ValueError("a checkpoint has its own parts and tasks: give either checkpoint or vision_tower etc.")
     if args.checkpoint:
+        if (Path(args.checkpoint) / "adapter_config.json").exists():
+            raise ValueError(f"{args.checkpoint} holds adapters, not a model: merge them first (docs/finetune.md)")
         model_class, processor_class = classes_of(args.checkpoint)
-        model = model_class.from_pretrained(args.checkpoint, dtype=args.torch_dtype)
+        quantized = {"quantization_config": four_bits()} if args.load_in_4bit else {}
+        model = model_class.from_pretrained(args.checkpoint, dtype=args.torch_dtype, **quantized)
         return model, processor_class.from_pretrained(args.checkpoint)
     if not all(parts):
         raise ValueError("nothing to train: give checkpoint, or vision_tower and language_model")
@@ -60,6 +64,8 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
     model, processor = load_model(args)
     stage = apply_stage(model, args.stage, args.embedding_losses, args.task_tokens)
     tasks = model.config.tasks if stage.embedding_losses else []
+    if args.lora_rank:
+        model = add_adapters(model, args)
 
     lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
     if not isinstance(rows, StreamRows):  # whose rows are checked as they come
@@ -75,8 +81,10 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
     collator = OlaVlmCollator(processor, sources, tasks, **lengths)
     trainer = OlaVlmTrainer(model, args, data_collator=collator, train_dataset=rows, **options)
     if args.should_save:
-        run = json.dumps({"recipe": recipe, **args.to_dict()}, indent=2)
-        (Path(args.output_dir) / "run.json").write_text(run + "\n", encoding="utf-8")
+        before = Path(args.checkpoint or "") / "run.json"  # model cards tell the whole history
+        started_from = json.loads(before.read_text(encoding="utf-8")) if args.checkpoint and before.exists() else None
+        run = {"recipe": recipe, "processes": args.world_size, **args.to_dict(), "started_from": started_from}
+        (Path(args.output_dir) / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     resume = args.resume_from_checkpoint
     if str(resume).lower() == "true":
         resume = last_checkpoint(args.output_dir)

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import ablations, miniature, paper, smollm2
+from . import ablations, finetune, miniature, paper, smollm2
 
 
 class Recipe(NamedTuple):
@@ -45,6 +45,8 @@ RECIPES = {
     "miniature_finetune": Recipe(miniature.finetune, None, "miniature", miniature.finetune()),
     "smollm2_pretrain": Recipe(smollm2.pretrain, None, "smollm2", smollm2.pretrain()),
     "smollm2_finetune": Recipe(smollm2.finetune, None, "smollm2", smollm2.finetune()),
+    "lora": Recipe(finetune.lora, None, "lora", finetune.lora()),
+    "qlora": Recipe(finetune.qlora, "lora", "qlora", finetune.qlora()),
     "llama3_vit_pretrain": Recipe(paper.table_1, None, "llama3_vit", paper.pretrain()),
     "llama3_vit_finetune": Recipe(paper.table_1, None, "llama3_vit", paper.finetune()),
 }

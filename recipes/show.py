@@ -29,9 +29,9 @@ def estimated_hours(name: str) -> float | None:
     """Hours of a recipe of the paper on 16 MI300X with targets in the cache: floating-point operations by `RATE`.
 
     Activations are recomputed; a frozen LLM passes gradients on to the projector: 3 forward passes' worth, 4 where it
-    is trained. None for the miniature's."""
+    is trained. None for data of other runs."""
     fields = RECIPES[name].fields
-    if fields["data"] not in DATA:
+    if fields.get("data") not in DATA:
         return None
     (rows, tokens), words = DATA[fields["data"]], name.split("_")
     (llm,), (encoder,) = (GFLOP.keys() & words & {"llama3", "phi3"}), (GFLOP.keys() & words & {"vit", "convnext"})

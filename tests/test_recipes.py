@@ -25,9 +25,10 @@ from ola_vlm.training.trainer import OlaVlmTrainer
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 LOCAL = ("miniature", "smollm2")
+ADAPTERS = ("lora", "qlora")
 BY_RUN = {}
 for name, recipe in RECIPES.items():
-    if recipe.run not in LOCAL:  # which have their own tests
+    if recipe.run not in (*LOCAL, *ADAPTERS):  # which have their own tests
         BY_RUN.setdefault(recipe.run, []).append(name)
 ABLATIONS = {  # what each ablation changes in its parent, apart from folders
     "losses_none_pretrain": {"embedding_losses": False},
@@ -145,7 +146,10 @@ def test_every_run_trains_what_it_should(stand_ins, trained_models, monkeypatch,
 
 
 def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
+    assert set(show.changes("qlora")) == {"load_in_4bit", "output_dir"} and not show.changes("lora")
     for name, recipe in RECIPES.items():
+        if name in ADAPTERS:
+            continue
         changed = {field: own for field, (_, own) in show.changes(name).items()}
         if recipe.parent is None:
             assert not changed and name in {
@@ -183,7 +187,7 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
 
 def test_docstrings_give_command_hours_and_the_papers_numbers():
     for name, recipe in RECIPES.items():
-        if recipe.run in LOCAL:
+        if recipe.run in (*LOCAL, *ADAPTERS):
             assert show.estimated_hours(name) is None and f"--recipe {name}" in recipe.table.__doc__
             continue
         doc = recipe.table.__doc__
@@ -223,6 +227,7 @@ def test_the_command_lists_and_prints_and_the_page_agrees(capsys):
 def test_recipes_make_valid_arguments(name, tmp_path):
     values = RECIPES[name]()
     changes = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    changes |= {"checkpoint": "a folder"} if name in ADAPTERS else {}
     args = OlaVlmArguments(**(values | changes))
     assert args.stage in values["output_dir"] and args.weight_decay == 0
 

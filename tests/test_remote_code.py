@@ -61,12 +61,18 @@ print(json.dumps({"answer": answer[0]["generated_text"]}))
 """
 
 
-def run_without_the_package(script: str, folder: Path, *arguments: Path) -> str:
+def environment(home: Path, hub: str | None = None) -> dict[str, str]:
+    """A process's: without the Hub, or with the one at `hub`."""
+    where = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"} if hub else {"HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **where}
+
+
+def run_without_the_package(script: str, folder: Path, *arguments: Path | str, hub: str | None = None) -> str:
     """Runs `script` in a process of its own; returns the last line that it prints."""
     (folder / "use.py").write_text(NO_PACKAGE + script)
-    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "use.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    options = {"cwd": folder, "env": environment(folder / "home", hub), "capture_output": True, "text": True}
+    done = subprocess.run(command, check=False, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 

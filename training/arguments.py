@@ -35,6 +35,10 @@ class OlaVlmArguments(TrainingArguments):
     )
     num_encoder_tokens: int = HfArg(default=8, help="tokens of each of its encoders, if fusion is token")
     model_overrides: dict | str | None = HfArg(default=None, help="more arguments of convert.parts.build_ola_vlm")
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank and the projector (finetune); 0: all weights")
+    lora_alpha: float | None = HfArg(default=None, help="their scale times the rank, twice the rank by default")
+    lora_dropout: float = HfArg(default=0.0, help="of the adapters' input")
+    load_in_4bit: bool = HfArg(default=False, help="QLoRA: the language model's blocks in 4 bits (bitsandbytes)")
     dtype: str = HfArg(default="float32", help=f"of the weights that are loaded: one of {', '.join(DTYPES)}")
     data: str | None = HfArg(
         default=None, help="a .json or .jsonl file (LLaVA's or TRL's rows), or a folder or name that `datasets` loads"
@@ -84,6 +88,12 @@ class OlaVlmArguments(TrainingArguments):
             raise ValueError("standardize_targets takes its statistics from stored targets: give target_cache, too")
         if self.fusion and self.tasks:
             raise ValueError("the multi-encoder baseline distils nothing: give either fusion or tasks")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank is {self.lora_rank}: give the adapters' rank, or 0 to train all weights")
+        if self.lora_rank and (self.stage != "finetune" or self.embedding_losses or self.task_tokens == "queries"):
+            raise ValueError("adapters (lora_rank) are for stage finetune, without embedding_losses and query tables")
+        if self.load_in_4bit and not (self.lora_rank and self.checkpoint):
+            raise ValueError("load_in_4bit is for adapters on a checkpoint: give lora_rank and checkpoint")
         if self.streaming:
             wrong = [name for name in ("target_cache", "target_fill", "shuffle_targets") if getattr(self, name)]
             wrong += ["train_sampling_strategy"] * (self.train_sampling_strategy == "group_by_length")

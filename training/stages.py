@@ -88,7 +88,7 @@ def apply_stage(
     trained, frozen = Counter(), Counter()
     for parameter_name, parameter in model.named_parameters():
         part = part_of(parameter_name)
-        parameter.requires_grad_(part in stage.trains)
+        parameter.requires_grad_(part in stage.trains and parameter.is_floating_point())  # not 4-bit ones
         (trained if parameter.requires_grad else frozen)[part] += parameter.numel()
     model.task_tokens_from_queries = stage.task_tokens == "queries"
     model.task_tokens_frozen = stage.task_tokens == "frozen"

@@ -1,0 +1,311 @@
+"""Publish a checkpoint or an adapter on the Hub, with a model card made from its run: `ola-vlm push CHECKPOINT REPO`.
+
+Goes up in one commit: weights, configurations, tokenizer, processor, generation configuration, code, statistics of the
+targets, and a README.md. Stays here: run.json (it has paths of this machine), checkpoints, optimiser states.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever it has
+
+ROOT = Path(__file__).parent
+PARTS = ("vision_tower", "language_model")
+PUSHED = [
+    *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("configuration_*.py", "modeling_*.py", "processing_*.py", "target_statistics/*.safetensors"),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt"),
+]
+PAPER = "arXiv:2412.09585"
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ summary }}
+
+## How to use
+
+```python
+{{ usage }}
+```
+
+## Training
+
+{{ training }}
+
+## Evaluation
+
+{{ evaluation }}
+
+## Limits
+
+{{ limits }}
+
+## Citation
+
+```bibtex
+@article{jain2024ola_vlm,
+  title   = {OLA-VLM: Elevating Visual Perception in Multimodal LLMs with Auxiliary Embedding Distillation},
+  author  = {Jitesh Jain and Zhengyuan Yang and Humphrey Shi and Jianfeng Gao and Jianwei Yang},
+  journal = {arXiv:2412.09585},
+  year    = {2024}
+}
+```
+"""
+USE_MODEL = """from transformers import pipeline
+
+ask = pipeline("image-text-to-text", "{repo}"{code})
+content = [{{"type": "image", "path": "photograph.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
+print(ask(text=[{{"role": "user", "content": content}}], return_full_text=False)[0]["generated_text"])"""
+USE_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("{base}", trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{repo}")
+processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)"""
+
+
+def is_repository(name: str | None) -> bool:
+    """Whether it may be a repository's name: not a folder of this machine."""
+    return bool(name) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def shown(path: str | None) -> str:
+    """A name on the Hub as it is; of a path its end alone, since the rest is this machine's."""
+    return "" if not path else f"`{path if is_repository(path) else Path(path).name}`"
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path} is not there")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object")
+    return found
+
+
+def find_files(checkpoint: Path) -> dict[str, Path]:
+    """Name in the repository -> file. ValueError for a folder that others couldn't load."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is no folder: give that of a checkpoint or an adapter")
+    files = {str(path.relative_to(checkpoint)): path for pattern in PUSHED for path in checkpoint.glob(pattern)}
+    if "adapter_config.json" in files:
+        needed = ["adapter_model.safetensors"]
+    elif "config.json" in files:
+        index = checkpoint / "model.safetensors.index.json"
+        needed = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        own = read_json(files["config.json"]).get("auto_map", {}).values()
+        for module in {str(name).split("--")[-1].split(".")[0] + ".py" for name in own}:
+            if (ROOT / module).is_file():  # of a checkpoint that was saved without its code
+                files.setdefault(module, ROOT / module)
+            needed.append(module)
+    else:
+        raise ValueError(f"{checkpoint} has no config.json and no adapter_config.json: it is no checkpoint")
+    needed += ["processor_config.json", "tokenizer_config.json"]
+    if lacking := [name for name in needed if name not in files]:
+        raise ValueError(f"{checkpoint} lacks {', '.join(lacking)}: save model and processor there by save_pretrained")
+    return files
+
+
+def history(checkpoint: Path) -> list[dict]:
+    """What `ola-vlm train` wrote of the run and of those that it began at, the first one first; none if unknown."""
+    runs, run = [], read_json(checkpoint / "run.json") if (checkpoint / "run.json").exists() else None
+    if run and (checkpoint / "trainer_state.json").exists():
+        run["max_steps"] = read_json(checkpoint / "trainer_state.json")["global_step"]
+    while run:
+        runs.insert(0, run)
+        run = run.get("started_from")
+    return runs
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def training_text(runs: list[dict], config: dict) -> str:
+    if not runs:
+        return "Not recorded: there was no run.json beside the checkpoint (`ola-vlm train` writes one)."
+    rows, texts = [], []
+    for run in runs:
+        batch = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"] * run.get("processes", 1)
+        steps = run["max_steps"] if run["max_steps"] > 0 else f"{run['num_train_epochs']:g} epochs"
+        method = f"adapters of rank {run['lora_rank']}" if run.get("lora_rank") else "all of the stage's weights"
+        method += ", 4-bit language model" if run.get("load_in_4bit") else ""
+        what = [run["stage"], run["recipe"] or "none", shown(run["data"]), steps, batch, f"{run['learning_rate']:g}"]
+        rows.append([*what, run["seed"], method])
+    heads = ["stage", "recipe", "data", "steps", "batch", "learning rate", "seed", "trained"]
+    texts.append(table(heads, rows))
+    if parts := [f"{name.replace('_', ' ')} {shown(runs[0].get(name))}" for name in PARTS if runs[0].get(name)]:
+        texts.append(f"Built from {' and '.join(parts)}.")
+    elif runs[0].get("checkpoint"):
+        texts.append(f"The first of these stages began at {shown(runs[0]['checkpoint'])}.")
+    if taught := teachers(runs):
+        texts.append("Teachers of the embedding losses, which are no part of this repository:")
+        layers = {task["name"]: ", ".join(map(str, task["layers"])) for task in config.get("tasks") or []}
+        rows = [
+            [task, layers.get(task, ""), kind, shown(path), licence] for task, (kind, path, licence) in taught.items()
+        ]
+        texts.append(table(["task", "layers of the LLM", "encoder", "weights", "their licence"], rows))
+    return "\n\n".join(texts)
+
+
+def teachers(runs: list[dict]) -> dict[str, tuple[str, str, str]]:
+    """Task -> (encoder, weights, licence) of the stages that used them."""
+    used = [run["teachers"] for run in runs if run.get("teachers") and (run.get("tasks") or run.get("fusion"))]
+    return {
+        task: (teacher["encoder"], teacher["path"], teacher.get("licence", "not recorded"))
+        for entries in used
+        for task, teacher in entries.items()
+    }
+
+
+def evaluation(paths: Sequence[str]) -> tuple[str, list[EvalResult]]:
+    """Text and metadata from results.json (`ola-vlm eval`) and report.json (`ola-vlm miniature`), or their folders."""
+    texts, metadata = [], []
+    for path in map(Path, paths):
+        inside = [path / name for name in ("results.json", "report.json") if (path / name).exists()]
+        found = read_json(inside[0] if inside else path)
+        if "scores" in found and "run" in found:
+            text, entries = _of_benchmark(found)
+            metadata += entries
+        elif "methods" in found:
+            text = _of_study(found)
+        else:
+            raise ValueError(f"{path} is neither results.json of `ola-vlm eval` nor a study's report.json")
+        texts.append(text)
+    return "\n\n".join(texts) or "No results were given.", metadata
+
+
+def _of_benchmark(results: dict) -> tuple[str, list[EvalResult]]:
+    run, scores = results["run"], results["scores"]
+    percent = {name: (100 * one["score"], 100 * one["standard_error"], one["n"]) for name, one in scores.items()}
+    rows = [[name, f"{score:.1f} ± {error:.1f}", n] for name, (score, error, n) in percent.items()]
+    text = f"{run['benchmark']} ({run['variant']}): per cent ± standard error over questions, number of questions.\n\n"
+    of = {"task_type": "image-text-to-text", "dataset_name": run["benchmark"], "metric_type": "accuracy"}
+    of["dataset_type"] = run["data"] if is_repository(run["data"]) else run["benchmark"]
+    headline = [
+        EvalResult(**of, metric_name=f"{name} (standard error {error:.1f})", metric_value=round(score, 1))
+        for name, (score, error, _) in percent.items()
+        if "/" not in name
+    ]
+    return text + table(["", "score", "questions"], rows), headline
+
+
+def _of_study(report: dict) -> str:
+    rows = []
+    for method, of_method in report["methods"].items():
+        accuracies = [seed["accuracy"] for seed in of_method["seeds"]]
+        values = {task: [100 * accuracy[task] for accuracy in accuracies] for task in accuracies[0]}
+        spread = [f"{mean(v):.1f} ± {stdev(v):.1f}" if len(v) > 1 else f"{v[0]:.1f}" for v in values.values()]
+        rows.append([method, len(accuracies), *spread])
+    head = ["method", "training seeds", *values]
+    text = "The study in miniature: per cent, mean ± standard deviation over training seeds."
+    return f"{text}\n\n{table(head, rows)}"
+
+
+def limits(runs: list[dict], results: Sequence[str], is_adapter: bool) -> Iterator[str]:
+    if restricted := [f"{task} ({licence})" for task, (_, _, licence) in teachers(runs).items() if "NC" in licence]:
+        yield f"**Not for commercial use**, for its teachers' licences: {', '.join(restricted)}."
+    if any(licence == "not recorded" for _, _, licence in teachers(runs).values()):
+        yield "A teacher's licence was not recorded: see its own page before use."
+    yield "The terms of the language model, the vision encoder and the data hold beside this repository's."
+    yield "Answers may be wrong, and wrong without a sign of it. Nothing was done about harmful answers or biases."
+    if not results:
+        yield "Not evaluated, or the results were not given."
+    if not is_adapter and any(run["stage"] != "pretrain" for run in runs) and teachers(runs):
+        yield "The embedding predictors are those of pre-training: later stages change the states that they read."
+
+
+def make_card(
+    checkpoint: Path, repo: str, results: Sequence[str] = (), base: str | None = None, licence: str | None = None
+) -> ModelCard:
+    """Of a checkpoint's folder; `base`: repository of an adapter's base model. ValueError for wrong `results`."""
+    runs, (measured, entries) = history(checkpoint), evaluation(results)
+    is_adapter = (checkpoint / "adapter_config.json").exists()
+    config = {} if is_adapter else read_json(checkpoint / "config.json")
+    began = [base] if is_adapter else [runs[0].get(name) for name in (*PARTS, "checkpoint")] if runs else []
+    data = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["ola-vlm", *(["lora"] if is_adapter else []), PAPER.lower()],
+        license=licence,
+        base_model=[name for name in began if is_repository(name)] or None,
+        datasets=sorted({run["data"] for run in runs if is_repository(run["data"])}) or None,
+        model_name=repo.split("/")[-1],
+        eval_results=entries or None,
+    )
+    tasks = [task["name"] for task in config.get("tasks") or []]
+    kind = f"An adapter (LoRA) for `{base}`" if is_adapter else f"A vision-language model (`{config['model_type']}`)"
+    taught = f", whose language model's layers were taught to predict the features of {', '.join(tasks)} encoders"
+    code = ", trust_remote_code=True" if config.get("auto_map") else ""
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=repo.split("/")[-1],
+        summary=f"{kind}{taught if tasks else ''}. Made with OLA-VLM ({PAPER}).",
+        usage=USE_ADAPTER.format(base=base, repo=repo) if is_adapter else USE_MODEL.format(repo=repo, code=code),
+        training=training_text(runs, config),
+        evaluation=measured,
+        limits="\n".join(f"- {line}" for line in limits(runs, results, is_adapter)),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm push", description=__doc__, formatter_class=layout)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a model or of an adapter")
+    parser.add_argument("repo", metavar="REPO", help="name/name on the Hub; made if it is not there")
+    parser.add_argument("--private", action="store_true", help="if it is made: for its owner only")
+    results = "results.json of `ola-vlm eval`, report.json of a study, or their folders"
+    parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help=results)
+    parser.add_argument(
+        "--base", metavar="REPO", help="of an adapter: the base model's repository, if it is local here"
+    )
+    parser.add_argument(
+        "--licence", metavar="ID", help="of this repository, such as apache-2.0; none is stated otherwise"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the card and the files, and send nothing")
+    args = parser.parse_args(argv)
+    try:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
+            raise ValueError(f"REPO is {args.repo!r}: give owner/name")
+        files, base = find_files(args.checkpoint), None
+        content = {name: str(path) for name, path in files.items()}
+        if "adapter_config.json" in files:
+            fields = read_json(files["adapter_config.json"])
+            base = args.base or fields["base_model_name_or_path"]
+            if not is_repository(base):
+                raise ValueError(
+                    f"the adapter's base model is the folder {base}: push that, then give its --base REPO"
+                )
+            content["adapter_config.json"] = json.dumps(fields | {"base_model_name_or_path": base}, indent=2).encode()
+        elif args.base:
+            raise ValueError("--base is for adapters, and CHECKPOINT is a whole model")
+        card = make_card(args.checkpoint, args.repo, args.results, base, args.licence)
+        if args.dry_run:
+            print(card, *sorted(content), sep="\n")
+            return
+        content["README.md"] = str(card).encode()
+        api, added = HfApi(), [CommitOperationAdd(name, content[name]) for name in sorted(content)]
+        api.create_repo(args.repo, private=args.private or None, exist_ok=True)
+        commit = api.create_commit(args.repo, added, commit_message=f"{len(added)} files by ola-vlm push")
+        print(f"{commit.repo_url}: {len(added)} files, revision {commit.oid}")
+    except (ValueError, OSError, HTTPError) as error:  # the Hub's refusals are OSErrors
+        raise SystemExit(f"ola-vlm push: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Fine-tuning on data of your own by adapters; docs/finetune.md. Give `--checkpoint` and `--data`.
+
+The schedule is LLaVA-1.5's for LoRA, but for its second learning rate of the projector; nothing of it is the paper's.
+"""
+
+from .paper import SCHEDULE
+
+
+def lora() -> dict:
+    """Adapters of the LLM, and the projector: python train.py --recipe lora --checkpoint CHECKPOINT --data ROWS."""
+    return SCHEDULE | {
+        "stage": "finetune",
+        "output_dir": "runs/lora/finetune",
+        "lora_rank": 128,
+        "num_train_epochs": 1,
+        "dataloader_drop_last": False,
+        "bf16": True,
+        "dtype": "bfloat16",
+        "activation_checkpointing": True,
+        "max_length": 2048,
+        "on_long_rows": "truncate",
+        "learning_rate": 2e-4,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 16,
+        "save_total_limit": 2,
+    }
+
+
+def qlora() -> dict:
+    """The same with the LLM's blocks in 4 bits: python train.py --recipe qlora --checkpoint CHECKPOINT --data ROWS."""
+    return lora() | {"load_in_4bit": True, "output_dir": "runs/qlora/finetune"}

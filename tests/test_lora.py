@@ -1,0 +1,185 @@
+"""Adapters by our trainer, by TRL and on 4-bit weights: what moves, what stays, what is on disk."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import encode, random_rows
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from training_helpers import Interrupt, llava_sample, write_llava
+from transformers import LlavaForConditionalGeneration
+from trl import DPOConfig, DPOTrainer
+
+from ola_vlm.convert.export import export_llava
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.recipes import RECIPES
+from ola_vlm.train import parse_arguments, train
+from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.lora import four_bits
+
+ROOT = Path(__file__).parents[1]
+MINIATURE = ROOT / "miniature" / "weights" / "ola_vlm"  # 4 bits need a width of at least 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    samples = [llava_sample(i, f"{i % 3}.png" if i % 4 else None) for i in range(8)]
+    return str(write_llava(tmp_path_factory.mktemp("data"), samples, ["0.png", "1.png", "2.png"]))
+
+
+@pytest.fixture
+def base(make_model, tmp_path):
+    """Function (the parts' name, for `make_model`) -> the folder of a checkpoint."""
+
+    def save(**kwargs) -> str:
+        for part in make_model(**kwargs):
+            part.save_pretrained(tmp_path / "base")
+        return str(tmp_path / "base")
+
+    return save
+
+
+def arguments(checkpoint, data, output_dir, **changes) -> OlaVlmArguments:
+    fields = {"stage": "finetune", "checkpoint": checkpoint, "data": data, "output_dir": str(output_dir)}
+    fields |= {"lora_rank": 4, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+    fields |= {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+    return OlaVlmArguments(**(fields | changes))
+
+
+def load(checkpoint, adapter=None, cls=OlaVlmForConditionalGeneration, **kwargs):
+    model = cls.from_pretrained(checkpoint, **kwargs)
+    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+
+@torch.no_grad()
+def logits(model, processor) -> torch.Tensor:
+    return model(**encode(processor, random_rows(3, [1, 2, 0]))).logits
+
+
+@pytest.mark.parametrize(("tokens", "tied"), [("frozen", False), ("trained", False), ("trained", True)])
+def test_adapters_hold_all_that_was_trained(base, data, tiny_parts, tied_parts, tmp_path, tokens, tied):
+    checkpoint = base(parts=tied_parts if tied else tiny_parts)
+    trainer = train(arguments(checkpoint, data, tmp_path / "out", task_tokens=tokens, weight_decay=0.1))
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    kinds = {re.sub(r"base_model\.model\.model\.|layers\.\d+\.|\.weight|\.bias", "", name) for name in written}
+    projector = {"multi_modal_projector.linear_1", "multi_modal_projector.linear_2"}
+    blocks = {kind for kind in kinds if re.fullmatch(r"language_model\.(self_attn|mlp)\.\w+_proj\.lora_[AB]", kind)}
+    rest = kinds - projector - blocks
+    assert projector <= kinds and len(blocks) == 2 * 7
+    assert all("token" in name for name in rest) and bool(rest) == (tokens == "trained"), rest
+    assert not list((tmp_path / "out").glob("model*.safetensors"))
+
+    processor = OlaVlmProcessor.from_pretrained(tmp_path / "out")
+    untouched, again = load(checkpoint), load(checkpoint, tmp_path / "out")
+    trained = logits(trainer.model.eval(), processor)
+    assert logits(again, processor).equal(trained)
+    assert (trained - logits(untouched, processor)).abs().max() > 1e-3
+
+    merged = again.merge_and_unload()
+    assert (logits(merged, processor) - trained).abs().max() <= 1e-5 * trained.abs().max()
+    before, after = untouched.state_dict(), merged.state_dict()
+    moved = {name for name, value in before.items() if not after[name].equal(value)}
+    ids, table = merged.config.task_token_ids, "model.language_model.embed_tokens.weight"
+    tables = {table, "lm_head.weight"} if tied else {table}
+    assert all("_proj.weight" in name or "projector" in name or name in tables for name in moved), moved
+    assert (table in moved) == (tokens == "trained")
+    changed = (before[table] != after[table]).any(1).nonzero().flatten().tolist()
+    assert set(changed) == (set(ids) if tokens == "trained" else set())
+
+    # The plain LLaVA takes the same adapter, and a merged checkpoint is an ordinary one.
+    export_llava(untouched).save_pretrained(tmp_path / "plain")
+    plain = load(tmp_path / "plain", tmp_path / "out", LlavaForConditionalGeneration)
+    assert logits(plain, processor).equal(trained)
+    merged.save_pretrained(tmp_path / "merged")
+    assert logits(load(tmp_path / "merged"), processor).equal(logits(merged, processor))
+
+
+def test_an_interrupted_run_goes_on_exactly(base, data, tmp_path):
+    checkpoint, options = base(), {"save_strategy": "steps", "save_steps": 1, "lora_dropout": 0.1}
+    whole = train(arguments(checkpoint, data, tmp_path / "whole", **options))
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments(checkpoint, data, tmp_path / "cut", **options), callbacks=[Interrupt(3)])
+    resumed = train(arguments(checkpoint, data, tmp_path / "cut", resume_from_checkpoint="true", **options))
+    after = resumed.model.state_dict()
+    assert all(value.equal(after[name]) for name, value in whole.model.state_dict().items())
+
+
+def miniature_data(folder: Path) -> str:
+    question = "which object is closer to the camera ? (A) red object (B) blue object"
+    value = f"<image>\n{question}"
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "(A)"}]
+    rows = [{"id": str(i), "image": "a.png" if i else "b.png", "conversations": turns} for i in range(4)]
+    return str(write_llava(folder, rows, ["a.png", "b.png"]))
+
+
+def test_adapters_on_4_bits(tmp_path):
+    """On the CPU: trains, reloads exactly, generates; tower, projector and head keep their type."""
+    args = arguments(str(MINIATURE), miniature_data(tmp_path), tmp_path / "out", load_in_4bit=True, dtype="bfloat16")
+    trainer = train(args)
+    quantized = {name for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8}
+    assert len(quantized) == 4 * 7 and all("language_model.layers" in name for name in quantized)
+    processor = OlaVlmProcessor.from_pretrained(tmp_path / "out")
+    again = load(MINIATURE, tmp_path / "out", quantization_config=four_bits(), dtype=torch.bfloat16)
+    assert logits(again, processor).equal(logits(trainer.model.eval(), processor))
+    batch = encode(processor, random_rows(2)).to(torch.bfloat16)
+    new = again.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert new.shape[1] > batch["input_ids"].shape[1]
+    base = load(MINIATURE, quantization_config=four_bits(), dtype=torch.bfloat16)
+    assert not logits(base, processor).equal(logits(again, processor))
+
+
+def test_the_recipe_from_the_command_line(base, data, tmp_path):
+    argv = ["--recipe", "lora", "--checkpoint", base(), "--data", data, "--output_dir", str(tmp_path / "out")]
+    argv += ["--max_steps", "1", "--use_cpu", "true", "--per_device_train_batch_size", "2", "--lora_rank", "2"]
+    args, own = parse_arguments([*argv, "--gradient_accumulation_steps", "2", "--disable_tqdm", "true"], "train")
+    trainer = train(args, recipe=own.recipe)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert trainer.model.peft_config["default"].lora_alpha == 4
+    assert set(RECIPES["qlora"].fields) - set(RECIPES["lora"].fields) == {"load_in_4bit"}
+    with pytest.raises(ValueError, match="holds adapters, not a model: merge them"):
+        train(arguments(str(tmp_path / "out"), data, tmp_path / "more"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": -1}, "lora_rank is -1"),
+        ({"stage": "pretrain"}, "for stage finetune"),
+        ({"embedding_losses": True}, "without embedding_losses"),
+        ({"task_tokens": "queries"}, "and query tables"),
+        ({"lora_rank": 0, "load_in_4bit": True}, "give lora_rank and checkpoint"),
+        ({"checkpoint": None, "load_in_4bit": True}, "give lora_rank and checkpoint"),
+    ],
+)
+def test_what_adapters_cannot_do(tmp_path, changes, message):
+    needed = {"stage": "finetune", "use_cpu": True}
+    with pytest.raises(ValueError, match=message):
+        OlaVlmArguments(**({"output_dir": str(tmp_path), "lora_rank": 4, "checkpoint": "base"} | needed | changes))
+
+
+def test_dpo_moves_the_adapter(make_model, tmp_path):
+    """Two steps of TRL's DPOTrainer on `images`, `prompt`, `chosen`, `rejected`."""
+    model, processor = make_model()
+    rows = []
+    for row, other in zip(random_rows(4), random_rows(4, seed=1), strict=True):
+        sides = {"chosen": row["messages"][1:], "rejected": other["messages"][1:]}
+        rows.append({"images": row["images"], "prompt": row["messages"][:1], **sides})
+    lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=r".*language_model.*\.(q|k|v|o)_proj")
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "logging_steps": 1}
+    options |= {"max_length": None, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    args = DPOConfig(str(tmp_path), disable_tqdm=True, **options)
+    trainer = DPOTrainer(
+        model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor, peft_config=lora
+    )
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in trainer.model.named_parameters() if not value.equal(before[name])}
+    assert moved and all("lora_" in name for name in moved)
+    assert {"lora_A", "lora_B"} == {re.search("lora_[AB]", name)[0] for name in moved}
+    first, second = (log["loss"] for log in trainer.state.log_history[:2])
+    assert abs(first - 0.6931) < 1e-3 and second != first  # log 2: policy and reference begin alike

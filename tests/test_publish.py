@@ -1,0 +1,185 @@
+"""`ola-vlm push` to a Hub of this machine, and what others then load from it by name, without the package."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import serve
+from huggingface_hub import HfApi, ModelCard
+from peft import PeftModel
+from PIL import Image
+from test_remote_code import run_without_the_package
+from training_helpers import llava_sample, write_llava
+
+from ola_vlm import publish
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.train import train
+from ola_vlm.training.arguments import OlaVlmArguments
+
+ROOT = Path(__file__).parents[1]
+LOAD = """
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+saved, ours = torch.load(sys.argv[1]), {"trust_remote_code": True}
+model = AutoModelForImageTextToText.from_pretrained("me/x", **ours)
+for repo, wrap in {"me/x": lambda m: m, "me/adapter": lambda m: PeftModel.from_pretrained(m, "me/adapter")}.items():
+    model, processor = wrap(model).eval(), AutoProcessor.from_pretrained(repo, **ours)
+    assert type(processor).__name__ == "OlaVlmProcessor"
+    inputs = processor(text=["<image> what is this ?"], images=Image.new("RGB", (60, 20), "red"), return_tensors="pt")
+    assert inputs["input_ids"].equal(saved["input_ids"])
+    with torch.no_grad():
+        assert model(**inputs).logits.equal(saved[repo])
+print("the same")
+"""
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with serve() as server:
+        monkeypatch.setattr(publish, "HfApi", partial(HfApi, server.url, "hf_local"))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def runs(make_model, tmp_path_factory):
+    """A fine-tuned checkpoint with the record of its two stages, and an adapter on it."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = str(write_llava(folder, [llava_sample(i) for i in range(4)], ["a.png"]))
+    fields = {"data": data, "max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True}
+    model, processor = make_model()
+    model.save_pretrained(folder / "pretrain")
+    processor.save_pretrained(folder / "pretrain")
+    teachers = {"depth": {"encoder": "depth_anything", "path": "org/depth", "licence": "CC-BY-NC-4.0"}}
+    first = OlaVlmArguments(str(folder / "pretrain"), **fields).to_dict() | {"recipe": "llama3_vit_pretrain"}
+    first |= {"teachers": teachers, "tasks": model.config.tasks, "language_model": "org/llm", "seed": 17}
+    (folder / "pretrain" / "run.json").write_text(json.dumps(first | {"vision_tower": str(folder / "tower")}))
+    for out, begin, more in [("finetune", "pretrain", {}), ("adapter", "finetune", {"lora_rank": 2})]:
+        more |= {"stage": "finetune", "checkpoint": str(folder / begin), "save_strategy": "no", "learning_rate": 0.01}
+        train(OlaVlmArguments(str(folder / out), **(fields | more)))
+    statistics = folder / "finetune" / "target_statistics"
+    statistics.mkdir()
+    shutil.copy(ROOT / "miniature/weights/ola_vlm/target_statistics/gen.safetensors", statistics)
+    return folder
+
+
+def results(folder: Path) -> Path:
+    run = {"benchmark": "cvbench", "variant": "official", "data": "nyu-visionx/CV-Bench"}
+    scores = {"overall": {"score": 0.614, "standard_error": 0.0123, "n": 2638}}
+    scores["task/Depth"] = {"score": 0.7, "standard_error": 0.02, "n": 600}
+    (folder / "results.json").write_text(json.dumps({"run": run, "scores": scores}))
+    return folder / "results.json"
+
+
+@torch.no_grad()
+def test_pushed_and_loaded_by_name(runs, hub, tmp_path, capsys):
+    """A model, then an adapter on it; a fresh process without the package gets the same logits."""
+    publish.main([str(runs / "finetune"), "me/x", "--private", "--results", str(results(tmp_path))])
+    out, repo = capsys.readouterr().out, hub.repos["me/x"]
+    assert repo["private"] and f"{hub.url}/me/x: 12 files, revision {repo['sha']}" in out
+    code = {f"{kind}_ola_vlm.py" for kind in ("configuration", "modeling", "processing")}
+    more = {"README.md", "config.json", "generation_config.json", "model.safetensors", "processor_config.json"}
+    more |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "target_statistics/gen.safetensors"}
+    assert set(repo["files"]) == code | more
+    assert not [name for name, body in repo["files"].items() if str(runs).encode() in body]  # no path of this machine
+
+    with pytest.raises(SystemExit, match="push that, then give its --base REPO"):
+        publish.main([str(runs / "adapter"), "me/adapter"])
+    assert "me/adapter" not in hub.repos
+    publish.main([str(runs / "adapter"), "me/adapter", "--base", "me/x"])
+    files = hub.repos["me/adapter"]["files"]
+    assert not hub.repos["me/adapter"]["private"] and "model.safetensors" not in files
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "processing_ola_vlm.py"} <= set(files)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == ["me/x"] and card.data.library_name == "peft"
+
+    model = OlaVlmForConditionalGeneration.from_pretrained(runs / "finetune")
+    processor = OlaVlmProcessor.from_pretrained(runs / "finetune")
+    image = Image.new("RGB", (60, 20), "red")
+    inputs = processor(text=["<image> what is this ?"], images=image, return_tensors="pt")
+    saved = {"input_ids": inputs["input_ids"], "me/x": model(**inputs).logits}
+    saved["me/adapter"] = PeftModel.from_pretrained(model, runs / "adapter").eval()(**inputs).logits
+    assert not saved["me/adapter"].equal(saved["me/x"])
+    torch.save(saved, tmp_path / "saved.pt")
+    assert run_without_the_package(LOAD, tmp_path, tmp_path / "saved.pt", hub=hub.url) == "the same"
+
+
+def test_the_card_says_what_the_run_was(runs, tmp_path, capsys):
+    publish.main(
+        [str(runs / "finetune"), "me/x", "--dry-run", "--licence", "apache-2.0", "--results", str(results(tmp_path))]
+    )
+    text = capsys.readouterr().out
+    assert "model.safetensors" in text.split("\n```\n")[-1]
+    card = ModelCard(text)
+    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-text-to-text"
+    assert card.data.base_model == ["org/llm"] and "arxiv:2412.09585" in card.data.tags
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.metric_value) == ("nyu-visionx/CV-Bench", 61.4)
+    for line in (
+        "| pretrain | llama3_vit_pretrain | `data.json` | 1 | 2 | 5e-05 | 17 | all of the stage's weights |",
+        "| finetune | none | `data.json` | 1 | 2 | 0.01 | 42 | all of the stage's weights |",
+        "| depth | 1, 3 | depth_anything | `org/depth` | CC-BY-NC-4.0 |",
+        "| overall | 61.4 ± 1.2 | 2638 |",
+        "**Not for commercial use**, for its teachers' licences: depth (CC-BY-NC-4.0)",
+        "Built from vision tower `tower` and language model `org/llm`.",
+        'pipeline("image-text-to-text", "me/x", trust_remote_code=True)',
+        "arXiv:2412.09585",
+    ):
+        assert line in text, line
+    assert str(runs) not in text
+    publish.main([str(runs / "adapter"), "me/x", "--dry-run", "--base", "me/base"])
+    text = capsys.readouterr().out
+    assert "| finetune | none | `data.json` | 1 | 2 | 0.01 | 42 | adapters of rank 2 |" in text
+    assert "No results were given." in text and 'from_pretrained("me/base"' in text
+
+
+def test_a_checkpoint_of_which_nothing_is_known(tmp_path, capsys):
+    """The shipped LLaVA, and a study's report as its results."""
+    seeds = [{"accuracy": {"count": 0.8, "average": 0.7}}, {"accuracy": {"count": 0.9, "average": 0.8}}]
+    (tmp_path / "report.json").write_text(json.dumps({"methods": {"llava": {"seeds": seeds}}}))
+    publish.main([str(ROOT / "miniature/weights/llava"), "me/x", "--dry-run", "--results", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "Not recorded: there was no run.json" in text and "taught to predict" not in text
+    assert "| llava | 2 | 85.0 ± 7.1 | 75.0 ± 7.1 |" in text
+
+
+def test_wrong_input_is_refused_before_anything_is_sent(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "HfApi", None)
+
+    def refused(*arguments, match: str):
+        with pytest.raises(SystemExit, match=match):
+            publish.main([*map(str, arguments)])
+
+    shutil.copytree(runs / "finetune", tmp_path / "whole")
+    refused(tmp_path / "nowhere", "me/x", match="nowhere is no folder")
+    refused(tmp_path, "me/x", match=r"no config\.json and no adapter_config\.json")
+    refused(runs / "finetune", "x", match="REPO is 'x': give owner/name")
+    refused(runs / "finetune", "me/x", "--base", "me/y", match="--base is for adapters")
+    refused(runs / "finetune", "me/x", "--results", tmp_path / "no.json", match=r"no\.json is not there")
+    refused(runs / "finetune", "me/x", "--results", runs / "data.json", match=r"data\.json must hold an object")
+    refused(runs / "finetune", "me/x", "--results", runs / "finetune/config.json", match="is neither results.json")
+    for name in ("processor_config.json", "model.safetensors"):
+        (tmp_path / "whole" / name).unlink()
+    refused(tmp_path / "whole", "me/x", match=r"whole lacks model\.safetensors, processor_config\.json: save")
+    (tmp_path / "whole" / "config.json").write_text("{")
+    refused(tmp_path / "whole", "me/x", match="is no JSON")
+
+
+def test_an_unreachable_hub_is_said_so(runs, monkeypatch):
+    monkeypatch.setattr(publish, "HfApi", partial(HfApi, "http://127.0.0.1:9", "hf_local"))
+    with pytest.raises(SystemExit, match=r"ola-vlm push: .*refused"):
+        publish.main([str(runs / "finetune"), "me/x"])
+
+
+def test_code_that_was_not_saved_is_added(runs, tmp_path):
+    shutil.copytree(runs / "finetune", tmp_path / "whole")
+    for path in (tmp_path / "whole").glob("*.py"):
+        path.unlink()
+    files = publish.find_files(tmp_path / "whole")
+    assert all(files[f"{kind}_ola_vlm.py"].is_file() for kind in ("configuration", "modeling"))

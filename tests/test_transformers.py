@@ -1,0 +1,312 @@
+"""What users of transformers expect of any of its models and processors: of its common tests those that apply."""
+
+import inspect
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import encode, random_image, random_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, TextIteratorStreamer
+
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+
+EARLIER = Path(__file__).parent / "earlier_checkpoint"
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def built(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def batch(built):
+    """Rows with one image, two, and none."""
+    return dict(encode(built[1], random_rows(3, [1, 2, 0])))
+
+
+def word_labels(model, batch) -> torch.Tensor:
+    """Every word's: image and task tokens are never predicted."""
+    ids = batch["input_ids"]
+    return ids.masked_fill(torch.isin(ids, torch.tensor(model.never_emitted)), -100)
+
+
+def conversation(images: list[int], *texts: str) -> list[dict]:
+    """Turns of a user, whose n-th shows `images[n]` images, with answers between them."""
+    messages, seed = [], 0
+    for turn, (count, text) in enumerate(zip(images, texts, strict=True)):
+        if turn:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": "the cube"}]})
+        shown = [{"type": "image", "image": random_image(seed + i)} for i in range(count)]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
+        seed += count
+    return messages
+
+
+CHATS = [
+    conversation([1], " what is this ?"),
+    conversation([2], " left or right ?"),
+    conversation([1, 0, 1], " what is this ?", " color of the cube ?", " and this ?"),
+    conversation([0], " one two three"),
+]
+
+
+def inputs_of(processor, chats, side="left", **options):
+    processor.tokenizer.padding_side = side
+    template = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    return processor.apply_chat_template(chats, **template, **options)
+
+
+def new_tokens(model, inputs, **options) -> torch.Tensor:
+    return model.generate(**inputs, **(GREEDY | options))[:, inputs["input_ids"].shape[1] :]
+
+
+# Generation
+
+
+def test_a_left_padded_batch_answers_as_each_alone(built):
+    """One image, several, several turns with images among them, none."""
+    model, processor = built
+    together = new_tokens(model, inputs_of(processor, CHATS, padding=True))
+    alone = [new_tokens(model, inputs_of(processor, [chat])) for chat in CHATS]
+    assert together.equal(torch.cat(alone)) and len({tuple(row) for row in together.tolist()}) > 1
+
+
+def test_streaming_gives_the_same_text_in_pieces(built):
+    model, processor = built
+    inputs = inputs_of(processor, CHATS[:1])
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, timeout=60)
+    thread = threading.Thread(target=model.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
+    thread.start()
+    pieces = [piece for piece in streamer if piece]
+    thread.join()
+    assert len(pieces) > 1
+    assert "".join(pieces) == processor.decode(new_tokens(model, inputs)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 5, "temperature": 0.7},
+        {"do_sample": True, "num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_ways_to_generate(built, options):
+    model, processor = built
+    inputs = inputs_of(processor, CHATS[:1])
+    torch.manual_seed(0)
+    found = new_tokens(model, inputs, **options)
+    assert found.shape == (options.get("num_return_sequences", 1), 6)
+    assert not set(found.flatten().tolist()) & set(model.never_emitted)
+    if {"cache_implementation", "use_cache", "prompt_lookup_num_tokens"} & options.keys():  # no other result
+        assert found.equal(new_tokens(model, inputs))
+
+
+def test_assisted_generation_gives_the_models_own_answer(built, make_model):
+    """The assistant is a smaller matter: the same model with other random weights."""
+    model, processor = built
+    inputs, (assistant, _) = inputs_of(processor, CHATS[:1]), make_model(seed=1)
+    assert new_tokens(model, inputs, assistant_model=assistant).equal(new_tokens(model, inputs))
+
+
+def test_generation_from_embeddings_and_with_scores(built):
+    model, processor = built
+    inputs = inputs_of(processor, CHATS[3:])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    found = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **GREEDY)
+    assert found.equal(new_tokens(model, inputs))
+    wanted = {"output_scores": True, "output_hidden_states": True, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **GREEDY, **wanted)
+    assert len(output.scores) == 6 and len(output.hidden_states[0]) == 5
+    assert output.scores[0][:, model.never_emitted].eq(-torch.inf).all()
+
+
+# Forward
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions(built, batch, tmp_path):
+    model, _ = built
+    model.save_pretrained(tmp_path)
+    eager = OlaVlmForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    output = eager(**batch, output_hidden_states=True, output_attentions=True)
+    B, T = batch["input_ids"].shape
+    assert [tuple(states.shape) for states in output.hidden_states] == [(B, T, 32)] * 5
+    assert [tuple(weights.shape) for weights in output.attentions] == [(B, 4, T, T)] * 4
+    sums = output.attentions[0].sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(output.logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
+    as_tuple = model(**batch, return_dict=False)
+    assert isinstance(as_tuple, tuple) and as_tuple[0].equal(model(**batch).logits)
+    assert model(**batch, logits_to_keep=2).logits.equal(model(**batch).logits[:, -2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision(built, batch, tmp_path, dtype):
+    """dtype="auto" is the checkpoint's own."""
+    model, processor = built
+    OlaVlmForConditionalGeneration(model.config).to(dtype).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "whole")
+    assert OlaVlmForConditionalGeneration.from_pretrained(tmp_path, dtype="auto").dtype == dtype
+    half = OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=dtype, device_map="auto").eval()
+    pixels = {"pixel_values": batch["pixel_values"].to(dtype)}
+    logits, attended = half(**{**batch, **pixels}).logits, batch["attention_mask"].bool()
+    assert logits.dtype == dtype and logits[attended].isfinite().all()
+    precise = model(**batch).logits[attended]
+    assert (logits[attended].float() - precise).abs().mean() < 0.05 * precise.abs().mean()
+    inputs = inputs_of(processor, CHATS[:1]).to(dtype)
+    assert new_tokens(half, inputs).shape == (1, 6)
+
+
+@torch.no_grad()
+def test_compiled(built, batch):
+    model, _ = built
+    torch.compiler.reset()
+    compiled = torch.compile(model.forward, backend="eager")
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_with_predictions_and_gradients(built, batch, backend):
+    model, _ = built
+    torch.compiler.reset()
+    compiled, gradients = torch.compile(model.forward, backend=backend), []
+    for forward in (compiled, model):
+        output = forward(**batch, labels=word_labels(model, batch), output_predictions=True)
+        (output.loss + output.predictions["depth"][3].square().sum()).backward()
+        named = model.named_parameters()
+        gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    assert gradients[0].keys() == gradients[1].keys() and "queries.depth" in gradients[0]
+    for name, gradient in gradients[0].items():
+        scale = gradients[1][name].abs().max()
+        assert (gradient - gradients[1][name]).abs().max() <= 1e-3 * scale + 1e-6, name
+
+
+# Weights and files
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_embeddings_of_another_size(make_model, tiny_parts, tied_parts, tmp_path, tied):
+    """Task token ids stay, and what they stand for; so do tied weights, also on disk."""
+    model, processor = make_model(parts=tied_parts if tied else tiny_parts)
+    batch = encode(processor, random_rows(2))
+    before, size, ids = (
+        model(**batch, output_predictions=True),
+        model.config.text_config.vocab_size,
+        [*model.never_emitted],
+    )
+    model.resize_token_embeddings(size + 7, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    for resized in (model, OlaVlmForConditionalGeneration.from_pretrained(tmp_path).eval()):
+        assert resized.config.text_config.vocab_size == resized.lm_head.out_features == size + 7
+        assert [resized.config.image_token_id, *resized.config.task_token_ids] == resized.never_emitted == ids
+        after = resized(**batch, output_predictions=True)
+        torch.testing.assert_close(after.logits[..., :size], before.logits)
+        torch.testing.assert_close(after.predictions["seg"][2], before.predictions["seg"][2])
+        assert (resized.lm_head.weight is resized.get_input_embeddings().weight) == tied
+        assert resized(**batch, labels=word_labels(resized, batch)).loss.isfinite()
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert ("language_model.lm_head.weight" in names) != tied
+    model.resize_token_embeddings(ids[-1])  # the last task token's row is gone
+    model.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=f"give different ids within the {ids[-1]} embeddings"):
+        OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "small")
+
+
+@torch.no_grad()
+def test_shards_and_loading_by_auto_class(built, batch, tmp_path):
+    """Any shard size, and `dtype`/`device_map` as users give them."""
+    model, _ = built
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    options = {"trust_remote_code": True, "device_map": "auto", "dtype": "auto"}
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, **options).eval()
+    assert loaded.dtype == torch.float32
+    assert loaded(**batch).logits.equal(model(**batch).logits)
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_an_earlier_version_still_loads():
+    """Written by the first version in this repository's history (bc784c6), with what it computed."""
+    saved = load_file(EARLIER / "expected.safetensors")
+    logits, prediction = saved.pop("logits"), saved.pop("prediction")
+    model, info = OlaVlmForConditionalGeneration.from_pretrained(
+        EARLIER, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    output = model.eval()(**saved, output_predictions=True)
+    torch.testing.assert_close(output.logits, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.predictions["depth"][1], prediction, rtol=1e-5, atol=1e-5)
+    processor = OlaVlmProcessor.from_pretrained(EARLIER)
+    again = encode(processor, random_rows(2, [1, 2]))
+    assert all(again[name].equal(value) for name, value in saved.items())
+
+
+# Processor
+
+
+def test_every_argument_of_the_processor_is_saved(built, tmp_path):
+    _, processor = built
+    given = {"patch_size": 4, "num_additional_image_tokens": 3, "vision_feature_select_strategy": "full"}
+    given |= {"task_tokens": ["<depth_0>", "<gen_1>"], "chat_template": "{{ 'other' }}"}
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, "image_token": "<image>"}
+    assert set(inspect.signature(OlaVlmProcessor.__init__).parameters) == {"self", "kwargs", *given, *parts}
+    OlaVlmProcessor(**parts, **given).save_pretrained(tmp_path)
+    loaded = OlaVlmProcessor.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in given} == given
+    assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_of_chats(built, side):
+    """The template with tokenisation: a batch is its members, padded on the side that was asked for."""
+    _, processor = built
+    together = inputs_of(processor, CHATS, side, padding=True)
+    assert set(together) == {"input_ids", "attention_mask", "pixel_values"}
+    assert set(together) <= set(processor.model_input_names)
+    alone = [inputs_of(processor, [chat]) for chat in CHATS]
+    assert together["pixel_values"].equal(torch.cat([one["pixel_values"] for one in alone if "pixel_values" in one]))
+    for ids, mask, one in zip(together["input_ids"], together["attention_mask"], alone, strict=True):
+        own = one["input_ids"][0]
+        assert ids[mask.bool()].equal(own)
+        padding = mask[: len(mask) - len(own)] if side == "left" else mask[len(own) :]
+        assert not padding.any()
+    images = (together["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert images == [16, 32, 32, 0]
+    text = processor.apply_chat_template(CHATS[0], add_generation_prompt=True)
+    assert text.count("<image>") == 1 and "<gen_0>" not in text
+    assert processor.post_process_image_text_to_text(together["input_ids"][3:])[0].endswith(
+        "one two three assistant :"
+    )
+
+
+def test_ways_to_give_text_and_images(built):
+    _, processor = built
+    image, other = random_image(0), random_image(1)
+    one = processor(text="<image> what", images=image, return_tensors="pt")
+    for images in ([image], [[image]]):
+        again = processor(text=["<image> what"], images=images, return_tensors="pt")
+        assert again["input_ids"].equal(one["input_ids"]) and again["pixel_values"].equal(one["pixel_values"])
+    nested = processor(text=["<image> a", "<image> <image> b"], images=[[image], [other, image]], padding=True)
+    assert len(nested["pixel_values"]) == 3
+    assert processor(text="what is this", return_tensors="pt")["input_ids"].shape == (1, 3)
+    with pytest.raises(ValueError):
+        processor(text=["<image> <image> a"], images=[image])
+    with pytest.raises(ValueError):
+        processor(images=None, text=None)
