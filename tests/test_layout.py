@@ -16,7 +16,7 @@ TRAVELLERS = [HUB, [f"baselines.{kind}_multi_encoder" for kind in ("configuratio
 LEVELS = [
     HUB,
     ["targets", "training", "probing", "baselines", "convert"],
-    ["recipes", "miniature", "eval", "space", "cli", "train", "check_data", "fill_targets", "visualize"],
+    ["recipes", "miniature", "eval", "space", "chat", "cli", "train", "check_data", "fill_targets", "visualize"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
