@@ -65,7 +65,7 @@ class Chat:
         return found
 
     def inputs(self, messages: list[dict]) -> dict:
-        """The model's inputs for an answer to `messages`. ValueError if they leave no room for one."""
+        """The model's inputs for an answer to `messages`, on the CPU. ValueError if they leave no room for one."""
         messages = [
             {**message, "content": [self._as_text(part) for part in message["content"]]} for message in messages
         ]
@@ -75,7 +75,7 @@ class Chat:
         if room is not None and length >= room:
             what = f"the conversation has {length} tokens with its images, the model takes fewer than {room}"
             raise ValueError(f"{what}: start anew, or ask with fewer words or images")
-        return inputs.to(self.model.device, self.model.dtype)
+        return inputs
 
     def _as_text(self, part: dict) -> dict:
         if part["type"] != "text":
@@ -93,7 +93,7 @@ class Chat:
 
         ValueError as of `inputs`; what the model raises is raised here.
         """
-        inputs = self.inputs(messages)
+        inputs = self.inputs(messages).to(self.model.device, self.model.dtype)
         if self.context_length is not None:
             max_new_tokens = min(max_new_tokens, self.context_length - inputs["input_ids"].shape[1])
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}

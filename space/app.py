@@ -12,8 +12,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from html import escape
+from copy import deepcopy
+from html import escape, unescape
 from itertools import zip_longest
+from mimetypes import guess_type
 from pathlib import Path
 
 try:
@@ -38,9 +40,11 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 2048  # larger pictures are shrunk; no vision tower here sees more
 MAX_IMAGES = 4  # a message
 MAX_CHARACTERS = 4_000  # a message
-MAX_CONVERSATION = 100_000  # characters
+MAX_CONVERSATION = 100_000  # characters, and
+MAX_CONVERSATION_IMAGES = 16
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow decodes by itself: no EPS, which runs Ghostscript
 KEPT = 3600  # seconds that uploads stay on the disk
+HEADINGS = {"decoded target": "decoded"}  # as short as a phone needs it
 TASKS = {"depth": "Depth", "seg": "Segmentation", "gen": "Image embedding (gen)"}
 
 ABOUT = """\
@@ -53,7 +57,8 @@ in their exact words. Of those it answers three in four, as LLaVA does (guessing
 photographs, it answers nonsense. What is better than LLaVA's is what its layers see."""
 SEEN = """\
 ### What each layer sees
-of the image sent last, beside the teacher's own output and what the teacher's decoder makes of its own features."""
+of the image sent last, beside the teacher's own output and its features decoded in the same way (the best that a layer can
+look like). Layers learn this in pre-training; fine-tuning has moved them since."""
 NOTHING_SEEN = """\
 ### What each layer sees
 can't be shown: {reason}."""
@@ -65,6 +70,9 @@ CSS = """
 .message img {min-width: 128px; min-height: 128px; object-fit: contain}
 .message-buttons-right, .message-buttons-left {display: none !important}
 .caption-label {font-size: .75rem !important; padding: 0 .4em !important; max-width: 100% !important}
+.example-image-container, .example-image {width: 72px !important; height: 72px !important}
+.example {padding: .6em !important} #compare {min-width: 13rem}
+.layers .empty {min-height: 5rem !important} .layers .gallery-item, .layers .grid-wrap {min-height: 0 !important}
 footer {display: none !important}
 """
 
@@ -97,53 +105,53 @@ def read_image(path: str) -> Image.Image:
     return image
 
 
+def turn(role: str, text: str, files: Sequence[str] = ()) -> dict:
+    """A message as the chat on the page shows it, which takes texts for HTML."""
+    kinds = [guess_type(file)[0] or "image/png" for file in files]
+    images = [{"type": "file", "file": {"path": f, "mime_type": kind}} for f, kind in zip(files, kinds, strict=True)]
+    return {"role": role, "content": [*images, {"type": "text", "text": escape(text)}]}
+
+
 def conversation(history: list[dict]) -> list[dict]:
-    """The chat on the page as transformers' messages. What was stopped before a word came is asked with the next."""
-    messages, characters = [], 0
-    for turn in history:
+    """The chat on the page as transformers' messages; what was stopped before a word came is asked with the next.
+    ValueError tells the visitor what is wrong with it."""
+    messages, characters, images = [], 0, 0
+    for message in history:
         content = []
-        for part in turn["content"]:
-            if part["type"] == "file":
-                content.append({"type": "image", "image": read_image(part["file"]["path"])})
-            elif part["type"] == "text" and turn["role"] in ("user", "assistant"):
-                content += [{"type": "text", "text": part["text"]}] if part["text"] else []
-                characters += len(part["text"])
-            else:
+        for part in message["content"]:
+            if message["role"] not in ("user", "assistant") or part["type"] not in ("text", "file"):
                 raise ValueError("the chat has a part that is neither text nor an image: clear it")
-        if content and messages and messages[-1]["role"] == turn["role"]:
+            elif part["type"] == "file":
+                images += 1
+                content.append({"type": "image", "image": part["file"]["path"]})
+            elif part["text"]:
+                characters += len(part["text"])
+                content.append({"type": "text", "text": unescape(part["text"])})
+        if content and messages and messages[-1]["role"] == message["role"]:
             messages[-1]["content"] += content
         elif content:
-            messages.append({"role": turn["role"], "content": content})
-    if characters > MAX_CONVERSATION:
-        raise ValueError(f"the chat has more than {MAX_CONVERSATION:,} characters: clear it")
+            messages.append({"role": message["role"], "content": content})
+    if characters > MAX_CONVERSATION or images > MAX_CONVERSATION_IMAGES:
+        most = f"{MAX_CONVERSATION:,} characters or {MAX_CONVERSATION_IMAGES} images"
+        raise ValueError(f"the chat has more than {most}: clear it")
+    for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
+        part["image"] = read_image(part["image"])
     return messages
 
 
-def last_turn(role: str, *parts) -> dict:
-    return {"role": role, "content": list(parts)}
-
-
-def refuse(error: Exception) -> gr.Error:
+def refuse(error: Exception | str) -> gr.Error:
     return gr.Error(escape(f"{error}."), title="Not possible", print_exception=False)
 
 
-def check_message(message: dict, remarks: Callable[[str], list[str]]) -> list:
-    """The parts of a visitor's message, as the chat shows them; a gr.Error says what is wrong with it."""
+def check_message(message: dict) -> None:
+    """ValueError tells the visitor what is wrong with it."""
     text, files = message["text"].strip(), message["files"]
-    try:
-        if not text:
-            raise ValueError("Write a question, too" if files else "Write a question first")
-        if len(text) > MAX_CHARACTERS:
-            raise ValueError(f"The question has {len(text):,} characters, more than {MAX_CHARACTERS:,}: shorten it")
-        if len(files) > MAX_IMAGES:
-            raise ValueError(f"{len(files)} images are more than the {MAX_IMAGES} that a message may have")
-        for file in files:
-            read_image(file)
-    except ValueError as error:
-        raise refuse(error) from error
-    for remark in remarks(text):
-        gr.Info(escape(f"{remark}."), title="Note")
-    return [*({"path": file} for file in files), text]
+    if not text:
+        raise ValueError("write a question, too" if files else "write a question first")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"the question has {len(text):,} characters, more than {MAX_CHARACTERS:,}: shorten it")
+    if len(files) > MAX_IMAGES:
+        raise ValueError(f"{len(files)} images are more than the {MAX_IMAGES} that a message may have")
 
 
 def render_scenes(count: int) -> tuple[world.Scenes, list[Image.Image]]:
@@ -185,22 +193,28 @@ def build(
     painters = {} if isinstance(viewer, str) else viewer.painters
     shown = [task for task in TASKS if task in painters]
 
-    def ask(message: dict, *histories: list[dict]):
-        turn = last_turn("user", *check_message(message, first.remarks))
-        return [*([*history, turn] for history in histories), running]
+    def check(message: dict, compare: bool, *histories: list[dict]) -> None:
+        try:
+            check_message(message)
+            asked = turn("user", message["text"].strip(), message["files"])
+            for chat, history in zip(chats.values(), histories if compare else histories[:1], strict=False):
+                chat.inputs(conversation([*history, asked]))
+        except ValueError as error:
+            raise refuse(error) from error
+        for remark in first.remarks(message["text"]):
+            gr.Info(escape(f"{remark}."), title="Note")
 
-    def ask_example(chosen: gr.SelectData, *histories: list[dict]):
-        # by its number: what else the event says, files' paths too, is the visitor's word
-        return ask(examples[chosen.index], *histories)
+    def ask(message: dict, *histories: list[dict]) -> list:
+        asked = turn("user", message["text"].strip(), message["files"])
+        return [*([*history, asked] for history in histories), running]
 
-    def again(*histories: list[dict]):
-        cut = []
-        for history in histories:
-            users = [i for i, turn in enumerate(history) if turn["role"] == "user"]
-            cut.append(history[: users[-1] + 1] if users else [])
-        if not cut[0]:
-            raise refuse(ValueError("There is no answer to generate again"))
-        return [*cut, running]
+    def check_again(history: list[dict]) -> None:
+        if not any(message["role"] == "user" for message in history):
+            raise refuse("there is no answer to generate again")
+
+    def ask_again(*histories: list[dict]) -> list:
+        last = max(i for i, message in enumerate(histories[0]) if message["role"] == "user")
+        return [*(history[: last + 1] for history in histories), running]
 
     @on_gpu
     def answer(compare: bool, temperature: float, top_p: float, max_new_tokens: float, *histories) -> Iterator[list]:
@@ -218,10 +232,9 @@ def build(
                 answers = [""] * len(streams)
                 for pieces in zip_longest(*streams, fillvalue=""):
                     answers = [text + piece for text, piece in zip(answers, pieces, strict=True)]
-                    turns = [last_turn("assistant", text) for text in answers]
-                    yield [*([*history, turn] for history, turn in zip(asked, turns, strict=True)), *rest]
-        except ValueError as error:  # without the question, which would be in the way of the next
-            yield [*(history[:-1] for history in asked), *rest]
+                    pairs = zip(asked, answers, strict=True)
+                    yield [*([*history, turn("assistant", text)] for history, text in pairs), *rest]
+        except ValueError as error:
             raise refuse(error) from error
 
     @on_gpu
@@ -231,9 +244,16 @@ def build(
             return [gr.skip()] * len(shown)
         pictures = viewer.pictures([read_image(files[-1])])
         return [
-            [(picture, heading) for heading, (picture,) in pictures[task].items() if heading != "image"]
+            [
+                (picture, HEADINGS.get(heading, heading))
+                for heading, (picture,) in pictures[task].items()
+                if heading != "image"
+            ]
             for task in shown
         ]
+
+    def example(chosen: gr.SelectData) -> dict:
+        return examples[chosen.index]
 
     running = gr.MultimodalTextbox(value=None, interactive=False, submit_btn=False, stop_btn=True)
     ready = gr.MultimodalTextbox(interactive=True, submit_btn=True, stop_btn=False)
@@ -244,7 +264,7 @@ def build(
                 with gr.Row():
                     options = {"height": 400, "min_width": 280, "render_markdown": False, "buttons": []}
                     chatbots = [
-                        gr.Chatbot(label=name, visible=i == 0, examples=[] if i else list(examples), **options)
+                        gr.Chatbot(label=name, visible=i == 0, examples=[] if i else deepcopy(examples), **options)
                         for i, name in enumerate(chats)
                     ]
                 box = gr.MultimodalTextbox(
@@ -259,7 +279,10 @@ def build(
                     regenerate = gr.Button("Regenerate", size="sm", min_width=90)
                     clear = gr.Button("Clear", size="sm", min_width=90)
                     compare = gr.Checkbox(
-                        label=f"Compare with {list(chats)[-1]}", visible=bool(second), container=False, min_width=210
+                        label=f"Compare with {list(chats)[-1]}",
+                        visible=bool(second),
+                        container=False,
+                        elem_id="compare",
                     )
                 with gr.Accordion("Sampling", open=False):
                     temperature = gr.Slider(
@@ -273,31 +296,38 @@ def build(
                 for task in shown:
                     gr.Markdown(f"**{TASKS[task]}**: {painters[task].caption}")
                     options = {"columns": 3, "height": "auto", "interactive": False, "buttons": []}
-                    galleries.append(gr.Gallery(object_fit="contain", show_label=False, **options))
+                    galleries.append(
+                        gr.Gallery(object_fit="contain", show_label=False, elem_classes="layers", **options)
+                    )
 
         sampling = [compare, temperature, top_p, max_new_tokens]
+        quiet = {"show_progress": "hidden"}
         model = {"concurrency_limit": 2, "concurrency_id": "model", "show_progress": "minimal"}
-        events = []
-        triggers = [(box.submit, ask, [box]), (chatbots[0].example_select, ask_example, [])]
-        for trigger, prepare, inputs in [*triggers, (regenerate.click, again, [])]:
-            asked = trigger(
-                prepare, [*inputs, *chatbots], [*chatbots, box], concurrency_limit=4, show_progress="hidden"
-            )
-            answered = asked.success(answer, [*sampling, *chatbots], chatbots, **model)
-            answered.then(lambda: ready, None, box, queue=False, show_progress="hidden")
-            events.append(answered)
-            if shown and prepare is not again:
-                asked.success(layers, chatbots[0], galleries, concurrency_limit=1, show_progress="minimal")
-        box.stop(None, cancels=events)
+        # An error covers the outputs of its event: what checks has none. An example is known by its number: what else
+        # the event says, files' paths too, is the visitor's word.
+        chosen = chatbots[0].example_select(example, None, box, queue=False, **quiet)
+        checks = [
+            trigger(check, [box, compare, *chatbots], None, concurrency_limit=4)
+            for trigger in (box.submit, chosen.success)
+        ]
+        asked = [checked.success(ask, [box, *chatbots], [*chatbots, box], queue=False, **quiet) for checked in checks]
+        checked = regenerate.click(check_again, chatbots[0], None, queue=False)
+        asked_again = checked.success(ask_again, chatbots, [*chatbots, box], queue=False, **quiet)
+        answers = [event.success(answer, [*sampling, *chatbots], chatbots, **model) for event in (*asked, asked_again)]
+        for event in answers:
+            event.then(lambda: ready, None, box, queue=False, **quiet)
+        if shown:
+            for event in asked:
+                event.success(layers, chatbots[0], galleries, concurrency_limit=1, show_progress="minimal")
+        box.stop(lambda: ready, None, box, cancels=answers, queue=False, **quiet)
 
         def emptied(compared: bool) -> list:
             bots = [gr.Chatbot(value=[], visible=i == 0 or compared) for i in range(len(chatbots))]
             return [*bots, ready, *[[] for _ in shown]]
 
-        for trigger in (clear.click, compare.change):  # a second model that joins later would not know the images
-            trigger(
-                emptied, compare, [*chatbots, box, *galleries], cancels=events, queue=False, show_progress="hidden"
-            )
+        # compare: a second model that joins later would not know the images
+        for trigger in (clear.click, compare.change, *(chatbot.clear for chatbot in chatbots)):
+            trigger(emptied, compare, [*chatbots, box, *galleries], cancels=answers, queue=False, **quiet)
     return page.queue(max_size=32)
 
 
