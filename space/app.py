@@ -57,7 +57,7 @@ in their exact words. Of those it answers three in four, as LLaVA does (guessing
 photographs, it answers nonsense. What is better than LLaVA's is what its layers see."""
 SEEN = """\
 ### What each layer sees
-of the image sent last, beside the teacher's own output and its features decoded in the same way (the best that a layer can
+of the image sent last, beside the teacher's own output and its features decoded in the same way (the best a layer can
 look like). Layers learn this in pre-training; fine-tuning has moved them since."""
 NOTHING_SEEN = """\
 ### What each layer sees
@@ -71,7 +71,7 @@ CSS = """
 .message-buttons-right, .message-buttons-left {display: none !important}
 .caption-label {font-size: .75rem !important; padding: 0 .4em !important; max-width: 100% !important}
 .example-image-container, .example-image {width: 72px !important; height: 72px !important}
-.example {padding: .6em !important} #compare {min-width: 13rem}
+.example {padding: .6em !important} #layers {gap: .5rem}
 .layers .empty {min-height: 5rem !important} .layers .gallery-item, .layers .grid-wrap {min-height: 0 !important}
 footer {display: none !important}
 """
@@ -278,19 +278,14 @@ def build(
                 with gr.Row():
                     regenerate = gr.Button("Regenerate", size="sm", min_width=90)
                     clear = gr.Button("Clear", size="sm", min_width=90)
-                    compare = gr.Checkbox(
-                        label=f"Compare with {list(chats)[-1]}",
-                        visible=bool(second),
-                        container=False,
-                        elem_id="compare",
-                    )
+                compare = gr.Checkbox(label=f"Compare with {list(chats)[-1]}", visible=bool(second), container=False)
                 with gr.Accordion("Sampling", open=False):
                     temperature = gr.Slider(
                         0, 2, 0, step=0.1, label="Temperature", info="0: the likeliest word always"
                     )
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="of the likeliest words, at T > 0")
                     max_new_tokens = gr.Slider(1, 1024, 256, step=1, label="Max new tokens")
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=2, min_width=320, elem_id="layers"):
                 gr.Markdown(SEEN if shown else NOTHING_SEEN.format(reason=escape(str(viewer))), elem_id="seen")
                 galleries = []
                 for task in shown:
@@ -361,13 +356,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = args.checkpoint is None
     first, recipe = args.checkpoint or str(WEIGHTS / "ola_vlm"), args.recipe or ("miniature_pretrain" if own else None)
     second = args.compare or (str(WEIGHTS / "llava") if own else None)
-    chats = {Path(name).name: Chat.load(name) for name in (first, second) if name}
-    drawn, images = render_scenes(200 if own else 4)
     try:
-        model, of_gen = next(iter(chats.values())), {"images_for_gen": images if own else None, "unclip": args.unclip}
-        viewer = LayerViewer.load(first, model.model, model.processor, find_teachers(recipe, first), **of_gen)
-    except ValueError as error:
-        viewer = str(error)
+        chats = {Path(name).name: Chat.load(name) for name in (first, second) if name}
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"app.py: {error}") from error
+    drawn, images = render_scenes(200 if own else 4)
+    talker = next(iter(chats.values()))
+    if talker.model.config.to_dict().get("tasks"):
+        of_gen = {"images_for_gen": images if own else None, "unclip": args.unclip}
+        try:
+            viewer = LayerViewer.load(first, talker.model, talker.processor, find_teachers(recipe, first), **of_gen)
+        except (OSError, ValueError) as error:
+            viewer = str(error).replace(first, Path(first).name)  # no visitor's business where it lies
+    else:
+        viewer = "this model has no embedding predictors"
     about = MINIATURE if own else f"Here you talk to {escape(Path(first).name)}."
     with tempfile.TemporaryDirectory() as folder:
         launch(build(chats, make_examples(drawn[:4], images[:4], Path(folder), own), about, viewer))
