@@ -20,6 +20,7 @@ COMMANDS = {
     "visualize": ("ola_vlm.visualize", "pictures of what each layer of a checkpoint sees: CHECKPOINT IMAGE..."),
     "convert": ("ola_vlm.convert.reference", "turn a checkpoint of the reference implementation into ours"),
     "convert-tower": ("ola_vlm.convert.tower", "turn an open_clip model's ConvNeXt into a folder for vision_tower"),
+    "chat": ("ola_vlm.chat", 'talk to a checkpoint about images in the terminal: [IMAGE ["question"]]'),
     "export": ("ola_vlm.convert.export", "write a checkpoint of ours as a plain LLaVA model"),
     "push": ("ola_vlm.publish", "publish a checkpoint or an adapter on the Hub with a model card made from its run"),
 }
