@@ -1,10 +1,11 @@
 """What each layer sees: `ola-vlm visualize CHECKPOINT IMAGE... --out DIR` (the paper's Figures 6 and VI).
 
 A layer's predicted embeddings are decoded by the teachers: depth maps, segmentations, and for gen either images that
-unCLIP makes of them or the nearest of a set of images. DIR gets a PNG for each task (a row an image; the image, the
-teacher's own output, its target decoded the same way: the best a layer can look like, then a column a layer) and
-layers.html with all of them in one file. The predictions are those of the checkpoint's predictors, or of `--probes`,
-which `ola-vlm probe` fits to the layers of any vision-language model.
+unCLIP makes of them or the nearest of a set of images. DIR gets a PNG for each task (a row an image: the image,
+the teacher's own output, its target decoded the same way: the best a layer can look like, then a column a layer) and
+layers.html with all of them in one file. The predictions are those of probes, which `ola-vlm probe` fits to every
+layer of any vision-language model (`--probes`, or a checkpoint's own folder "probes"), else of the checkpoint's predictors,
+which read the states of pre-training: fine-tuning has changed these.
 
 N images, Q positions, E width, S side of the teacher's square in pixels.
 """
@@ -30,6 +31,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .eval.run import load_checkpoint
+from .probing.probes import Probes, load_probes
+from .probing.states import PROMPT
 from .recipes import RECIPES
 from .targets.cache import TargetStatistics
 from .targets.encoders import ClipImageEncoder, DepthAnythingEncoder, OneFormerEncoder, TargetEncoder, open_image
@@ -118,6 +121,19 @@ def predictor_features(model, processor, statistics: Mapping[str, TargetStatisti
     return features
 
 
+def probe_features(probes: Probes, model, processor) -> Callable:
+    """A function of images that gives `Features`: what the probes read from each layer."""
+    reader = probes.to(model.device).reader(model, processor)
+
+    def features(images: Sequence[Image.Image]) -> Features:
+        found: Features = {}
+        for task, layer, prediction in probes.predict(reader(images)):
+            found.setdefault(task, {})[layer] = prediction.cpu()
+        return found
+
+    return features
+
+
 def _prompt_text(processor, prompt: str) -> str:
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -129,25 +145,40 @@ def load_statistics(checkpoint: str | Path) -> dict[str, TargetStatistics]:
     return {file.stem: TargetStatistics.load(file) for file in files}
 
 
-def find_run(checkpoint: str | Path) -> dict:
-    """The fields of the run that trained a checkpoint's predictors: from its run.json, or that of the checkpoint it
-    began with; {} if there is none."""
-    while (file := Path(checkpoint) / "run.json").exists():
-        run = json.loads(file.read_text(encoding="utf-8"))
+def find_run(folder: str | Path) -> dict:
+    """The fields of the run that trained a checkpoint's predictors, from its run.json (which has those of the runs
+    that it began with), or of the run that fitted probes; {} if there is none."""
+    files = [file for file in (Path(folder) / "run.json", Path(folder).parent / "run.json") if file.exists()]
+    run = json.loads(files[0].read_text(encoding="utf-8")) if files else {}
+    while run and not run.get("teachers"):
+        run = run.get("started_from") or {}
+    return run
+
+
+def find_teachers(recipe: str | None, *folders: str | Path | None) -> dict:
+    """The fields (`teachers`, `data`, ...) of a recipe, or of the first run of `folders` that names teachers.
+    ValueError if none does."""
+    runs = [RECIPES[recipe]()] if recipe else [find_run(folder) for folder in folders if folder is not None]
+    for run in runs:
         if run.get("teachers"):
             return run
-        checkpoint = run.get("checkpoint") or ""
-    return {}
+    where = f"recipe {recipe}" if recipe else f"the run.json of {' and '.join(str(one) for one in folders if one)}"
+    raise ValueError(f"{where} names no teachers: give --recipe of a pre-training that has some")
 
 
-def find_teachers(recipe: str | None, checkpoint: str | Path) -> dict:
-    """The fields (`teachers`, `tasks`, `data`, ...) of a recipe, or of the checkpoint's own run. ValueError if neither
-    names teachers."""
-    fields = RECIPES[recipe]() if recipe else find_run(checkpoint)
-    if not fields.get("teachers"):
-        where = f"recipe {recipe}" if recipe else f"{checkpoint} (its run.json)"
-        raise ValueError(f"{where} names no teachers: give --recipe of a pre-training that has some")
-    return fields
+def images_of_folder(folder: str | Path) -> list[Path]:
+    return sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in PICTURE_FILES)
+
+
+def images_of_run(run: Mapping) -> list:
+    """What it trained on, BANK images at most; none if they are not here."""
+    place = run.get("data") or run.get("images") or ""  # the latter of `ola-vlm probe`
+    if not place or not Path(place).exists():
+        return []
+    is_folder = Path(place).is_dir()
+    images = images_of_folder(place) if is_folder else load_rows(place, run.get("image_folder")).sources()
+    places = np.linspace(0, len(images) - 1, min(BANK, len(images))).round().astype(int)
+    return [images[i] for i in places]
 
 
 def draw_depth(inverse_depth: np.ndarray) -> Image.Image:
@@ -230,29 +261,39 @@ class LayerViewer:
         processor,
         run: Mapping,
         layers: Sequence[int] | None = None,
-        prompt: str = "Describe the image.",
+        prompt: str = PROMPT,
+        probes: str | Path | None = None,
         images_for_gen: Sequence | None = None,
         unclip: str | None = None,
     ) -> "LayerViewer":
-        """By the predictors of a checkpoint, which is loaded as `model` and `processor`, and the teachers of `run`
-        (`find_teachers`). ValueError if it has no predictors.
+        """Of a checkpoint, which is loaded as `model` and `processor`, by the teachers of `run` (`find_teachers`).
+        ValueError if it has neither probes nor predictors.
 
+        `probes`: a folder of `ola-vlm probe`; by default the checkpoint's own one, "probes"; without it, or with
+        "none", its predictors. `prompt`: for predictors; probes have theirs.
         `images_for_gen`: for `NearestImages`; by default BANK of the run's training images, if they are there.
         `unclip`: instead, a pipeline's folder or name.
         """
-        if not (tasks := getattr(model.config, "tasks", [])):
+        own = Path(checkpoint) / "probes"
+        probes = own if probes is None and own.exists() else None if probes == "none" else probes
+        fitted = load_probes(probes) if probes else None
+        tasks = list(fitted.tasks.values()) if fitted else getattr(model.config, "tasks", [])
+        if not tasks:
             raise ValueError(f"{checkpoint} has no predictors: fit probes with `ola-vlm probe`, give --probes")
+        if lacking := [task["name"] for task in tasks if task["name"] not in run["teachers"]]:
+            raise ValueError(f"no teacher decodes {', '.join(lacking)}: give a --recipe that has one")
         entries = {task["name"]: run["teachers"][task["name"]] for task in tasks}
         encoders = {name: one.encoder for name, one in make_teachers(tasks, entries, model.device).items()}
         decode_gen = UnclipImages(unclip, device=model.device) if unclip else None
         of_images = [one for one in encoders.values() if isinstance(one, ClipImageEncoder)]
         if of_images and not unclip:
-            if images_for_gen is None and run.get("data") and Path(run["data"]).exists():
-                images = load_rows(run["data"], run.get("image_folder")).sources()
-                places = np.linspace(0, len(images) - 1, min(BANK, len(images))).round().astype(int)
-                images_for_gen = [images[i] for i in places]
+            if images_for_gen is None:
+                images_for_gen = images_of_run(run)
             decode_gen = NearestImages(images_for_gen, of_images[0]) if images_for_gen else None
-        features = predictor_features(model, processor, load_statistics(checkpoint), prompt)
+        if fitted:
+            features = probe_features(fitted, model, processor)
+        else:
+            features = predictor_features(model, processor, load_statistics(checkpoint), prompt)
         return cls(features, encoders, decode_gen, layers)
 
     def pictures(self, images: Sequence[Image.Image]) -> dict[str, Pictures]:
@@ -340,21 +381,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("layers"), help="default: layers")
     teachers = "whose teachers decode (default: those of the run that trained the checkpoint)"
     parser.add_argument("--recipe", choices=list(RECIPES), metavar="NAME", help=teachers)
-    parser.add_argument("--probes", type=Path, help="folder of `ola-vlm probe`: show every layer by its probes")
+    probes = "folder of `ola-vlm probe`, or none (default: the checkpoint's own probes, else its predictors)"
+    parser.add_argument("--probes", metavar="DIR", help=probes)
     parser.add_argument("--layers", type=int, nargs="+", help=f"default: all, or {DRAWN_LAYERS} of them")
     bank = "gen: show the nearest image of this folder (default: of the run's training images)"
     parser.add_argument("--images_for_gen", metavar="DIR", help=bank)
     parser.add_argument("--unclip", help="gen: let this unCLIP pipeline draw, folder or name")
-    parser.add_argument("--prompt", default="Describe the image.", help="the user's words behind the image")
+    parser.add_argument("--prompt", default=PROMPT, help="for predictors: the user's words behind the image")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...")
     args = parser.parse_args(argv)
     try:
         images = [open_image(path) for path in args.images]
-        fields = find_teachers(args.recipe, args.checkpoint)
-        folder = args.images_for_gen and Path(args.images_for_gen)
-        bank = folder and sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_FILES)
+        fields = find_teachers(args.recipe, args.probes, args.checkpoint)
+        bank = images_of_folder(args.images_for_gen) if args.images_for_gen else None
         model, processor = load_checkpoint(args.checkpoint, args.dtype)
-        options = {"layers": args.layers, "prompt": args.prompt, "images_for_gen": bank, "unclip": args.unclip}
+        options = {"layers": args.layers, "prompt": args.prompt, "probes": args.probes}
+        options |= {"images_for_gen": bank, "unclip": args.unclip}
         viewer = LayerViewer.load(args.checkpoint, model, processor, fields, **options)
         shown = viewer.pictures(images)
     except (ValueError, OSError) as error:

@@ -23,10 +23,13 @@ from transformers import logging
 
 from ola_vlm.eval.statistics import compare_answers
 from ola_vlm.miniature import dataset, world
-from ola_vlm.miniature.arm import PROBE_SPLITS, PROMPT, STAGES, Clock, probe_paths, read_json
+from ola_vlm.miniature.arm import PROBE_BATCH, PROBE_SPLITS, PROMPT, STAGES, Clock, probe_paths, read_json
 from ola_vlm.miniature.report import write_report
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.probing.ridge import choose_strength
+from ola_vlm.probing.fit import fit
+from ola_vlm.probing.probes import Probes
+from ola_vlm.probing.ridge import RidgeFit, choose_strength
+from ola_vlm.probing.states import StateReader
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import miniature as recipe
 from ola_vlm.targets.fill import fill, make_teachers, open_caches
@@ -152,9 +155,28 @@ def decoded_figures(root: Path, count: int = 4) -> None:
         pictures_figure(root / f"decoded_{task}.png", columns, title, painter.legend)
 
 
-def publish(root: Path, methods: list[str], ship: bool = False) -> None:
-    """The first seed's fine-tuned checkpoint becomes <out>/<method>/, ready for from_pretrained; `ship` also puts
-    LLaVA and OLA-VLM, in half precision, where a clone finds them."""
+def fit_probes(root: Path, checkpoint: Path, splits: dict[str, int], strengths: dict[str, float]) -> Probes:
+    """Every layer's, as the arms fit them, for whoever wants to see what the layers see."""
+    model, processor = (one.from_pretrained(checkpoint) for one in (OlaVlmForConditionalGeneration, OlaVlmProcessor))
+    targets = open_caches(root / "targets", make_teachers(recipe.TASKS, recipe.TEACHERS))
+    reader, text = StateReader(model, processor, PROMPT), model.config.text_config
+    fitter = RidgeFit(recipe.TASKS, text.num_hidden_layers + 1, text.hidden_size, {"prompt": PROMPT, "square": True})
+    fit(
+        fitter,
+        reader,
+        targets,
+        probe_paths(root, splits)["train"],
+        PROBE_BATCH,
+        describe=f"probes of {checkpoint.name}",
+    )
+    return fitter.solve({task: float(strength) for task, strength in strengths.items()})
+
+
+def publish(
+    root: Path, methods: list[str], splits: dict[str, int], strengths: dict[str, float], ship: bool = False
+) -> None:
+    """The first seed's fine-tuned checkpoint becomes <out>/<method>/, ready for from_pretrained, LLaVA's and OLA-VLM's
+    with probes; `ship` also puts these two, in half precision, where a clone finds them."""
     unneeded = shutil.ignore_patterns("checkpoint-*", "training_args.bin", "log_history.json")
     for method in methods:
         folder, own, shipped = recipe.run_folder(method, 0, root), root / method, recipe.WEIGHTS / method
@@ -163,6 +185,10 @@ def publish(root: Path, methods: list[str], ship: bool = False) -> None:
         if ship_this:
             OlaVlmForConditionalGeneration.from_pretrained(own, dtype=torch.float16).save_pretrained(shipped)
             OlaVlmProcessor.from_pretrained(own).save_pretrained(shipped)
+        if method in SHIPPED:
+            probes = fit_probes(root, own, splits, strengths)
+            for target in [own, shipped] if ship_this else [own]:
+                probes.save(target / "probes")
         # predictions are standardised: without these they can't be decoded
         if (statistics := folder / "pretrain" / "target_statistics").exists():
             for target in [own, shipped] if ship_this else [own]:
@@ -215,7 +241,8 @@ def main(argv=None) -> dict:
         parser.error(str(error))
     run_arms(root, [(m, seed) for seed in range(args.seeds) for m in args.methods], size["overrides"], args.workers)
     clock.lap("arms")
-    publish(root, args.methods, args.ship)
+    arms = [(method, seed) for method in args.methods for seed in range(args.seeds)]
+    publish(root, args.methods, size["overrides"]["probe_splits"], read_arms(root, arms)[1], args.ship)
     if "ola_vlm" in args.methods:
         decoded_figures(root)
     results = collect(root, args.methods, args.seeds, clock.seconds, checks)

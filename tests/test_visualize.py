@@ -15,6 +15,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ola_vlm.probing.fit import fit
+from ola_vlm.probing.ridge import RidgeFit
+from ola_vlm.probing.states import StateReader
 from ola_vlm.targets.cache import TargetStatistics
 from ola_vlm.targets.encoders import ENCODERS, open_image
 from ola_vlm.visualize import (
@@ -231,8 +234,39 @@ def test_command(checkpoint, tmp_path, capsys):
     assert "gen is left out: its embeddings want" in capsys.readouterr().out
 
 
+def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, capsys):
+    """A plain LLaVA, which has no predictors; its probes lie beside it."""
+    model, processor = make_model([])
+    model.save_pretrained(tmp_path / "llava")
+    processor.save_pretrained(tmp_path / "llava")
+    tasks = [
+        {"name": task, "target_length": one.target_length, "target_dim": one.target_dim}
+        for task, one in encoders.items()
+    ]
+    fitter = RidgeFit(tasks, 5, 32, {"prompt": "what is this", "square": True})
+    images = random_images(5, seed=3)
+    fit(fitter, StateReader(model, processor, "what is this"), encoders, images, batch_size=2)
+    probes = fitter.solve(dict.fromkeys(encoders, 1e-3))
+    probes.save(tmp_path / "llava" / "probes")
+    viewer = LayerViewer.load(
+        tmp_path / "llava", model, processor, find_teachers(None, checkpoint), images_for_gen=images
+    )
+    shown = viewer.pictures(images[:1])
+    assert [name for name in shown["depth"] if name.startswith("layer")] == [f"layer {i}" for i in range(5)]
+    expected = {(task, layer): one for task, layer, one in probes.predict(probes.reader(model, processor)(images[:1]))}
+    torch.testing.assert_close(viewer.features(images[:1])["seg"][3], expected["seg", 3])
+    assert same(shown["depth"]["layer 3"][0], viewer.painters["depth"](expected["depth", 3], images[:1])[0])
+    out, image = str(tmp_path / "out"), str(checkpoint / "images" / "0.png")
+    (tmp_path / "llava" / "run.json").write_text((checkpoint / "run.json").read_text())
+    main([str(tmp_path / "llava"), image, "--out", out])  # by the probes beside it
+    assert "depth.png" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has no predictors"):
+        main([str(tmp_path / "llava"), image, "--out", out, "--probes", "none"])
+
+
 def test_the_run_of_a_fine_tuned_checkpoint_is_that_of_its_beginning(checkpoint, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"teachers": None, "checkpoint": str(checkpoint)}))
+    began = json.loads((checkpoint / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({"teachers": None, "started_from": began}))
     assert set(find_teachers(None, tmp_path)["teachers"]) == set(NAMES)
     assert find_teachers("miniature_pretrain", tmp_path)["teachers"]["seg"]["encoder"] == "oneformer"
 
