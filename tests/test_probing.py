@@ -455,7 +455,7 @@ def study(tmp_path_factory, make_model) -> SimpleNamespace:
         processor.save_pretrained(root / name)
     sizes = [{**task, "predictor_heads": 2, "predictor_head_dim": 8} for task in tasks]
     recipe = ["--tasks", json.dumps(sizes), "--teachers", json.dumps(entries), "--target_cache", str(root / "targets")]
-    recipe += ["--images", str(root / "data" / "images"), "--bf16", "false", "--use_cpu", "true", "--batch_size", "4"]
+    recipe += ["--images", str(root / "data" / "images"), "--use_cpu", "true", "--batch_size", "4"]
     recipe += ["--dataloader_num_workers", "0"]
     return SimpleNamespace(root=root, recipe=recipe, models=[str(root / name) for name in ("one", "two", "three")])
 
