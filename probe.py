@@ -325,7 +325,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[2:] if argv is None else argv)
     if not any(one.split("=")[0] in ("--recipe", "-h", "--help") for one in argv):
         argv += ["--recipe", "llama3_vit_pretrain"]
-    args, own = parse_arguments(argv, "ola-vlm probe", options())
+    # Nothing is trained in bf16 here, and a recipe's wish for it would be refused on a CPU.
+    args, own = parse_arguments(argv, "ola-vlm probe", options(), bf16=False)
     if processes().num_processes > 1:
         raise SystemExit("ola-vlm probe: it runs in one process; give --device_map auto for a model on several GPUs")
     own.models = list(dict.fromkeys(own.models))

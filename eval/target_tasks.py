@@ -8,9 +8,9 @@ backbone is decoded from features. gen: Frechet distance between features of the
 their embeddings; here the image of --gallery with the nearest gen embedding stands in for unCLIP's, and --features
 (the gen teacher by default) for Inception.
 
-Each for the probes of every layer, for the model's own predictors if it has some, and as bounds for the teacher itself,
-its targets decoded the same way, and the mean target. Writes OUT/target_tasks.json and prints a table; a model that is done is not
-done again.
+Each for the probes of every layer, for the model's own predictors if it has some, and as bounds for the teacher
+itself, its targets decoded the same way, and the mean target. Writes OUT/target_tasks.json and prints a table; a model
+that is done is not done again.
 """
 
 import argparse
