@@ -409,3 +409,7 @@ def test_llava_of_the_hub_is_a_start_for_finetuning(make_model, tmp_path):
     moved = train(OlaVlmArguments(str(tmp_path / "moved"), learning_rate=0.01, **fields)).model
     assert not moved.lm_head.weight.equal(plain.lm_head.weight)
     assert moved.model.vision_tower.state_dict().keys() == plain.model.vision_tower.state_dict().keys()
+    (shard,) = [path for path in (tmp_path / "hub").glob("*.safetensors") if "norm" in str(load_file(path).keys())][:1]
+    save_file({name: value for name, value in load_file(shard).items() if "norm" not in name}, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for .*norm\.weight.*: give a whole checkpoint"):
+        train(OlaVlmArguments(str(tmp_path / "less"), **fields))
