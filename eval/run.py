@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, __version__
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, __version__
 
-from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.baselines.build import classes_of
+from ola_vlm.baselines.configuration_multi_encoder import MultiEncoderLlavaConfig
+from ola_vlm.configuration_ola_vlm import OlaVlmConfig
 
 from .benchmarks import BENCHMARKS, load_questions, locate
 from .multiple_choice import generate_answers
@@ -34,12 +35,16 @@ def processes() -> PartialState:
 
 
 def load_checkpoint(checkpoint: str, dtype: str = "auto", device_map: str | None = None, trust_remote_code=False):
-    """(model, processor): ours, or any image-text-to-text model. Without a `device_map` the model goes to this
-    process's own device; `dtype` "auto" is the checkpoint's on a GPU, float32 on a CPU."""
-    model_class, processor_class, code = OlaVlmForConditionalGeneration, OlaVlmProcessor, {}
-    if PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type") != "ola_vlm":
+    """(model, processor): ours, the baselines, or any image-text-to-text model; ValueError for one without eyes.
+    Without a `device_map` the model goes to this process's own device; `dtype` "auto" is the checkpoint's on a GPU,
+    float32 on a CPU."""
+    kind = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+    (model_class, processor_class), code = classes_of(checkpoint), {}
+    if kind not in (OlaVlmConfig.model_type, MultiEncoderLlavaConfig.model_type):
         model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
         code = {"trust_remote_code": trust_remote_code}
+        if kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping:
+            raise ValueError(f"{checkpoint} is a {kind}, which does not read images: give an image-text-to-text model")
     device = processes().device
     dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
     model = model_class.from_pretrained(checkpoint, dtype=dtype, device_map=device_map, **code)

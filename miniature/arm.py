@@ -15,16 +15,18 @@ import torch
 from transformers import TrainerCallback, logging
 
 from ola_vlm.eval.multiple_choice import generate_answers, score
-from ola_vlm.probing.ridge import ModelProbe
+from ola_vlm.probing.fit import batches, fit
+from ola_vlm.probing.probes import score as score_probes
+from ola_vlm.probing.ridge import STRENGTHS, RidgeFit
+from ola_vlm.probing.states import StateReader
 from ola_vlm.recipes import miniature as recipe
-from ola_vlm.targets.encoders import open_image
 from ola_vlm.targets.fill import make_teachers, open_caches
 from ola_vlm.train import load_model, train
 from ola_vlm.training.arguments import OlaVlmArguments
 
 STAGES = {"pretrain": recipe.pretrain, "finetune": recipe.finetune}
 PROBE_SPLITS = {"train": 1500, "validation": 300, "test": 500}
-STRENGTHS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+PROBE_BATCH = 50
 PROMPT = "describe the image ."
 CURVE_POINTS = 5
 
@@ -94,12 +96,13 @@ class Arm(TrainerCallback):
             return
         model, processor = load_model(self.arguments("finetune", checkpoint=str(self.folder / stage)))
         paths = probe_paths(self.root, self.overrides.get("probe_splits", PROBE_SPLITS))
-        images = {split: list(map(open_image, files)) for split, files in paths.items()}
         targets = open_caches(self.root / "targets", make_teachers(recipe.TASKS, recipe.TEACHERS))
-        options = {"batch_size": 50, "prompt": PROMPT, "grid_tokens": model.config.image_seq_length}
-        probe = ModelProbe(model, processor, targets, **options)
-        probe.fit(images["train"], range(len(images["train"])))
-        scores = {s: probe.score(images[s], range(len(images[s])), STRENGTHS) for s in ("validation", "test")}
+        reader, text = StateReader(model, processor, PROMPT), model.config.text_config
+        fitter = RidgeFit(recipe.TASKS, text.num_hidden_layers + 1, text.hidden_size)
+        fit(fitter, reader, targets, paths["train"], PROBE_BATCH)
+        probes = {strength: fitter.solve(dict.fromkeys(targets, strength)) for strength in STRENGTHS}
+        parts = {split: batches(reader, targets, paths[split], PROBE_BATCH) for split in ("validation", "test")}
+        scores = {split: score_probes(part, probes)[0] for split, part in parts.items()}
         path.write_text(json.dumps(scores))
         self.clock.lap("probing")
 

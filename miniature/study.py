@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,10 +29,8 @@ from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.probing.ridge import choose_strength
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import miniature as recipe
-from ola_vlm.targets.cache import TargetStatistics
-from ola_vlm.targets.encoders import open_image
 from ola_vlm.targets.fill import fill, make_teachers, open_caches
-from ola_vlm.visualize import predictions_figure
+from ola_vlm.visualize import LayerViewer, find_run, pictures_figure
 
 SHIPPED = ("llava", "ola_vlm")
 # Changes of the recipe's fields; the shrunken run, of a minute, checks the chain and not the numbers.
@@ -57,9 +56,11 @@ def fill_targets(root: Path, probe_splits: dict[str, int]) -> None:
         raise ValueError(f"images without a target: {list(refused.values())}")
 
 
-def run_arms(root: Path, arms: list[tuple[str, int]], overrides: dict, workers: int) -> None:
-    """Arms as parallel one-thread processes, their logs in their folders. Raises RuntimeError with the end of an
-    arm's log when it fails; the other arms are stopped and can be resumed."""
+def run_arms(
+    root: Path, arms: list[tuple[str, int]], overrides: dict, workers: int, done: Callable[[], None] = lambda: None
+) -> None:
+    """Arms as parallel one-thread processes, their logs in their folders; `done` is called as one has ended. Raises
+    RuntimeError with the end of an arm's log when it fails; the other arms are stopped and can be resumed."""
     folders = {arm: recipe.run_folder(*arm, root) for arm in arms}
     waiting = [arm for arm, folder in folders.items() if not (folder / "result.json").exists()]
     running: dict[tuple[str, int], subprocess.Popen] = {}
@@ -82,27 +83,42 @@ def run_arms(root: Path, arms: list[tuple[str, int]], overrides: dict, workers: 
                 if running.pop(arm).returncode:
                     log = (folders[arm] / "log.txt").read_text(errors="replace")
                     raise RuntimeError(f"arm {arm} failed; the end of its log:\n{log[-3000:]}")
+                done()
     finally:
         bar.close()
         for process in running.values():
             process.terminate()
 
 
-def collect(root: Path, methods: list[str], seeds: int, seconds: dict, checks: dict) -> dict:
-    """report.json's content from the arms' folders; one ridge strength a task for all arms, chosen on validation."""
-    results, answers = defaultdict(list), defaultdict(list)
-    for method in methods:
-        for folder in (recipe.run_folder(method, seed, root) for seed in range(seeds)):
+def read_arms(root: Path, arms: list[tuple[str, int]]) -> tuple[dict[str, list[dict]], dict[str, float]]:
+    """Each method's results by seed, of those arms that are done, and the ridge strengths: one a task for all arms,
+    chosen on validation images."""
+    results = defaultdict(list)
+    for method, seed in arms:
+        folder = recipe.run_folder(method, seed, root)
+        if (folder / "result.json").exists():
             result = read_json(folder / "result.json")
             result["probes"] = {stage: read_json(folder / f"probe_{stage}.json") for stage in STAGES}
             results[method].append(result)
-            answers[method].append(read_json(folder / f"answers_{result['curve'][-1]['step']}.json"))
     probes = [result["probes"] for of_method in results.values() for result in of_method]
     validation = [scores["validation"] for of_arm in probes for scores in of_arm.values()]
-    strengths = {task["name"]: choose_strength(validation, task["name"]) for task in recipe.TASKS}
+    strengths = (
+        {task["name"]: choose_strength(validation, task["name"]) for task in recipe.TASKS} if validation else {}
+    )
     for of_arm in probes:
         for stage, scores in of_arm.items():
             of_arm[stage] = {task: scores["test"][strength][task] for task, strength in strengths.items()}
+    return dict(results), strengths
+
+
+def collect(root: Path, methods: list[str], seeds: int, seconds: dict, checks: dict) -> dict:
+    """report.json's content from the arms' folders."""
+    results, strengths = read_arms(root, [(method, seed) for method in methods for seed in range(seeds)])
+    answers = defaultdict(list)
+    for method, of_method in results.items():
+        for result in of_method:
+            folder = recipe.run_folder(method, result["seed"], root)
+            answers[method].append(read_json(folder / f"answers_{result['curve'][-1]['step']}.json"))
     compared = {f"{b} - {a}": compare_answers(answers[a], answers[b]) for a, b in PAIRS if {a, b} <= set(methods)}
     return {
         "methods": {method: {"seeds": of_method} for method, of_method in results.items()},
@@ -120,31 +136,20 @@ def collect(root: Path, methods: list[str], seeds: int, seconds: dict, checks: d
     }
 
 
-@torch.no_grad()
 def decoded_figures(root: Path, count: int = 4) -> None:
     """Depth and segmentation decoded from OLA-VLM's predictions right after pre-training, beside teacher and truth."""
     folder = recipe.run_folder("ola_vlm", 0, root) / "pretrain"
     model = OlaVlmForConditionalGeneration.from_pretrained(folder).eval()
     processor = OlaVlmProcessor.from_pretrained(folder)
-    images = list(map(open_image, probe_paths(root, {"test": count})["test"]))
-    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=[text] * count, images=images, return_tensors="pt", add_special_tokens=False)
-    predictions = model(**inputs, output_predictions=True).predictions
-    stored, teachers = load_file(root / "data" / "test.safetensors"), make_teachers(recipe.TASKS, recipe.TEACHERS)
-    truths = {"depth": 1 / stored["depth"][:count].astype(float), "seg": stored["mask"][:count]}
-    for task, truth in truths.items():
-        predictions_figure(
-            root / f"decoded_{task}.png",
-            teachers[task].encoder,
-            images,
-            predictions[task],
-            truth=list(truth),
-            statistics=TargetStatistics.load(folder / "target_statistics" / f"{task}.safetensors"),
-            title=f"{task}: decoded from the LLM's layers after pre-training",
-            class_names=world.CLASSES,  # these two matter to seg only
-            class_colors=dataset.PALETTE.tolist(),
-        )
+    viewer = LayerViewer.load(folder, model, processor, find_run(folder), prompt=PROMPT)
+    stored = load_file(root / "data" / "test.safetensors")
+    truths = {"depth": 1 / stored["depth"][:count].astype(float), "seg": stored["mask"][:count].astype(int)}
+    for task, columns in viewer.pictures(probe_paths(root, {"test": count})["test"]).items():
+        painter = viewer.painters[task]
+        truth = {"truth": list(map(painter.draw, truths[task]))} if task in truths else {}
+        columns = {"image": columns.pop("image"), **truth, **columns}
+        title = f"{task}, right after pre-training: {painter.caption}"
+        pictures_figure(root / f"decoded_{task}.png", columns, title, painter.legend)
 
 
 def publish(root: Path, methods: list[str], ship: bool = False) -> None:
@@ -162,6 +167,27 @@ def publish(root: Path, methods: list[str], ship: bool = False) -> None:
         if (statistics := folder / "pretrain" / "target_statistics").exists():
             for target in [own, shipped] if ship_this else [own]:
                 shutil.copytree(statistics, target / "target_statistics", dirs_exist_ok=True)
+
+
+def prepare(root: Path, size: dict, settings: dict) -> tuple[Clock, dict]:
+    """The world and its targets in `root`, and its checks. ValueError if it was begun with other `settings`."""
+    root.mkdir(parents=True, exist_ok=True)
+    begun = root / "settings.json"
+    if begun.exists() and (former := read_json(begun)) != settings:
+        how = [
+            f"{name} {former.get(name)}" for name in former.keys() | settings if former.get(name) != settings.get(name)
+        ]
+        raise ValueError(f"{root} was begun with {', '.join(how)}: choose another --out, or the same options")
+    begun.write_text(json.dumps(settings))
+    logging.set_verbosity_error()
+    clock = Clock(root / "seconds.json")
+    checks = dataset.write_world(root / "data", size["sizes"], size["questions"])
+    del checks["asked"]  # its settings
+    shutil.copy2(root / "data" / "contact_sheet.png", root / "world.png")
+    clock.lap("world")
+    fill_targets(root, size["overrides"]["probe_splits"])
+    clock.lap("targets")
+    return clock, checks
 
 
 def main(argv=None) -> dict:
@@ -182,20 +208,11 @@ def main(argv=None) -> dict:
     root = args.out.resolve()
     if root.exists() and any(root.iterdir()) and not args.resume:
         parser.error(f"{args.out} is not empty: add --resume to go on with it, or choose another --out")
-    root.mkdir(parents=True, exist_ok=True)
-    settings = root / "settings.json"
-    if settings.exists() and read_json(settings) != {"shrunk": args.shrunk}:
-        parser.error(f"{args.out} was begun {'without' if args.shrunk else 'with'} --shrunk: choose another --out")
-    settings.write_text(json.dumps({"shrunk": args.shrunk}))
-    logging.set_verbosity_error()
     size = SHRUNK if args.shrunk else FULL
-    clock = Clock(root / "seconds.json")
-    checks = dataset.write_world(root / "data", size["sizes"], size["questions"])
-    del checks["asked"]  # its settings
-    shutil.copy2(root / "data" / "contact_sheet.png", root / "world.png")
-    clock.lap("world")
-    fill_targets(root, size["overrides"]["probe_splits"])
-    clock.lap("targets")
+    try:
+        clock, checks = prepare(root, size, {"shrunk": args.shrunk})
+    except ValueError as error:
+        parser.error(str(error))
     run_arms(root, [(m, seed) for seed in range(args.seeds) for m in args.methods], size["overrides"], args.workers)
     clock.lap("arms")
     publish(root, args.methods, args.ship)

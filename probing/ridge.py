@@ -1,21 +1,21 @@
 """Closed-form probes: how well does each LLM layer's image-token states tell a target encoder's features?
 
-The paper trains a resampler probe per layer (section 4.1); a ridge regression is exact, takes seconds, and has one
-strength, to be chosen on validation images once and used for all methods alike.
+The paper trains a resampler probe per layer (section 4.1, `probing.resampler`); a ridge regression is exact, takes
+seconds, and has one strength, to be chosen on validation images once and used for all methods alike.
 
-N images, V image tokens an image, Q positions of the target, H LLM width, E target width, R rows (N * Q).
+Q positions of the target, H LLM width, E target width, R rows (images * Q).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..targets.encoders import open_image
+from .probes import Probes, Scores
+from .states import ImageStates
 
-Scores = dict[str, dict[str, dict[str, float]]]  # task -> layer -> {"ridge", "ridge_plain"}
+STRENGTHS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class RidgeProbe:
@@ -28,7 +28,6 @@ class RidgeProbe:
 
     def __init__(self):
         self.count, self.mean, self.scatter = 0, 0.0, 0.0  # of the rows (x, y): (H + E,), and (H, H + E)
-        self._solved: dict[float, tuple[Tensor, Tensor]] = {}
 
     def update(self, x_RH: Tensor, y_RE: Tensor):
         """Adds rows: scatter matrices around the mean so far, merged by the parallel variance formula."""
@@ -40,133 +39,83 @@ class RidgeProbe:
         self.scatter = self.scatter + both[:, :width].T @ both + between
         self.mean = self.mean + share * delta
         self.count += rows
-        self._solved.clear()
 
-    def solve(self, strength: float) -> tuple[Tensor, Tensor]:
-        """Weights (H, E) and intercept (E,), float64, for a positive strength."""
-        if strength not in self._solved:
-            width, covariance = len(self.scatter), self.scatter / self.count
-            std = covariance.diagonal().sqrt()
-            std = torch.where(std > 1e-9, std, 1)
-            system = covariance[:, :width] / torch.outer(std, std)
-            system.diagonal().add_(strength)
-            weights = torch.linalg.solve(system, covariance[:, width:] / std[:, None]) / std[:, None]
-            self._solved[strength] = (weights, self.mean[width:] - self.mean[:width] @ weights)
-        return self._solved[strength]
-
-    def predict(self, x_RH: Tensor, strength: float) -> Tensor:
-        """(R, E), fp32."""
-        weights, intercept = self.solve(strength)
-        return (x_RH.double() @ weights + intercept).float()
+    def solve(self, strength: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (H, E), centre (H,) and bias (E,), float64, of `(x - centre) @ weights + bias`; strength > 0."""
+        width, covariance = len(self.scatter), self.scatter / self.count
+        std = covariance.diagonal().sqrt()
+        std = torch.where(std > 1e-9, std, 1)
+        system = covariance[:, :width] / torch.outer(std, std)
+        system.diagonal().add_(strength)
+        weights = torch.linalg.solve(system, covariance[:, width:] / std[:, None]) / std[:, None]
+        return weights, self.mean[:width], self.mean[width:]
 
 
-def flat_cosine(prediction_NQE: Tensor, target_NQE: Tensor) -> Tensor:
-    """The paper's score: cosine similarity of each image's flattened embeddings, (N,)."""
-    return F.cosine_similarity(prediction_NQE.flatten(1), target_NQE.flatten(1), dim=-1)
+class RidgeFit:
+    """All layers' and tasks' ridge statistics, in one pass. Tasks of one target length share a layer's inputs, and so
+    the largest part of the work.
 
-
-def centred_cosine(prediction_NQE: Tensor, target_NQE: Tensor, mean_QE: Tensor) -> Tensor:
-    """Cosine similarity at each position after the training images' mean there is taken off, averaged: (N,).
-
-    Plain cosines are high for any prediction near the mean (.93 for the mean itself); this one is 0 on average."""
-    return F.cosine_similarity(prediction_NQE - mean_QE, target_NQE - mean_QE, dim=-1).mean(-1)
-
-
-def to_positions(states_NVH: Tensor, length: int) -> Tensor:
-    """Image-token states as inputs for `length` target positions, (N, Q, H): token to token if the grids agree; else
-    the grids, both square, are pooled or interpolated; their mean for one embedding an image."""
-    tokens = states_NVH.shape[1]
-    if tokens == length:
-        return states_NVH
-    if length == 1:
-        return states_NVH.mean(1, keepdim=True)
-    side, target_side = round(tokens**0.5), round(length**0.5)
-    grid = states_NVH.transpose(1, 2).unflatten(2, (side, side))
-    mode = "area" if side > target_side else "bilinear"
-    return F.interpolate(grid, size=target_side, mode=mode).flatten(2).transpose(1, 2)
-
-
-class ModelProbe:
-    """A probe per layer and task on a frozen LLaVA-like model, memory bounded by a batch and the probes.
-
-    Args:
-        model, processor: OLA-VLM or any LLaVA of transformers with its processor.
-        targets: for each task, a function from a list of images to their targets (N, Q, E), such as a TargetCache.
-        prompt: the user's words after the image. Image tokens don't see what follows them.
-        grid_tokens: how many of an image's tokens are probed, the first ones; all by default. The baseline
-            `fusion="token"` has others behind its grid.
+    The order of images does not matter but for rounding; nothing is drawn at random.
     """
 
-    def __init__(
-        self,
-        model,
-        processor,
-        targets: Mapping[str, Callable],
-        batch_size=32,
-        prompt="Describe the image.",
-        grid_tokens: int | None = None,
-    ):
-        self.model, self.processor, self.targets, self.batch_size = model.eval(), processor, targets, batch_size
-        self.grid_tokens = grid_tokens
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        messages = [{"role": "user", "content": content}]
-        self.text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        bos = processor.tokenizer.bos_token  # some chat templates write it, others leave it to the tokenizer
-        self.add_special_tokens = not (bos and self.text.startswith(bos))
-        self.probes: dict[tuple[str, int], RidgeProbe] = {}  # (task, layer)
-        self.means: dict[str, Tensor] = {}  # task -> training images' mean target (Q, E)
+    def __init__(self, tasks: list[dict], num_layers: int, hidden_size: int, about: dict | None = None):
+        self.args = (tasks, num_layers, hidden_size, about)
+        self.num_layers = num_layers
+        self.groups = defaultdict(list)  # target length -> its tasks
+        for task in tasks:
+            self.groups[task["target_length"]].append(task["name"])
+        self.probes = {(length, layer): RidgeProbe() for length in self.groups for layer in range(num_layers)}
+        self.count, self.totals = 0, {}  # images, and their targets' sums (Q, E) by task
+        self.can_stop = True  # after any batch
 
-    @torch.no_grad()
-    def states(self, images: Sequence) -> list[Tensor]:
-        """The image tokens' states (N, V, H) at every layer: 0 (the embeddings) to the last."""
-        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": self.add_special_tokens}
-        inputs = self.processor(text=[self.text] * len(images), images=list(map(open_image, images)), **options)
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        hidden = self.model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states
-        is_image_BT = inputs["input_ids"] == self.model.config.image_token_id
-        of_images = [states[is_image_BT].unflatten(0, (len(images), -1)) for states in hidden]
-        return [states[:, : self.grid_tokens].float() for states in of_images]
+    def plan(self, count: int, batch_size: int) -> list[Tensor]:
+        """The batches, as indices of `count` images."""
+        return list(torch.arange(count).split(batch_size))
 
-    def _batches(self, images: Sequence, indices: Iterable[int]) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
-        for rows in torch.tensor(list(indices)).split(self.batch_size):
-            batch, device = [images[i] for i in rows.tolist()], self.model.device
-            yield self.states(batch), {task: source(batch).to(device) for task, source in self.targets.items()}
+    def update(self, states: ImageStates, targets: Mapping[str, Tensor]) -> None:
+        self.count += len(states.grids)
+        for name, target in targets.items():
+            self.totals[name] = self.totals.get(name, 0.0) + target.double().sum(0)
+        for length, names in self.groups.items():
+            together = torch.cat([targets[name] for name in names], dim=-1).flatten(0, 1)
+            for layer in range(self.num_layers):
+                inputs = states.positions(layer, length).flatten(0, 1)
+                self.probes[length, layer].update(inputs, together)
 
-    def fit(self, images: Sequence, indices: Iterable[int]) -> "ModelProbe":
-        """Fits all probes in one pass over `images[i]` for i in `indices`."""
-        count, totals = 0, defaultdict(float)
-        self.probes = {}
-        for states, targets in self._batches(images, indices):
-            count += len(states[0])
-            for task, target in targets.items():
-                totals[task] += target.double().sum(0)
-                for layer, state in enumerate(states):
-                    inputs = to_positions(state, target.shape[1]).flatten(0, 1)
-                    self.probes.setdefault((task, layer), RidgeProbe()).update(inputs, target.flatten(0, 1))
-        self.means = {task: (total / count).float() for task, total in totals.items()}
-        return self
+    def solve(self, strengths: Mapping[str, float]) -> Probes:
+        """The probes with a strength for each task."""
+        probes = Probes("ridge", *self.args)
+        probes.about["strengths"] = dict(strengths)
+        probes.means = {name: (total / self.count).float() for name, total in self.totals.items()}
+        for (length, layer), ridge in self.probes.items():
+            solved = {
+                strength: ridge.solve(strength) for strength in {strengths[name] for name in self.groups[length]}
+            }
+            start = 0
+            for name in self.groups[length]:
+                weights, centre, bias = solved[strengths[name]]
+                own = slice(start, start := start + probes.tasks[name]["target_dim"])
+                found = {"centre": centre, "weight": weights[:, own], "bias": bias[own]}
+                probes.modules[name][str(layer)].load_state_dict({part: x.float() for part, x in found.items()})
+        return probes.to(next(iter(self.totals.values())).device)
 
-    def predict(self, states: list[Tensor], strength: float) -> Iterator[tuple[str, int, Tensor]]:
-        """Task, layer and embeddings (N, Q, E), to be decoded like a predictor's, for each probe; of `states()`."""
-        for (task, layer), probe in self.probes.items():
-            inputs = to_positions(states[layer], len(self.means[task]))
-            yield task, layer, probe.predict(inputs.flatten(0, 1), strength).unflatten(0, inputs.shape[:2])
+    def state(self) -> dict[str, Tensor]:
+        """What an interrupted fit goes on from, exactly."""
+        tensors = {f"total.{name}": total for name, total in self.totals.items()}
+        for (length, layer), ridge in self.probes.items():
+            tensors |= {f"{length}.{layer}.mean": ridge.mean, f"{length}.{layer}.scatter": ridge.scatter}
+        return tensors | {"count": torch.tensor(self.count)}
 
-    def score(self, images: Sequence, indices: Iterable[int], strengths: Sequence[float]) -> dict[float, Scores]:
-        """For each strength {task: {layer: {"ridge": centred cosine, "ridge_plain": the paper's}}}, image means."""
-        count, totals = 0, defaultdict(float)
-        for states, targets in self._batches(images, indices):
-            count += len(states[0])
-            for strength in strengths:
-                for task, layer, prediction in self.predict(states, strength):
-                    centred = centred_cosine(prediction, targets[task], self.means[task])
-                    both = torch.stack([centred, flat_cosine(prediction, targets[task])])
-                    totals[strength, task, layer] += both.double().sum(1)
-        scores = {strength: {task: {} for task in self.means} for strength in strengths}
-        for (strength, task, layer), total in totals.items():
-            ridge, plain = (total / count).tolist()
-            scores[strength][task][str(layer)] = {"ridge": ridge, "ridge_plain": plain}
-        return scores
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.count = int(tensors["count"])
+        for name, value in tensors.items():
+            match name.split("."):
+                case ["total", task]:
+                    self.totals[task] = value
+                case [length, layer, part]:
+                    ridge = self.probes[int(length), int(layer)]
+                    setattr(ridge, part, value)
+                    ridge.count = self.count * int(length)
 
 
 def choose_strength(validation: Sequence[dict[float, Scores]], task: str) -> float:

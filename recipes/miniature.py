@@ -22,13 +22,68 @@ TEACHERS = {
     "seg": {"encoder": "oneformer", "path": str(WEIGHTS / "seg"), "task_inputs": [1, 1, 1, 1]},
 }
 
+BY_LETTER = {task["name"][0]: task for task in TASKS}
+
+
+def _every_task(**fields) -> dict:
+    return {"pretrain": {"tasks": [task | fields for task in TASKS]}}
+
+
+def _some_tasks(names: str) -> dict:
+    chosen = [task for task in TASKS if task["name"] in names.split("_")]
+    return {"pretrain": {"tasks": chosen, "teachers": {task["name"]: TEACHERS[task["name"]] for task in chosen}}}
+
+
+# The paper's ablations here: table -> row -> what it changes of `ola_vlm`'s stages ({}: that is the row; None: llava).
+ABLATIONS = {
+    "layers": {  # Table 3: of all tasks but in ola_vlm itself, on 4 LLM layers
+        "d2_s2_g3": {},
+        **{name: _every_task(layers=[int(i) for i in name.split(".")]) for name in ("1", "2", "3", "4", "1.3", "2.4")},
+    },
+    "losses": {  # Table 4: the stages with embedding losses; none: task tokens only
+        "llava": None,
+        "none": {"pretrain": {"embedding_losses": False}},
+        "pt": {},
+        "pt_ift": {"finetune": {"embedding_losses": True}},
+    },
+    "tokens": {str(n): _every_task(num_task_tokens=n) if n != 1 else {} for n in (0, 1, 2, 4, 8)},  # Table 5: N_seek
+    "learnable": {"frozen": {}, "learnable": {"finetune": {"task_tokens": "trained"}}},  # Table 6
+    "keys": {  # Table I: what predictors attend to
+        "image_task": _every_task(keys=["image", "task"]),
+        "system_image_task": _every_task(keys=["system", "image", "task"]),
+        "all": {},
+    },
+    "tasks": {  # Table II
+        "none": None,
+        **{name: _some_tasks(name) for name in ("depth", "seg", "gen", "depth_seg", "gen_depth", "gen_seg")},
+        "all": {},
+    },
+    "order": {  # Table III: of the task tokens
+        order: {"pretrain": {"tasks": [BY_LETTER[letter] for letter in order]}} if order != "gds" else {}
+        for order in ("dsg", "dgs", "sdg", "sgd", "gds", "gsd")
+    },
+    "lambda": {
+        w: _every_task(loss_weight=float(w)) if w != "0.50" else {} for w in ["0.10", "0.25", "0.50", "0.75", "1.00"]
+    },
+    "terms": {"smooth_l1": _every_task(contrastive_weight=0.0), "both": {}},  # Table V; lambda is Table IV
+}
+
+
+def ablation_run(table: str, row: str) -> str:
+    """The run of a row: ola_vlm_<table>_<row>, or the method that it is."""
+    changes = ABLATIONS[table][row]
+    return "llava" if changes is None else f"ola_vlm_{table}_{row}" if changes else "ola_vlm"
+
+
+VARIANTS = {ablation_run(table, row): changes for table, rows in ABLATIONS.items() for row, changes in rows.items()}
+
 
 def run_folder(method: str, seed: int, root: str | Path = "runs/miniature") -> Path:
     return Path(root) / method / f"seed{seed}"
 
 
 def _common(method: str, seed: int, root: str | Path, stage: str) -> dict:
-    if method not in (known := (*METHODS, *FUSIONS)):
+    if method not in (known := (*METHODS, *FUSIONS, *VARIANTS)):
         raise ValueError(f"method {method!r} is unknown: choose one of {known}")
     return SCHEDULE | {
         "stage": stage,
@@ -43,28 +98,39 @@ def _common(method: str, seed: int, root: str | Path, stage: str) -> dict:
     }
 
 
+def _targets(root: str | Path) -> dict:
+    """Where targets are stored and what makes them."""
+    stored = {"target_cache": str(Path(root) / "targets"), "target_fill": True, "standardize_targets": True}
+    return {"teachers": TEACHERS, **stored}
+
+
 def pretrain(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/miniature") -> dict:
     """PT on captions: python train.py --recipe miniature_pretrain."""
-    return _common(method, seed, root, "pretrain") | {
-        "vision_tower": str(WEIGHTS / "vision_tower"),
-        "language_model": str(WEIGHTS / "language_model"),
-        "tasks": [dict(task) for task in TASKS] if method.startswith("ola_vlm") else [],
-        "fusion": FUSIONS.get(method),
-        "num_encoder_tokens": 1,
-        "teachers": TEACHERS,
-        "target_cache": str(Path(root) / "targets"),
-        "target_fill": True,
-        "standardize_targets": True,
-        "shuffle_targets": method == "ola_vlm_shuffled",
-        "max_steps": 400,
-        "per_device_train_batch_size": 32,
-    }
+    return (
+        _common(method, seed, root, "pretrain")
+        | _targets(root)
+        | {
+            "vision_tower": str(WEIGHTS / "vision_tower"),
+            "language_model": str(WEIGHTS / "language_model"),
+            "tasks": [dict(task) for task in TASKS] if method.startswith("ola_vlm") else [],
+            "fusion": FUSIONS.get(method),
+            "num_encoder_tokens": 1,
+            "shuffle_targets": method == "ola_vlm_shuffled",
+            "max_steps": 400,
+            "per_device_train_batch_size": 32,
+            **(VARIANTS.get(method) or {}).get("pretrain", {}),
+        }
+    )
 
 
 def finetune(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/miniature") -> dict:
     """IFT on questions, task tokens frozen: python train.py --recipe miniature_finetune."""
+    changes = (VARIANTS.get(method) or {}).get("finetune", {})
+    if changes.get("embedding_losses"):
+        changes = _targets(root) | changes
     return _common(method, seed, root, "finetune") | {
         "checkpoint": str(run_folder(method, seed, root) / "pretrain"),
         "max_steps": 450,
         "per_device_train_batch_size": 16,
+        **changes,
     }

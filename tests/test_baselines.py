@@ -20,7 +20,10 @@ from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.eval.multiple_choice import generate_answers
 from ola_vlm.miniature import study
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.probing.ridge import ModelProbe
+from ola_vlm.probing.fit import batches, fit
+from ola_vlm.probing.probes import score
+from ola_vlm.probing.ridge import RidgeFit
+from ola_vlm.probing.states import StateReader
 from ola_vlm.recipes import RECIPES
 from ola_vlm.recipes.paper import FUSIONS as METHODS
 from ola_vlm.targets.encoders import open_image
@@ -264,10 +267,14 @@ def test_remote_code_in_a_fresh_process(make, tmp_path, fusion):
 def test_probed_and_asked_like_ours(make, encoders, tmp_path, fusion):
     made, images = make(fusion), [random_image(i) for i in range(6)]
     targets = {"depth": encoders["depth"], "gen": encoders["gen"]}
-    probe = ModelProbe(made.model, made.processor, targets, batch_size=4, grid_tokens=GRID)
-    assert all(states.shape == (2, GRID, 32) for states in probe.states(images[:2]))
-    scores = probe.fit(images, range(4)).score(images, [4, 5], [1e-3])[1e-3]
-    assert {task: list(layers) for task, layers in scores.items()} == {task: list("01234") for task in targets}
+    reader = StateReader(made.model, made.processor)
+    states = reader(images[:2])  # the base encoder's grid, without the others' tokens
+    assert all(states.of_grid(layer).shape == (2, GRID, 32) for layer in range(states.num_layers))
+    tasks = [{"name": n, "target_length": t.target_length, "target_dim": t.target_dim} for n, t in targets.items()]
+    fitter = RidgeFit(tasks, states.num_layers, 32)
+    fit(fitter, reader, targets, images[:4])
+    scores, _ = score(batches(reader, targets, images[4:], 2), {0: fitter.solve(dict.fromkeys(targets, 1e-3))})
+    assert {task: list(layers) for task, layers in scores[0].items()} == {task: list("01234") for task in targets}
     images[0].save(tmp_path / "0.png")
     question = {"id": "0", "image": "0.png", "question": "what is this ?", "choices": ["a", "b"], "task": "t"}
     (answer,) = generate_answers(made.model, made.processor, [question], tmp_path)

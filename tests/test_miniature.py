@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ola_vlm.miniature import components, study, world
+from ola_vlm.miniature import ablations, components, study, world
 from ola_vlm.recipes import miniature as recipe
+from ola_vlm.training.arguments import OlaVlmArguments
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,52 @@ def test_resume_does_nothing_twice_and_a_used_folder_is_refused(run, capsys):
     assert "--resume" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         study.main(["--out", str(out), "--resume"])
-    assert "begun with --shrunk" in capsys.readouterr().err
+    assert "begun with shrunk True" in capsys.readouterr().err
+
+
+def test_ablations_go_on_from_the_study(run, capsys):
+    out, results = run
+    stamp = (out / "ola_vlm" / "seed0" / "result.json").stat().st_mtime_ns
+    options = ["ablations", "--tables", "terms", "learnable", "--shrunk", "--out", str(out)]
+    ablations.main([*options[:3], *options[4:]])  # Table V alone
+    found = json.loads((out / "ablations.json").read_text())["tables"]
+    assert list(found) == ["terms"] and list(found["terms"]) == ["smooth_l1", "both"]
+    assert (out / "ola_vlm" / "seed0" / "result.json").stat().st_mtime_ns == stamp  # its row was there
+    (seed,) = results["methods"]["ola_vlm"]["seeds"]
+    (both,) = found["terms"]["both"]
+    assert both["average"] == pytest.approx(100 * seed["accuracy"]["average"])
+    scores = [seed["probes"]["finetune"]["seg"][layer]["ridge"] for layer in "1234"]
+    assert both["seg, after IFT"] == pytest.approx(sum(scores) / 4)
+    losses = json.loads((out / "ola_vlm_terms_smooth_l1" / "seed0" / "result.json").read_text())["losses"]
+    with_both = seed["losses"]
+    assert losses["depth/2/smooth_l1"][0] == pytest.approx(with_both["depth/2/smooth_l1"][0])  # before the first step
+    assert losses["depth/2/smooth_l1"][-1] != pytest.approx(with_both["depth/2/smooth_l1"][-1], rel=1e-6)
+    with Image.open(out / "ablation_terms.png") as picture:
+        assert min(picture.size) > 200
+    capsys.readouterr()
+    ablations.main([*options, "--report"])  # trains nothing
+    text = capsys.readouterr().out
+    assert "2 of 3 arms done" in text and "| both (ola_vlm) | 1 |" in text and "Not done yet: learnable." in text
+    with pytest.raises(SystemExit):
+        ablations.main([*options, "--steps", "2", "2"])
+    assert "begun with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("table", "row"), [(t, row) for t, rows in recipe.ABLATIONS.items() for row in rows])
+def test_ablations_change_what_they_say(table, row):
+    name = recipe.ablation_run(table, row)
+    changed = {}
+    for stage in (recipe.pretrain, recipe.finetune):
+        parent, fields = stage("ola_vlm", 0, "root"), stage(name, 0, "root")
+        OlaVlmArguments(**fields)  # raises for fields and values that it does not know
+        changed |= {key: fields[key] for key in fields if key not in parent or fields[key] != parent[key]}
+    for place in ("output_dir", "checkpoint"):
+        assert (changed.pop(place, None) is None) == (name == "ola_vlm")
+    known = {"layers": {"tasks"}, "tokens": {"tasks"}, "keys": {"tasks"}, "lambda": {"tasks"}, "terms": {"tasks"}}
+    known |= {"order": {"tasks"}, "tasks": {"tasks", "teachers"}, "learnable": {"task_tokens"}}
+    known["losses"] = {"embedding_losses", "tasks", "teachers", "target_cache", "target_fill", "standardize_targets"}
+    assert set(changed) <= known[table]
+    assert bool(changed) == (name != "ola_vlm")
 
 
 def test_failed_arm_shows_its_log(tmp_path):

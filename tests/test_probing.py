@@ -1,20 +1,40 @@
-"""Ridge probes: against a direct solution, planted maps, and which states they read."""
+"""Probes: ridge against a direct solution, the paper's resampler against the reference, which states they read, and
+the command that fits them."""
 
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import benchmark_fixtures
 import numpy as np
 import pytest
 import torch
 from conftest import random_image
+from datasets import Dataset
+from datasets import Image as HfImage
+from PIL import Image
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import load_file
+from tiny_teachers import random_images, save_tiny_teachers
+from tiny_vlms import FAMILIES
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from ola_vlm.probing.ridge import (
-    ModelProbe,
-    RidgeProbe,
-    centred_cosine,
-    choose_strength,
-    flat_cosine,
-    to_positions,
-)
+from ola_vlm import probe
+from ola_vlm.convert.reference import convert_state_dict
+from ola_vlm.eval import correlation, target_tasks
+from ola_vlm.eval.run import weights_state
+from ola_vlm.probing.fit import batches, fit
+from ola_vlm.probing.probes import Probes, centred_cosine, flat_cosine, load_probes, score
+from ola_vlm.probing.resampler import ResamplerFit
+from ola_vlm.probing.ridge import RidgeFit, RidgeProbe, choose_strength
+from ola_vlm.probing.states import ImageStates, StateReader, to_positions
+from ola_vlm.targets.cache import TargetStatistics
+from ola_vlm.targets.encoders import DepthAnythingEncoder, open_image
+from ola_vlm.training.arguments import OlaVlmArguments
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def planted(rows=200, width=6, target=4, seed=0):
@@ -22,6 +42,11 @@ def planted(rows=200, width=6, target=4, seed=0):
     x = torch.randn(rows, width, generator=generator) * torch.tensor([1e-3, 1.0, 50.0, 1.0, 1.0, 1.0]) + 7
     weights = torch.randn(width, target, generator=generator)
     return x, x @ weights + 3, weights
+
+
+def predict(probe: RidgeProbe, x, strength: float):
+    weights, centre, bias = probe.solve(strength)
+    return ((x.double() - centre) @ weights + bias).float()
 
 
 @pytest.mark.parametrize("strength", [1e-3, 1.0])
@@ -37,10 +62,11 @@ def test_ridge_equals_least_squares(strength):
     extra = np.diag(np.sqrt(len(x) * strength) * std)
     rows, wanted = np.concatenate([centred, extra]), np.concatenate([target - target.mean(0), np.zeros((6, 4))])
     expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-    weights, intercept = probe.solve(strength)
+    weights, centre, bias = probe.solve(strength)
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(intercept.numpy(), target.mean(0) - data.mean(0) @ expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(probe.predict(x, strength).numpy(), data @ expected + intercept.numpy(), rtol=1e-5)
+    intercept = (bias - centre @ weights).numpy()
+    np.testing.assert_allclose(intercept, target.mean(0) - data.mean(0) @ expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(predict(probe, x, strength).numpy(), data @ expected + intercept, rtol=1e-5)
 
 
 def test_ridge_recovers_a_planted_map():
@@ -49,7 +75,7 @@ def test_ridge_recovers_a_planted_map():
     probe.update(x, y)
     torch.testing.assert_close(probe.solve(1e-12)[0].float(), weights, rtol=1e-3, atol=1e-3)
     new_x = planted(seed=2)[0]
-    torch.testing.assert_close(probe.predict(new_x, 1e-12), new_x @ weights + 3, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(predict(probe, new_x, 1e-12), new_x @ weights + 3, rtol=1e-4, atol=1e-3)
 
 
 def test_ridge_does_not_depend_on_batches_scale_or_dead_channels():
@@ -58,15 +84,11 @@ def test_ridge_does_not_depend_on_batches_scale_or_dead_channels():
     whole.update(x, y)
     for a, b in zip(x.split(7), y.split(7), strict=True):
         pieces.update(a, b)
-    scaled.update(torch.cat([x.double() * 1024, torch.full((200, 1), 5.0, dtype=torch.double)], dim=1), y)
-    expected = whole.predict(x, 0.1)
-    torch.testing.assert_close(pieces.predict(x, 0.1), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        scaled.predict(torch.cat([x.double() * 1024, torch.full((200, 1), 5.0, dtype=torch.double)], dim=1), 0.1),
-        expected,
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    wide = torch.cat([x.double() * 1024, torch.full((200, 1), 5.0, dtype=torch.double)], dim=1)
+    scaled.update(wide, y)
+    expected = predict(whole, x, 0.1)
+    torch.testing.assert_close(predict(pieces, x, 0.1), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(predict(scaled, wide, 0.1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_ridge_needs_a_target_for_every_input():
@@ -97,10 +119,21 @@ def test_to_positions():
         to_positions(states[:, :15], 4)
 
 
+def test_grids_that_are_not_square_lie_in_the_teachers_square():
+    """A wide image's two rows are the middle two of its square's four; the rest repeats the border."""
+    states = torch.arange(8.0).view(1, 8, 1)  # rows 0 1 2 3 and 4 5 6 7
+    expected = [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]
+    assert to_positions(states, 16, (2, 4))[0, :, 0].view(4, 4).tolist() == expected
+    turned = states.view(2, 4).T.reshape(1, 8, 1)
+    assert to_positions(turned, 16, (4, 2))[0, :, 0].view(4, 4).T.tolist() == expected
+    assert to_positions(states, 1, (2, 4)).flatten().tolist() == [3.5]
+    # 16 tokens that are no square are not taken for one
+    assert to_positions(torch.arange(16.0).view(1, 16, 1), 16, (2, 8)).shape == (1, 16, 1)
+    assert not to_positions(torch.arange(16.0).view(1, 16, 1), 16, (2, 8)).flatten().equal(torch.arange(16.0))
+
+
 IMAGES = [random_image(i) for i in range(24)]
-SPLITS = {"train": range(16), "validation": range(16, 20), "test": range(20, 24)}
-
-
+TRAIN, VALIDATION, TEST = IMAGES[:16], IMAGES[16:20], IMAGES[20:]
 SHAPES = {"gen": (1, 12), "depth": (16, 10), "seg": (16, 14)}
 
 
@@ -111,17 +144,33 @@ def random_targets():
 
 def sources(targets):
     """Functions from images to their targets, which are in the order of IMAGES."""
-    order = {id(image): i for i, image in enumerate(IMAGES)}
+    order = {image.tobytes(): i for i, image in enumerate(IMAGES)}
     return {
-        task: lambda images, target=target: target[[order[id(image)] for image in images]]
+        task: lambda images, target=target: target[[order[image.tobytes()] for image in images]]
         for task, target in targets.items()
     }
 
 
-def probe_model(model, processor, targets, strength, **options):
+def tasks_of(targets):
+    size = {"predictor_heads": 2, "predictor_head_dim": 8}
+    return [
+        {"name": name, "target_length": target.shape[1], "target_dim": target.shape[2], **size}
+        for name, target in targets.items()
+    ]
+
+
+def fit_ridge(model, processor, targets, batch_size=32, **options) -> tuple[RidgeFit, StateReader]:
+    reader = StateReader(model, processor, **options)
+    fitter = RidgeFit(tasks_of(targets), 5, 32)
+    fit(fitter, reader, sources(targets), TRAIN, batch_size)
+    return fitter, reader
+
+
+def probe_model(model, processor, targets, strength, batch_size=32, **options):
     """Scores on the test images of probes fitted on the training images."""
-    probe = ModelProbe(model, processor, sources(targets), **options).fit(IMAGES, SPLITS["train"])
-    return probe.score(IMAGES, SPLITS["test"], [strength])[strength]
+    fitter, reader = fit_ridge(model, processor, targets, batch_size, **options)
+    probes = {0: fitter.solve(dict.fromkeys(targets, strength))}
+    return score(batches(reader, sources(targets), TEST, batch_size), probes)[0][0]
 
 
 def test_states_are_the_image_tokens_only(make_model):
@@ -129,33 +178,33 @@ def test_states_are_the_image_tokens_only(make_model):
     model.generation_config.suppress_tokens = None
     for side in ("left", "right"):
         processor.tokenizer.padding_side = side
-        probe = ModelProbe(model, processor, {}, prompt="what color")
-        states = probe.states(IMAGES[:3])
-        assert len(states) == 5 and all(state.shape == (3, 16, 32) for state in states)
+        reader = StateReader(model, processor, prompt="what color")
+        states = reader(IMAGES[:3])
+        assert states.num_layers == 5 and all(states.of_grid(layer).shape == (3, 16, 32) for layer in range(5))
     rotated = IMAGES[0].copy()
     rotated.getexif()[0x0112] = 6  # the teachers see it upright, so must the student
-    assert probe.states([rotated])[-1].equal(probe.states([IMAGES[0].rotate(-90)])[-1])
-    inputs = processor(text=[probe.text], images=IMAGES[1:2], return_tensors="pt", add_special_tokens=False)
+    assert reader([rotated]).of_grid(4).equal(reader([IMAGES[0].rotate(-90)]).of_grid(4))
+    inputs = processor(text=[reader.text], images=IMAGES[1:2], return_tensors="pt", add_special_tokens=False)
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16 < inputs["input_ids"].shape[1] - 8
     with torch.no_grad():
         output = model(**inputs, output_hidden_states=True)
         features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0]
-    torch.testing.assert_close(states[0][1], features)  # what the projector put in their place
+    torch.testing.assert_close(states.of_grid(0)[1], features)  # what the projector put in their place
     first = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0].item()
     for layer in range(5):
         expected = output.hidden_states[layer][0, first : first + 16]
-        torch.testing.assert_close(states[layer][1], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(states.of_grid(layer)[1], expected, rtol=1e-4, atol=1e-4)
     # What follows the image is not seen: neither the words nor the task tokens change the states.
-    longer = ModelProbe(model, processor, {}, prompt="what is this color of the cube").states(IMAGES[:3])
-    for one, other in zip(states, longer, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    longer = StateReader(model, processor, prompt="what is this color of the cube")(IMAGES[:3])
+    for layer in range(5):
+        torch.testing.assert_close(states.of_grid(layer), longer.of_grid(layer), rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_that_holds_the_target_scores_one(make_model):
     model, processor = make_model()
-    states = ModelProbe(model, processor, {}).states(IMAGES)
+    states = StateReader(model, processor)(IMAGES)
     mixing = torch.randn(32, 10, generator=torch.Generator().manual_seed(0))
-    targets = {"depth": states[2] @ mixing, "seg": random_targets()["seg"]}
+    targets = {"depth": states.of_grid(2) @ mixing, "seg": random_targets()["seg"]}
     scores = probe_model(model, processor, targets, 1e-9, batch_size=8)
     assert set(scores) == {"depth", "seg"} and set(scores["depth"]) == {"0", "1", "2", "3", "4"}
     assert scores["depth"]["2"]["ridge"] > 0.999 and scores["depth"]["2"]["ridge_plain"] > 0.999
@@ -175,24 +224,40 @@ def test_batches_and_grouping_do_not_matter(make_model):
             assert alone[task][layer] == pytest.approx(expected[task][layer], rel=1e-4, abs=1e-5)
 
 
-def test_predictions_have_the_score(make_model):
+def test_predictions_have_the_score(make_model, tmp_path):
     model, processor = make_model()
     targets = random_targets()
-    probe = ModelProbe(model, processor, sources(targets), batch_size=3).fit(IMAGES, SPLITS["train"])
+    fitter, reader = fit_ridge(model, processor, targets, batch_size=3)
+    strengths = {"gen": 0.1, "depth": 1.0, "seg": 1e-3}
+    probes = fitter.solve(strengths)
+    probes.about |= {"prompt": reader.prompt, "square": True}
+    probes.save(tmp_path / "model")
+    loaded = load_probes(tmp_path)  # the folder above has those of one model
     predictions = {task: {} for task in targets}
-    for task, layer, prediction in probe.predict(probe.states(IMAGES[20:]), 0.1):
+    for task, layer, prediction in loaded.predict(loaded.reader(model, processor)(TEST)):
         predictions[task][layer] = prediction
-    score = probe.score(IMAGES, SPLITS["test"], [0.1])[0.1]
+    scores, zero = score(batches(reader, sources(targets), TEST, 3), {0: probes})
     assert predictions["depth"][3].shape == (4, 16, 10) and predictions["gen"][0].shape == (4, 1, 12)
-    cosine = centred_cosine(predictions["seg"][4], targets["seg"][20:], targets["seg"][:16].mean(0)).mean()
-    assert cosine.item() == pytest.approx(score["seg"]["4"]["ridge"], abs=1e-5)
+    mean = targets["seg"][:16].mean(0)
+    cosine = centred_cosine(predictions["seg"][4], targets["seg"][20:], mean).mean()
+    assert cosine.item() == pytest.approx(scores[0]["seg"]["4"]["ridge"], abs=1e-5)
+    assert zero["seg"] == pytest.approx(
+        flat_cosine(mean.expand(4, 16, 14), targets["seg"][20:]).mean().item(), abs=1e-6
+    )
+    for task, strength in strengths.items():  # each has its own
+        alone = score(batches(reader, sources(targets), TEST, 3), {0: fitter.solve(dict.fromkeys(targets, strength))})
+        assert alone[0][0][task] == scores[0][task]
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    with pytest.raises(ValueError, match="those of model, other: give its folder"):
+        load_probes(tmp_path)
 
 
 def test_the_strength_is_chosen_on_validation(make_model):
     model, processor = make_model()
-    strengths = [1e-6, 1e3]
-    probe = ModelProbe(model, processor, sources(random_targets())).fit(IMAGES, SPLITS["train"])
-    validation = probe.score(IMAGES, SPLITS["validation"], strengths)
+    strengths, targets = [1e-6, 1e3], random_targets()
+    fitter, reader = fit_ridge(model, processor, targets)
+    probes = {strength: fitter.solve(dict.fromkeys(SHAPES, strength)) for strength in strengths}
+    validation, _ = score(batches(reader, sources(targets), VALIDATION, 32), probes)
     for task in SHAPES:
         means = {
             strength: np.mean([layer["ridge"] for layer in scores[task].values()])
@@ -211,3 +276,343 @@ def test_plain_llava(make_model, tmp_path):
     expected = probe_model(model, processor, random_targets(), 0.1)
     scores = probe_model(plain, processor, random_targets(), 0.1)
     assert scores["depth"]["3"] == pytest.approx(expected["depth"]["3"], rel=1e-4, abs=1e-5)
+
+
+# Other families -----------------------------------------------------------------------------------------------------
+SIZES = [(32, 32), (96, 32), (24, 64), (64, 64)]
+GRIDS = {  # with the student's own geometry
+    "qwen2_5_vl": [(2, 2), (2, 6), (4, 2), (4, 4)],
+    "idefics3": [(2, 2)] * 4,
+    "llava_next": [(4, 4)] * 4,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_their_own_numbers_of_tokens(family):
+    torch.manual_seed(0)
+    model, processor = FAMILIES[family]()
+    pictures = [random_image(i, SIZES[i % 4]) for i in range(8)]
+    reader = StateReader(model, processor, square=False)
+    states = reader(pictures[:4])
+    assert states.grids == GRIDS[family] and states.num_layers == 5
+    for n, picture in enumerate(pictures[:4]):  # batch mates and padding change nothing
+        alone = reader([picture])
+        assert alone.grids[0] == states.grids[n]
+        torch.testing.assert_close(states.positions(3, 16)[n], alone.positions(3, 16)[0], rtol=1e-4, atol=1e-4)
+    square = StateReader(model, processor)
+    assert all(rows == columns for rows, columns in square(pictures[:4]).grids)
+    # What the first layer's tokens hold is found at their places: those of the whole picture are told apart by a
+    # target that is made of them.
+    targets = {"seg": lambda images: square(images).positions(2, 16) @ torch.eye(32, 14)}
+    fitter = RidgeFit([{"name": "seg", "target_length": 16, "target_dim": 14}], 5, 32)
+    fit(fitter, square, targets, pictures, batch_size=3)
+    scores, _ = score(batches(square, targets, pictures, 3), {0: fitter.solve({"seg": 1e-9})})
+    assert scores[0]["seg"]["2"]["ridge"] > 0.999
+
+
+def test_the_whole_pictures_tokens_are_the_right_ones():
+    """A change in a corner of the picture changes that corner's token of the grid's input most, in every family."""
+    for make in FAMILIES.values():
+        torch.manual_seed(0)
+        model, processor = make()
+        reader, before = StateReader(model, processor), random_image(0, (64, 64))
+        for token, (column, row) in {0: (0, 0), -1: (48, 48)}.items():
+            after = before.copy()
+            after.paste((255, 0, 0), (column, row, column + 16, row + 16))
+            moved = (reader([after]).of_grid(0) - reader([before]).of_grid(0)).norm(dim=-1)[0]
+            assert moved.argmax() == (token if token == 0 else len(moved) - 1)
+
+
+# The paper's resampler ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("task", ["gen", "depth", "seg"])
+def test_golden_probe(task):
+    """Prediction, loss and score of the reference's probe, on all tokens of a layer's state."""
+    data = load_file(GOLDEN / f"i_probe_{task}.safetensors")
+    (layer,) = {int(name.split(".")[1]) for name in data if name.startswith("layer_state.")}
+    whole = data[f"layer_state.{layer}"]
+    states = ImageStates([whole], torch.ones(whole.shape[:2], dtype=torch.bool), [None] * 2, [None] * 2)
+    target = data["target"]
+    target = target.flatten(2).transpose(1, 2) if target.dim() == 4 else target
+    fields = {"target_length": target.shape[1], "target_dim": target.shape[2]}
+    fields |= {"name": task, "predictor_heads": 2, "predictor_head_dim": 8}
+    probes = Probes("resampler", [fields], 1, 64)
+    weights = {name.removeprefix("head."): w for name, w in data.items() if name.startswith("head.")}
+    renamed = convert_state_dict({f"image_{task}_heads.0.{name}": w for name, w in weights.items()}, {task: [0]})
+    probes.modules.load_state_dict({name.removeprefix("predictors."): w for name, w in renamed.items()})
+    probes.means = {task: torch.zeros(target.shape[1:])}
+    ((_, _, prediction),) = probes.predict(states)
+    torch.testing.assert_close(prediction[:, ::16], data["emb"], rtol=1e-4, atol=1e-5)  # what the file keeps
+    torch.testing.assert_close(flat_cosine(prediction, target), data["cosine"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(F.smooth_l1_loss(prediction, target), data["smooth_l1"], rtol=1e-5, atol=0)
+    scores, _ = score([(states, {task: target})], {0: probes})
+    assert scores[0][task]["0"]["resampler_plain"] == pytest.approx(data["cosine"].mean().item(), rel=1e-4)
+
+
+def resampler_fit(model, processor, targets, saved=None, batch_size=3, seed=0, statistics=None, stop=None, **options):
+    reader = StateReader(model, processor)
+    options = {"images": 16, "epochs": 2, "step_images": 6, "learning_rate": 0.01, "seed": seed} | options
+    fitter = ResamplerFit(tasks_of(targets), 5, 32, statistics=statistics, **options)
+    if stop is not None:  # killed in the middle of a batch
+        update, count = fitter.update, iter(range(100))
+        fitter.update = lambda *args: update(*args) if next(count) < stop else 1 / 0
+    fit(fitter, reader, sources(targets), TRAIN, batch_size, saved=saved, save_seconds=0)
+    return fitter
+
+
+def same(one: Probes, other: Probes) -> bool:
+    pairs = zip(one.modules.state_dict().items(), other.modules.state_dict().items(), strict=True)
+    means = all(one.means[task].equal(other.means[task]) for task in one.tasks)
+    return means and all(a == b and x.equal(y) for (a, x), (b, y) in pairs)
+
+
+def test_resamplers_are_those_of_a_plain_training_loop(make_model):
+    """One probe of them all, trained by hand on the states of one batch a step."""
+    model, processor = make_model()
+    targets = {"depth": random_targets()["depth"]}
+    fitted = resampler_fit(model, processor, targets, step_images=16, batch_size=5, epochs=3).finish()
+    states, target = StateReader(model, processor)(TRAIN), targets["depth"][:16]
+    by_hand = Probes("resampler", tasks_of(targets), 5, 32)
+    probe = by_hand.modules["depth"]["2"]
+    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.0)
+    for lr in (0.01 / 2, 0.01, 0.01 / 2):  # one step of warm-up, then half a cosine over two
+        optimizer.param_groups[0]["lr"] = lr
+        F.smooth_l1_loss(by_hand.raw(states, "depth", 2), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in probe.state_dict().items():
+        torch.testing.assert_close(fitted.modules["depth"]["2"].get_parameter(name), value, rtol=1e-3, atol=1e-4)
+    assert not fitted.modules["depth"]["1"].proj_in.weight.equal(probe.proj_in.weight)
+    torch.testing.assert_close(fitted.means["depth"], target.mean(0))
+
+
+def test_an_interrupted_fit_goes_on_to_the_same_result(make_model, tmp_path):
+    model, processor = make_model()
+    targets = {task: random_targets()[task] for task in ("gen", "seg")}
+    whole = resampler_fit(model, processor, targets).finish()
+    assert same(resampler_fit(model, processor, targets).finish(), whole)
+    assert not same(resampler_fit(model, processor, targets, seed=1).finish(), whole)
+    for stop in (1, 8):  # in the first step, and in the second epoch
+        saved = tmp_path / f"{stop}.safetensors"
+        with pytest.raises(ZeroDivisionError):
+            resampler_fit(model, processor, targets, saved, stop=stop)
+        assert saved.exists() == (stop > 1)
+        assert same(resampler_fit(model, processor, targets, saved).finish(), whole)
+    alone = resampler_fit(model, processor, {"seg": targets["seg"]}).finish()  # other tasks change nothing
+    assert alone.modules["seg"]["3"].latents.equal(whole.modules["seg"]["3"].latents)
+
+    reader, options = StateReader(model, processor), {"batch_size": 3, "saved": tmp_path / "ridge", "save_seconds": 0}
+    fits = [RidgeFit(tasks_of(targets), 5, 32) for _ in range(3)]
+    fit(fits[0], reader, sources(targets), TRAIN, 3)
+    update, count = fits[1].update, iter(range(100))
+    fits[1].update = lambda *args: update(*args) if next(count) < 4 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fit(fits[1], reader, sources(targets), TRAIN, **options)
+    fit(fits[2], reader, sources(targets), TRAIN, **options)
+    strengths = dict.fromkeys(targets, 0.1)
+    assert fits[2].count == 16 and same(fits[2].solve(strengths), fits[0].solve(strengths))
+
+
+def test_standardised_targets_are_restored(make_model, tmp_path):
+    """A resampler learns standardised targets, and predicts the teacher's own."""
+    model, processor = make_model()
+    targets = {"depth": 100 + 20 * random_targets()["depth"]}
+    statistics = {"depth": TargetStatistics.fit([targets["depth"][:16]])}
+    probes = resampler_fit(model, processor, targets, statistics=statistics).finish()
+    probes.save(tmp_path)
+    states = StateReader(model, processor)(TEST)
+    for one in (probes, load_probes(tmp_path)):
+        prediction = next(found for _, layer, found in one.predict(states) if layer == 2)
+        expected = probes.raw(states, "depth", 2) * statistics["depth"].std + statistics["depth"].mean
+        torch.testing.assert_close(prediction, expected.detach())
+        assert (prediction.mean() - 100).abs() < 10
+
+
+# The command --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, make_model) -> SimpleNamespace:
+    """A folder in the form of a study's, two checkpoints, and the fields of a recipe with tiny teachers."""
+    root = tmp_path_factory.mktemp("study")
+    teachers, (scenes, _, depth) = save_tiny_teachers(root / "teachers"), benchmark_fixtures.scenes()
+    (root / "data" / "images").mkdir(parents=True)
+    for i, image in enumerate(scenes):
+        image.save(root / "data" / "images" / f"test_{i:05d}.png")
+    masks = np.tile(np.arange(64) // 13, (len(scenes), 64, 1)).astype(np.uint8)  # five stripes
+    save_numpy({"depth": depth.astype(np.float16), "mask": masks}, root / "data" / "test.safetensors")
+    for i in range(12):
+        random_images(1, seed=i, size=(64, 48))[0].save(root / "data" / "images" / f"train_{i:05d}.png")
+    tasks = [
+        {"name": "gen", "target_length": 1, "target_dim": 12},
+        {"name": "depth", "target_length": 64, "target_dim": 32},
+        {"name": "seg", "target_length": 64, "target_dim": 64},
+    ]
+    encoders = {"gen": "clip_image", "depth": "depth_anything", "seg": "oneformer"}
+    entries = {name: {"encoder": encoder, "path": str(teachers[encoder])} for name, encoder in encoders.items()}
+    for name, seed in (("one", 0), ("two", 1), ("three", 2)):
+        model, processor = make_model([{**task, "layers": [2], "num_task_tokens": 1} for task in tasks], seed=seed)
+        model.save_pretrained(root / name)
+        processor.save_pretrained(root / name)
+    sizes = [{**task, "predictor_heads": 2, "predictor_head_dim": 8} for task in tasks]
+    recipe = ["--tasks", json.dumps(sizes), "--teachers", json.dumps(entries), "--target_cache", str(root / "targets")]
+    recipe += ["--images", str(root / "data" / "images"), "--bf16", "false", "--use_cpu", "true", "--batch_size", "4"]
+    recipe += ["--dataloader_num_workers", "0"]
+    return SimpleNamespace(root=root, recipe=recipe, models=[str(root / name) for name in ("one", "two", "three")])
+
+
+def run_probe(study, out, *more, models=None):
+    probe.main([*(models or study.models[:2]), *study.recipe, "--out", str(out), *more])
+    return json.loads((out / "probes.json").read_text())
+
+
+def test_the_command(study, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    found = run_probe(study, out)
+    assert found["image_counts"] == {"train": 12, "validation": 2, "test": 4}
+    assert [(model, one["name"]) for model, one in found["models"].items()] == [
+        (study.models[0], "one"),
+        (study.models[1], "two"),
+    ]
+    for one in found["models"].values():
+        assert set(one["scores"]) == set(SHAPES) and all(list(one["scores"][task]) == list("01234") for task in SHAPES)
+        saved = json.loads((out / one["folder"] / "probes.json").read_text())
+        assert saved["about"]["strengths"] == found["strengths"]  # one for all models
+    assert (out / "probes.png").stat().st_size > 10_000 and "one" in capsys.readouterr().out
+
+    with monkeypatch.context() as patched:  # what is done is not done again
+        patched.setattr(probe, "load_checkpoint", None)
+        assert run_probe(study, out) == found
+    run_probe(study, tmp_path / "again", models=study.models[:1])
+    both = run_probe(study, tmp_path / "again", models=study.models[1:2])  # a model that is added later
+    assert both["strengths"] == found["strengths"]
+    for model in study.models[:2]:
+        assert both["models"][model]["scores"] == found["models"][model]["scores"]
+
+
+def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_path):
+    more = ["--probe", "resampler", "--targets", "depth", "--step_images", "4", "--standardize_targets", "true"]
+    more += ["--test_images", str(study.root / "data" / "images")]
+    found = run_probe(study, tmp_path, *more, models=study.models[:1])
+    assert found["image_counts"] == {"train": 16, "validation": 2, "test": 18}
+    (one,) = found["models"].values()
+    assert list(one["scores"]) == ["depth"] and set(one["scores"]["depth"]["3"]) == {"resampler", "resampler_plain"}
+    assert not list(tmp_path.glob("*/fit.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--images", "EMPTY"], "has no images .* and no rows"),
+        (["--images", "nowhere/at/all"], "is no folder"),
+        (["--targets", "depth", "motion"], "no task motion: choose of gen, depth, seg"),
+        (["--out", "EMPTY/.."], "is not empty and not of `ola-vlm probe`"),
+        (["--max_images", "2"], "2 images are too few"),
+    ],
+)
+def test_the_command_says_what_is_wrong(study, tmp_path, change, message):
+    (tmp_path / "EMPTY").mkdir()
+    change = [one.replace("EMPTY", str(tmp_path / "EMPTY")) for one in change]
+    with pytest.raises(SystemExit, match=message):
+        probe.main([study.models[0], *study.recipe, "--out", str(tmp_path / "out"), *change])
+    assert not list(tmp_path.glob("out/*/*"))
+
+
+def test_the_command_refuses_other_models_and_settings(study, tiny_parts, tmp_path):
+    with pytest.raises(SystemExit, match="is a llama, which does not read images"):
+        run_probe(study, tmp_path / "text", models=[tiny_parts.language_model])
+    changed = tmp_path / "model"
+    shutil.copytree(study.models[0], changed)
+    run_probe(study, tmp_path / "out", "--targets", "gen", models=[str(changed)])
+    with pytest.raises(SystemExit, match="has probes with another seed, tasks, teachers: choose another --out"):
+        run_probe(study, tmp_path / "out", "--targets", "gen", "depth", "--seed", "5", models=[str(changed)])
+    (changed / "model.safetensors").touch()
+    with pytest.raises(SystemExit, match="with other weights: choose another --out"):
+        run_probe(study, tmp_path / "out", "--targets", "gen", models=[str(changed)])
+
+
+def test_rows_of_a_data_set_give_images(study, tmp_path):
+    """With words or without, each file once."""
+    images = [str(path) for path in sorted((study.root / "data" / "images").glob("train_*.png"))[:4]]
+    rows = [{"id": i, "image": Path(path).name} for i, path in enumerate([*images, images[0]])]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    args = OlaVlmArguments(output_dir=str(tmp_path), image_folder=str(study.root / "data" / "images"), use_cpu=True)
+    assert list(probe.find_images(str(tmp_path / "rows.json"), args)) == images
+    data = Dataset.from_dict({"image": images}).cast_column("image", HfImage())
+    data.to_parquet(str(tmp_path / "data" / "a.parquet"))
+    found = probe.find_images(str(tmp_path / "data"), args)
+    assert len(found[np.array([1, 3])]) == 2
+    assert np.array_equal(open_image(found[1]), open_image(images[1]))
+    (tmp_path / "words.json").write_text(json.dumps([{"id": "a", "messages": []}]))
+    with pytest.raises(ValueError, match="have no images"):
+        probe.find_images(str(tmp_path / "words.json"), args)
+
+
+def test_target_tasks(study, tmp_path, capsys):
+    """Table 8's scores of probes, predictors and teacher; and Figure 2's correlation."""
+    out, images = tmp_path / "out", study.root / "data" / "images"
+    run_probe(study, out, models=study.models)
+    options = ["--gallery", str(images), "--gallery_pattern", "train_*"]
+    target_tasks.main([str(out), "--miniature", str(study.root), *options])
+    found = json.loads((out / "target_tasks.json").read_text())
+    teacher, ours = found["scores"]["target encoders"]["miniature"], found["scores"]["one"]["miniature"]
+    rows = {"target encoder", "its targets, decoded", "the mean target, decoded"}
+    assert teacher["depth"].keys() == rows == teacher["seg"].keys() and len(teacher["gen"]) == 2
+    probed = {f"probe {layer}" for layer in range(5)} | {"predictor 2"}
+    assert all(ours[task].keys() == probed for task in SHAPES)
+    assert ours["depth"]["probe 3"]["n"] == 8 * len(benchmark_fixtures.scenes()[0])
+    # The teacher's own map, scored by hand.
+    encoder = DepthAnythingEncoder.from_pretrained(study.root / "teachers" / "depth_anything", grid=8)
+    items, correct = target_tasks.miniature_items(study.root), []
+    for item in items:
+        depth = encoder.model(encoder.pixel_values([open_image(item["image"])])).predicted_depth[0].detach().numpy()
+        for pair in item["pairs"]:
+            other = {"point1": "point2", "point2": "point1"}[pair["closer_point"]]
+            correct.append(depth[tuple(pair[pair["closer_point"]])] > depth[tuple(pair[other])])
+    assert teacher["depth"]["target encoder"]["accuracy"] == np.mean(correct)
+    closer = {pair["closer_point"] for item in items for pair in item["pairs"]}
+    assert closer == {"point1", "point2"}
+    assert "teacher-assisted" in capsys.readouterr().out
+
+    folders = []
+    for i, model in enumerate(study.models):
+        folders.append(tmp_path / f"eval{i}")
+        folders[-1].mkdir()
+        run = {"benchmark": "miniature", "variant": "official", "model": model, "weights": weights_state(model)}
+        scores = {"overall": {"score": 0.5 + 0.1 * i, "standard_error": 0.01, "n": 100}}
+        (folders[-1] / "results.json").write_text(json.dumps({"run": run, "scores": scores}))
+    correlation.main([str(out), *map(str, folders), "--figure", str(tmp_path / "figure.png")])
+    content = json.loads((out / "probes.json").read_text())["models"]
+    means = [np.mean([one["ridge"] for one in content[model]["scores"]["depth"].values()]) for model in study.models]
+    r = np.corrcoef(means, [0.5, 0.6, 0.7])[0, 1]
+    assert f"depth    r = {r:+.2f}" in capsys.readouterr().out and (tmp_path / "figure.png").exists()
+    with pytest.raises(SystemExit, match="give at least 3 checkpoints"):
+        correlation.main([str(out), *map(str, folders[:2]), "--figure", str(tmp_path / "figure.png")])
+
+
+def test_maps_lie_on_the_image_and_not_on_its_padding():
+    """A map of the padded square, at the image's own size; DA-2K's points and COCO's masks are the image's."""
+    encoder = SimpleNamespace(view={"square": "pad"})
+    square = torch.arange(16.0).view(4, 4)
+    wide = target_tasks.to_image(square, (8, 4), encoder, "nearest")
+    assert wide.shape == (4, 8) and wide[0].tolist() == [4, 4, 5, 5, 6, 6, 7, 7] and wide[3, 0] == 8
+    tall = target_tasks.to_image(square, (4, 8), encoder, "nearest")
+    assert tall.shape == (8, 4) and tall[:, 0].tolist() == [1, 1, 5, 5, 9, 9, 13, 13]
+    encoder.view["square"] = "reference"
+    assert target_tasks.to_image(square, (8, 4), encoder, "nearest")[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_coco_panoptic_masks(tmp_path):
+    """Ids are R + 256 G + 65536 B; classes are numbered in the order of their ids; without a segment it is void."""
+    (tmp_path / "panoptic_val2017").mkdir()
+    ids = np.array([[7, 7, 300], [0, 70000, 300]])
+    Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(
+        tmp_path / "panoptic_val2017" / "a.png"
+    )
+    segments = [{"id": 7, "category_id": 200}, {"id": 300, "category_id": 1}, {"id": 70000, "category_id": 92}]
+    content = {
+        "categories": [{"id": 92}, {"id": 1}, {"id": 200}],
+        "images": [{"id": 5, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 5, "file_name": "a.png", "segments_info": segments}],
+    }
+    (tmp_path / "panoptic_val2017.json").write_text(json.dumps(content))
+    (item,) = target_tasks.coco_items(tmp_path)
+    assert item["image"].endswith("val2017/a.jpg")
+    assert target_tasks.read_mask(item["mask"]).tolist() == [[2, 2, 0], [255, 1, 0]]

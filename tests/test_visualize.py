@@ -1,67 +1,263 @@
-"""Decoding predictions into pictures, and the figure."""
+"""Predicted embeddings decoded into pictures, the figures and the page, and the command that makes them."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_teachers import GRID, random_images, save_tiny_teachers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-from ola_vlm import visualize
 from ola_vlm.targets.cache import TargetStatistics
-from ola_vlm.targets.encoders import ENCODERS
-from ola_vlm.visualize import VOID, comparison_figure, pad_to_square
+from ola_vlm.targets.encoders import ENCODERS, open_image
+from ola_vlm.visualize import (
+    LayerViewer,
+    NearestImages,
+    Painter,
+    UnclipImages,
+    class_color,
+    draw_depth,
+    find_teachers,
+    main,
+    pictures_figure,
+    square,
+)
 
-COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"]
+NAMES = {"gen": "clip_image", "depth": "depth_anything", "seg": "oneformer"}
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    folders = save_tiny_teachers(tmp_path_factory.mktemp("teachers"))
-    return {name: ENCODERS[name].from_pretrained(folders[name], grid=GRID) for name in ("depth_anything", "oneformer")}
+def folders(tmp_path_factory):
+    return save_tiny_teachers(tmp_path_factory.mktemp("teachers"))
 
 
-def test_pad_to_square():
-    squared = pad_to_square(np.ones((2, 5, 3)), 0)
+@pytest.fixture(scope="module")
+def encoders(folders):
+    return {task: ENCODERS[name].from_pretrained(folders[name], grid=GRID) for task, name in NAMES.items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, encoders, folders, tmp_path_factory):
+    """A model with predictors for the three teachers, its target statistics and run.json; images beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    sizes = {"num_task_tokens": 1, "predictor_heads": 2, "predictor_head_dim": 8}
+    layers = {"gen": [3], "depth": [2, 4], "seg": [1]}
+    tasks = [
+        {"name": task, "layers": layers[task], "target_length": one.target_length, "target_dim": one.target_dim}
+        | sizes
+        for task, one in encoders.items()
+    ]
+    model, processor = make_model(tasks)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for task, one in encoders.items():
+        statistics = TargetStatistics.fit([one.encode(random_images(4))])
+        statistics.save(folder / "target_statistics" / f"{task}.safetensors")
+    teachers = {task: {"encoder": name, "path": str(folders[name])} for task, name in NAMES.items()}
+    (folder / "run.json").write_text(json.dumps({"teachers": teachers, "tasks": tasks, "data": None}))
+    (folder / "images").mkdir()
+    for i, image in enumerate(random_images(5, seed=3)):
+        image.save(folder / "images" / f"{i}.png")
+    (folder / "images" / "notes.txt").write_text("no picture")
+    return folder
+
+
+def same(picture: Image.Image, other: Image.Image) -> bool:
+    return np.array_equal(np.asarray(picture), np.asarray(other))
+
+
+def test_square():
+    squared = np.asarray(square(Image.new("RGB", (5, 2), "white"), 0))
     assert squared.shape == (5, 5, 3)
-    assert squared[1:3].all() and not squared[0].any() and not squared[3:].any()
+    assert (squared[1:3] == 255).all() and not squared[0].any() and not squared[3:].any()
 
 
-@pytest.mark.parametrize("name", ["depth_anything", "oneformer"])
-def test_predictions_figure(encoders, name, tmp_path, monkeypatch):
-    encoder, images = encoders[name], random_images(2, size=(90, 30))
-    truth = [np.random.default_rng(0).integers(0, 5, (30, 90)) for _ in images]
-    path, shown = tmp_path / "new" / f"{name}.png", {}
-
-    def spy(path, images, columns, *args, **options):
-        shown.update(columns)
-        comparison_figure(path, images, columns, *args, **options)
-
-    monkeypatch.setattr(visualize, "comparison_figure", spy)
-    targets = encoder.encode(images)
-    statistics = TargetStatistics.fit([targets])
-    predictions = {1: statistics.standardize(targets).requires_grad_(), 2: torch.zeros_like(targets)}
-    classes = {"class_names": list("abcde"), "class_colors": COLORS}
-    visualize.predictions_figure(path, encoder, images, predictions, truth, statistics, title="a title", **classes)
-    picture = np.asarray(Image.open(path).convert("RGB"))
-    assert picture.shape[1] > 6 * 200 and picture.shape[0] > 2 * 200  # 6 columns, 2 rows
-    assert picture.std() > 20
-    assert list(shown) == ["truth", "teacher", "decoded target", "layer 1", "layer 2"]
-    assert shown["layer 2"].shape == (2, 64, 64)
-    torch.testing.assert_close(shown["decoded target"], encoder.decode(targets, images))
-    torch.testing.assert_close(shown["layer 1"], shown["decoded target"], rtol=1e-3, atol=1e-3)
+def test_draw_depth():
+    picture = np.asarray(draw_depth(np.array([[0.0, 1.0], [2.0, 4.0]]))).astype(int).sum(-1)
+    assert picture[0, 0] < picture[0, 1] < picture[1, 0] < picture[1, 1]  # closer is brighter
+    assert same(draw_depth(np.full((2, 2), 3.0)), draw_depth(np.zeros((2, 2))))  # no range, no nan
 
 
-def test_comparison_figure_colours(tmp_path):
-    image = Image.new("RGB", (8, 8))
-    labels = np.full((8, 8), VOID)
-    labels[:, 4:] = 2
-    comparison_figure(tmp_path / "seg.png", [image], {"truth": [labels]}, "seg", ["a", "b", "c"], COLORS)
-    colours = {tuple(colour) for colour in np.asarray(Image.open(tmp_path / "seg.png").convert("RGB")).reshape(-1, 3)}
-    assert (216, 216, 216) in colours  # void: grey
-    assert (44, 160, 44) in colours and (31, 119, 180) not in colours  # class 2's colour but not class 0's
+def test_class_colors():
+    assert class_color(3, "green") == (0, 128, 0)
+    colors = {class_color(i, f"class {i}") for i in range(133)}
+    assert len(colors) == 133
 
 
-def test_comparison_figure_errors(tmp_path):
-    image = Image.new("RGB", (8, 8))
-    with pytest.raises(ValueError, match="zip"):  # 2 pictures for 1 image
-        comparison_figure(tmp_path / "x.png", [image], {"truth": [np.zeros((2, 2))] * 2}, "depth", [], [])
+def test_painters_show_what_the_teachers_decode(encoders):
+    images = random_images(2, size=(90, 30))
+    depth, seg = Painter(encoders["depth"]), Painter(encoders["seg"])
+    target = encoders["depth"].encode(images)
+    assert same(depth(target, images)[1], draw_depth(encoders["depth"].decode(target)[1].numpy()))
+    own = encoders["depth"].model(encoders["depth"].pixel_values(images)).predicted_depth.detach()
+    assert same(depth(None, images)[0], draw_depth(own[0].numpy()))
+    classes = encoders["seg"].decode(None, images)
+    picture = np.asarray(seg(None, images)[0])
+    for i, color in enumerate(seg.legend.values()):
+        np.testing.assert_array_equal((picture == color).all(-1), classes[0].numpy() == i)
+    assert "teacher-assisted" in seg.caption
+
+
+def test_nearest_images(encoders):
+    images = random_images(6)
+    nearest = NearestImages(images, encoders["gen"])
+    embeddings = encoders["gen"].encode(images)[:, 0]
+    found = nearest(nearest.mean + 3 * (embeddings[[4, 1]] - nearest.mean))  # the length does not matter
+    assert same(found[0], images[4]) and same(found[1], images[1])
+    with pytest.raises(ValueError, match="no images"):
+        NearestImages([], encoders["gen"])
+
+
+@pytest.fixture(scope="module")
+def unclip_folder(tmp_path_factory):
+    """A random unCLIP pipeline in diffusers' own classes."""
+    import diffusers
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=24,  # the embedding and its noise level's
+        **blocks,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **blocks
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    words = {f"<{i}>": i for i in range(8)} | {"<|startoftext|>": 8, "<|endoftext|>": 9}
+    folder = tmp_path_factory.mktemp("unclip")
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    from transformers import CLIPTokenizer
+
+    diffusers.StableUnCLIPImg2ImgPipeline(
+        feature_extractor=CLIPImageProcessor(size=16, crop_size=16),
+        image_encoder=CLIPVisionModelWithProjection(
+            CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=12)
+        ),
+        image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=12),
+        image_noising_scheduler=diffusers.DDPMScheduler(),
+        tokenizer=CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=10, max_position_embeddings=8)),
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(),
+        vae=vae,
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def test_unclip_images(unclip_folder):
+    draw = UnclipImages(str(unclip_folder), steps=2)
+    assert type(draw.pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    embeddings = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+    first, second = draw(embeddings)
+    again = draw(embeddings[:1])
+    assert same(first, again[0])  # the same noise for every embedding, whatever its batch mates
+    assert first.size == second.size and not same(first, second)
+    assert draw.caption == "images by unCLIP, 2 DPM-Solver steps"
+
+
+def test_viewer(encoders, checkpoint):
+    images = random_images(2, size=(40, 64))
+
+    def features(images):  # the teachers' own, at layers that a viewer must choose from
+        return {task: dict.fromkeys(range(20), one.encode(images)) for task, one in encoders.items()}
+
+    viewer = LayerViewer(features, encoders)
+    assert viewer.left_out == {"gen": "its embeddings want unCLIP or a set of images"}
+    shown = viewer.pictures(images)
+    assert list(shown) == ["depth", "seg"]
+    layers = [f"layer {i}" for i in (0, 3, 5, 8, 11, 14, 16, 19)]
+    assert list(shown["depth"]) == ["image", "teacher", "decoded target", *layers]
+    assert same(shown["seg"]["layer 3"][1], shown["seg"]["decoded target"][1])
+    assert shown["depth"]["image"][0].size == (64, 64)
+    chosen = LayerViewer(features, encoders, NearestImages(images, encoders["gen"]), layers=[7])
+    shown = chosen.pictures(images)
+    assert list(shown["gen"]) == ["image", "teacher", "layer 7"]
+    assert same(shown["gen"]["layer 7"][0], square(images[0]))
+
+
+def test_predictions_are_restored_before_they_are_decoded(encoders, checkpoint):
+    from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+    from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+
+    model = OlaVlmForConditionalGeneration.from_pretrained(checkpoint).eval()
+    processor = OlaVlmProcessor.from_pretrained(checkpoint)
+    viewer = LayerViewer.load(checkpoint, model, processor, find_teachers(None, checkpoint))
+    images = random_images(2)
+    of_layer = viewer.features(images)["depth"][4]
+    content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[text] * 2, images=images, return_tensors="pt", add_special_tokens=False)
+    raw = model(**inputs, output_predictions=True).predictions["depth"][4]
+    statistics = TargetStatistics.load(checkpoint / "target_statistics" / "depth.safetensors")
+    torch.testing.assert_close(of_layer, statistics.restore(raw).detach())
+    assert not torch.allclose(of_layer, raw, atol=0.1)
+
+
+def test_figure_and_legend(tmp_path):
+    image, red = Image.new("RGB", (8, 4)), Image.new("RGB", (8, 4), (255, 0, 0))
+    legend = {"a": (255, 0, 0), "b": (0, 0, 255)}
+    pictures_figure(tmp_path / "new" / "seg.png", {"image": [image], "layer 2": [red]}, "a title " * 20, legend)
+    drawn = np.asarray(Image.open(tmp_path / "new" / "seg.png").convert("RGB")).reshape(-1, 3)
+    drawn = set(map(tuple, drawn.tolist()))
+    assert (255, 0, 0) in drawn and (0, 0, 255) not in drawn  # only what occurs is in the legend
+    with pytest.raises(ValueError):  # 2 pictures for 1 image
+        pictures_figure(tmp_path / "x.png", {"image": [image], "layer 2": [red, red]}, "", {})
+
+
+def test_command(checkpoint, tmp_path, capsys):
+    images = [str(checkpoint / "images" / f"{i}.png") for i in (0, 2)]
+    main([str(checkpoint), *images, "--out", str(tmp_path), "--images_for_gen", str(checkpoint / "images")])
+    assert {file.name for file in tmp_path.iterdir()} == {"gen.png", "depth.png", "seg.png", "layers.html"}
+    text = (tmp_path / "layers.html").read_text()
+    assert text.count("data:image/png;base64,") == 2 * (3 + 5 + 4)
+    assert "the nearest of 5 images by embedding" in text and "teacher-assisted" in text
+    assert np.asarray(open_image(tmp_path / "depth.png")).std() > 20
+    main([str(checkpoint), images[0], "--out", str(tmp_path / "two")])
+    assert "gen is left out: its embeddings want" in capsys.readouterr().out
+
+
+def test_the_run_of_a_fine_tuned_checkpoint_is_that_of_its_beginning(checkpoint, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"teachers": None, "checkpoint": str(checkpoint)}))
+    assert set(find_teachers(None, tmp_path)["teachers"]) == set(NAMES)
+    assert find_teachers("miniature_pretrain", tmp_path)["teachers"]["seg"]["encoder"] == "oneformer"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--layers", "9"], "no task has layer 9"),
+        (["--recipe", "miniature_finetune"], "names no teachers"),
+        (["--images_for_gen", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input(checkpoint, tmp_path, change, message):
+    with pytest.raises(SystemExit, match=message):
+        main([str(checkpoint), str(checkpoint / "images" / "0.png"), "--out", str(tmp_path), *change])
+
+
+def test_images_and_models_that_cannot_be_shown(checkpoint, make_model, tmp_path):
+    with pytest.raises(SystemExit, match="cannot identify image"):
+        main([str(checkpoint), str(checkpoint / "images" / "notes.txt"), "--out", str(tmp_path)])
+    model, processor = make_model([])
+    model.save_pretrained(tmp_path / "llava")
+    processor.save_pretrained(tmp_path / "llava")
+    image = str(checkpoint / "images" / "0.png")
+    with pytest.raises(SystemExit, match="names no teachers"):
+        main([str(tmp_path / "llava"), image])
+    with pytest.raises(SystemExit, match="has no predictors: fit probes"):
+        main([str(tmp_path / "llava"), image, "--recipe", "miniature_pretrain", "--out", str(tmp_path)])

@@ -249,13 +249,18 @@ def read_row(sample: dict, index: int | str, image_folder: str) -> dict:
     name = str(index)
     try:
         name = name if sample.get("id") is None else str(sample["id"])
-        found = sample.get("images") or sample.get("image") or []
-        images = [_source(image, image_folder) for image in (found if isinstance(found, list) else [found])]
+        images = row_images(sample, image_folder)
         return {"id": name, "images": images, "messages": _messages(sample, len(images))}
     except BadRow as bad_row:
         return {"id": name, "bad_row": bad_row}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return {"id": name, "bad_row": BadRow("malformed", f"{type(error).__name__}: {error}")}
+
+
+def row_images(sample: dict, image_folder: str) -> list[str | dict | Image.Image]:
+    """The images of a row, whatever else it has: paths made absolute, or as they are. BadRow for one that isn't."""
+    found = sample.get("images") or sample.get("image") or []
+    return [_source(image, image_folder) for image in (found if isinstance(found, list) else [found])]
 
 
 def _source(image, folder: str) -> str | dict | Image.Image:

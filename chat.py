@@ -1,0 +1,197 @@
+"""Talk to a checkpoint in the terminal: `ola-vlm chat DIR_OR_REPO [IMAGE ["question"]]`.
+
+DIR_OR_REPO: any image-text-to-text model of transformers, a folder or a name on the Hub. With a question it answers
+and ends; without one it converses: several turns, several images, Ctrl-C stops an answer. The Space (space/app.py)
+talks through the same `Chat`.
+"""
+
+import argparse
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+
+import torch
+from transformers import TextIteratorStreamer
+
+from .eval.run import load_checkpoint
+from .targets.encoders import open_image
+
+HELP = """\
+/image PATH   shows the model an image, with your next question; several may follow each other
+/reset        forgets the conversation and its images
+/help         says this
+/quit         ends (so does Ctrl-D); Ctrl-C stops an answer"""
+
+
+class Chat:
+    """A model to talk to, (model, processor) of any image-text-to-text checkpoint; several threads may do so at once.
+
+    Messages are those of transformers: `{"role", "content": [{"type": "image", "image": PIL image}, {"type": "text",
+    "text": str}]}`. Control tokens in their texts, such as `<image>` or a task token, are broken up ("< image>"), so
+    that they are read as text. (transformers' `sanitize_control_tokens` fails with some processors, Idefics3's among
+    them, and with templates that leave the first token to the tokenizer, as LLaVA's does; and it switches a setting of
+    the tokenizer to and fro, which threads share.)
+    ValueError if the checkpoint has no chat template.
+    """
+
+    def __init__(self, model, processor):
+        self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
+        if not processor.chat_template:
+            raise ValueError("the checkpoint has no chat template: add a chat_template.jinja to it")
+        added = self.tokenizer.added_tokens_decoder.values()  # not special, but written by the template: "<think>"
+        names = [str(token) for token in added if token.special or str(token) in processor.chat_template]
+        names = sorted((name for name in names if len(name.strip()) > 1), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    @classmethod
+    def load(cls, checkpoint: str, **how) -> "Chat":
+        """`how`: of `load_checkpoint`."""
+        return cls(*load_checkpoint(str(checkpoint), **how))
+
+    def remarks(self, text: str) -> list[str]:
+        """Sentences on what the model can't read in a user's text as it was meant: control tokens, unknown words."""
+        control = dict.fromkeys(self._control.findall(text))
+        found = [f"{' '.join(control)} is read as plain text, not as a control token"] if control else []
+        if (unknown_id := self.tokenizer.unk_token_id) is not None:
+            words = dict.fromkeys(self._control.sub(" ", text).split())
+            read = {word[:40]: self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words}
+            unknown = [word for word, ids in read.items() if unknown_id in ids]
+            if unknown:
+                more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+                found.append(f"The model does not know {', '.join(unknown[:8])}{more}")
+        return found
+
+    def inputs(self, messages: list[dict]) -> dict:
+        """The model's inputs for an answer to `messages`, on the CPU. ValueError if they leave no room for one."""
+        messages = [
+            {**message, "content": [self._as_text(part) for part in message["content"]]} for message in messages
+        ]
+        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = self.processor.apply_chat_template(messages, **template)
+        length, room = inputs["input_ids"].shape[1], self.context_length
+        if room is not None and length >= room:
+            what = f"the conversation has {length} tokens with its images, the model takes fewer than {room}"
+            raise ValueError(f"{what}: start anew, or ask with fewer words or images")
+        return inputs
+
+    def _as_text(self, part: dict) -> dict:
+        if part["type"] != "text":
+            return part
+        return {**part, "text": self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", part["text"])}
+
+    @property
+    def context_length(self) -> int | None:
+        return self.model.config.get_text_config().to_dict().get("max_position_embeddings")
+
+    def stream(
+        self, messages: list[dict], temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 256
+    ) -> Iterator[str]:
+        """The answer, piece by piece. `temperature` 0 is greedy. To close the iterator stops the model.
+
+        ValueError as of `inputs`; what the model raises is raised here.
+        """
+        inputs = self.inputs(messages).to(self.model.device, self.model.dtype)
+        if self.context_length is not None:
+            max_new_tokens = min(max_new_tokens, self.context_length - inputs["input_ids"].shape[1])
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+        pad = self.tokenizer.pad_token_id
+        stop = threading.Event()
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
+            "streamer": streamer,
+            "stopping_criteria": [lambda ids, _, **kw: torch.full(ids.shape[:1], stop.is_set(), device=ids.device)],
+            **(sampling or {"do_sample": False}),
+        }
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(self.model.generate, **inputs, **options)
+            answer.add_done_callback(lambda _: streamer.end())  # also after an error
+            try:
+                yield from streamer
+                answer.result()
+            finally:
+                stop.set()
+
+
+def converse(chat: Chat, read: Callable[[str], str], write: Callable[[str], object], images=(), **sampling) -> None:
+    """Questions from `read` (a prompt -> a line; EOFError ends), answers to `write`; `images` are shown first."""
+    messages, shown = [], list(images)
+    write(f"{HELP}\n")
+    while True:
+        try:
+            line = read(f"{len(shown)} image(s) > " if shown else "> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return
+        elif command == "/reset":
+            messages, shown = [], []
+        elif command == "/image":
+            try:
+                shown.append(open_image(Path(argument.strip().strip("\"'")).expanduser()))
+            except (OSError, ValueError) as error:
+                write(f"! no image: {error}\n")
+        elif line.startswith("/"):
+            write(f"{HELP}\n")
+        elif line:
+            write("".join(f"! {remark}\n" for remark in chat.remarks(line)))
+            content = [{"type": "image", "image": image} for image in shown] + [{"type": "text", "text": line}]
+            asked, answer = [*messages, {"role": "user", "content": content}], ""
+            try:
+                with closing(chat.stream(asked, **sampling)) as pieces:
+                    for piece in pieces:
+                        answer += piece
+                        write(piece)
+            except KeyboardInterrupt:
+                write(" (stopped)")
+            except ValueError as error:
+                write(f"! {error}\n")
+                continue
+            write("\n")
+            shown = []
+            messages = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm chat", description=__doc__, formatter_class=layout)
+    parser.add_argument("checkpoint")
+    parser.add_argument("image", nargs="?", type=Path)
+    parser.add_argument("question", nargs="?")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, ... (auto: the checkpoint's, float32 on a CPU)"
+    )
+    parser.add_argument("--device_map", help="auto, cuda:1, ...")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    args = parser.parse_args(argv)
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+        parser.error("choose --temperature >= 0, 0 < --top_p <= 1 and --max_new_tokens >= 1")
+    sampling = {name: vars(args)[name] for name in ("temperature", "top_p", "max_new_tokens")}
+    loading = {name: vars(args)[name] for name in ("dtype", "device_map", "trust_remote_code")}
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    try:
+        images = [open_image(args.image)] if args.image else []
+        chat = Chat.load(args.checkpoint, **loading)
+        if args.question is not None:
+            write("".join(f"! {remark}\n" for remark in chat.remarks(args.question)))
+            content = [{"type": "image", "image": images[0]}, {"type": "text", "text": args.question}]
+            for piece in chat.stream([{"role": "user", "content": content}], **sampling):
+                write(piece)
+            write("\n")
+            return
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"ola-vlm chat: {error}") from error
+    with suppress(ImportError):  # not on every system; lines can then be edited and called back
+        import readline  # noqa: F401
+    converse(chat, input, write, images, **sampling)

@@ -1,0 +1,94 @@
+"""Our checkpoints in lmms-eval, unforked: `lmms_eval --model ola_vlm --model_args pretrained=CHECKPOINT --tasks ...`.
+
+lmms-eval finds `manifest` by the entry point `lmms_eval.models`; only it imports this file. docs/evaluation.md.
+"""
+
+import torch
+from accelerate import Accelerator
+from lmms_eval import utils
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+
+from .multiple_choice import answer_chats
+from .run import load_checkpoint
+
+GENERATION = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "repetition_penalty")
+
+
+def manifest() -> ModelManifest:
+    return ModelManifest(model_id="ola_vlm", chat_class_path=f"{__name__}.OlaVlm")
+
+
+class OlaVlm(lmms):
+    """Any checkpoint that `ola-vlm eval` takes.
+
+    Args:
+        pretrained: folder, or name on the Hub.
+        batch_size: conversations at once.
+        dtype, device_map, trust_remote_code: of `load_checkpoint`.
+        device, max_batch_size: of lmms-eval's command line; the device is this process's own.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        dtype: str = "auto",
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        super().__init__()
+        if not str(batch_size).isdigit():
+            raise ValueError(f"batch_size {batch_size!r}: give a number")
+        self.batch_size = int(batch_size)
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.model, self.processor = load_checkpoint(pretrained, dtype, device_map, trust_remote_code)
+        self.model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def generate_until(self, requests) -> list[str]:
+        """An answer to each request, in batches of alike settings; cut where one of its "until" strings begins."""
+        collator = utils.Collator(
+            [request.args for request in requests],
+            lambda args: (len(args[0]), args[0]),
+            group_fn=lambda args: args[2],
+            grouping=True,
+        )
+        answers = []
+        bar = tqdm(total=len(requests), desc="answering", unit="question", disable=self.rank != 0)
+        for batch in collator.get_batched(n=self.batch_size, batch_fn=None):
+            chats = [self._messages(args[1], *args[3:]) for args in batch]
+            settings = dict(batch[0][2])
+            until = settings.pop("until", [])
+            until = [until] if isinstance(until, str) else until
+            generation = {name: settings[name] for name in GENERATION if settings.get(name) is not None}
+            generation["do_sample"] = bool(generation.get("do_sample", generation.get("temperature", 0) > 0))
+            if not generation["do_sample"]:
+                generation = {k: v for k, v in generation.items() if k not in ("temperature", "top_p", "top_k")}
+            for answer in answer_chats(self.model, self.processor, chats, **{"max_new_tokens": 1024, **generation}):
+                answers.append(answer[: min([answer.find(stop) for stop in until if stop in answer], default=None)])
+            bar.update(len(batch))
+        bar.close()
+        return collator.get_original(answers)
+
+    def _messages(self, doc_to_messages, doc_id: int, task: str, split: str) -> list[dict]:
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        if messages.extract_media()[1] or messages.extract_media()[2]:
+            raise ValueError(f"{task}: videos and sound can't be shown to this model, choose tasks with images")
+        return messages.to_hf_messages()
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError("this model answers in words: choose tasks whose output_type is generate_until")
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError("tasks of several rounds want a harness of their own: choose others")

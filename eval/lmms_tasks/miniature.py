@@ -1,0 +1,21 @@
+"""What ola_vlm_miniature.yaml calls; a row is a line of the questions' file."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from ola_vlm.eval.multiple_choice import is_correct
+
+FOLDER = Path("runs/benchmark_miniature")
+
+
+def images(row: dict) -> list[Image.Image]:
+    return [Image.open(FOLDER / row["filename"]).convert("RGB")]
+
+
+def question(row: dict, lmms_eval_specific_kwargs=None) -> str:
+    return row["prompt"]
+
+
+def score(row: dict, results: list[str]) -> dict[str, float]:
+    return {"accuracy": float(is_correct({**row, "output": results[0]}))}

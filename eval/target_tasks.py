@@ -1,0 +1,358 @@
+"""Target tasks (the paper's Table 8): what probes (`ola-vlm probe`'s OUT) are worth once the teachers decode them.
+
+    ola-vlm target-tasks OUT [--da2k FOLDER] [--coco FOLDER] [--miniature ROOT] [--gallery DIR]
+
+depth: DA-2K accuracy, the share of point pairs whose closer point has the larger decoded inverse depth. seg: mIoU over
+the data set, and the reference's variant (mean over images); teacher-assisted, as only the last stage of the teacher's
+backbone is decoded from features. gen: Frechet distance between features of the images and of what is decoded from
+their embeddings; here the image of --gallery with the nearest gen embedding stands in for unCLIP's, and --features
+(the gen teacher by default) for Inception.
+
+Each for the probes of every layer, for the model's own predictors if it has some, and as bounds for the teacher itself,
+its targets decoded the same way, and the mean target. Writes OUT/target_tasks.json and prints a table; a model that is done is not
+done again.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ola_vlm.miniature import world
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.probing.fit import IMAGE_ENDINGS
+from ola_vlm.probing.probes import Probes, load_probes
+from ola_vlm.probing.states import StateReader
+from ola_vlm.targets.cache import TargetStatistics
+from ola_vlm.targets.encoders import (
+    ENCODERS,
+    DepthAnythingEncoder,
+    OneFormerEncoder,
+    TargetEncoder,
+    open_image,
+)
+from ola_vlm.targets.fill import make_teachers
+
+from .dense import (
+    VOID,
+    confusion_matrix,
+    depth_order_correct,
+    frechet_distance,
+    load_da2k,
+    mean_iou,
+    reference_mean_iou,
+)
+from .run import load_checkpoint, processes, weights_state
+
+PAIRS, RATIO = 8, 1.1  # point pairs of a scene of the miniature, whose depths differ by this ratio at least
+
+
+def da2k_items(folder: Path) -> list[dict]:
+    return [{"image": str(folder / path), "pairs": pairs} for path, pairs in load_da2k(folder).items()]
+
+
+def coco_items(folder: Path) -> list[dict]:
+    """COCO's panoptic val2017: panoptic_val2017.json, and folders panoptic_val2017 (masks) and val2017 (images). Its
+    133 classes are numbered in the order of their ids, as OneFormer's are."""
+    content = json.loads((folder / "panoptic_val2017.json").read_text(encoding="utf-8"))
+    numbers = {c: i for i, c in enumerate(sorted(category["id"] for category in content["categories"]))}
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    items = []
+    for one in content["annotations"]:
+        classes = {segment["id"]: numbers[segment["category_id"]] for segment in one["segments_info"]}
+        mask = (str(folder / "panoptic_val2017" / one["file_name"]), classes)
+        items.append({"image": str(folder / "val2017" / names[one["image_id"]]), "mask": mask})
+    return items
+
+
+def miniature_items(root: Path) -> list[dict]:
+    """The test scenes of a study's folder with their exact depth (as pairs of points, drawn by a fixed seed) and
+    masks."""
+    stored, rng, items = load_file(root / "data" / "test.safetensors"), np.random.default_rng(0), []
+    for i, (depth, mask) in enumerate(zip(stored["depth"].astype(float), stored["mask"], strict=True)):
+        pairs = []
+        while len(pairs) < PAIRS:
+            a, b = rng.integers(0, world.SIZE, (2, 2))
+            near, far = sorted((depth[tuple(a)], depth[tuple(b)]))
+            if far > RATIO * near:
+                closer = "point1" if depth[tuple(a)] < depth[tuple(b)] else "point2"
+                pairs.append({"point1": a.tolist(), "point2": b.tolist(), "closer_point": closer})
+        items.append({"image": str(root / "data" / "images" / f"test_{i:05d}.png"), "pairs": pairs, "mask": mask})
+    return items
+
+
+def read_mask(mask: np.ndarray | tuple[str, dict[int, int]]) -> np.ndarray:
+    """Class indices (h, w), `VOID` where there is none."""
+    if isinstance(mask, np.ndarray):
+        return mask
+    path, classes = mask
+    colours = np.asarray(Image.open(path).convert("RGB")).astype(np.int64)
+    ids, places = np.unique(colours @ [1, 256, 256**2], return_inverse=True)
+    return np.array([classes.get(int(i), VOID) for i in ids])[places.reshape(colours.shape[:2])]
+
+
+def to_image(maps: Tensor, size: tuple[int, int], encoder: TargetEncoder, mode: str) -> np.ndarray:
+    """A map (S, S) of the teacher's square at the image's own `size` (width, height), without the square's padding."""
+    width, height = size
+    is_padded = encoder.view["square"] == "pad"
+    whole = (max(size), max(size)) if is_padded else (height, width)
+    big = F.interpolate(maps[None, None].double(), size=whole, mode=mode)[0, 0].numpy()
+    top, left = ((whole[0] - height) // 2, (whole[1] - width) // 2) if is_padded else (0, 0)
+    return big[top : top + height, left : left + width]
+
+
+def depth_sums(maps: Tensor, images: list[Image.Image], items: list[dict], encoder: TargetEncoder) -> dict:
+    sums = {"correct": 0, "pairs": 0}
+    for one, image, item in zip(maps, images, items, strict=True):
+        correct = depth_order_correct(to_image(one, image.size, encoder, "bilinear"), item["pairs"])
+        sums = {"correct": sums["correct"] + int(correct.sum()), "pairs": sums["pairs"] + len(correct)}
+    return sums
+
+
+def seg_sums(maps: Tensor, images: list[Image.Image], items: list[dict], encoder: TargetEncoder) -> dict:
+    sums, classes = {"confusion": 0, "iou": 0.0, "images": 0}, encoder.model.config.num_labels
+    for one, image, item in zip(maps, images, items, strict=True):
+        truth, guess = read_mask(item["mask"]), to_image(one, image.size, encoder, "nearest").astype(int)
+        if (truth == VOID).all():
+            continue
+        if (truth[truth != VOID] >= classes).any():
+            raise ValueError(f"a mask has class {truth[truth != VOID].max()}, the seg teacher knows {classes} classes")
+        sums["confusion"] = sums["confusion"] + confusion_matrix(truth, guess, classes)
+        sums["iou"] += reference_mean_iou([truth], [guess])
+        sums["images"] += 1
+    return sums
+
+
+def depth_scores(sums: dict) -> dict[str, float]:
+    return {"accuracy": sums["correct"] / sums["pairs"], "n": sums["pairs"]}
+
+
+def seg_scores(sums: dict) -> dict[str, float]:
+    of_images = sums["iou"] / sums["images"]
+    return {"mIoU": mean_iou(sums["confusion"]), "mIoU of images": of_images, "n": sums["images"]}
+
+
+# Kind of teacher -> what an image must come with, how a batch counts, what the sums say. The first score is shown.
+KINDS = {DepthAnythingEncoder: ("pairs", depth_sums, depth_scores), OneFormerEncoder: ("mask", seg_sums, seg_scores)}
+
+
+class Gallery:
+    """Images by their embeddings, to stand in for a generator of images; features (F,) of each by `extractor`."""
+
+    def __init__(self, sources: Sequence[str], encoder: TargetEncoder, extractor: TargetEncoder, batch_size: int = 32):
+        parts, features = [], []
+        starts = tqdm(range(0, len(sources), batch_size), desc="gallery", unit="batch")
+        for images in (list(map(open_image, sources[i : i + batch_size])) for i in starts):
+            parts.append(encoder.encode(images)[:, 0])
+            features.append(extractor.encode(images)[:, 0])
+        self.embeddings, self.features, self.extractor = torch.cat(parts), torch.cat(features), extractor
+
+    def nearest(self, embeddings_NE: Tensor) -> Tensor:
+        """Features (N, F) of the image whose embedding is most similar to each."""
+        similarity = F.normalize(embeddings_NE, dim=-1) @ F.normalize(self.embeddings, dim=-1).T
+        return self.features[similarity.argmax(1)]
+
+
+def scores_of(
+    items: Sequence[dict],
+    teachers: dict[str, TargetEncoder],
+    gallery: Gallery | None,
+    embeddings: Callable[[list[Image.Image]], Iterator[tuple[str, str, Tensor | None]]],
+    describe: str,
+    batch_size: int = 16,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{task: {row: scores}} over `items`, of tasks for which these have truth. `embeddings(images)` gives task, row
+    and embeddings (N, Q, E), None for the teacher's own map."""
+    sums, features, real = defaultdict(dict), defaultdict(list), []
+    for start in tqdm(range(0, len(items), batch_size), desc=describe, unit="batch"):
+        batch = items[start : start + batch_size]
+        images = [open_image(item["image"]) for item in batch]
+        if gallery is not None:
+            real.append(gallery.extractor.encode(images)[:, 0])
+        for task, row, found in embeddings(images):
+            encoder = teachers[task]
+            if type(encoder) in KINDS:
+                needed, add, _ = KINDS[type(encoder)]
+                if needed in batch[0]:
+                    maps = own_maps(encoder, images) if found is None else encoder.decode(found, images)
+                    before = sums[task, row]
+                    new = add(maps, images, batch, encoder)
+                    sums[task, row] = {name: before.get(name, 0) + value for name, value in new.items()}
+            elif gallery is not None and encoder.target_length == 1 and found is not None:
+                features[task, row].append(gallery.nearest(found[:, 0].cpu()))
+    scores = defaultdict(dict)
+    for (task, row), total in sums.items():
+        if total:
+            scores[task][row] = KINDS[type(teachers[task])][2](total)
+    for (task, row), parts in features.items():
+        distance = frechet_distance(torch.cat(parts).numpy(), torch.cat(real).numpy())
+        scores[task][row] = {"Frechet distance": distance, "n": sum(map(len, parts))}
+    return dict(scores)
+
+
+@torch.no_grad()
+def own_maps(encoder: TargetEncoder, images: list[Image.Image]) -> Tensor:
+    """The teacher's output as it is meant: all its stages' own features."""
+    if isinstance(encoder, OneFormerEncoder):
+        return encoder.decode(None, images)
+    return encoder.model(encoder.pixel_values(images)).predicted_depth.float().cpu()
+
+
+def of_teachers(teachers: dict[str, TargetEncoder], means: dict[str, Tensor]) -> Callable:
+    """The upper bounds, and the lower one: the training images' mean target, which knows nothing of the image."""
+
+    def embeddings(images):
+        for task, encoder in teachers.items():
+            if type(encoder) in KINDS:
+                yield task, "target encoder", None
+            yield task, "its targets, decoded", encoder.encode(images)
+            yield task, "the mean target, decoded", means[task].expand(len(images), -1, -1)
+
+    return embeddings
+
+
+def statistics_of(checkpoint: str) -> dict[str, TargetStatistics]:
+    """Of the targets that a checkpoint's predictors were trained on, from its folder or that of the stage before."""
+    folder = Path(checkpoint)
+    while not (folder / "target_statistics").is_dir():
+        run = folder / "run.json"
+        before = json.loads(run.read_text(encoding="utf-8")).get("checkpoint") if run.exists() else None
+        if before is None:
+            return {}
+        folder = Path(before)
+    return {path.stem: TargetStatistics.load(path) for path in (folder / "target_statistics").glob("*.safetensors")}
+
+
+def of_model(reader: StateReader, probes: Probes, statistics: dict[str, TargetStatistics]) -> Callable:
+    """Embeddings from the probes and, of an OLA-VLM, from its predictors."""
+    model, probes = reader.model, probes.to(reader.model.device)
+    has_predictors = isinstance(model, OlaVlmForConditionalGeneration) and bool(model.config.tasks)
+
+    @torch.no_grad()
+    def embeddings(images):
+        for task, layer, found in probes.predict(reader(images)):
+            yield task, f"probe {layer}", found.cpu()
+        if has_predictors:
+            for task, layers in model(**reader.inputs(images), output_predictions=True).predictions.items():
+                for layer, found in layers.items():
+                    found = found.float().cpu()
+                    if task in probes.tasks:
+                        restored = statistics[task].restore(found) if task in statistics else found
+                        yield task, f"predictor {layer}", restored
+
+    return embeddings
+
+
+def table(results: dict) -> str:
+    """Of each model's probes and predictors the best layer; all are in target_tasks.json."""
+    lines = [f"{'':<36}{'task':<8}{'data':<12}{'row':<26}score"]
+    for name, data in results["scores"].items():
+        for data_name, tasks in data.items():
+            for task, rows in tasks.items():
+                shown = {}
+                for row, scores in rows.items():
+                    kind, (score, value) = row.rstrip("0123456789 "), next(iter(scores.items()))
+                    better = min if score == "Frechet distance" else max
+                    if kind not in shown or better(value, shown[kind][2]) == value:
+                        shown[kind] = (row, score, value, scores["n"])
+                for row, score, value, n in shown.values():
+                    value = f"{value:.3f}" if score == "Frechet distance" else f"{100 * value:.1f}%"
+                    lines.append(f"{name:<36}{task:<8}{data_name:<12}{row:<26}{score} {value} (n = {n:,})")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm target-tasks", description=__doc__, formatter_class=layout)
+    parser.add_argument("out", type=Path, metavar="OUT", help="of `ola-vlm probe`")
+    parser.add_argument("--da2k", type=Path, help="DA-2K's folder: annotations.json and the images it names")
+    parser.add_argument("--coco", type=Path, help="folder of panoptic_val2017.json, panoptic_val2017 and val2017")
+    parser.add_argument("--miniature", type=Path, help="a study's folder, whose test scenes have exact truth")
+    parser.add_argument("--gallery", type=Path, help="images, the nearest of which stands for a generated one")
+    parser.add_argument("--gallery_pattern", default="**/*", help='of its files ("train_*" in a study\'s data/images)')
+    features = "the extractor of the Frechet distance's features, as JSON like a recipe's teachers (the gen teacher)"
+    parser.add_argument("--features", type=json.loads, help=features)
+    parser.add_argument(
+        "--max_images", type=int, help="of each data set, the first ones; of the gallery, ten times that"
+    )
+    parser.add_argument("--device_map")
+    parser.add_argument("--model_dtype", default="auto")
+    parser.add_argument("--trust_remote_code", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        results = run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"ola-vlm target-tasks: {error}") from error
+    print(table(results))
+    print(f"Frechet features: {results['features']}; seg is teacher-assisted: finer stages are the teacher's own")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """target_tasks.json's content."""
+    if not (args.out / "probes.json").exists():
+        raise ValueError(f"{args.out} has no probes.json: `ola-vlm probe` writes it")
+    probed = json.loads((args.out / "probes.json").read_text(encoding="utf-8"))
+    readers = {"da2k": da2k_items, "coco": coco_items, "miniature": miniature_items}
+    data = {name: read(vars(args)[name])[: args.max_images] for name, read in readers.items() if vars(args)[name]}
+    if not data:
+        raise ValueError("no data: give --da2k, --coco or --miniature")
+    if missing := [item["image"] for items in data.values() for item in items if not Path(item["image"]).is_file()]:
+        raise ValueError(f"{len(missing)} images are not there, the first is {missing[0]}")
+    device = processes().device
+    made = make_teachers(probed["run"]["tasks"], probed["run"]["teachers"], device)
+    teachers = {name: teacher.encoder for name, teacher in made.items()}
+    gallery, features = None, "none, without --gallery"
+    gen = next((encoder for encoder in teachers.values() if encoder.target_length == 1), None)
+    if args.gallery and gen is not None:
+        extractor, features = gen, "the gen teacher's, not Inception's"
+        if args.features:
+            options = {"grid": 1, "device": device, **args.features}
+            features = f"{options['encoder']} {options['path']}"
+            extractor = ENCODERS[options.pop("encoder")].from_pretrained(options.pop("path"), **options)
+        asked = {item["image"] for items in data.values() for item in items}  # an image must not stand for itself
+        files = sorted(str(path) for path in args.gallery.glob(args.gallery_pattern) if path.suffix in IMAGE_ENDINGS)
+        files = [file for file in files if file not in asked][: args.max_images and 10 * args.max_images]
+        if not files:
+            raise ValueError(f"{args.gallery} has no images {args.gallery_pattern} but those that are asked about")
+        gallery = Gallery(files, gen, extractor)
+    about = {"data": {name: len(items) for name, items in data.items()}, "features": features}
+    about |= {"gallery": str(args.gallery), "teachers": probed["run"]["teachers"]}
+    scores = {}
+
+    def score_all(name: str, folder: Path, what: dict, make: Callable[[], Callable]) -> None:
+        file = folder / "target_tasks.json"
+        if file.exists() and (known := json.loads(file.read_text(encoding="utf-8")))["about"] == about | what:
+            scores[name] = known["scores"]
+            return
+        embeddings = make()
+        scores[name] = {
+            data_name: scores_of(items, teachers, gallery, embeddings, f"{name}: {data_name}")
+            for data_name, items in data.items()
+        }
+        folder.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"about": about | what, "scores": scores[name]}, indent=1), encoding="utf-8")
+
+    means = load_probes(args.out / next(iter(probed["models"].values()))["folder"]).means
+    score_all("target encoders", args.out / "teachers", {}, lambda: of_teachers(teachers, means))
+    for model, one in probed["models"].items():
+        folder = args.out / one["folder"]
+
+        def make(model=model, folder=folder):
+            probes = load_probes(folder)
+            loaded = load_checkpoint(model, args.model_dtype, args.device_map, args.trust_remote_code)
+            return of_model(probes.reader(*loaded), probes, statistics_of(model))
+
+        what = {"weights": weights_state(model), "strengths": probed["strengths"]}
+        score_all(one["name"], folder, what, make)
+    results = {**about, "scores": scores}
+    (args.out / "target_tasks.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results

@@ -1,0 +1,156 @@
+"""The paper's ablations in miniature: `ola-vlm study ablations`. Tables 3 to 6 and I to V, each with its rows and
+seeds over the world of `ola-vlm miniature`.
+
+Rows are arms, a process of one thread each; what is done is not done again, so that more tables, rows or seeds can
+follow later, and an `--out` of `ola-vlm miniature` brings its llava and ola_vlm along. After each arm the report is
+written of all that is done so far: ablations.md, ablations.json and a figure a table.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from ola_vlm.miniature import world
+from ola_vlm.miniature.arm import STAGES
+from ola_vlm.miniature.report import STAGES as WHEN
+from ola_vlm.miniature.report import STYLE, table
+from ola_vlm.miniature.study import FULL, SHRUNK, prepare, read_arms, run_arms
+from ola_vlm.recipes.miniature import ABLATIONS, TASKS, ablation_run
+
+TITLES = {
+    "layers": ("Table 3", "layers with embedding losses"),
+    "losses": ("Table 4", "stages with embedding losses"),
+    "tokens": ("Table 5", "task tokens a task, N_seek"),
+    "learnable": ("Table 6", "task tokens in IFT"),
+    "keys": ("Table I", "what predictors attend to"),
+    "tasks": ("Table II", "tasks"),
+    "order": ("Table III", "order of the task tokens"),
+    "lambda": ("Table IV", "weight of the embedding losses"),
+    "terms": ("Table V", "terms of the embedding loss"),
+}
+ACCURACIES = [*world.TASKS, "average"]
+PROBES = [(task["name"], stage) for stage in STAGES for task in TASKS]
+
+
+def numbers(seed: dict) -> dict[str, float]:
+    """Of one arm: accuracies in per cent at its last IFT step; probes' mean-centred cosines, means over LLM layers."""
+    found = {task: 100 * seed["accuracy"][task] for task in ACCURACIES}
+    for task, stage in PROBES:
+        layers = seed["probes"][stage][task]
+        found[f"{task}, {WHEN[stage]}"] = float(np.mean([layers[i]["ridge"] for i in layers if i != "0"]))
+    return found
+
+
+def rows_of(name: str, results: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Row -> its seeds' numbers, for the rows of a table that are done."""
+    runs = {row: ablation_run(name, row) for row in ABLATIONS[name]}
+    return {row: list(map(numbers, results[run])) for row, run in runs.items() if run in results}
+
+
+def table_text(name: str, rows: dict[str, list[dict]]) -> list[str]:
+    """Markdown: mean ± sd over seeds, where there are several."""
+    columns = list(next(iter(rows.values()))[0])
+    lines = []
+    for row, seeds in rows.items():
+        cells = []
+        for column in columns:
+            values, digits = [seed[column] for seed in seeds], 1 if column in ACCURACIES else 3
+            spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.{digits}f}{spread}")
+        is_parent = " (ola_vlm)" if ablation_run(name, row) == "ola_vlm" else ""
+        lines.append([row + is_parent, str(len(seeds)), *cells])
+    return table([name, "seeds", *columns], lines)
+
+
+@rc_context(STYLE)
+def draw_table(path: Path, name: str, rows: dict[str, list[dict]]) -> None:
+    """Rows from top to bottom; left accuracy, right probes: a dot a seed, a line for the mean."""
+    figure = Figure(figsize=(11, 1.9 + 0.42 * len(rows)), layout="constrained")
+    accuracy, *probes = figure.subplots(1, 1 + len(STAGES), sharey=True)
+    places = np.arange(len(rows))[::-1]
+    accuracy.set_yticks(places, list(rows))
+
+    def draw(axis, column: str, color, label: str, shift: float):
+        for place, seeds in zip(places + shift, rows.values(), strict=True):
+            values = [seed[column] for seed in seeds]
+            axis.plot(values, [place] * len(values), "o", color=color, markersize=5, alpha=0.6)
+            axis.plot([np.mean(values)], [place], "|", color=color, markersize=14, markeredgewidth=2.5)
+        axis.plot([], [], "o", color=color, label=label)
+
+    draw(accuracy, "average", "#d1495b", "mean of the tasks", 0)
+    accuracy.axvline(100 * world.CHANCE["average"], color="black", linestyle=":", label="chance")
+    accuracy.set(xlabel="accuracy after IFT (%)", title="answers", ylim=(-0.6, len(rows) - 0.4))
+    for axis, stage in zip(probes, STAGES, strict=True):
+        for i, (task, color) in enumerate(
+            zip([t["name"] for t in TASKS], ("#55a868", "#4c72b0", "#dd8452"), strict=True)
+        ):
+            draw(axis, f"{task}, {WHEN[stage]}", color, task, 0.2 * (1 - i))
+        axis.set(xlabel="mean-centred cosine", title=f"probes {WHEN[stage]}, layers 1 to 4")
+    accuracy.legend(fontsize=9, loc="best")
+    probes[-1].legend(fontsize=9, loc="best")
+    where, what = TITLES[name]
+    figure.suptitle(f"{what} ({where} in the paper); dots: seeds, bars: means")
+    figure.savefig(path, dpi=130)
+
+
+def write_report(root: Path, names: Sequence[str], arms: list[tuple[str, int]]) -> str:
+    """ablations.md (returned), ablations.json and a figure a table, of what is done so far."""
+    results, strengths = read_arms(root, arms)
+    done = sum(map(len, results.values()))
+    lines = ["# Ablations in miniature", "", f"{done} of {len(arms)} arms done. Accuracies in per cent after IFT; "]
+    lines[-1] += "probes: mean-centred cosine, mean over LLM layers 1 to 4; ± sd over seeds."
+    found = {}
+    for name in names:
+        if rows := rows_of(name, results):
+            found[name], (where, what) = rows, TITLES[name]
+            draw_table(root / f"ablation_{name}.png", name, rows)
+            lines += ["", f"## {where}: {what}", "", *table_text(name, rows), "", f"![{what}](ablation_{name}.png)"]
+            if missing := [row for row in ABLATIONS[name] if row not in rows]:
+                lines += ["", f"Not done yet: {', '.join(missing)}."]
+    (root / "ablations.json").write_text(json.dumps({"tables": found, "ridge_strength": strengths}, indent=1) + "\n")
+    (root / "ablations.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm study", description=__doc__, formatter_class=layout)
+    parser.add_argument("study", choices=["ablations"])
+    parser.add_argument("--tables", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS), metavar="TABLE",
+                        help=f"some of {', '.join(ABLATIONS)}; default: all")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=1, help="seeds a row")
+    steps = "steps of PT and of IFT, for a short sweep (default: the miniature's own)"
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("PT", "IFT"), help=steps)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="arms at a time")
+    parser.add_argument("--report", action="store_true", help="only report what is done so far")
+    parser.add_argument("--shrunk", action="store_true", help="4 steps on a few scenes: checks the chain only")
+    args = parser.parse_args(argv)
+    if args.seeds < 1 or args.workers < 1 or min(args.steps or [1]) < 1:
+        parser.error("--seeds, --workers and --steps must be at least 1")
+    root, size = args.out.resolve(), SHRUNK if args.shrunk else FULL
+    runs = dict.fromkeys(ablation_run(name, row) for name in args.tables for row in ABLATIONS[name])
+    arms = [(run, seed) for seed in range(args.seeds) for run in runs]
+    if args.report:
+        if not root.exists():
+            parser.error(f"{args.out} does not exist: nothing is done yet")
+        print(write_report(root, args.tables, arms))
+        return
+    overrides, settings = dict(size["overrides"]), {"shrunk": args.shrunk}
+    if args.steps:
+        settings["steps"] = args.steps
+        for stage, count in zip(STAGES, args.steps, strict=True):
+            overrides[stage] = overrides.get(stage, {}) | {"max_steps": count}
+    try:
+        prepare(root, size, settings)
+    except ValueError as error:
+        parser.error(str(error))
+    run_arms(root, arms, overrides, args.workers, partial(write_report, root, args.tables, arms))
+    print(write_report(root, args.tables, arms))

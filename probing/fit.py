@@ -1,0 +1,84 @@
+"""Passes over images: each batch goes through the frozen model once, for all layers and tasks."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..targets.encoders import open_image
+from .probes import save_tensors
+from .resampler import ResamplerFit
+from .ridge import RidgeFit
+from .states import ImageStates, StateReader
+
+TargetSources = Mapping[str, Callable[[list], Tensor]]  # task -> images -> targets (N, Q, E), such as a TargetCache
+SAVE_SECONDS = 300.0
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+class _Images(Dataset):
+    def __init__(self, sources: Sequence):
+        self.sources = sources
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, i: int):
+        return open_image(self.sources[i])
+
+
+def batches(
+    reader: StateReader,
+    targets: TargetSources,
+    sources: Sequence,
+    plan: Sequence[Tensor] | int,
+    workers: int = 0,
+    describe: str | None = None,
+    skip: int = 0,
+) -> Iterator[tuple[ImageStates, dict[str, Tensor]]]:
+    """States and targets of `sources` (images, paths, `{"bytes"}`), in batches of one size in their order or as a list
+    of indices says, whose first `skip` are left out. `describe`: shows progress under this name."""
+    if isinstance(plan, int):
+        plan = [range(start, min(start + plan, len(sources))) for start in range(0, len(sources), plan)]
+    plan = [list(map(int, batch)) for batch in plan]
+    loader = DataLoader(_Images(sources), batch_sampler=plan[skip:], num_workers=workers, collate_fn=list)
+    done = sum(map(len, plan[:skip]))
+    total = done + sum(map(len, plan[skip:]))
+    device = reader.model.device
+    with tqdm(total=total, initial=done, desc=describe, unit="image", disable=describe is None) as bar:
+        for images in loader:
+            yield reader(images), {task: source(images).to(device) for task, source in targets.items()}
+            bar.update(len(images))
+
+
+def fit(
+    fitter: RidgeFit | ResamplerFit,
+    reader: StateReader,
+    targets: TargetSources,
+    sources: Sequence,
+    batch_size: int = 32,
+    workers: int = 0,
+    describe: str | None = None,
+    saved: Path | None = None,
+    save_seconds: float = SAVE_SECONDS,
+) -> None:
+    """All probes in one go over the `sources`. `saved`: a file that holds the fit so far, each `save_seconds` and at
+    its end; with it there, the fit goes on from it, to the same result."""
+    plan, done = fitter.plan(len(sources), batch_size), 0
+    if saved is not None and saved.exists():
+        with safe_open(saved, "pt") as file:
+            done = int(file.metadata()["batches"])
+        fitter.load_state(load_file(saved))
+    last_save = time.monotonic()
+    for states, of_images in batches(reader, targets, sources, plan, workers, describe, skip=done):
+        fitter.update(states, of_images)
+        done += 1
+        is_due = time.monotonic() - last_save >= save_seconds or done == len(plan)
+        if saved is not None and is_due and fitter.can_stop:
+            save_tensors(fitter.state(), saved, {"batches": str(done)})
+            last_save = time.monotonic()

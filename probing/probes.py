@@ -1,0 +1,188 @@
+"""Fitted probes, one for each task and layer: what they predict, how well, and their files.
+
+N images, Q positions of the target, H LLM width, E target width.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..configuration_ola_vlm import normalize_task
+from ..modeling_ola_vlm import EmbeddingPredictor
+from ..targets.cache import TargetStatistics
+from .states import ImageStates, StateReader
+
+# The paper's probe, as its predictor without task tokens; depth's has no further MLP either.
+RESAMPLER = {"layers": [1], "num_task_tokens": 0, "predictor_dim": None, "predictor_depth": 1, "output_mlp": False}
+Scores = dict[str, dict[str, dict[str, float]]]  # task -> layer -> {kind: centred cosine, kind_plain: the paper's}
+
+
+def flat_cosine(prediction_NQE: Tensor, target_NQE: Tensor) -> Tensor:
+    """The paper's score: cosine similarity of each image's flattened embeddings, (N,)."""
+    return F.cosine_similarity(prediction_NQE.flatten(1), target_NQE.flatten(1), dim=-1)
+
+
+def centred_cosine(prediction_NQE: Tensor, target_NQE: Tensor, mean_QE: Tensor) -> Tensor:
+    """Cosine similarity at each position after the training images' mean there is taken off, averaged: (N,).
+
+    Plain cosines are high for any prediction near the mean (.93 for the mean itself); this one is 0 on average."""
+    return F.cosine_similarity(prediction_NQE - mean_QE, target_NQE - mean_QE, dim=-1).mean(-1)
+
+
+class LinearProbe(nn.Module):
+    """(..., H) -> (..., E), fp32. Inputs are centred first: some channels of a large LLM are far from 0 and hardly
+    vary."""
+
+    def __init__(self, width: int, target_dim: int):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("weight", torch.zeros(width, target_dim))
+        self.register_buffer("bias", torch.zeros(target_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.centre) @ self.weight + self.bias
+
+
+class Probes:
+    """`modules[task][str(layer)]`, layers 0 (the embeddings) to the LLM's last.
+
+    Args:
+        kind: "ridge" (a `LinearProbe` of the states at each target position) or "resampler" (the paper's: an
+            `EmbeddingPredictor` with its own queries, which attends to all tokens of the layer's state).
+        tasks: dicts of tasks; name, target_length, target_dim and the size of the predictor count.
+        num_layers: L + 1.
+        about: more for probes.json, such as the model and its prompt.
+        seed: of a resampler's first weights, the same for every layer.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        tasks: list[dict],
+        num_layers: int,
+        hidden_size: int,
+        about: dict | None = None,
+        seed: int = 0,
+    ):
+        if kind not in ("ridge", "resampler"):
+            raise ValueError(f'probe {kind!r} is unknown: choose "ridge" or "resampler"')
+        self.kind, self.num_layers, self.hidden_size, self.about = kind, num_layers, hidden_size, about or {}
+        self.tasks = {task["name"]: normalize_task({**task, **RESAMPLER}, hidden_size, 1) for task in tasks}
+        self.means: dict[str, Tensor] = {}  # task -> training images' mean target (Q, E)
+        self.statistics: dict[str, TargetStatistics] = {}  # of standardised targets, which are what a probe predicts
+
+        def make(task: dict) -> nn.Module:
+            torch.manual_seed(seed)
+            if kind == "ridge":
+                return LinearProbe(hidden_size, task["target_dim"])
+            return EmbeddingPredictor(task, hidden_size)
+
+        layers = [str(layer) for layer in range(num_layers)]
+        with torch.random.fork_rng():
+            modules = {
+                name: nn.ModuleDict({layer: make(task) for layer in layers}) for name, task in self.tasks.items()
+            }
+        self.modules = nn.ModuleDict(modules)
+
+    def raw(self, states: ImageStates, task: str, layer: int) -> Tensor:
+        """(N, Q, E), standardised if the targets were."""
+        probe = self.modules[task][str(layer)]
+        if self.kind == "ridge":
+            return probe(states.positions(layer, self.tasks[task]["target_length"]))
+        everyone = torch.arange(len(states.grids), device=states.attended_NT.device)
+        return probe(states.hidden[layer], None, everyone, states.attended_NT)
+
+    @torch.no_grad()
+    def predict(self, states: ImageStates) -> Iterator[tuple[str, int, Tensor]]:
+        """Task, layer and embeddings (N, Q, E) of each probe, fp32, for the teacher's `decode`."""
+        for name in self.tasks:
+            for layer in range(self.num_layers):
+                prediction = self.raw(states, name, layer).float()
+                if name in self.statistics:
+                    prediction = self.statistics[name].restore(prediction)
+                yield name, layer, prediction
+
+    def to(self, device) -> "Probes":
+        self.modules.to(device)
+        self.means = {name: mean.to(device) for name, mean in self.means.items()}
+        moved = ((name, (part.to(device) for part in parts)) for name, parts in self.statistics.items())
+        self.statistics = {name: TargetStatistics(*parts) for name, parts in moved}
+        return self
+
+    def reader(self, model, processor) -> StateReader:
+        """Of the states that the probes were fitted on: their prompt and geometry."""
+        return StateReader(model, processor, self.about["prompt"], self.about["square"])
+
+    def save(self, folder: str | Path) -> None:
+        """probes.safetensors and probes.json."""
+        tensors = {f"probes.{name}": value for name, value in self.modules.state_dict().items()}
+        tensors |= {f"means.{name}": mean for name, mean in self.means.items()}
+        for name, statistics in self.statistics.items():
+            tensors |= {f"statistics.{name}.{part}": value for part, value in statistics._asdict().items()}
+        save_tensors(tensors, Path(folder) / "probes.safetensors")
+        fields = {"kind": self.kind, "num_layers": self.num_layers, "hidden_size": self.hidden_size}
+        fields |= {"tasks": list(self.tasks.values()), "about": self.about}
+        (Path(folder) / "probes.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def load_probes(folder: str | Path) -> Probes:
+    """What `Probes.save` wrote: a model's folder below `ola-vlm probe`'s --out, or that itself if it has one model.
+    ValueError if there are none or several."""
+    found = [path.parent for path in (Path(folder) / "probes.safetensors", *Path(folder).glob("*/probes.safetensors"))]
+    found = [one for one in found if (one / "probes.safetensors").exists()]
+    if len(found) != 1:
+        names = ", ".join(sorted(one.name for one in found)) or "none"
+        raise ValueError(f"{folder} should have the probes of one model, it has those of {names}: give its folder")
+    fields = json.loads((found[0] / "probes.json").read_text(encoding="utf-8"))
+    probes, tensors = Probes(**fields), load_file(found[0] / "probes.safetensors")
+    split = {part: {} for part in ("probes", "means", "statistics")}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        split[part][rest] = value
+    probes.modules.load_state_dict(split["probes"])
+    probes.means = split["means"]
+    tasks = {name.partition(".")[0] for name in split["statistics"]}
+    probes.statistics = {
+        task: TargetStatistics(*(split["statistics"][f"{task}.{part}"] for part in TargetStatistics._fields))
+        for task in tasks
+    }
+    return probes
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """As a whole or not at all; not by `write_whole`, which would hold a copy in memory."""
+    unfinished = path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, metadata)
+    os.replace(unfinished, path)
+
+
+@torch.no_grad()
+def score(
+    batches: Iterable[tuple[ImageStates, dict[str, Tensor]]], probes: Mapping[object, Probes]
+) -> tuple[dict[object, Scores], dict[str, float]]:
+    """For each of `probes`, by its key, {task: {layer: {kind: centred cosine, kind_plain: the paper's}}}, means over
+    images; and {task: the paper's score of the training images' mean target}, which is its zero."""
+    count, totals, of_means = 0, defaultdict(float), defaultdict(float)
+    for states, targets in batches:
+        count += len(states.grids)
+        for key, one in probes.items():
+            for task, layer, prediction in one.predict(states):
+                target, mean = targets[task], one.means[task]
+                both = torch.stack([centred_cosine(prediction, target, mean), flat_cosine(prediction, target)])
+                totals[key, task, layer] += both.double().sum(1)
+                if layer == 0:
+                    of_means[key, task] += flat_cosine(mean.expand_as(target), target).double().sum().item()
+    scores = {key: {task: {} for task in one.tasks} for key, one in probes.items()}
+    for (key, task, layer), total in totals.items():
+        centred, plain = (total / count).tolist()
+        kind = probes[key].kind
+        scores[key][task][str(layer)] = {kind: centred, f"{kind}_plain": plain}
+    return scores, {task: total / count for (_, task), total in of_means.items()}

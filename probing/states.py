@@ -1,0 +1,148 @@
+"""What the layers of a frozen vision-language model hold while it looks at an image.
+
+N images, one a row; T sequence, V tokens of an image's grid, Q positions of a target, H LLM width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers.models.llava import LlavaImageProcessor
+
+from ..targets.encoders import open_image
+
+PROMPT = "Describe the image."
+
+
+@dataclass
+class ImageStates:
+    """`hidden[layer]` (N, T, H): 0 the embeddings, the last one after the final norm; `attended_NT`: no padding.
+
+    `columns[n]` (rows * columns,): where image n's grid is in its row, from the top left; `grids[n]`: rows, columns.
+    """
+
+    hidden: Sequence[Tensor]
+    attended_NT: Tensor
+    columns: list[Tensor]
+    grids: list[tuple[int, int]]
+
+    @property
+    def num_layers(self) -> int:
+        """L + 1."""
+        return len(self.hidden)
+
+    def of_grid(self, layer: int, chosen: Sequence[int] | None = None) -> Tensor:
+        """The grid's tokens of the images, or of the `chosen` ones (N, V, H), which must have equally many; fp32."""
+        chosen = range(len(self.grids)) if chosen is None else chosen
+        rows = torch.tensor(list(chosen), device=self.attended_NT.device)
+        return self.hidden[layer][rows[:, None], torch.stack([self.columns[n] for n in chosen])].float()
+
+    def positions(self, layer: int, length: int) -> Tensor:
+        """Inputs for `length` target positions (N, Q, H), by `to_positions` and each image's own grid; fp32."""
+        if len(set(self.grids)) == 1:
+            return to_positions(self.of_grid(layer), length, self.grids[0])
+        alone = (to_positions(self.of_grid(layer, [n]), length, grid) for n, grid in enumerate(self.grids))
+        return torch.cat(list(alone))
+
+
+def to_positions(states_NVH: Tensor, length: int, grid: tuple[int, int] | None = None) -> Tensor:
+    """Image-token states as inputs for `length` target positions, (N, Q, H): token to token if the grids agree; else
+    the grid (square if it isn't given) is pooled or interpolated; their mean for one embedding an image.
+
+    A grid that isn't square is an image's at its own aspect ratio, while the target is of the image padded to a
+    square: its border rows or columns are repeated to a square first, half a token off at most.
+    """
+    side = round(states_NVH.shape[1] ** 0.5)
+    rows, columns = grid or (side, side)
+    if length == 1:
+        return states_NVH.mean(1, keepdim=True)
+    if rows == columns and rows * columns == length:
+        return states_NVH
+    maps = states_NVH.transpose(1, 2).unflatten(2, (rows, columns))
+    side, target_side = max(rows, columns), round(length**0.5)
+    if rows != columns:
+        top, left = (side - rows) // 2, (side - columns) // 2
+        maps = F.pad(maps, (left, side - columns - left, top, side - rows - top), mode="replicate")
+    if side != target_side:
+        maps = F.interpolate(maps, size=target_side, mode="area" if side > target_side else "bilinear")
+    return maps.flatten(2).transpose(1, 2)
+
+
+class StateReader:
+    """Images -> `ImageStates` of any image-text-to-text model of transformers.
+
+    Args:
+        model, processor: of one family; the processor has a chat template.
+        prompt: the user's words after the image. Image tokens don't see what follows them.
+        square: pad images to the square that the teachers see before the processor gets them, with its mean colour;
+            else each has the geometry that the model gives it.
+
+    The grid is that of the whole picture: all image tokens if they are a square; Qwen's rows and columns; of models
+    that also see tiles, LLaVA-NeXT and Idefics3 (SmolVLM), the view of the whole; the base encoder's of the
+    multi-encoder baseline. ValueError if none of these fits.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str = PROMPT, square: bool = True):
+        self.model, self.processor, self.prompt, self.square = model.eval(), processor, prompt, square
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        messages = [{"role": "user", "content": content}]
+        self.text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokenizer = processor.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # Some chat templates write it, others leave it to the tokenizer.
+        begins = bool(tokenizer.bos_token) and self.text.startswith(tokenizer.bos_token)
+        self.options = {"padding": True, "return_tensors": "pt", "add_special_tokens": not begins}
+
+    def view(self, source) -> Image.Image:
+        """The image as the processor gets it."""
+        image, of = open_image(source), self.processor.image_processor
+        pads_itself = isinstance(of, LlavaImageProcessor) and of.do_pad
+        if not self.square or pads_itself or image.width == image.height:
+            return image
+        colour = tuple(round(255 * mean) for mean in of.image_mean)
+        return ImageOps.pad(image, (max(image.size),) * 2, color=colour)
+
+    def inputs(self, images: Sequence) -> BatchFeature:
+        """The model's, one row an image. `images`: whatever `open_image` takes, at least one."""
+        views = list(map(self.view, images))
+        inputs = self.processor(text=[self.text] * len(views), images=views, **self.options)
+        return inputs.to(self.model.device, self.model.dtype)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence) -> ImageStates:
+        inputs = self.inputs(images)
+        hidden = self.model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states
+        hidden = [states.to(self.model.device) for states in hidden]  # a model may lie on several
+        is_image_NT = inputs["input_ids"] == self.processor.image_token_id
+        found = [self._grid(row.nonzero()[:, 0], inputs, n) for n, row in enumerate(is_image_NT)]
+        columns, grids = map(list, zip(*found, strict=True))
+        return ImageStates(hidden, inputs["attention_mask"].bool(), columns, grids)
+
+    def _grid(self, columns: Tensor, inputs: dict, n: int) -> tuple[Tensor, tuple[int, int]]:
+        config, kind, count = self.model.config, self.model.config.model_type, len(columns)
+        if "image_grid_thw" in inputs:
+            _, rows, wide = inputs["image_grid_thw"][n].tolist()
+            grid = (
+                rows // self.processor.image_processor.merge_size,
+                wide // self.processor.image_processor.merge_size,
+            )
+        else:
+            if kind in ("idefics3", "smolvlm"):  # tiles, then the whole picture
+                columns = columns[-self.processor.image_seq_len :]
+            elif kind in ("llava_next", "llava_onevision"):  # the whole picture, then tiles
+                columns = columns[: (config.vision_config.image_size // config.vision_config.patch_size) ** 2]
+            elif kind == "multi_encoder_llava":  # the base encoder's, then perhaps the others'
+                columns = columns[: config.image_seq_length]
+            side = round(len(columns) ** 0.5)
+            grid = (side, side)
+        if grid[0] * grid[1] != len(columns):
+            raise ValueError(
+                f"{type(self.model).__name__} makes {count} tokens of an image, and which of them are the grid of the "
+                "whole picture isn't known: add its family to probing.states.StateReader"
+            )
+        return columns, grid

@@ -1,0 +1,203 @@
+"""The Space as its visitors see it, in headless Chromium: `python space/app.py`, as it is.
+
+The screenshots go to a temporary folder; SPACE_SCREENSHOTS=docs writes the two that docs/space.md shows.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCENE = ROOT / "docs" / "scene.png"
+CLOSER = "which object is closer to the camera ? (A) red object (B) blue object"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import Error, sync_playwright
+
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        try:
+            chromium = playwright.chromium.launch(executable_path=found, args=quiet)
+        except Error as error:
+            how = "`make browser`, `apt-get install chromium` or `playwright install chromium`"
+            pytest.fail(f"no Chromium for the Space's test: {how} installs one\n{error}")
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("space") / "log.txt"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OLA_VLM_")}
+    environment |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(log.parent / "uploads")}
+    with log.open("w") as output:
+        command = [sys.executable, "space/app.py"]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            for _ in range(240):
+                assert process.poll() is None, log.read_text()
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/")
+                    break
+                except httpx.ConnectError:
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(30)
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+class Visitor:
+    """A visitor of their own (a fresh context), who notes what the page asks of other hosts and what fails in it."""
+
+    def __init__(self, browser, url: str, width: int = 1366, height: int = 768):
+        self.page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+        self.page.set_default_timeout(60_000)
+        self.elsewhere, self.failures = [], []
+        self.page.on("request", lambda request: self._note(request.url, url))
+        self.page.on("pageerror", lambda error: self.failures.append(str(error)))
+        self.page.goto(url)
+        self.page.locator("#question textarea").wait_for()
+
+    def _note(self, asked: str, url: str) -> None:
+        if not asked.startswith((url, "data:", "blob:")):
+            self.elsewhere.append(asked)
+
+    def send(self, text: str, *files) -> None:
+        if files:
+            self.page.set_input_files("#question input[type=file]", list(files))
+            self.page.locator("#question .thumbnail-item").nth(len(files) - 1).wait_for()
+        self.page.locator("#question textarea").fill(text)
+        self.page.locator("#question .submit-button").click()
+
+    def answers(self, count: int, chat: int = 0) -> list[str]:
+        """The texts of a chat's answers when there are `count` of them and the box is ready again."""
+        self.page.locator("#question .submit-button").wait_for()
+        bots = self.page.locator(".bubble-wrap").nth(chat).locator(".bot.message")
+        bots.nth(count - 1).wait_for()
+        self.page.wait_for_function(
+            "([chat, count]) => [...document.querySelectorAll('.bubble-wrap')[chat].querySelectorAll('.bot.message')]"
+            ".filter(one => one.innerText.trim()).length >= count",
+            arg=[chat, count],
+        )
+        texts = [text.strip() for text in bots.all_inner_texts()]
+        assert len(texts) == count, texts
+        return texts
+
+    def toast(self, text: str | re.Pattern) -> None:
+        self.page.locator(".toast-body", has_text=text).first.wait_for()
+
+    def pictures(self, count: int) -> list[str]:
+        shown = self.page.locator("#layers .grid-wrap img")
+        shown.nth(count - 1).wait_for()
+        assert shown.count() == count
+        return [image.get_attribute("src") for image in shown.all()]
+
+    def leave(self) -> None:
+        assert not self.elsewhere, "the page asks other hosts"
+        assert not self.failures
+        self.page.context.close()
+
+
+def test_a_visit(browser, url, tmp_path):
+    folder = Path(os.environ.get("SPACE_SCREENSHOTS", tmp_path))
+    visitor = Visitor(browser, url)
+    assert visitor.page.locator(".example").count() == 4
+    visitor.send(CLOSER, SCENE)
+    assert visitor.answers(1)[0] in ("(A)", "(B)")
+    first = visitor.pictures(8)  # depth and segmentation: teacher, decoded, layer; gen: teacher, layer
+    visitor.send("where is the red object ?")
+    told = visitor.answers(2)
+    assert re.fullmatch(r"x\d+ y\d+", told[1])
+    assert visitor.pictures(8) == first  # no new image
+    visitor.page.screenshot(path=folder / "space_laptop.png")
+    visitor.page.get_by_role("button", name="Regenerate").click()
+    visitor.page.wait_for_timeout(1000)
+    assert visitor.answers(2) == told  # greedy
+    visitor.page.get_by_role("button", name="Clear", exact=True).click()
+    visitor.page.locator(".example").nth(3).wait_for()
+    visitor.page.locator("#layers .grid-wrap img").first.wait_for(state="detached")
+    visitor.page.get_by_label("Compare with llava").check()
+    visitor.page.locator(".example").nth(1).click()
+    assert {*visitor.answers(1, chat=0), *visitor.answers(1, chat=1)} <= {"(A)", "(B)"}
+    visitor.leave()
+
+
+def test_on_a_phone(browser, url, tmp_path):
+    visitor = Visitor(browser, url, 390, 844)
+    visitor.page.locator(".example").nth(2).click()
+    visitor.answers(1)
+    visitor.pictures(8)
+    width = visitor.page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390, "the page scrolls sideways"
+    folder = Path(os.environ.get("SPACE_SCREENSHOTS", tmp_path))
+    visitor.page.screenshot(path=folder / "space_phone.png", full_page=True)
+    visitor.leave()
+
+
+def test_two_visitors_at_once(browser, url):
+    one, other = Visitor(browser, url), Visitor(browser, url)
+    for _ in range(2):
+        one.send(CLOSER, SCENE)
+        other.send("where is the red object ?", SCENE)
+    for visitor in (one, other):
+        pass
+    assert all(text in ("(A)", "(B)") for text in one.answers(2))
+    assert all(re.fullmatch(r"x\d+ y\d+", text) for text in other.answers(2))
+    for visitor in (one, other):
+        visitor.leave()
+
+
+def test_stop(browser, url):
+    """Hot sampling of a small model goes on for long; stopped, the words so far stay and the next question is answered."""
+    visitor = Visitor(browser, url)
+    visitor.page.get_by_text("Sampling").click()
+    for label, value in (("Temperature", "2"), ("Max new tokens", "1024")):
+        number = visitor.page.get_by_label(f"number input for {label}")
+        number.fill(value)
+        number.press("Tab")
+    for attempt in range(1, 20):
+        visitor.send("describe the image .", SCENE)
+        stop = visitor.page.locator("#question .stop-button")
+        try:
+            stop.click(timeout=3000)
+            break
+        except Exception:  # answered before
+            visitor.answers(attempt)
+    visitor.page.locator("#question .submit-button").wait_for()
+    visitor.leave()
+
+
+def test_garbage(browser, url, tmp_path):
+    visitor = Visitor(browser, url)
+    (tmp_path / "text.png").write_text("no image")
+    visitor.send("what is there", tmp_path / "text.png")
+    visitor.toast("text.png can't be read as an image")
+    visitor.page.reload()
+    visitor.page.locator("#question textarea").wait_for()
+    visitor.send("many " * 2000)
+    visitor.toast("more than 4,000")
+    visitor.send("what <image> is <b>there</b> ?")
+    visitor.toast("<image> is read as plain text")
+    visitor.answers(1)
+    assert visitor.page.locator(".user.message").inner_text().strip() == "what <image> is <b>there</b> ?"
+    (tmp_path / "big.png").write_bytes(bytes(11 * 2**20))
+    visitor.page.set_input_files("#question input[type=file]", tmp_path / "big.png")
+    visitor.toast(re.compile("size", re.IGNORECASE))
+    visitor.leave()
