@@ -128,7 +128,8 @@ class OlaVlmConfig(LlavaConfig):
         """ValueError for the configuration of another model, which would load as a random LLaVA."""
         found = config_dict.get("model_type", cls.model_type)
         _check(found in (cls.model_type, "llava"), "model_type", found, "give a checkpoint of OLA-VLM or plain LLaVA")
-        return super().from_dict(config_dict, **kwargs)
+        # A plain LLaVA's configuration becomes ours: by its own model type its files' keys would not be converted.
+        return super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -37,7 +37,10 @@ def load_model(args: OlaVlmArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
             raise ValueError(f"{args.checkpoint} holds adapters, not a model: merge them first (docs/finetune.md)")
         model_class, processor_class = classes_of(args.checkpoint)
         quantized = {"quantization_config": four_bits()} if args.load_in_4bit else {}
-        model = model_class.from_pretrained(args.checkpoint, dtype=args.torch_dtype, **quantized)
+        options = {"dtype": args.torch_dtype, "output_loading_info": True, **quantized}
+        model, report = model_class.from_pretrained(args.checkpoint, **options)
+        if missing := sorted(report["missing_keys"]):  # transformers makes them random with a warning
+            raise ValueError(f"{args.checkpoint} has no weights for {', '.join(missing[:5])}: give a whole checkpoint")
         return model, processor_class.from_pretrained(args.checkpoint)
     if not all(parts):
         raise ValueError("nothing to train: give checkpoint, or vision_tower and language_model")

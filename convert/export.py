@@ -60,7 +60,10 @@ def main(argv: list[str] | None = None):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or repository of an OLA-VLM")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     args = parser.parse_args(argv)
-    model = OlaVlmForConditionalGeneration.from_pretrained(args.checkpoint)
+    try:
+        model = OlaVlmForConditionalGeneration.from_pretrained(args.checkpoint)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"ola-vlm export: {error}") from error
     export_llava(model).save_pretrained(args.out)
     try:
         processor = OlaVlmProcessor.from_pretrained(args.checkpoint)

@@ -2,26 +2,29 @@
 The reference implementation's checkpoints (Llama and Phi-3) -> OLA-VLM, by a table of keys: `ola-vlm convert`.
 
 Nothing is guessed: a key of the checkpoint that the table doesn't know, and a weight of ours that no key provides, are
-errors that list them. `KEYS` also says what is dropped.
+errors that list them. `DROPPED` says what is dropped, and why.
 """
 
 import argparse
 import json
+import pickle  # its error alone
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, TimmWrapperModel
 
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..targets.encoders import load_vision_config
-from .parts import build_config, build_processor, grow_table
+from .parts import build_config, build_processor, grow_table, measure_tower
 
 LANGUAGE_MODELS = {"ola_llama": "llama", "llava_llama": "llama", "ola_phi3": "phi3", "llava_phi3": "phi3"}
 
-# Our names of the checkpoint's parameters, None for what is dropped: the twins of linear_1, which have no gradient and
-# serve the depth picture only, and the teacher's frozen decoder. A head of a task is renamed to its predictor before.
+# Our names of the checkpoint's parameters. A head of a task is renamed to its predictor before.
 PREDICTOR = r"(predictors\.\w+\.\d+\.)"
 KEYS = {
     r"(lm_head\.weight)": r"\1",
@@ -29,6 +32,7 @@ KEYS = {
     r"model\.mm_projector\.0\.(weight|bias)": r"model.multi_modal_projector.linear_1.\1",
     r"model\.mm_projector\.2\.(weight|bias)": r"model.multi_modal_projector.linear_2.\1",
     r"model\.vision_tower\.vision_tower\.vision_model\.(.+)": r"model.vision_tower.\1",
+    r"model\.vision_tower\.vision_tower\.((?:stem|stages|norm_pre|head)\..+)": r"model.vision_tower.timm_model.\1",
     r"model\.special_(gen|depth|seg)_tokens": r"queries.\1",
     r"(gen|depth|seg)_logit_scale": r"logit_scales.\1",
     PREDICTOR + r"projector\.(latents|(?:proj_in|proj_out|norm_out)\.(?:weight|bias))": r"\1\2",
@@ -37,8 +41,10 @@ KEYS = {
     PREDICTOR + r"projector\.layers\.(\d+)\.0\.(to_q|to_kv|to_out)\.weight": r"\1layers.\2.\3.weight",
     PREDICTOR + r"projector\.layers\.(\d+)\.1\.(\d)\.(weight|bias)": r"\1layers.\2.ffn.\3.\4",
     PREDICTOR + r"linear_1\.(\d)\.(weight|bias)": r"\1output_mlp.\2.\3",
-    r"predictors\.depth\.\d+\.linear_[23]\..+": None,
-    r"da_v2_head\..+": None,
+}
+DROPPED = {
+    r"predictors\.depth\.\d+\.linear_[23]\..+": "a twin of linear_1 that got no gradient; for the depth picture only",
+    r"da_v2_head\..+": "the depth teacher's decoder: visualisation takes the teacher's own",
 }
 
 
@@ -49,8 +55,38 @@ def rename_key(key: str, layers: dict[str, list[int]]) -> str | None:
         name = f"predictors.{head[1]}.{layers[head[1]][int(head[2])]}.{key[head.end() :]}"
     for pattern, ours in KEYS.items():
         if match := re.fullmatch(pattern, name):
-            return ours and match.expand(ours)
-    return key
+            return match.expand(ours)
+    return None if any(re.fullmatch(pattern, name) for pattern in DROPPED) else key
+
+
+def fates(keys: Iterable[str], layers: dict[str, list[int]]) -> str:
+    """A line for each kind of key (numbers are *): how many, and what became of them."""
+    found, dropped, keys = Counter(), 0, sorted(keys)
+    for key in keys:
+        ours, fate = rename_key(key, layers), ""
+        if ours is None:
+            dropped += 1
+            heads = re.sub(r"image_(\w+?)_heads", r"predictors.\1", key)
+            fate = "dropped: " + next(why for pattern, why in DROPPED.items() if re.fullmatch(pattern, heads))
+        found[re.sub(r"\d+", "*", key), re.sub(r"\d+", "*", fate or ours)] += 1
+    lines = [f"{count:>5}  {key}  ->  {fate}" for (key, fate), count in found.items()]
+    made = "made: vocabulary rows of the image token and the task tokens"
+    return "\n".join([*lines, f"{len(keys) - dropped} converted, {dropped} dropped, 0 missing, 0 unknown; {made}"])
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, one file or several, safetensors or (`weights_only`) `.bin`."""
+    state_dict = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        state_dict |= load_file(shard)
+    for shard in [] if state_dict else sorted(folder.glob("pytorch_model*.bin")):
+        try:
+            state_dict |= torch.load(shard, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{shard}: {error}") from error
+    if not state_dict:
+        raise ValueError(f"no *.safetensors and no pytorch_model*.bin in {folder}")
+    return state_dict
 
 
 def convert_state_dict(state_dict: dict[str, Tensor], layers: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -81,32 +117,39 @@ def read_task(config: dict, name: str, depth_mlp: bool) -> dict:
 
 def convert_reference(reference: str, vision_tower: str | None = None, tokenizer: str | None = None):
     """
-    Model, and processor or None without a `tokenizer` folder. `vision_tower`: folder or repository with the tower's
-    config, by default the one that the checkpoint names (a name, or a folder beside `reference`).
+    Model, processor or None without a `tokenizer` folder, and what became of each key (`fates`). `vision_tower`:
+    folder or repository with the tower's config, by default the one that the checkpoint names (a name, or a folder
+    beside `reference`); of a ConvNeXt, which it names without one, a folder of `ola-vlm convert-tower`.
     Raises ValueError for an architecture that doesn't fit, RuntimeError listing missing and unknown weights.
     """
     folder = Path(reference)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder of a reference checkpoint")
     fields = json.loads((folder / "config.json").read_text())
     if fields["model_type"] not in LANGUAGE_MODELS:
         raise ValueError(f"model_type is {fields['model_type']!r}: only {list(LANGUAGE_MODELS)} can be converted.")
     if vision_tower is None:
         beside = folder.parent / fields["mm_vision_tower"]
         vision_tower = str(beside) if beside.is_dir() else fields["mm_vision_tower"]
+        if "convnext" in vision_tower.lower() and not beside.is_dir():
+            raise ValueError(f"{vision_tower} is a ConvNeXt: give vision_tower, a folder of `ola-vlm convert-tower`")
     vision_config = load_vision_config(vision_tower)
+    tower = {"strategy": "default", "class_tokens": 1}
+    if vision_config.model_type == "timm_wrapper":
+        with torch.device("meta"):
+            vision_config, class_tokens = measure_tower(TimmWrapperModel(vision_config))
+        tower = {"strategy": "full", "class_tokens": class_tokens}
     language_model = LANGUAGE_MODELS[fields["model_type"]]
     shared = {*AutoConfig.for_model(language_model).to_dict(), "rope_theta", "rope_scaling"} & fields.keys()
     shared -= {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype"}
     text_config = AutoConfig.for_model(language_model, **{name: fields[name] for name in shared})
 
-    state_dict = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        state_dict |= load_file(shard)
-    if not state_dict:
-        raise ValueError(f"no *.safetensors in {folder}: save the checkpoint as safetensors first")
+    state_dict = read_weights(folder)
     names = fields["aux_mode"].split("-") if "aux_mode" in fields else []  # none: the reference's plain LLaVA baseline
     depth_mlp = any(".linear_1." in key for key in state_dict)
     tasks = [read_task(fields, name, depth_mlp) for name in names]
-    converted = convert_state_dict(state_dict, {task["name"]: task["layers"] for task in tasks})
+    layers = {task["name"]: task["layers"] for task in tasks}
+    converted = convert_state_dict(state_dict, layers)
 
     processor, known = None, text_config.vocab_size
     num_tokens = known + 1 + sum(task["num_task_tokens"] for task in tasks)
@@ -114,10 +157,12 @@ def convert_reference(reference: str, vision_tower: str | None = None, tokenizer
     if tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         known = min(len(tokenizer), known)
-        processor = build_processor(tokenizer, vision_config, tasks)
+        processor = build_processor(tokenizer, vision_config, tasks, **tower)
         ids, num_tokens = [processor.image_token_id, *processor.task_token_ids], len(tokenizer)
-    layer = fields["mm_vision_select_layer"]
-    config = build_config(text_config, vision_config, tasks, ids, num_tokens, vision_feature_layer=layer)
+    # A ConvNeXt's last map is taken, whatever layer the reference's configuration says.
+    features = {"vision_feature_layer": fields["mm_vision_select_layer"] if tower["class_tokens"] else -1}
+    features["vision_feature_select_strategy"] = tower["strategy"]
+    config = build_config(text_config, vision_config, tasks, ids, num_tokens, **features)
     for name in {"lm_head.weight", "model.language_model.embed_tokens.weight"} & converted.keys():
         converted[name] = grow_table(converted[name], known, num_tokens)
     if config.tie_word_embeddings:
@@ -127,7 +172,7 @@ def convert_reference(reference: str, vision_tower: str | None = None, tokenizer
     model.write_task_tokens()
     for field in ["bos_token_id", "eos_token_id", "pad_token_id"]:
         setattr(model.generation_config, field, fields.get(field))
-    return model.eval(), processor
+    return model.eval(), processor, fates(state_dict, layers)
 
 
 def main(argv: list[str] | None = None):
@@ -138,7 +183,11 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--vision-tower", help="folder or repository with the vision tower's config")
     parser.add_argument("--tokenizer", help="folder or repository with the LLM's tokenizer")
     args = parser.parse_args(argv)
-    model, processor = convert_reference(args.reference, args.vision_tower, args.tokenizer)
+    try:
+        model, processor, became = convert_reference(args.reference, args.vision_tower, args.tokenizer)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"ola-vlm convert: {error}") from error
+    print(became)
     model.save_pretrained(args.out)
     if processor is None:
         print(f"Wrote the model alone to {args.out}: without --tokenizer there is no processor.")

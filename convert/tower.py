@@ -52,5 +52,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--image-size", type=int, help="pixels a side (its own training's by default)")
     args = parser.parse_args(argv)
-    convert_tower(args.checkpoint, args.image_size).save_pretrained(args.out)
+    try:
+        tower = convert_tower(args.checkpoint, args.image_size)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"ola-vlm convert-tower: {error}") from error
+    tower.save_pretrained(args.out)
     print(f"Wrote the vision tower to {args.out}.")

@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import encode, make_tokenizer, random_rows, tiny_tasks
 from safetensors.torch import load_file, save_file
+from training_helpers import llava_sample, write_llava
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     CLIPVisionModel,
     Gemma2Config,
@@ -24,14 +26,19 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
     SiglipVisionModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
 )
 
+from ola_vlm.convert.export import export_llava
 from ola_vlm.convert.export import main as export
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.convert.reference import convert_reference, rename_key
 from ola_vlm.convert.reference import main as convert
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.train import train
+from ola_vlm.training.arguments import OlaVlmArguments
 
 GOLDEN = Path(__file__).parent / "golden"
 TOWER = str(GOLDEN / "clip_vit_336")
@@ -184,8 +191,19 @@ def test_convert_without_tokenizer_writes_the_model_alone(tmp_path, capsys):
     assert model.get_input_embeddings().weight[:512].equal(reference["model.embed_tokens.weight"])
     means = reference["model.special_depth_tokens"].view(8, 72, 64).mean(1)
     torch.testing.assert_close(model.get_input_embeddings().weight[521:529].data, means)
-    original, _ = convert_reference(str(GOLDEN / "reference_checkpoint"), TOWER)
+    original, _, became = convert_reference(str(GOLDEN / "reference_checkpoint"), TOWER)
     assert all(value.equal(model.state_dict()[name]) for name, value in original.state_dict().items())
+    dropped = sum(rename_key(key, {"depth": [1, 3]}) is None for key in reference)
+    assert dropped and f"{len(reference) - dropped} converted, {dropped} dropped, 0 missing, 0 unknown" in became
+    lines = [line.split() for line in became.splitlines()]
+    assert sum(int(line[0]) for line in lines[:-1]) == len(reference) == 232
+    assert [
+        "4",
+        "model.layers.*.mlp.up_proj.weight",
+        "->",
+        "model.language_model.layers.*.mlp.up_proj.weight",
+    ] in lines
+    assert "image_depth_heads.*.linear_*.*.bias  ->  dropped: a twin of linear_* that got no gradient" in became
 
 
 def test_convert_with_tokenizer(tmp_path):
@@ -204,7 +222,7 @@ def test_convert_with_tokenizer(tmp_path):
 
 def test_convert_finds_the_tower_beside_the_checkpoint(tmp_path):
     shutil.copytree(TOWER, tmp_path / "tiny-clip-vit-336")
-    model, _ = convert_reference(copy_reference(tmp_path / "checkpoint"))
+    model, *_ = convert_reference(copy_reference(tmp_path / "checkpoint"))
     assert model.config.vision_config.hidden_size == 32
 
 
@@ -228,8 +246,8 @@ def test_convert_lists_unknown_and_missing_keys(tmp_path):
         convert_reference(copy_reference(tmp_path / "fewer", fewer), TOWER)
     with pytest.raises(ValueError, match="model_type is 'mamba'"):
         convert_reference(copy_reference(tmp_path / "other", model_type="mamba"), TOWER)
-    (tmp_path / "extra" / "model.safetensors").rename(tmp_path / "extra" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"no \*\.safetensors"):
+    (tmp_path / "extra" / "model.safetensors").rename(tmp_path / "extra" / "weights.bin")
+    with pytest.raises(ValueError, match=r"no \*\.safetensors and no pytorch_model"):
         convert_reference(tmp_path / "extra", TOWER)
 
 
@@ -239,6 +257,55 @@ def test_convert_drops_only_what_is_listed():
     assert rename_key("image_depth_heads.1.linear_3.2.bias", layers) is None
     assert rename_key("da_v2_head.depth_head.projects.0.bias", layers) is None
     assert rename_key("image_depth_heads.1.linear_1.2.bias", layers) == "predictors.depth.3.output_mlp.2.bias"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_convert_reads_shards(tmp_path, suffix):
+    folder = Path(copy_reference(tmp_path / "shards"))
+    weights, stem = load_file(folder / "model.safetensors"), "model" if suffix == "safetensors" else "pytorch_model"
+    (folder / "model.safetensors").unlink()
+    save = save_file if suffix == "safetensors" else torch.save
+    for i, names in enumerate([list(weights)[::2], list(weights)[1::2]], 1):
+        save({name: weights[name] for name in names}, folder / f"{stem}-0000{i}-of-00002.{suffix}")
+    whole, *_ = convert_reference(str(GOLDEN / "reference_checkpoint"), TOWER)
+    model, *_ = convert_reference(str(folder), TOWER)
+    assert all(value.equal(model.state_dict()[name]) for name, value in whole.state_dict().items())
+    if suffix == "bin":  # no code of a pickle runs
+        torch.save({"model.norm.weight": Path("a")}, folder / "pytorch_model-00002-of-00002.bin")
+        with pytest.raises(SystemExit, match=r"ola-vlm convert: .*Weights only load failed"):
+            convert([str(folder), str(tmp_path / "out"), "--vision-tower", TOWER])
+
+
+def test_convert_with_a_convnext(tmp_path):
+    """As the reference names and reads it: the trunk of open_clip, its last map; then transformers' FastVLM."""
+    torch.manual_seed(0)
+    seen = {"input_size": [3, 128, 128], "mean": [0.4] * 3, "std": [0.2] * 3}
+    tower = TimmWrapperModel(TimmWrapperConfig(architecture="convnext_atto", do_pooling=False, pretrained_cfg=seen))
+    tower.eval().save_pretrained(tmp_path / "tower")
+    trunk = {f"model.vision_tower.vision_tower.{k}": v for k, v in tower.timm_model.state_dict().items()}
+
+    def convnext(weights):
+        for name in [name for name in weights if name.startswith("model.vision_tower.")]:
+            del weights[name]
+        weights.update(trunk, **{"model.mm_projector.0.weight": torch.randn(64, 320)})
+
+    name = "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup-res768"
+    source = copy_reference(tmp_path / "checkpoint", convnext, mm_vision_tower=name)
+    with pytest.raises(ValueError, match="is a ConvNeXt: give vision_tower"):
+        convert_reference(source)
+    make_tokenizer().save_pretrained(tmp_path / "words")
+    model, processor, became = convert_reference(source, str(tmp_path / "tower"), str(tmp_path / "words"))
+    assert "model.vision_tower.vision_tower.stem.*.weight  ->  model.vision_tower.timm_model.stem.*.weight" in became
+    assert (processor.patch_size, processor.num_additional_image_tokens) == (32, 0)
+    batch = encode(processor, random_rows(2))
+    assert (batch["input_ids"] == model.config.image_token_id).sum(1).tolist() == [16, 16]
+    with torch.no_grad():
+        features = tower.timm_model.forward_features(batch["pixel_values"]).flatten(2).transpose(1, 2)
+        expected = model.model.multi_modal_projector(features)
+        torch.testing.assert_close(
+            torch.stack(model.get_image_features(batch["pixel_values"]).pooler_output), expected
+        )
+        assert export_llava(model)(**batch).logits.equal(model(**batch).logits)
 
 
 def test_convert_phi3(tmp_path):
@@ -255,7 +322,7 @@ def test_convert_phi3(tmp_path):
                 del weights[name]
         weights.update(llm.state_dict())
 
-    model, _ = convert_reference(copy_reference(tmp_path / "phi3", phi3, model_type="ola_phi3", **sizes), TOWER)
+    model, *_ = convert_reference(copy_reference(tmp_path / "phi3", phi3, model_type="ola_phi3", **sizes), TOWER)
     assert model.model.language_model.layers[0].self_attn.qkv_proj.weight.shape == (192, 64)
     ids = torch.arange(4, 84)[None]
     with torch.no_grad():
@@ -303,3 +370,46 @@ def test_export_without_processor(make_model, tmp_path, capsys):
     export([str(tmp_path / "ours"), str(tmp_path / "plain")])
     assert "no processor" in capsys.readouterr().out
     assert load_file(tmp_path / "plain" / "model.safetensors")["language_model.lm_head.weight"].dtype == torch.bfloat16
+
+
+# A plain LLaVA as a start
+
+LLAVA_HF_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ' : ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
+)
+
+
+def test_llava_of_the_hub_is_a_start_for_finetuning(make_model, tmp_path):
+    """In the layout of llava-hf's LLaVA-1.5: no task, CLIP's own image processor, a padded vocabulary, shards."""
+    ours, processor = make_model(tasks=[])
+    plain = export_llava(ours)
+    plain.resize_token_embeddings(64, mean_resizing=False)
+    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    names = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    parts = CLIPImageProcessor(**crop), processor.tokenizer
+    llava_processor = LlavaProcessor(*parts, chat_template=LLAVA_HF_TEMPLATE, **names)
+    plain.save_pretrained(tmp_path / "hub", max_shard_size="60KB")
+    llava_processor.save_pretrained(tmp_path / "hub")
+    data = write_llava(tmp_path, [llava_sample(0), llava_sample(1, None)], ["a.png"])
+    fields = {"stage": "finetune", "checkpoint": str(tmp_path / "hub"), "data": str(data), "max_steps": 1}
+    fields |= {"per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+
+    trainer = train(OlaVlmArguments(str(tmp_path / "out"), learning_rate=0.0, **fields))
+    assert trainer.model.config.tasks == [] and trainer.state.log_history[-1]["train_loss"] > 0
+    batch = encode(llava_processor, random_rows(2))
+    again, theirs = OlaVlmProcessor.from_pretrained(tmp_path / "out"), dict(batch)
+    assert all(encode(again, random_rows(2))[name].equal(value) for name, value in theirs.items())
+    with torch.no_grad():
+        assert trainer.model.eval()(**batch).logits.equal(plain(**batch).logits)
+    moved = train(OlaVlmArguments(str(tmp_path / "moved"), learning_rate=0.01, **fields)).model
+    assert not moved.lm_head.weight.equal(plain.lm_head.weight)
+    assert moved.model.vision_tower.state_dict().keys() == plain.model.vision_tower.state_dict().keys()
+    (shard,) = [path for path in (tmp_path / "hub").glob("*.safetensors") if "norm" in str(load_file(path).keys())][:1]
+    save_file({name: value for name, value in load_file(shard).items() if "norm" not in name}, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for .*norm\.weight.*: give a whole checkpoint"):
+        train(OlaVlmArguments(str(tmp_path / "less"), **fields))

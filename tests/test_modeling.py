@@ -114,7 +114,7 @@ def test_golden_predictors(name):
 
 @pytest.fixture(scope="module")
 def reference_model():
-    model, _ = convert_reference(str(GOLDEN / "reference_checkpoint"), str(GOLDEN / "clip_vit_336"))
+    model, *_ = convert_reference(str(GOLDEN / "reference_checkpoint"), str(GOLDEN / "clip_vit_336"))
     return model
 
 
@@ -227,7 +227,7 @@ def test_golden_without_task_tokens(reference_model, tmp_path):
     weights |= {name.removeprefix("w."): value for name, value in golden.items() if name.startswith("w.")}
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model, _ = convert_reference(str(tmp_path), str(GOLDEN / "clip_vit_336"))
+    model, *_ = convert_reference(str(tmp_path), str(GOLDEN / "clip_vit_336"))
     assert model.config.task_token_ids == []
     batch, targets = golden_batch(recorded, model)
     with torch.no_grad():

@@ -119,7 +119,9 @@ def test_every_run_trains_what_it_should(stand_ins, trained_models, monkeypatch,
     """Each of its stages from parts or from the checkpoint that the recipe names, with its first batch's losses."""
 
     def classes_of(path):
-        return [SimpleNamespace(from_pretrained=lambda *_, part=part, **__: part) for part in trained_models[path]]
+        model, processor = trained_models[path]
+        loaded = (model, {"missing_keys": ()}), processor
+        return [SimpleNamespace(from_pretrained=lambda *_, part=part, **__: part) for part in loaded]
 
     monkeypatch.setattr(train, "classes_of", classes_of)
     for name in BY_RUN[run]:
