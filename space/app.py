@@ -72,6 +72,7 @@ CSS = """
 .caption-label {font-size: .75rem !important; padding: 0 .4em !important; max-width: 100% !important}
 .example-image-container, .example-image {width: 72px !important; height: 72px !important}
 .example {padding: .6em !important} #layers {gap: .5rem}
+.layers .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
 .layers .empty {min-height: 5rem !important} .layers .gallery-item, .layers .grid-wrap {min-height: 0 !important}
 footer {display: none !important}
 """
@@ -277,7 +278,7 @@ def build(
                 )
                 with gr.Row():
                     regenerate = gr.Button("Regenerate", size="sm", min_width=90)
-                    clear = gr.Button("Clear", size="sm", min_width=90)
+                    clear = gr.Button("Clear", size="sm", min_width=90, elem_id="clear")
                 compare = gr.Checkbox(label=f"Compare with {list(chats)[-1]}", visible=bool(second), container=False)
                 with gr.Accordion("Sampling", open=False):
                     temperature = gr.Slider(
@@ -292,7 +293,9 @@ def build(
                     gr.Markdown(f"**{TASKS[task]}**: {painters[task].caption}")
                     options = {"columns": 3, "height": "auto", "interactive": False, "buttons": []}
                     galleries.append(
-                        gr.Gallery(object_fit="contain", show_label=False, elem_classes="layers", **options)
+                        gr.Gallery(
+                            object_fit="contain", fit_columns=False, show_label=False, elem_classes="layers", **options
+                        )
                     )
 
         sampling = [compare, temperature, top_p, max_new_tokens]
