@@ -363,10 +363,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         chats = {Path(name).name: Chat.load(name) for name in (first, second) if name}
     except (OSError, ValueError) as error:
         raise SystemExit(f"app.py: {error}") from error
-    drawn, images = render_scenes(200 if own else 4)
+    drawn, images = render_scenes(204 if own else 4)
     talker = next(iter(chats.values()))
     if talker.model.config.to_dict().get("tasks"):
-        of_gen = {"images_for_gen": images if own else None, "unclip": args.unclip}
+        of_gen = {"images_for_gen": images[4:] if own else None, "unclip": args.unclip}
         try:
             viewer = LayerViewer.load(first, talker.model, talker.processor, find_teachers(recipe, first), **of_gen)
         except (OSError, ValueError) as error:
