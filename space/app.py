@@ -72,6 +72,7 @@ CSS = """
 .caption-label {font-size: .75rem !important; padding: 0 .4em !important; max-width: 100% !important}
 .example-image-container, .example-image {width: 72px !important; height: 72px !important}
 .example {padding: .6em !important} #layers {gap: .5rem}
+.layers .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
 .layers .empty {min-height: 5rem !important} .layers .gallery-item, .layers .grid-wrap {min-height: 0 !important}
 footer {display: none !important}
 """
@@ -277,7 +278,7 @@ def build(
                 )
                 with gr.Row():
                     regenerate = gr.Button("Regenerate", size="sm", min_width=90)
-                    clear = gr.Button("Clear", size="sm", min_width=90)
+                    clear = gr.Button("Clear", size="sm", min_width=90, elem_id="clear")
                 compare = gr.Checkbox(label=f"Compare with {list(chats)[-1]}", visible=bool(second), container=False)
                 with gr.Accordion("Sampling", open=False):
                     temperature = gr.Slider(
@@ -292,7 +293,9 @@ def build(
                     gr.Markdown(f"**{TASKS[task]}**: {painters[task].caption}")
                     options = {"columns": 3, "height": "auto", "interactive": False, "buttons": []}
                     galleries.append(
-                        gr.Gallery(object_fit="contain", show_label=False, elem_classes="layers", **options)
+                        gr.Gallery(
+                            object_fit="contain", fit_columns=False, show_label=False, elem_classes="layers", **options
+                        )
                     )
 
         sampling = [compare, temperature, top_p, max_new_tokens]
@@ -360,10 +363,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         chats = {Path(name).name: Chat.load(name) for name in (first, second) if name}
     except (OSError, ValueError) as error:
         raise SystemExit(f"app.py: {error}") from error
-    drawn, images = render_scenes(200 if own else 4)
+    drawn, images = render_scenes(204 if own else 4)
     talker = next(iter(chats.values()))
     if talker.model.config.to_dict().get("tasks"):
-        of_gen = {"images_for_gen": images if own else None, "unclip": args.unclip}
+        of_gen = {"images_for_gen": images[4:] if own else None, "unclip": args.unclip}
         try:
             viewer = LayerViewer.load(first, talker.model, talker.processor, find_teachers(recipe, first), **of_gen)
         except (OSError, ValueError) as error:

@@ -49,6 +49,7 @@ WRONG_FILES = {
     "paper.png": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n", "can't be read as an image"),
     "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"><script>1</script></svg>', "can't be read as an image"),
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "can't be read as an image"),
+    "scan.png": (saved(random_image(0), "TIFF"), "can't be read as an image"),
     "half.png": (saved(random_image(0, (200, 200)))[:20000], "can't be read as an image"),
     "empty.png": (b"", "can't be read as an image"),
     "large.png": (png(8000, 8000), "8000 x 8000 pixels, more than 50 million"),
