@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent
 PARTS = ("vision_tower", "language_model")
 PUSHED = [
     *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("configuration_*.py", "modeling_*.py", "processing_*.py", "target_statistics/*.safetensors"),
+    *("configuration_*.py", "modeling_*.py", "processing_*.py", "target_statistics/*.safetensors", "probes/probes.*"),
     *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "merges.txt"),

@@ -4,8 +4,8 @@ A layer's predicted embeddings are decoded by the teachers: depth maps, segmenta
 unCLIP makes of them or the nearest of a set of images. DIR gets a PNG for each task (a row an image: the image,
 the teacher's own output, its target decoded the same way: the best a layer can look like, then a column a layer) and
 layers.html with all of them in one file. The predictions are those of probes, which `ola-vlm probe` fits to every
-layer of any vision-language model (`--probes`, or a checkpoint's own folder "probes"), else of the checkpoint's predictors,
-which read the states of pre-training: fine-tuning has changed these.
+layer of any vision-language model (`--probes`, or a checkpoint's own folder "probes"), else of the checkpoint's
+predictors, which learnt to read the states of pre-training: fine-tuning has changed these.
 
 N images, Q positions, E width, S side of the teacher's square in pixels.
 """
@@ -236,6 +236,7 @@ class LayerViewer:
         encoders: task -> its teacher; tasks whose teacher can't be decoded are in `left_out`, with the reason.
         decode_gen: embeddings (N, E) -> N images, with a `caption`: `NearestImages` or `UnclipImages`.
         layers: those to show; by default all, or DRAWN_LAYERS of them, evenly spaced.
+        by: what the features come from, for captions.
     """
 
     def __init__(
@@ -244,8 +245,9 @@ class LayerViewer:
         encoders: Mapping[str, TargetEncoder],
         decode_gen: NearestImages | UnclipImages | None = None,
         layers: Sequence[int] | None = None,
+        by: str = "",
     ):
-        self.features, self.layers = features, layers
+        self.features, self.layers, self.by = features, layers, by
         self.painters, self.left_out = {}, {}
         for task, encoder in encoders.items():
             try:
@@ -291,10 +293,11 @@ class LayerViewer:
                 images_for_gen = images_of_run(run)
             decode_gen = NearestImages(images_for_gen, of_images[0]) if images_for_gen else None
         if fitted:
-            features = probe_features(fitted, model, processor)
+            features, by = probe_features(fitted, model, processor), f"{fitted.kind} probes of every layer"
         else:
             features = predictor_features(model, processor, load_statistics(checkpoint), prompt)
-        return cls(features, encoders, decode_gen, layers)
+            by = "the predictors of pre-training"
+        return cls(features, encoders, decode_gen, layers, by)
 
     def pictures(self, images: Sequence[Image.Image]) -> dict[str, Pictures]:
         """task -> heading ("image", "teacher", "decoded target", "layer 2", ...) -> N pictures."""
@@ -403,9 +406,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"ola-vlm visualize: {error}") from error
     for task, columns in shown.items():
         painter = viewer.painters[task]
-        pictures_figure(args.out / f"{task}.png", columns, f"{task}: {painter.caption}", painter.legend)
+        pictures_figure(
+            args.out / f"{task}.png", columns, f"{task}, by {viewer.by}: {painter.caption}", painter.legend
+        )
         print(args.out / f"{task}.png")
-    html = page(viewer, shown, f"What the layers of {args.checkpoint} see")
+    html = page(viewer, shown, f"What the layers of {args.checkpoint} see, by {viewer.by}")
     (args.out / "layers.html").write_text(html, encoding="utf-8")
     print(args.out / "layers.html")
     for task, why in viewer.left_out.items():

@@ -58,7 +58,7 @@ photographs, it answers nonsense. What is better than LLaVA's is what its layers
 SEEN = """\
 ### What each layer sees
 of the image sent last, beside the teacher's own output and its features decoded in the same way (the best a layer can
-look like). Layers learn this in pre-training; fine-tuning has moved them since."""
+look like). Read from the layers by {by}."""
 NOTHING_SEEN = """\
 ### What each layer sees
 can't be shown: {reason}."""
@@ -287,7 +287,8 @@ def build(
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="of the likeliest words, at T > 0")
                     max_new_tokens = gr.Slider(1, 1024, 256, step=1, label="Max new tokens")
             with gr.Column(scale=2, min_width=320, elem_id="layers"):
-                gr.Markdown(SEEN if shown else NOTHING_SEEN.format(reason=escape(str(viewer))), elem_id="seen")
+                seen = SEEN.format(by=viewer.by) if shown else NOTHING_SEEN.format(reason=escape(str(viewer)))
+                gr.Markdown(seen, elem_id="seen")
                 galleries = []
                 for task in shown:
                     gr.Markdown(f"**{TASKS[task]}**: {painters[task].caption}")
@@ -365,14 +366,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"app.py: {error}") from error
     drawn, images = render_scenes(204 if own else 4)
     talker = next(iter(chats.values()))
-    if talker.model.config.to_dict().get("tasks"):
-        of_gen = {"images_for_gen": images[4:] if own else None, "unclip": args.unclip}
-        try:
-            viewer = LayerViewer.load(first, talker.model, talker.processor, find_teachers(recipe, first), **of_gen)
-        except (OSError, ValueError) as error:
-            viewer = str(error).replace(first, Path(first).name)  # no visitor's business where it lies
-    else:
-        viewer = "this model has no embedding predictors"
+    of_gen = {"images_for_gen": images[4:] if own else None, "unclip": args.unclip}
+    try:
+        viewer = LayerViewer.load(first, talker.model, talker.processor, find_teachers(recipe, first), **of_gen)
+    except (OSError, ValueError) as error:
+        viewer = str(error).replace(first, Path(first).name)  # no visitor's business where it lies
     about = MINIATURE if own else f"Here you talk to {escape(Path(first).name)}."
     with tempfile.TemporaryDirectory() as folder:
         launch(build(chats, make_examples(drawn[:4], images[:4], Path(folder), own), about, viewer))

@@ -64,6 +64,7 @@ class FakeViewer:
 
     def __init__(self):
         self.painters = {task: SimpleNamespace(caption="bright is close") for task in ("depth", "seg")}
+        self.by = "probes"
 
     def pictures(self, images):
         shown = [Image.new("RGB", (8, 8), image.getpixel((0, 0))) for image in images]
@@ -321,10 +322,10 @@ def test_arguments_and_the_environment(monkeypatch):
     pages = []
     monkeypatch.setattr(app, "launch", pages.append)
     monkeypatch.setenv("OLA_VLM_CHECKPOINT", str(WEIGHTS / "llava"))
-    app.main([])  # no predictors, no second model
+    app.main([])  # no teachers named, no second model
     (page,) = pages
     texts = [str(block.value) for block in page.blocks.values() if hasattr(block, "value")]
-    assert any("can't be shown: this model has no embedding predictors" in text for text in texts)
+    assert any("can't be shown: the run.json of llava names no teachers" in text for text in texts)
     assert not any("miniature" in text for text in texts), "a path on the server, or the miniature's description"
     with pytest.raises(SystemExit):
         app.main(["--help"])
