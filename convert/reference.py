@@ -1,5 +1,6 @@
 """
-The reference implementation's checkpoints (Llama and Phi-3) -> OLA-VLM, by a table of keys: `ola-vlm convert`.
+The reference implementation's checkpoints (Llama and Phi-3) -> OLA-VLM, and its probes -> ours, by a table of keys:
+`ola-vlm convert`.
 
 Nothing is guessed: a key of the checkpoint that the table doesn't know, and a weight of ours that no key provides, are
 errors that list them. `DROPPED` says what is dropped, and why.
@@ -19,6 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, TimmWrapperModel
 
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ..probing.probes import Probes
+from ..probing.states import PROMPT
 from ..targets.encoders import load_vision_config
 from .parts import build_config, build_processor, grow_table, measure_tower
 
@@ -175,6 +178,39 @@ def convert_reference(reference: str, vision_tower: str | None = None, tokenizer
     return model.eval(), processor, fates(state_dict, layers)
 
 
+def convert_probes(reference: str | Path) -> tuple[Probes, str]:
+    """The resampler probes of one of its probing runs (`probe_mode` in config.json: one task, a head for every LLM
+    layer, the first head for layer 1), and what became of each key. ValueError for missing or unknown ones."""
+    fields = json.loads((Path(reference) / "config.json").read_text(encoding="utf-8"))
+    task, count = fields["probe_mode"], fields["num_hidden_layers"]
+    if task not in ("gen", "depth", "seg"):
+        raise ValueError(f"probe_mode is {task!r}: only gen, depth and seg are known")
+    size = fields[f"image_{task}"]
+    task = {
+        "name": task,
+        "target_length": size["num_tokens"],
+        "target_dim": size["output_dim"],
+        "predictor_heads": size["num_heads"],
+        "predictor_head_dim": size["dim_head"],
+        "predictor_ffn_mult": size["ff_mult"],
+    }
+    about = {"prompt": PROMPT, "square": True, "model": Path(reference).name}
+    probes = Probes("resampler", [task], count + 1, fields["hidden_size"], about, first_layer=1)
+    layers = {task["name"]: list(probes.layers)}
+    state_dict = read_weights(Path(reference))
+    heads = {key: value for key, value in state_dict.items() if key.startswith(f"image_{task['name']}_heads.")}
+    converted = convert_state_dict(heads, layers)
+    try:
+        weights = {name.removeprefix("predictors."): value.float() for name, value in converted.items()}
+        probes.modules.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{reference}: {error}") from error
+    # The runs don't record their images' mean target; without it only the plain cosine is a score.
+    probes.means = {task["name"]: torch.zeros(task["target_length"], task["target_dim"])}
+    others = len(state_dict) - len(heads)
+    return probes, f"{fates(heads, layers)}\n{others} dropped: of the model that was probed, which was frozen"
+
+
 def main(argv: list[str] | None = None):
     """`ola-vlm convert REFERENCE_DIR OUT [--vision-tower DIR] [--tokenizer DIR]`."""
     parser = argparse.ArgumentParser(prog="ola-vlm convert", description=__doc__)
@@ -184,6 +220,12 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--tokenizer", help="folder or repository with the LLM's tokenizer")
     args = parser.parse_args(argv)
     try:
+        config = Path(args.reference) / "config.json"
+        if config.is_file() and "probe_mode" in json.loads(config.read_text(encoding="utf-8")):
+            probes, became = convert_probes(args.reference)
+            probes.save(args.out)
+            print(f"{became}\nWrote probes to {args.out}: for `ola-vlm visualize --probes` and `load_probes`.")
+            return
         model, processor, became = convert_reference(args.reference, args.vision_tower, args.tokenizer)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"ola-vlm convert: {error}") from error

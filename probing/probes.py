@@ -51,7 +51,7 @@ class LinearProbe(nn.Module):
 
 
 class Probes:
-    """`modules[task][str(layer)]`, layers 0 (the embeddings) to the LLM's last.
+    """`modules[task][str(layer)]`, layers `first_layer` (0 are the embeddings) to the LLM's last.
 
     Args:
         kind: "ridge" (a `LinearProbe` of the states at each target position) or "resampler" (the paper's: an
@@ -70,6 +70,7 @@ class Probes:
         hidden_size: int,
         about: dict | None = None,
         seed: int = 0,
+        first_layer: int = 0,
     ):
         if kind not in ("ridge", "resampler"):
             raise ValueError(f'probe {kind!r} is unknown: choose "ridge" or "resampler"')
@@ -84,10 +85,11 @@ class Probes:
                 return LinearProbe(hidden_size, task["target_dim"])
             return EmbeddingPredictor(task, hidden_size)
 
-        layers = [str(layer) for layer in range(num_layers)]
+        self.layers = range(first_layer, num_layers)
         with torch.random.fork_rng():
             modules = {
-                name: nn.ModuleDict({layer: make(task) for layer in layers}) for name, task in self.tasks.items()
+                name: nn.ModuleDict({str(layer): make(task) for layer in self.layers})
+                for name, task in self.tasks.items()
             }
         self.modules = nn.ModuleDict(modules)
 
@@ -103,7 +105,7 @@ class Probes:
     def predict(self, states: ImageStates) -> Iterator[tuple[str, int, Tensor]]:
         """Task, layer and embeddings (N, Q, E) of each probe, fp32, for the teacher's `decode`."""
         for name in self.tasks:
-            for layer in range(self.num_layers):
+            for layer in self.layers:
                 prediction = self.raw(states, name, layer).float()
                 if name in self.statistics:
                     prediction = self.statistics[name].restore(prediction)
@@ -128,6 +130,7 @@ class Probes:
             tensors |= {f"statistics.{name}.{part}": value for part, value in statistics._asdict().items()}
         save_tensors(tensors, Path(folder) / "probes.safetensors")
         fields = {"kind": self.kind, "num_layers": self.num_layers, "hidden_size": self.hidden_size}
+        fields |= {"first_layer": self.layers[0]}
         fields |= {"tasks": list(self.tasks.values()), "about": self.about}
         (Path(folder) / "probes.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -178,7 +181,7 @@ def score(
                 target, mean = targets[task], one.means[task]
                 both = torch.stack([centred_cosine(prediction, target, mean), flat_cosine(prediction, target)])
                 totals[key, task, layer] += both.double().sum(1)
-                if layer == 0:
+                if layer == one.layers[0]:
                     of_means[key, task] += flat_cosine(mean.expand_as(target), target).double().sum().item()
     scores = {key: {task: {} for task in one.tasks} for key, one in probes.items()}
     for (key, task, layer), total in totals.items():

@@ -15,13 +15,14 @@ from datasets import Dataset
 from datasets import Image as HfImage
 from PIL import Image
 from safetensors.numpy import save_file as save_numpy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_teachers import random_images, save_tiny_teachers
 from tiny_vlms import FAMILIES
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from ola_vlm import probe
+from ola_vlm.convert import reference
 from ola_vlm.convert.reference import convert_state_dict
 from ola_vlm.eval import correlation, target_tasks
 from ola_vlm.eval.run import weights_state
@@ -346,6 +347,30 @@ def test_golden_probe(task):
     torch.testing.assert_close(F.smooth_l1_loss(prediction, target), data["smooth_l1"], rtol=1e-5, atol=0)
     scores, _ = score([(states, {task: target})], {0: probes})
     assert scores[0][task]["0"]["resampler_plain"] == pytest.approx(data["cosine"].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["gen", "depth", "seg"])
+def test_the_references_probes_are_converted(task, tmp_path, capsys):
+    """A checkpoint in its form (one layer's head is what the golden files keep): the recorded predictions."""
+    data = load_file(GOLDEN / f"i_probe_{task}.safetensors")
+    weights = {f"image_{task}_heads.0.{n.removeprefix('head.')}": w for n, w in data.items() if n.startswith("head.")}
+    (whole,) = (value for name, value in data.items() if name.startswith("layer_state."))
+    (source := tmp_path / "reference").mkdir()
+    length, dim = {"gen": (1, 40), "depth": (576, 48), "seg": (576, 56)}[task]
+    size = {"depth": 1, "dim_head": 8, "ff_mult": 1, "num_heads": 2, "num_tokens": length, "output_dim": dim}
+    config = {"model_type": "probe_dsg_llava_llama", "probe_mode": task, "num_hidden_layers": 1, "hidden_size": 64}
+    (source / "config.json").write_text(json.dumps(config | {f"image_{task}": size}))
+    save_file(weights | {"model.norm.weight": torch.ones(64)}, source / "model.safetensors")
+    reference.main([str(source), str(tmp_path / "out")])
+    assert "1 dropped: of the model that was probed" in capsys.readouterr().out
+    probes = load_probes(tmp_path / "out")
+    states = ImageStates([whole * 0, whole], torch.ones(whole.shape[:2], dtype=torch.bool), [None] * 2, [None] * 2)
+    ((name, layer, prediction),) = probes.predict(states)
+    assert (name, layer) == (task, 1)
+    torch.testing.assert_close(prediction[:, ::16], data["emb"], rtol=1e-4, atol=1e-5)
+    save_file(weights | {f"image_{task}_heads.1.projector.latents": torch.ones(1)}, source / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"image_\w+_heads.1.projector.latents"):  # a head without a layer
+        reference.main([str(source), str(tmp_path / "out")])
 
 
 def resampler_fit(
