@@ -448,7 +448,7 @@ def test_the_documents_example_runs(tmp_path, monkeypatch):
     samples = [llava_sample(0), llava_sample(1, image=None), llava_sample(2, image="b.png")]
     write_llava(tmp_path, samples, ["a.png", "b.png"])
     page = (Path(__file__).parents[1] / "docs" / "your_own_vlm.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    example, _ = re.findall(r"```python\n(.*?)```", page, re.S)
     smaller = {"Qwen/Qwen2.5-VL-3B-Instruct": "model", "depth-anything/Depth-Anything-V2-Small-hf": "teacher"}
     smaller |= {"[12, 24]": "[2, 4]", "576": str(GRID**2), "384": "32", "max_steps=1000": "max_steps=2, use_cpu=True"}
     for old, new in smaller.items():

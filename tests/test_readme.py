@@ -22,7 +22,7 @@ def test_the_example_answers_in_five_lines():
 
 
 def test_the_tree_is_the_tree():
-    house = README.split("## The house")[1].split("```")[1]
+    house = README.split("## The house")[1].split("```text")[1].split("```")[0]
     named = {line.split()[0].rstrip("/") for line in house.strip().splitlines()}
     rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {path.name for path in ROOT.glob("*.py")}
     assert named == rooms | {"docs", "space", "tests"}
