@@ -35,7 +35,14 @@ from .probing.probes import Probes, load_probes
 from .probing.states import PROMPT
 from .recipes import RECIPES
 from .targets.cache import TargetStatistics
-from .targets.encoders import ClipImageEncoder, DepthAnythingEncoder, OneFormerEncoder, TargetEncoder, open_image
+from .targets.encoders import (
+    ClipImageEncoder,
+    DepthAnythingEncoder,
+    OneFormerEncoder,
+    TargetEncoder,
+    image_files,
+    open_image,
+)
 from .targets.fill import BATCH, make_teachers
 from .training.rows import load_rows
 
@@ -43,7 +50,6 @@ Features = dict[str, dict[int, Tensor]]  # task -> layer -> (N, Q, E) in the tea
 Pictures = dict[str, list[Image.Image]]  # heading -> N pictures
 GREY = 217  # around a picture that is not square
 DRAWN_LAYERS, BANK = 8, 2000  # at most, unless asked otherwise
-PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def square(image: Image.Image, fill: int = 128) -> Image.Image:
@@ -166,17 +172,13 @@ def find_teachers(recipe: str | None, *folders: str | Path | None) -> dict:
     raise ValueError(f"{where} names no teachers: give --recipe of a pre-training that has some")
 
 
-def images_of_folder(folder: str | Path) -> list[Path]:
-    return sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in PICTURE_FILES)
-
-
 def images_of_run(run: Mapping) -> list:
     """What it trained on, BANK images at most; none if they are not here."""
     place = run.get("data") or run.get("images") or ""  # the latter of `ola-vlm probe`
     if not place or not Path(place).exists():
         return []
     is_folder = Path(place).is_dir()
-    images = images_of_folder(place) if is_folder else load_rows(place, run.get("image_folder")).sources()
+    images = image_files(place) if is_folder else load_rows(place, run.get("image_folder")).sources()
     places = np.linspace(0, len(images) - 1, min(BANK, len(images))).round().astype(int)
     return [images[i] for i in places]
 
@@ -396,7 +398,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         images = [open_image(path) for path in args.images]
         fields = find_teachers(args.recipe, args.probes, args.checkpoint)
-        bank = images_of_folder(args.images_for_gen) if args.images_for_gen else None
+        bank = image_files(args.images_for_gen) if args.images_for_gen else None
+        if args.images_for_gen and not bank:
+            raise ValueError(f"{args.images_for_gen} has no images for gen")
         model, processor = load_checkpoint(args.checkpoint, args.dtype)
         options = {"layers": args.layers, "prompt": args.prompt, "probes": args.probes}
         options |= {"images_for_gen": bank, "unclip": args.unclip}

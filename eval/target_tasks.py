@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from ola_vlm.miniature import world
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.probing.fit import IMAGE_ENDINGS
 from ola_vlm.probing.probes import Probes, load_probes
 from ola_vlm.probing.states import StateReader
 from ola_vlm.targets.cache import TargetStatistics
@@ -38,6 +37,7 @@ from ola_vlm.targets.encoders import (
     DepthAnythingEncoder,
     OneFormerEncoder,
     TargetEncoder,
+    image_files,
     open_image,
 )
 from ola_vlm.targets.fill import make_teachers
@@ -319,8 +319,8 @@ def run(args: argparse.Namespace) -> dict:
             features = f"{options['encoder']} {options['path']}"
             extractor = ENCODERS[options.pop("encoder")].from_pretrained(options.pop("path"), **options)
         asked = {item["image"] for items in data.values() for item in items}  # an image must not stand for itself
-        files = sorted(str(path) for path in args.gallery.glob(args.gallery_pattern) if path.suffix in IMAGE_ENDINGS)
-        files = [file for file in files if file not in asked][: args.max_images and 10 * args.max_images]
+        files = [file for file in image_files(args.gallery, args.gallery_pattern) if file not in asked]
+        files = files[: args.max_images and 10 * args.max_images]
         if not files:
             raise ValueError(f"{args.gallery} has no images {args.gallery_pattern} but those that are asked about")
         gallery = Gallery(files, gen, extractor)

@@ -46,6 +46,14 @@ FEATURES_VERSION = 1
 _VOLATILE_FIELDS = {"_name_or_path", "_commit_hash", "architectures", "dtype", "transformers_version"}
 
 
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def image_files(folder: str | Path, pattern: str = "**/*") -> list[str]:
+    """Those of a folder and the folders in it, by their endings, in one order; none if there is no such folder."""
+    return sorted(str(path) for path in Path(folder).glob(pattern) if path.suffix.lower() in IMAGE_ENDINGS)
+
+
 def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
     """An image, file or `{"bytes"}` (of a Hugging Face dataset) as RGB, upright and on white as transformers reads it:
     student and teachers see one picture.

@@ -498,9 +498,12 @@ def test_the_command(study, probed, tmp_path, monkeypatch, capsys):
 
 def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_path):
     more = ["--probe", "resampler", "--targets", "depth", "--step_images", "4", "--standardize_targets", "true"]
-    more += ["--test_images", str(study.root / "data" / "images")]
+    for i in range(3):
+        random_images(1, seed=100 + i)[0].save(tmp_path / f"test_{i}.JPG")
+    more += ["--test_images", str(tmp_path)]  # which the cache doesn't have yet
+    tmp_path = tmp_path / "out"
     found = run_probe(study, tmp_path, *more, models=study.models[:1])
-    assert found["image_counts"] == {"train": 16, "validation": 2, "test": 18}
+    assert found["image_counts"] == {"train": 16, "validation": 2, "test": 3}
     (one,) = found["models"].values()
     assert list(one["scores"]) == ["depth"] and set(one["scores"]["depth"]["3"]) == {"resampler", "resampler_plain"}
     assert not list(tmp_path.glob("*/fit.safetensors"))
