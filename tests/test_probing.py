@@ -557,7 +557,7 @@ def test_rows_of_a_data_set_give_images(study, tmp_path):
         probe.find_images(str(tmp_path / "words.json"), args)
 
 
-def test_target_tasks(study, probed, tmp_path, capsys):
+def test_target_tasks(study, probed, tmp_path, capsys, monkeypatch):
     """Table 8's scores of probes, predictors and teacher; and Figure 2's correlation."""
     (out, _), images = probed, study.root / "data" / "images"
     options = ["--gallery", str(images), "--gallery_pattern", "train_*", "--max_images", "2"]
@@ -581,7 +581,13 @@ def test_target_tasks(study, probed, tmp_path, capsys):
     closer = {pair["closer_point"] for item in items for pair in item["pairs"]}  # in both orders
     assert closer == {"point1", "point2"}
     assert "teacher-assisted" in capsys.readouterr().out
-
+    with monkeypatch.context() as patched:
+        patched.setattr(target_tasks, "load_checkpoint", lambda *how: pytest.fail("loaded"))
+        target_tasks.main([str(out), "--miniature", str(study.root), *options])  # what is done is not done again
+        with pytest.raises(pytest.fail.Exception, match="loaded"):  # unless of other images
+            target_tasks.main(
+                [str(out), "--miniature", str(study.root), *options, "--gallery_pattern", "train_*[1-9].png"]
+            )
     folders = []
     for i, model in enumerate(study.models):
         folders.append(tmp_path / f"eval{i}")
