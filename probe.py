@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from ola_vlm.configuration_ola_vlm import PAPER_TASKS
 from ola_vlm.eval.run import load_checkpoint, processes, weights_state
 from ola_vlm.probing.figures import curves_figure
-from ola_vlm.probing.fit import IMAGE_ENDINGS, batches, fit
+from ola_vlm.probing.fit import batches, fit
 from ola_vlm.probing.probes import load_probes, score
 from ola_vlm.probing.resampler import ResamplerFit
 from ola_vlm.probing.ridge import STRENGTHS, RidgeFit, choose_strength
 from ola_vlm.probing.states import PROMPT, StateReader
+from ola_vlm.targets.encoders import IMAGE_ENDINGS, image_files
 from ola_vlm.targets.fill import make_teachers
 from ola_vlm.train import parse_arguments
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -54,8 +55,7 @@ def find_images(place: str, args: OlaVlmArguments) -> Images:
     """The image files of a folder and those below it, else what the rows of a data set hold (`training.rows`), with
     words or without; each file once. ValueError if there are none."""
     if Path(place).is_dir():
-        files = sorted(str(path) for path in Path(place).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-        if files:
+        if files := image_files(place):
             return Images(files.__getitem__, np.arange(len(files)))
     elif not place.endswith((".json", ".jsonl")) and not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
         raise ValueError(f"{place} is no folder, no .json or .jsonl file and no name of a data set")
@@ -193,7 +193,8 @@ class Run:
         places = split(len(images), args.seed, tests is not None)
         self.splits = {name: images[chosen] for name, chosen in places.items()}
         if tests is not None:
-            _, self.splits["test"], _ = open_targets(self.tasks, tests, args)
+            # The caches are opened anew: those from before don't know these images.
+            self.targets, self.splits["test"], _ = open_targets(self.tasks, tests, args)
         self.statistics = {}
         if own.probe == "resampler" and args.standardize_targets:
             trained = [keys[i] for i in places["train"]]
@@ -203,7 +204,8 @@ class Run:
         """The model's. ValueError if there is no such model, or if it was probed with other weights."""
         folder = self.own.out / re.sub(r"[^\w.-]+", "_", model.strip("/"))
         known = folder / "model.json"
-        if known.exists() and read_json(known)["weights"] != weights_state(model):
+        weights = weights_state(model)
+        if known.exists() and read_json(known)["weights"] != weights:
             raise ValueError(f"{model} was probed in {folder} with other weights: choose another --out")
         return folder
 

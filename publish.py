@@ -14,6 +14,8 @@ from statistics import mean, stdev
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever it has
 
+from .targets.cache import statistics_files
+
 ROOT = Path(__file__).parent
 PARTS = ("vision_tower", "language_model")
 PUSHED = [
@@ -113,6 +115,8 @@ def find_files(checkpoint: Path) -> dict[str, Path]:
             needed.append(module)
     else:
         raise ValueError(f"{checkpoint} has no config.json and no adapter_config.json: it is no checkpoint")
+    if "config.json" in files:  # of the stage before, if this one left the predictors as they are
+        files |= {f"target_statistics/{path.name}": path for path in statistics_files(checkpoint)}
     needed += ["processor_config.json", "tokenizer_config.json"]
     if lacking := [name for name in needed if name not in files]:
         raise ValueError(f"{checkpoint} lacks {', '.join(lacking)}: save model and processor there by save_pretrained")
@@ -217,9 +221,10 @@ def _of_study(report: dict) -> str:
 
 
 def limits(runs: list[dict], results: Sequence[str], is_adapter: bool) -> Iterator[str]:
-    if restricted := [f"{task} ({licence})" for task, (_, _, licence) in teachers(runs).items() if "NC" in licence]:
+    licences = {task: licence for task, (_, _, licence) in teachers(runs).items()}
+    if restricted := [f"{task} ({one})" for task, one in licences.items() if re.search(r"\bNC\b", one, re.IGNORECASE)]:
         yield f"**Not for commercial use**, for its teachers' licences: {', '.join(restricted)}."
-    if any(licence == "not recorded" for _, _, licence in teachers(runs).values()):
+    if "not recorded" in licences.values():
         yield "A teacher's licence was not recorded: see its own page before use."
     yield "The terms of the language model, the vision encoder and the data hold beside this repository's."
     yield "Answers may be wrong, and wrong without a sign of it. Nothing was done about harmful answers or biases."

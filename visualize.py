@@ -22,6 +22,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from matplotlib.colors import hsv_to_rgb, is_color_like, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -34,8 +35,15 @@ from .eval.run import load_checkpoint
 from .probing.probes import Probes, load_probes
 from .probing.states import PROMPT
 from .recipes import RECIPES
-from .targets.cache import TargetStatistics
-from .targets.encoders import ClipImageEncoder, DepthAnythingEncoder, OneFormerEncoder, TargetEncoder, open_image
+from .targets.cache import TargetStatistics, load_statistics
+from .targets.encoders import (
+    ClipImageEncoder,
+    DepthAnythingEncoder,
+    OneFormerEncoder,
+    TargetEncoder,
+    image_files,
+    open_image,
+)
 from .targets.fill import BATCH, make_teachers
 from .training.rows import load_rows
 
@@ -43,7 +51,6 @@ Features = dict[str, dict[int, Tensor]]  # task -> layer -> (N, Q, E) in the tea
 Pictures = dict[str, list[Image.Image]]  # heading -> N pictures
 GREY = 217  # around a picture that is not square
 DRAWN_LAYERS, BANK = 8, 2000  # at most, unless asked otherwise
-PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def square(image: Image.Image, fill: int = 128) -> Image.Image:
@@ -139,12 +146,6 @@ def _prompt_text(processor, prompt: str) -> str:
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-def load_statistics(checkpoint: str | Path) -> dict[str, TargetStatistics]:
-    """Of a checkpoint whose predictors were trained on standardised targets; else none."""
-    files = Path(checkpoint).glob("target_statistics/*.safetensors")
-    return {file.stem: TargetStatistics.load(file) for file in files}
-
-
 def find_run(folder: str | Path) -> dict:
     """The fields of the run that trained a checkpoint's predictors, from its run.json (which has those of the runs
     that it began with), or of the run that fitted probes; {} if there is none."""
@@ -155,9 +156,18 @@ def find_run(folder: str | Path) -> dict:
     return run
 
 
+def local_folder(checkpoint: str | Path) -> Path:
+    """Where a checkpoint's probes and statistics are: it itself, or what is fetched of a name on the Hub."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    return Path(snapshot_download(str(checkpoint), allow_patterns=["probes/*", "target_statistics/*"]))
+
+
 def find_teachers(recipe: str | None, *folders: str | Path | None) -> dict:
     """The fields (`teachers`, `data`, ...) of a recipe, or of the first run of `folders` that names teachers.
     ValueError if none does."""
+    if recipe and recipe not in RECIPES:
+        raise ValueError(f"there is no recipe {recipe}: choose one of `ola-vlm recipes`")
     runs = [RECIPES[recipe]()] if recipe else [find_run(folder) for folder in folders if folder is not None]
     for run in runs:
         if run.get("teachers"):
@@ -166,17 +176,13 @@ def find_teachers(recipe: str | None, *folders: str | Path | None) -> dict:
     raise ValueError(f"{where} names no teachers: give --recipe of a pre-training that has some")
 
 
-def images_of_folder(folder: str | Path) -> list[Path]:
-    return sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in PICTURE_FILES)
-
-
 def images_of_run(run: Mapping) -> list:
     """What it trained on, BANK images at most; none if they are not here."""
     place = run.get("data") or run.get("images") or ""  # the latter of `ola-vlm probe`
     if not place or not Path(place).exists():
         return []
     is_folder = Path(place).is_dir()
-    images = images_of_folder(place) if is_folder else load_rows(place, run.get("image_folder")).sources()
+    images = image_files(place) if is_folder else load_rows(place, run.get("image_folder")).sources()
     places = np.linspace(0, len(images) - 1, min(BANK, len(images))).round().astype(int)
     return [images[i] for i in places]
 
@@ -204,8 +210,9 @@ class Painter:
             self.caption = "inverse depth, bright is close; every picture has its own range"
         elif isinstance(encoder, OneFormerEncoder):
             self.caption = "teacher-assisted: only the last stage is decoded, finer ones are the teacher's own"
-            self.legend = {name: class_color(i, name) for i, name in sorted(encoder.model.config.id2label.items())}
-            palette = np.array([*self.legend.values()], np.uint8)
+            names = sorted(encoder.model.config.id2label.items())
+            palette = np.array([class_color(i, name) for i, name in names], np.uint8)
+            self.legend = {name: class_color(i, name) for i, name in names}
             self.draw = lambda classes: Image.fromarray(palette[np.asarray(classes)])
         elif not isinstance(encoder, ClipImageEncoder):
             raise ValueError(f"{type(encoder).__name__} has no decoder")
@@ -276,7 +283,8 @@ class LayerViewer:
         `images_for_gen`: for `NearestImages`; by default BANK of the run's training images, if they are there.
         `unclip`: instead, a pipeline's folder or name.
         """
-        own = Path(checkpoint) / "probes"
+        checkpoint = local_folder(checkpoint)
+        own = checkpoint / "probes"
         probes = own if probes is None and own.exists() else None if probes == "none" else probes
         fitted = load_probes(probes) if probes else None
         tasks = list(fitted.tasks.values()) if fitted else getattr(model.config, "tasks", [])
@@ -396,7 +404,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         images = [open_image(path) for path in args.images]
         fields = find_teachers(args.recipe, args.probes, args.checkpoint)
-        bank = images_of_folder(args.images_for_gen) if args.images_for_gen else None
+        bank = image_files(args.images_for_gen) if args.images_for_gen else None
+        if args.images_for_gen and not bank:
+            raise ValueError(f"{args.images_for_gen} has no images for gen")
         model, processor = load_checkpoint(args.checkpoint, args.dtype)
         options = {"layers": args.layers, "prompt": args.prompt, "probes": args.probes}
         options |= {"images_for_gen": bank, "unclip": args.unclip}

@@ -10,7 +10,14 @@ from transformers.utils import cached_file
 
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
-from ..targets.encoders import ENCODERS, ClipImageEncoder, DepthAnythingEncoder, OneFormerEncoder, TargetEncoder
+from ..targets.encoders import (
+    ENCODERS,
+    ClipImageEncoder,
+    DepthAnythingEncoder,
+    OneFormerEncoder,
+    TargetEncoder,
+    check_place,
+)
 from .configuration_multi_encoder import MultiEncoderLlavaConfig
 from .modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
 from .processing_multi_encoder import MultiEncoderLlavaProcessor
@@ -21,6 +28,7 @@ FIRST_LAYER = "model.multi_modal_projector.linear_1.weight"
 
 def classes_of(path: str | Path) -> tuple[type[PreTrainedModel], type[ProcessorMixin]]:
     """Of a checkpoint's model and processor: a multi-encoder LLaVA's if it says so, else OLA-VLM's."""
+    check_place(path)
     config = cached_file(str(path), "config.json")  # None in a folder that has a processor only
     of_baseline = MultiEncoderLlavaConfig.model_type
     if config and json.loads(Path(config).read_text(encoding="utf-8")).get("model_type") == of_baseline:

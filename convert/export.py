@@ -16,6 +16,7 @@ from transformers import (
 
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
+from ..targets.encoders import check_place
 
 TRAINING_ONLY = ("predictors.", "queries.", "logit_scales.")
 
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("out", metavar="OUT", help="folder to write")
     args = parser.parse_args(argv)
     try:
+        check_place(args.checkpoint)
         model = OlaVlmForConditionalGeneration.from_pretrained(args.checkpoint)
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm export: {error}") from error

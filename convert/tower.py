@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import TimmWrapperConfig, TimmWrapperModel
 from transformers.utils.hub import cached_file
 
+from ..targets.encoders import check_place
+
 TRUNK = "visual.trunk."
 WEIGHTS = {  # file names of open_clip -> how they are read
     "open_clip_model.safetensors": load_file,
@@ -28,6 +30,7 @@ def convert_tower(checkpoint: str, image_size: int | None = None) -> TimmWrapper
     tower will see, by default those of its own training; a convolutional trunk takes any.
     Raises ValueError if there is no trunk of timm's, RuntimeError listing missing and unknown weights.
     """
+    check_place(checkpoint)
     fields = json.loads(Path(cached_file(checkpoint, "open_clip_config.json")).read_text(encoding="utf-8"))
     vision, seen = fields["model_cfg"]["vision_cfg"], fields["preprocess_cfg"]
     if "timm_model_name" not in vision:

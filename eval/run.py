@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProces
 from ola_vlm.baselines.build import classes_of
 from ola_vlm.baselines.configuration_multi_encoder import MultiEncoderLlavaConfig
 from ola_vlm.configuration_ola_vlm import OlaVlmConfig
+from ola_vlm.targets.encoders import check_place
 
 from .benchmarks import BENCHMARKS, load_questions, locate
 from .multiple_choice import generate_answers
@@ -38,8 +39,8 @@ def load_checkpoint(checkpoint: str, dtype: str = "auto", device_map: str | None
     """(model, processor): ours, the baselines, or any image-text-to-text model; ValueError for one without eyes.
     Without a `device_map` the model goes to this process's own device; `dtype` "auto" is the checkpoint's on a GPU,
     float32 on a CPU."""
-    kind = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
     (model_class, processor_class), code = classes_of(checkpoint), {}
+    kind = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
     if kind not in (OlaVlmConfig.model_type, MultiEncoderLlavaConfig.model_type):
         model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
         code = {"trust_remote_code": trust_remote_code}
@@ -54,6 +55,7 @@ def load_checkpoint(checkpoint: str, dtype: str = "auto", device_map: str | None
 def weights_state(checkpoint: str) -> str:
     """What changes when a checkpoint does: a hash of its files' names, sizes and dates, or its commit on the Hub."""
     if not Path(checkpoint).is_dir():
+        check_place(checkpoint)
         return str(PreTrainedConfig.get_config_dict(checkpoint)[0].get("_commit_hash"))
     files = sorted(file for file in Path(checkpoint).iterdir() if file.suffix in (".safetensors", ".json"))
     state = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
@@ -147,5 +149,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         answer(lambda: load_checkpoint(*how), questions, read_image, args.out, run, args.batch_size)
         if state.is_main_process:
             print(table(write_results(args.out)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm eval: {error}") from error

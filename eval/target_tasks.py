@@ -14,6 +14,7 @@ that is done is not done again.
 """
 
 import argparse
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -29,18 +30,19 @@ from tqdm import tqdm
 
 from ola_vlm.miniature import world
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.probing.fit import IMAGE_ENDINGS
 from ola_vlm.probing.probes import Probes, load_probes
 from ola_vlm.probing.states import StateReader
-from ola_vlm.targets.cache import TargetStatistics
+from ola_vlm.targets.cache import TargetStatistics, load_statistics
 from ola_vlm.targets.encoders import (
     ENCODERS,
     DepthAnythingEncoder,
     OneFormerEncoder,
     TargetEncoder,
+    image_files,
     open_image,
 )
 from ola_vlm.targets.fill import make_teachers
+from ola_vlm.visualize import local_folder
 
 from .dense import (
     VOID,
@@ -220,18 +222,6 @@ def of_teachers(teachers: dict[str, TargetEncoder], means: dict[str, Tensor]) ->
     return embeddings
 
 
-def statistics_of(checkpoint: str) -> dict[str, TargetStatistics]:
-    """Of the targets that a checkpoint's predictors were trained on, from its folder or that of the stage before."""
-    folder = Path(checkpoint)
-    while not (folder / "target_statistics").is_dir():
-        run = folder / "run.json"
-        before = json.loads(run.read_text(encoding="utf-8")).get("checkpoint") if run.exists() else None
-        if before is None:
-            return {}
-        folder = Path(before)
-    return {path.stem: TargetStatistics.load(path) for path in (folder / "target_statistics").glob("*.safetensors")}
-
-
 def of_model(reader: StateReader, probes: Probes, statistics: dict[str, TargetStatistics]) -> Callable:
     """Embeddings from the probes and, of an OLA-VLM, from its predictors."""
     model, probes = reader.model, probes.to(reader.model.device)
@@ -242,7 +232,8 @@ def of_model(reader: StateReader, probes: Probes, statistics: dict[str, TargetSt
         for task, layer, found in probes.predict(reader(images)):
             yield task, f"probe {layer}", found.cpu()
         if has_predictors:
-            for task, layers in model(**reader.inputs(images), output_predictions=True).predictions.items():
+            outputs = model(**reader.inputs(images), output_predictions=True, logits_to_keep=1)
+            for task, layers in outputs.predictions.items():
                 for layer, found in layers.items():
                     found = found.float().cpu()
                     if task in probes.tasks:
@@ -310,7 +301,8 @@ def run(args: argparse.Namespace) -> dict:
     device = processes().device
     made = make_teachers(probed["run"]["tasks"], probed["run"]["teachers"], device)
     teachers = {name: teacher.encoder for name, teacher in made.items()}
-    gallery, features = None, "none, without --gallery"
+    asked = [item["image"] for items in data.values() for item in items]
+    gallery, features, files = None, "none, without --gallery", []
     gen = next((encoder for encoder in teachers.values() if encoder.target_length == 1), None)
     if args.gallery and gen is not None:
         extractor, features = gen, "the gen teacher's, not Inception's"
@@ -318,13 +310,14 @@ def run(args: argparse.Namespace) -> dict:
             options = {"grid": 1, "device": device, **args.features}
             features = f"{options['encoder']} {options['path']}"
             extractor = ENCODERS[options.pop("encoder")].from_pretrained(options.pop("path"), **options)
-        asked = {item["image"] for items in data.values() for item in items}  # an image must not stand for itself
-        files = sorted(str(path) for path in args.gallery.glob(args.gallery_pattern) if path.suffix in IMAGE_ENDINGS)
-        files = [file for file in files if file not in asked][: args.max_images and 10 * args.max_images]
+        files = image_files(args.gallery, args.gallery_pattern)
+        files = sorted(set(files) - set(asked))  # an image must not stand for itself
+        files = files[: args.max_images and 10 * args.max_images]
         if not files:
             raise ValueError(f"{args.gallery} has no images {args.gallery_pattern} but those that are asked about")
         gallery = Gallery(files, gen, extractor)
     about = {"data": {name: len(items) for name, items in data.items()}, "features": features}
+    about["images_hash"] = hashlib.blake2b("\n".join([*asked, "", *files]).encode(), digest_size=8).hexdigest()
     about |= {"gallery": str(args.gallery), "teachers": probed["run"]["teachers"]}
     scores = {}
 
@@ -349,7 +342,7 @@ def run(args: argparse.Namespace) -> dict:
         def make(model=model, folder=folder):
             probes = load_probes(folder)
             loaded = load_checkpoint(model, args.model_dtype, args.device_map, args.trust_remote_code)
-            return of_model(probes.reader(*loaded), probes, statistics_of(model))
+            return of_model(probes.reader(*loaded), probes, load_statistics(local_folder(model)))
 
         what = {"weights": weights_state(model), "strengths": probed["strengths"]}
         score_all(one["name"], folder, what, make)

@@ -55,6 +55,16 @@ class Clock:
         self.path.write_text(json.dumps(self.seconds))
 
 
+def fit_ridge(root: Path, model, processor, splits: dict[str, int], describe: str | None = None):
+    """(RidgeFit on the training images, the StateReader and targets that it had): every layer's probes."""
+    targets = open_caches(root / "targets", make_teachers(recipe.TASKS, recipe.TEACHERS))
+    reader, text = StateReader(model, processor, PROMPT), model.config.text_config
+    about = {"prompt": reader.prompt, "square": reader.square}
+    fitter = RidgeFit(recipe.TASKS, text.num_hidden_layers + 1, text.hidden_size, about)
+    fit(fitter, reader, targets, probe_paths(root, splits)["train"], PROBE_BATCH, describe=describe)
+    return fitter, reader, targets
+
+
 class Arm(TrainerCallback):
     """A method with a seed; `overrides`: changes of the recipe's fields by stage, and `probe_splits`."""
 
@@ -95,11 +105,9 @@ class Arm(TrainerCallback):
         if path.exists():
             return
         model, processor = load_model(self.arguments("finetune", checkpoint=str(self.folder / stage)))
-        paths = probe_paths(self.root, self.overrides.get("probe_splits", PROBE_SPLITS))
-        targets = open_caches(self.root / "targets", make_teachers(recipe.TASKS, recipe.TEACHERS))
-        reader, text = StateReader(model, processor, PROMPT), model.config.text_config
-        fitter = RidgeFit(recipe.TASKS, text.num_hidden_layers + 1, text.hidden_size)
-        fit(fitter, reader, targets, paths["train"], PROBE_BATCH)
+        splits = self.overrides.get("probe_splits", PROBE_SPLITS)
+        fitter, reader, targets = fit_ridge(self.root, model, processor, splits)
+        paths = probe_paths(self.root, splits)
         probes = {strength: fitter.solve(dict.fromkeys(targets, strength)) for strength in STRENGTHS}
         parts = {split: batches(reader, targets, paths[split], PROBE_BATCH) for split in ("validation", "test")}
         scores = {split: score_probes(part, probes)[0] for split, part in parts.items()}

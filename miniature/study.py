@@ -23,13 +23,11 @@ from transformers import logging
 
 from ola_vlm.eval.statistics import compare_answers
 from ola_vlm.miniature import dataset, world
-from ola_vlm.miniature.arm import PROBE_BATCH, PROBE_SPLITS, PROMPT, STAGES, Clock, probe_paths, read_json
+from ola_vlm.miniature.arm import PROBE_SPLITS, PROMPT, STAGES, Clock, fit_ridge, probe_paths, read_json
 from ola_vlm.miniature.report import write_report
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.probing.fit import fit
 from ola_vlm.probing.probes import Probes
-from ola_vlm.probing.ridge import RidgeFit, choose_strength
-from ola_vlm.probing.states import StateReader
+from ola_vlm.probing.ridge import choose_strength
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import miniature as recipe
 from ola_vlm.targets.fill import fill, make_teachers, open_caches
@@ -158,17 +156,7 @@ def decoded_figures(root: Path, count: int = 4) -> None:
 def fit_probes(root: Path, checkpoint: Path, splits: dict[str, int], strengths: dict[str, float]) -> Probes:
     """Every layer's, as the arms fit them, for whoever wants to see what the layers see."""
     model, processor = (one.from_pretrained(checkpoint) for one in (OlaVlmForConditionalGeneration, OlaVlmProcessor))
-    targets = open_caches(root / "targets", make_teachers(recipe.TASKS, recipe.TEACHERS))
-    reader, text = StateReader(model, processor, PROMPT), model.config.text_config
-    fitter = RidgeFit(recipe.TASKS, text.num_hidden_layers + 1, text.hidden_size, {"prompt": PROMPT, "square": True})
-    fit(
-        fitter,
-        reader,
-        targets,
-        probe_paths(root, splits)["train"],
-        PROBE_BATCH,
-        describe=f"probes of {checkpoint.name}",
-    )
+    fitter, *_ = fit_ridge(root, model, processor, splits, describe=f"probes of {checkpoint.name}")
     return fitter.solve({task: float(strength) for task, strength in strengths.items()})
 
 

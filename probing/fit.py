@@ -18,7 +18,6 @@ from .states import ImageStates, StateReader
 
 TargetSources = Mapping[str, Callable[[list], Tensor]]  # task -> images -> targets (N, Q, E), such as a TargetCache
 SAVE_SECONDS = 300.0
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class _Images(Dataset):

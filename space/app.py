@@ -361,7 +361,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     first, recipe = args.checkpoint or str(WEIGHTS / "ola_vlm"), args.recipe or ("miniature_pretrain" if own else None)
     second = args.compare or (str(WEIGHTS / "llava") if own else None)
     try:
-        chats = {Path(name).name: Chat.load(name) for name in (first, second) if name}
+        chats = {Path(first).name: Chat.load(first)}
+        if second:
+            title = Path(second).name
+            chats[title if title not in chats else f"{title} (second)"] = Chat.load(second)
     except (OSError, ValueError) as error:
         raise SystemExit(f"app.py: {error}") from error
     drawn, images = render_scenes(204 if own else 4)

@@ -328,3 +328,26 @@ class TargetStatistics(NamedTuple):
     @classmethod
     def load(cls, path: str | Path) -> "TargetStatistics":
         return cls(**load_file(path))
+
+
+def load_statistics(checkpoint: str | Path) -> dict[str, TargetStatistics]:
+    """Of the targets that a checkpoint's predictors were trained on, by task; none if these weren't standardised."""
+    return {file.stem: TargetStatistics.load(file) for file in statistics_files(checkpoint)}
+
+
+def statistics_files(checkpoint: str | Path) -> list[Path]:
+    """They lie in the folder of the run that trained the predictors: the checkpoint's own or, as fine-tuning leaves
+    predictors as they are, that of the first stage before it that had teachers."""
+    folder, seen = Path(checkpoint), set()
+    while folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        for place in (folder, folder.parent):  # the latter of a run's checkpoint-1000
+            if files := sorted((place / "target_statistics").glob("*.safetensors")):
+                return files
+            if (place / "run.json").exists():
+                run = json.loads((place / "run.json").read_text(encoding="utf-8"))
+                if run.get("teachers") or not run.get("checkpoint"):
+                    return []
+                folder = Path(run["checkpoint"])
+                break
+    return []

@@ -21,6 +21,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,6 +46,23 @@ FEATURES_VERSION = 1
 
 # Fields of a config that change with its place or the library's version but not with the features.
 _VOLATILE_FIELDS = {"_name_or_path", "_commit_hash", "architectures", "dtype", "transformers_version"}
+
+
+def check_place(name: str | Path) -> None:
+    """ValueError for what is no folder and no name on the Hub either: the Hub would complain of its characters."""
+    if not Path(name).is_dir():
+        try:
+            validate_repo_id(str(name))
+        except HFValidationError as error:
+            raise ValueError(f"there is no folder {name} (and a name on the Hub is owner/name)") from error
+
+
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def image_files(folder: str | Path, pattern: str = "**/*") -> list[str]:
+    """Those of a folder and the folders in it, by their endings, in one order; none if there is no such folder."""
+    return sorted(str(path) for path in Path(folder).glob(pattern) if path.suffix.lower() in IMAGE_ENDINGS)
 
 
 def open_image(source: Image.Image | str | Path | dict) -> Image.Image:

@@ -258,6 +258,8 @@ def test_what_is_answered_is_not_asked_again_and_no_other_run_is_mixed_in(folder
     config = Path(checkpoint) / "generation_config.json"
     before = config.stat()
     os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    with pytest.raises(SystemExit, match="there is no folder /no/such"):
+        ask("/no/such", "mmvp", folders["mmvp"], tmp_path / "none")
     with pytest.raises(SystemExit, match="another weights"):
         ask(checkpoint, "mmvp", folders["mmvp"], tmp_path / "out")
     os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -35,6 +35,7 @@ from ola_vlm.convert.export import main as export
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.convert.reference import convert_reference, rename_key
 from ola_vlm.convert.reference import main as convert
+from ola_vlm.convert.tower import main as convert_tower
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.train import train
@@ -362,6 +363,12 @@ def test_export_is_llava_with_the_same_logits(make_model, tiny_parts, tied_parts
     # and the plain class reads our own folder
     direct = LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours")
     assert direct.eval()(**batch).logits.equal(model(**batch).logits)
+
+
+@pytest.mark.parametrize("command", [export, convert_tower])
+def test_a_folder_that_is_not_there_is_said_so(tmp_path, command):
+    with pytest.raises(SystemExit, match=r"there is no folder .*nowhere"):
+        command([str(tmp_path / "nowhere"), str(tmp_path / "out")])
 
 
 def test_export_without_processor(make_model, tmp_path, capsys):

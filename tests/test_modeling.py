@@ -284,6 +284,8 @@ def test_without_tasks_it_is_llava(make_model, tmp_path):
     with torch.no_grad():
         ours, theirs = model(**batch, labels=labels, output_predictions=True), plain(**batch, labels=labels)
     assert ours.logits.equal(theirs.logits) and ours.loss.equal(theirs.loss)
+    copied = {"labels": batch["input_ids"]}
+    assert model(**batch, **copied).loss.equal(plain(**batch, **copied).loss)
     assert ours.predictions is None and ours.logit_scales is None
     model.save_pretrained(tmp_path / "ours")
     plain.save_pretrained(tmp_path / "plain")
@@ -569,6 +571,18 @@ def test_tokens_that_are_never_emitted_are_no_candidates(make_model, tied_parts,
     (gradient,) = torch.autograd.grad(output.loss, model.lm_head.weight)
     if not tied:
         assert gradient[model.never_emitted].abs().max() == 0 and gradient[:10].abs().max() > 0
+
+
+def test_labels_that_are_never_emitted_are_ignored(make_model):
+    """As whoever copies `input_ids` for labels makes them. Without tasks the loss is LLaVA's, see above."""
+    model, processor = make_model()
+    batch = encode(processor, random_rows(2))
+    copied, answers = batch["input_ids"], batch["input_ids"].clone()
+    answers[torch.isin(answers, torch.tensor(model.never_emitted))] = -100
+    assert (answers != copied).any()
+    expected = model(**batch, labels=answers).loss
+    assert expected < 100 and model(**batch, labels=copied).loss.equal(expected)
+    assert_close(model(**batch, labels=copied, supervised_logits_only=True).loss, expected)
 
 
 def test_generation_emits_neither_image_nor_task_tokens(make_model):

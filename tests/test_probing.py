@@ -523,9 +523,12 @@ def test_the_command(study, probed, tmp_path, monkeypatch, capsys):
 
 def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_path):
     more = ["--probe", "resampler", "--targets", "depth", "--step_images", "4", "--standardize_targets", "true"]
-    more += ["--test_images", str(study.root / "data" / "images")]
+    for i in range(3):
+        random_images(1, seed=100 + i)[0].save(tmp_path / f"test_{i}.JPG")
+    more += ["--test_images", str(tmp_path)]  # which the cache doesn't have yet
+    tmp_path = tmp_path / "out"
     found = run_probe(study, tmp_path, *more, models=study.models[:1])
-    assert found["image_counts"] == {"train": 16, "validation": 2, "test": 18}
+    assert found["image_counts"] == {"train": 16, "validation": 2, "test": 3}
     (one,) = found["models"].values()
     assert list(one["scores"]) == ["depth"] and set(one["scores"]["depth"]["3"]) == {"resampler", "resampler_plain"}
     assert not list(tmp_path.glob("*/fit.safetensors"))
@@ -579,7 +582,7 @@ def test_rows_of_a_data_set_give_images(study, tmp_path):
         probe.find_images(str(tmp_path / "words.json"), args)
 
 
-def test_target_tasks(study, probed, tmp_path, capsys):
+def test_target_tasks(study, probed, tmp_path, capsys, monkeypatch):
     """Table 8's scores of probes, predictors and teacher; and Figure 2's correlation."""
     (out, _), images = probed, study.root / "data" / "images"
     options = ["--gallery", str(images), "--gallery_pattern", "train_*", "--max_images", "2"]
@@ -603,7 +606,13 @@ def test_target_tasks(study, probed, tmp_path, capsys):
     closer = {pair["closer_point"] for item in items for pair in item["pairs"]}  # in both orders
     assert closer == {"point1", "point2"}
     assert "teacher-assisted" in capsys.readouterr().out
-
+    with monkeypatch.context() as patched:
+        patched.setattr(target_tasks, "load_checkpoint", lambda *how: pytest.fail("loaded"))
+        target_tasks.main([str(out), "--miniature", str(study.root), *options])  # what is done is not done again
+        with pytest.raises(pytest.fail.Exception, match="loaded"):  # unless of other images
+            target_tasks.main(
+                [str(out), "--miniature", str(study.root), *options, "--gallery_pattern", "train_*[1-9].png"]
+            )
     folders = []
     for i, model in enumerate(study.models):
         folders.append(tmp_path / f"eval{i}")

@@ -56,7 +56,7 @@ def runs(make_model, tmp_path_factory):
     model, processor = make_model()
     model.save_pretrained(folder / "pretrain")
     processor.save_pretrained(folder / "pretrain")
-    teachers = {"depth": {"encoder": "depth_anything", "path": "org/depth", "licence": "CC-BY-NC-4.0"}}
+    teachers = {"depth": {"encoder": "depth_anything", "path": "org/depth", "licence": "cc-by-nc-4.0"}}
     first = OlaVlmArguments(str(folder / "pretrain"), **fields).to_dict() | {"recipe": "llama3_vit_pretrain"}
     first |= {"teachers": teachers, "tasks": model.config.tasks, "language_model": "org/llm", "seed": 17}
     (folder / "pretrain" / "run.json").write_text(json.dumps(first | {"vision_tower": str(folder / "tower")}))
@@ -124,9 +124,9 @@ def test_the_card_says_what_the_run_was(runs, tmp_path, capsys):
     for line in (
         "| pretrain | llama3_vit_pretrain | `data.json` | 1 | 2 | 5e-05 | 17 | all of the stage's weights |",
         "| finetune | none | `data.json` | 1 | 2 | 0.01 | 42 | all of the stage's weights |",
-        "| depth | 1, 3 | depth_anything | `org/depth` | CC-BY-NC-4.0 |",
+        "| depth | 1, 3 | depth_anything | `org/depth` | cc-by-nc-4.0 |",
         "| overall | 61.4 ± 1.2 | 2638 |",
-        "**Not for commercial use**, for its teachers' licences: depth (CC-BY-NC-4.0)",
+        "**Not for commercial use**, for its teachers' licences: depth (cc-by-nc-4.0)",
         "Built from vision tower `tower` and language model `org/llm`.",
         'pipeline("image-text-to-text", "me/x", trust_remote_code=True)',
         "arXiv:2412.09585",
@@ -178,8 +178,14 @@ def test_an_unreachable_hub_is_said_so(runs, monkeypatch):
 
 
 def test_code_that_was_not_saved_is_added(runs, tmp_path):
+    """And the statistics of the stage before, without which the predictions can't be decoded."""
     shutil.copytree(runs / "finetune", tmp_path / "whole")
+    (tmp_path / "before").mkdir()
+    (tmp_path / "whole" / "target_statistics").rename(tmp_path / "before" / "target_statistics")
+    run = json.loads((tmp_path / "whole" / "run.json").read_text()) | {"checkpoint": str(tmp_path / "before")}
+    (tmp_path / "whole" / "run.json").write_text(json.dumps(run))
     for path in (tmp_path / "whole").glob("*.py"):
         path.unlink()
     files = publish.find_files(tmp_path / "whole")
     assert all(files[f"{kind}_ola_vlm.py"].is_file() for kind in ("configuration", "modeling"))
+    assert files["target_statistics/gen.safetensors"].is_relative_to(tmp_path / "before")

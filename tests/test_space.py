@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import struct
 import threading
 import zlib
@@ -318,7 +319,7 @@ def test_examples_come_from_the_miniatures_world(tmp_path):
     assert {app.read_image(example["files"][0]).size for example in plain} == {(384, 384)}
 
 
-def test_arguments_and_the_environment(monkeypatch):
+def test_arguments_and_the_environment(monkeypatch, tmp_path):
     pages = []
     monkeypatch.setattr(app, "launch", pages.append)
     monkeypatch.setenv("OLA_VLM_CHECKPOINT", str(WEIGHTS / "llava"))
@@ -327,6 +328,14 @@ def test_arguments_and_the_environment(monkeypatch):
     texts = [str(block.value) for block in page.blocks.values() if hasattr(block, "value")]
     assert any("can't be shown: the run.json of llava names no teachers" in text for text in texts)
     assert not any("miniature" in text for text in texts), "a path on the server, or the miniature's description"
+    again = tmp_path / "llava"  # another checkpoint, of the same name
+    shutil.copytree(WEIGHTS / "llava", again)
+    monkeypatch.setenv("OLA_VLM_RECIPE", "no_such_recipe")
+    app.main(["--compare", str(again)])
+    shown = {block.label for block in pages[1].blocks.values() if isinstance(block, app.gr.Chatbot)}
+    assert shown == {"llava", "llava (second)"}
+    texts = [str(block.value) for block in pages[1].blocks.values() if hasattr(block, "value")]
+    assert any("can't be shown: there is no recipe no_such_recipe" in text for text in texts)
     with pytest.raises(SystemExit):
         app.main(["--help"])
     with pytest.raises(SystemExit, match="nowhere"):

@@ -15,10 +15,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ola_vlm import visualize
 from ola_vlm.probing.fit import fit
 from ola_vlm.probing.ridge import RidgeFit
 from ola_vlm.probing.states import StateReader
-from ola_vlm.targets.cache import TargetStatistics
+from ola_vlm.targets.cache import TargetStatistics, load_statistics
 from ola_vlm.targets.encoders import ENCODERS, open_image
 from ola_vlm.visualize import (
     LayerViewer,
@@ -268,7 +269,21 @@ def test_the_run_of_a_fine_tuned_checkpoint_is_that_of_its_beginning(checkpoint,
     began = json.loads((checkpoint / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({"teachers": None, "started_from": began}))
     assert set(find_teachers(None, tmp_path)["teachers"]) == set(NAMES)
+    assert load_statistics(tmp_path) == {}
+    run = {"teachers": None, "checkpoint": str(checkpoint), "started_from": began}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):  # whose predictions would not be restored else
+        found = load_statistics(folder)
+        assert set(found) == set(NAMES)
+    assert found["seg"].std.equal(load_statistics(checkpoint)["seg"].std)
+    (tmp_path / "run.json").write_text(json.dumps(run | {"checkpoint": str(tmp_path)}))  # trained in place
+    assert load_statistics(tmp_path) == {}
     assert find_teachers("miniature_pretrain", tmp_path)["teachers"]["seg"]["encoder"] == "oneformer"
+
+
+def test_of_a_checkpoint_on_the_hub_probes_and_statistics_are_fetched(checkpoint, monkeypatch):
+    monkeypatch.setattr(visualize, "snapshot_download", lambda name, allow_patterns: str(checkpoint))
+    assert visualize.local_folder("me/not-here") == checkpoint
 
 
 @pytest.mark.parametrize(
@@ -276,7 +291,7 @@ def test_the_run_of_a_fine_tuned_checkpoint_is_that_of_its_beginning(checkpoint,
     [
         (["--layers", "9"], "no task has layer 9"),
         (["--recipe", "miniature_finetune"], "names no teachers"),
-        (["--images_for_gen", "nowhere"], "nowhere"),
+        (["--images_for_gen", "nowhere"], "nowhere has no images"),
     ],
 )
 def test_wrong_input(checkpoint, tmp_path, change, message):

@@ -353,7 +353,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         LLaVA's forward (`kwargs` hold its cache, whose name differs between versions); `output_predictions=True` adds
         `predictions` and `logit_scales` and needs `input_ids` and a mask (B, T) of whole sequences; ValueError if
         image or task tokens don't fit to `pixel_values`. Without images predictions have zero rows but stay in the
-        graph. `supervised_logits_only=True` needs `labels`: the same loss, but `logits` (S, vocabulary) of those S
+        graph. With tasks, `labels` that are image or task tokens, which are never emitted, count as -100 (ignored).
+        `supervised_logits_only=True` needs `labels`: the same loss, but `logits` (S, vocabulary) of those S
         positions only whose next token has a label: most of a caption's positions are the image's, and the head is
         the widest layer.
         """
@@ -392,6 +393,9 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         )
         loss = None
         if labels is not None:
+            if self.config.tasks:  # labels may be a copy of input_ids
+                never = torch.tensor(self.never_emitted, device=labels.device)
+                labels = labels.masked_fill(torch.isin(labels, never), -100)
             if supervised_logits_only:
                 next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
                 supervised = next_labels != -100
@@ -400,8 +404,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
             candidates = outputs.logits
             if self.config.tasks:
                 # Tokens that are never emitted are no candidates: their rows in the head neither learn nor disturb.
-                never = torch.tensor(self.never_emitted, device=candidates.device)
-                candidates = candidates.index_fill(-1, never, torch.finfo(candidates.dtype).min)
+                lowest = torch.finfo(candidates.dtype).min
+                candidates = candidates.index_fill(-1, never.to(candidates.device), lowest)
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=candidates, labels=labels, vocab_size=vocab_size, **kwargs)
         predictions = logit_scales = None
