@@ -234,7 +234,7 @@ class Run:
             learning_rate=self.args.learning_rate,
             seed=self.args.seed,
             statistics=self.statistics,
-            device=self.args.device,
+            device=self.reader(about["model"]).model.device,
         )
 
     def fit(self, model: str) -> None:
