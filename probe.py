@@ -166,6 +166,9 @@ class Run:
             images = images[np.sort(np.random.default_rng(args.seed).permutation(len(images))[: own.max_images])]
         if own.test_images:
             tests = find_images(own.test_images, args)
+            fitted = {image for image in images if isinstance(image, str)}
+            if both := [image for image in tests if isinstance(image, str) and image in fitted]:
+                raise ValueError(f"{len(both)} of --test_images are among --images ({both[0]}): held out means others")
         split(len(images), args.seed, tests is not None)  # before any work
         names = hashlib.blake2b(digest_size=8)
         for image in (*images, *(tests or [])):

@@ -532,6 +532,10 @@ def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_
     (one,) = found["models"].values()
     assert list(one["scores"]) == ["depth"] and set(one["scores"]["depth"]["3"]) == {"resampler", "resampler_plain"}
     assert not list(tmp_path.glob("*/fit.safetensors"))
+    with pytest.raises(SystemExit, match="18 of --test_images are among --images"):
+        run_probe(
+            study, tmp_path / "again", "--test_images", str(study.root / "data" / "images"), models=study.models[:1]
+        )
 
 
 @pytest.mark.parametrize(
