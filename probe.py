@@ -328,7 +328,15 @@ def table(results: dict) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[2:] if argv is None else argv)
-    if not any(one.split("=")[0] in ("--recipe", "-h", "--help") for one in argv):
+    if {"-h", "--help"} & set(argv):  # without the training arguments' seven hundred lines
+        layout = argparse.RawDescriptionHelpFormatter
+        recipe = argparse.ArgumentParser(
+            "ola-vlm probe", description=__doc__, formatter_class=layout, parents=[options()]
+        )
+        recipe.add_argument("--recipe", metavar="NAME", help="whose tasks and teachers (llama3_vit_pretrain)")
+        recipe.print_help()
+        return
+    if not any(one.split("=")[0] == "--recipe" for one in argv):
         argv += ["--recipe", "llama3_vit_pretrain"]
     # Nothing is trained in bf16 here, and a recipe's wish for it would be refused on a CPU.
     args, own = parse_arguments(argv, "ola-vlm probe", options(), bf16=False)

@@ -173,7 +173,8 @@ def find_teachers(recipe: str | None, *folders: str | Path | None) -> dict:
         if run.get("teachers"):
             return run
     where = f"recipe {recipe}" if recipe else f"the run.json of {' and '.join(str(one) for one in folders if one)}"
-    raise ValueError(f"{where} names no teachers: give --recipe of a pre-training that has some")
+    what = "give --recipe of a pre-training that has some (the shipped miniature's: miniature_pretrain)"
+    raise ValueError(f"{where} names no teachers: {what}")
 
 
 def images_of_run(run: Mapping) -> list:
@@ -302,6 +303,9 @@ class LayerViewer:
             decode_gen = NearestImages(images_for_gen, of_images[0]) if images_for_gen else None
         if fitted:
             features, by = probe_features(fitted, model, processor), f"{fitted.kind} probes of every layer"
+            of = fitted.about.get("model")
+            if of and Path(of).resolve() != checkpoint.resolve():
+                by += f", fitted to {of}"
         else:
             features = predictor_features(model, processor, load_statistics(checkpoint), prompt)
             by = "the predictors of pre-training"

@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ola_vlm.miniature import world
-from ola_vlm.miniature.arm import STAGES
+from ola_vlm.miniature.arm import STAGES, read_json
 from ola_vlm.miniature.report import STAGES as WHEN
 from ola_vlm.miniature.report import STYLE, table
 from ola_vlm.miniature.study import FULL, SHRUNK, prepare, read_arms, run_arms
@@ -106,6 +106,11 @@ def write_report(root: Path, names: Sequence[str], arms: list[tuple[str, int]]) 
     done = sum(map(len, results.values()))
     lines = ["# Ablations in miniature", "", f"{done} of {len(arms)} arms done. Accuracies in per cent after IFT; "]
     lines[-1] += "probes: mean-centred cosine, mean over LLM layers 1 to 4; ± sd over seeds."
+    settings = read_json(root / "settings.json")
+    if settings["shrunk"]:
+        lines += ["", "**Shrunken to check the chain: the numbers mean nothing.**"]
+    elif "steps" in settings:
+        lines += ["", "A short sweep: {} steps of PT and {} of IFT.".format(*settings["steps"])]
     found = {}
     for name in names:
         if rows := rows_of(name, results):
@@ -125,11 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("study", choices=["ablations"])
     parser.add_argument("--tables", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS), metavar="TABLE",
                         help=f"some of {', '.join(ABLATIONS)}; default: all")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=1, help="seeds a row")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds a row (1)")
     steps = "steps of PT and of IFT, for a short sweep (default: the miniature's own)"
     parser.add_argument("--steps", type=int, nargs=2, metavar=("PT", "IFT"), help=steps)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="arms at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: runs/ablations")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="arms at a time (a core each)")
     parser.add_argument("--report", action="store_true", help="only report what is done so far")
     parser.add_argument("--shrunk", action="store_true", help="4 steps on a few scenes: checks the chain only")
     args = parser.parse_args(argv)

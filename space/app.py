@@ -58,7 +58,7 @@ photographs, it answers nonsense. What is better than LLaVA's is what its layers
 SEEN = """\
 ### What each layer sees
 of the image sent last, beside the teacher's own output and its features decoded in the same way (the best a layer can
-look like). Read from the layers by {by}."""
+look like). Read from the layers by {by}: the clearer, the more of it a layer holds."""
 NOTHING_SEEN = """\
 ### What each layer sees
 can't be shown: {reason}."""

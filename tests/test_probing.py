@@ -498,6 +498,12 @@ def probed(study, tmp_path_factory) -> tuple[Path, dict]:
     return out, run_probe(study, out, models=study.models[1:])
 
 
+def test_help_is_the_commands_own(capsys):
+    probe.main(["--help"])
+    text = capsys.readouterr().out
+    assert "--step_images" in text and "--recipe NAME" in text and "--adam_beta1" not in text
+
+
 def test_the_command(study, probed, tmp_path, monkeypatch, capsys):
     out, found = probed
     assert found["image_counts"] == {"train": 12, "validation": 2, "test": 4}

@@ -254,6 +254,13 @@ def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, cap
     )
     shown = viewer.pictures(images[:1])
     assert [name for name in shown["depth"] if name.startswith("layer")] == [f"layer {i}" for i in range(5)]
+    assert viewer.by == "ridge probes of every layer"
+    probes.about["model"] = "another/model"
+    probes.save(tmp_path / "others")
+    others = LayerViewer.load(
+        tmp_path / "llava", model, processor, find_teachers(None, checkpoint), probes=tmp_path / "others"
+    )
+    assert others.by == "ridge probes of every layer, fitted to another/model"
     expected = {(task, layer): one for task, layer, one in probes.predict(probes.reader(model, processor)(images[:1]))}
     torch.testing.assert_close(viewer.features(images[:1])["seg"][3], expected["seg", 3])
     assert same(shown["depth"]["layer 3"][0], viewer.painters["depth"](expected["depth", 3], images[:1])[0])
