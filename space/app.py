@@ -72,7 +72,7 @@ CSS = """
 .caption-label {font-size: .75rem !important; padding: 0 .4em !important; max-width: 100% !important}
 .example-image-container, .example-image {width: 72px !important; height: 72px !important}
 .example {padding: .6em !important} #layers {gap: .5rem}
-.layers .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
+.layers .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
 .layers .empty {min-height: 5rem !important} .layers .gallery-item, .layers .grid-wrap {min-height: 0 !important}
 footer {display: none !important}
 """
@@ -292,7 +292,7 @@ def build(
                 galleries = []
                 for task in shown:
                     gr.Markdown(f"**{TASKS[task]}**: {painters[task].caption}")
-                    options = {"columns": 3, "height": "auto", "interactive": False, "buttons": []}
+                    options = {"columns": 4, "height": "auto", "interactive": False, "buttons": []}
                     galleries.append(
                         gr.Gallery(
                             object_fit="contain", fit_columns=False, show_label=False, elem_classes="layers", **options

@@ -125,11 +125,11 @@ def test_a_visit(browser, url, tmp_path):
     assert visitor.page.locator(".example").count() == 4
     visitor.send(CLOSER, SCENE)
     assert visitor.answers(1)[0] in ("(A)", "(B)")
-    first = visitor.pictures(8)  # depth and segmentation: teacher, decoded, layer; gen: teacher, layer
+    first = visitor.pictures(20)  # depth and segmentation: teacher, decoded, five layers; gen: teacher, five layers
     visitor.send("where is the red object ?")
     told = visitor.answers(2)
     assert re.fullmatch(r"x\d+ y\d+", told[1])
-    assert visitor.pictures(8) == first  # no new image
+    assert visitor.pictures(20) == first  # no new image
     visitor.page.screenshot(path=folder / "space_laptop.png")
     visitor.page.get_by_role("button", name="Regenerate").click()
     visitor.page.wait_for_timeout(1000)
@@ -147,7 +147,7 @@ def test_on_a_phone(browser, url, tmp_path):
     visitor = Visitor(browser, url, 390, 844)
     visitor.page.locator(".example").nth(2).click()
     visitor.answers(1)
-    visitor.pictures(8)
+    visitor.pictures(20)
     width = visitor.page.evaluate("document.documentElement.scrollWidth")
     assert width <= 390, "the page scrolls sideways"
     folder = Path(os.environ.get("SPACE_SCREENSHOTS", tmp_path))
