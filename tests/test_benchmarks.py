@@ -265,6 +265,7 @@ def test_what_is_answered_is_not_asked_again_and_no_other_run_is_mixed_in(folder
     os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_questions(folders, checkpoint, tmp_path):
     alone = ask(checkpoint, "miniature", folders["miniature"], tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]

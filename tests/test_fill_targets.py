@@ -70,6 +70,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_the_slowest_process_is_waited_for_before_all_stop(fields, tmp_path):
     """Longer than a collective may take; also by one that has met an image without a target."""
     order = np.random.default_rng(0).permutation(9)

@@ -86,6 +86,7 @@ def test_resume_does_nothing_twice_and_a_used_folder_is_refused(run, capsys):
     assert "begun with shrunk True" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ablations_go_on_from_the_study(run, capsys):
     out, results = run
     stamp = (out / "ola_vlm" / "seed0" / "result.json").stat().st_mtime_ns

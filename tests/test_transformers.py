@@ -170,8 +170,9 @@ def test_half_precision(built, batch, tmp_path, dtype):
     assert new_tokens(half, inputs).shape == (1, 6)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiled(built, batch, backend):
     """Few layers, since each is traced; the slow test below has them all."""
     fields = built[0].config.to_dict() | {"tasks": [], "task_token_ids": []}
