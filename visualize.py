@@ -111,7 +111,8 @@ class UnclipImages:
 
 def predictor_features(model, processor, statistics: Mapping[str, TargetStatistics], prompt: str) -> Callable:
     """A function of images that gives `Features`: those that the model's own predictors predict."""
-    text = _prompt_text(processor, prompt)
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
     @torch.no_grad()
     def features(images: Sequence[Image.Image]) -> Features:
@@ -139,11 +140,6 @@ def probe_features(probes: Probes, model, processor) -> Callable:
         return found
 
     return features
-
-
-def _prompt_text(processor, prompt: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 def find_run(folder: str | Path) -> dict:
@@ -218,22 +214,16 @@ class Painter:
         elif not isinstance(encoder, ClipImageEncoder):
             raise ValueError(f"{type(encoder).__name__} has no decoder")
         elif decode_gen is None:
-            raise ValueError("its embeddings want unCLIP or a set of images")
+            raise ValueError("its embeddings want unCLIP (--unclip) or a set of images (--images_for_gen)")
         else:
             self.caption = decode_gen.caption
 
     @torch.no_grad()
     def __call__(self, features_NQE: Tensor | None, images: Sequence[Image.Image]) -> list[Image.Image]:
         """N pictures of features, or (None) of the teacher's own output, for N images."""
-        encoder = self.encoder
-        if isinstance(encoder, ClipImageEncoder):
-            return self.decode_gen((encoder.encode(images) if features_NQE is None else features_NQE)[:, 0])
-        if features_NQE is None and isinstance(encoder, DepthAnythingEncoder):
-            # made of its four feature maps, while `decode` gives one in place of each
-            maps = encoder.model(encoder.pixel_values(images)).predicted_depth.float().cpu()
-        else:
-            maps = encoder.decode(features_NQE, images)
-        return list(map(self.draw, maps.numpy()))
+        if isinstance(self.encoder, ClipImageEncoder):
+            return self.decode_gen((self.encoder.encode(images) if features_NQE is None else features_NQE)[:, 0])
+        return list(map(self.draw, self.encoder.decode(features_NQE, images).numpy()))
 
 
 class LayerViewer:
@@ -418,6 +408,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = viewer.pictures(images)
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm visualize: {error}") from error
+    if not shown:
+        reasons = "; ".join(f"{task}: {why}" for task, why in viewer.left_out.items())
+        raise SystemExit(f"ola-vlm visualize: nothing can be shown: {reasons}")
     for task, columns in shown.items():
         painter = viewer.painters[task]
         pictures_figure(

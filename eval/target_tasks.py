@@ -42,7 +42,7 @@ from ola_vlm.targets.encoders import (
     open_image,
 )
 from ola_vlm.targets.fill import make_teachers
-from ola_vlm.visualize import local_folder
+from ola_vlm.visualize import local_folder, predictor_features, probe_features
 
 from .dense import (
     VOID,
@@ -185,9 +185,8 @@ def scores_of(
             if type(encoder) in KINDS:
                 needed, add, _ = KINDS[type(encoder)]
                 if needed in batch[0]:
-                    maps = own_maps(encoder, images) if found is None else encoder.decode(found, images)
                     before = sums[task, row]
-                    new = add(maps, images, batch, encoder)
+                    new = add(encoder.decode(found, images), images, batch, encoder)
                     sums[task, row] = {name: before.get(name, 0) + value for name, value in new.items()}
             elif gallery is not None and encoder.target_length == 1 and found is not None:
                 features[task, row].append(gallery.nearest(found[:, 0].cpu()))
@@ -199,14 +198,6 @@ def scores_of(
         distance = frechet_distance(torch.cat(parts).numpy(), torch.cat(real).numpy())
         scores[task][row] = {"Frechet distance": distance, "n": sum(map(len, parts))}
     return dict(scores)
-
-
-@torch.no_grad()
-def own_maps(encoder: TargetEncoder, images: list[Image.Image]) -> Tensor:
-    """The teacher's output as it is meant: all its stages' own features."""
-    if isinstance(encoder, OneFormerEncoder):
-        return encoder.decode(None, images)
-    return encoder.model(encoder.pixel_values(images)).predicted_depth.float().cpu()
 
 
 def of_teachers(teachers: dict[str, TargetEncoder], means: dict[str, Tensor]) -> Callable:
@@ -224,21 +215,15 @@ def of_teachers(teachers: dict[str, TargetEncoder], means: dict[str, Tensor]) ->
 
 def of_model(reader: StateReader, probes: Probes, statistics: dict[str, TargetStatistics]) -> Callable:
     """Embeddings from the probes and, of an OLA-VLM, from its predictors."""
-    model, probes = reader.model, probes.to(reader.model.device)
-    has_predictors = isinstance(model, OlaVlmForConditionalGeneration) and bool(model.config.tasks)
+    model, sources = reader.model, {"probe": probe_features(probes, reader.model, reader.processor)}
+    if isinstance(model, OlaVlmForConditionalGeneration) and model.config.tasks:
+        sources["predictor"] = predictor_features(model, reader.processor, statistics, reader.prompt)
 
-    @torch.no_grad()
     def embeddings(images):
-        for task, layer, found in probes.predict(reader(images)):
-            yield task, f"probe {layer}", found.cpu()
-        if has_predictors:
-            outputs = model(**reader.inputs(images), output_predictions=True, logits_to_keep=1)
-            for task, layers in outputs.predictions.items():
-                for layer, found in layers.items():
-                    found = found.float().cpu()
-                    if task in probes.tasks:
-                        restored = statistics[task].restore(found) if task in statistics else found
-                        yield task, f"predictor {layer}", restored
+        for kind, features in sources.items():
+            for task, of_layers in features(images).items():
+                if task in probes.tasks:
+                    yield from ((task, f"{kind} {layer}", found) for layer, found in of_layers.items())
 
     return embeddings
 

@@ -253,21 +253,25 @@ class DepthAnythingEncoder(TargetEncoder):
         return maps[-1] if self.view["features"] == "last" else maps.mean(0)
 
     @torch.no_grad()
-    def decode(self, features: Tensor, images=None, batch_size: int = 8) -> Tensor:
+    def decode(self, features: Tensor | None, images: list[Image.Image] = (), batch_size: int = 8) -> Tensor:
         """Depth pictures (inverse depth: larger is closer) of targets or predictions.
 
         The same feature is given to the teacher's head in place of each of its feature maps, as in the reference.
 
         Args:
-            features: (N, Q, E).
-            images: not needed (the segmentation teacher's `decode` needs them).
+            features: (N, Q, E), or None for the teacher's own picture of `images`, from its four feature maps.
+            images: needed for that only (the segmentation teacher's `decode` always needs them).
         Returns: (N, S, S), fp32, every picture stretched to 0..1.
         """
-        depths = []
-        for part in features.to(self.model.device, self.model.dtype).split(batch_size):
-            tokens = F.pad(part, (0, 0, 1, 0))  # the neck drops the first token, which it takes for the class token
-            neck = self.model.neck([tokens] * len(self.model.config.neck_hidden_sizes), self.grid, self.grid)
-            depths.append(self.model.head(neck, self.grid, self.grid).float().cpu())
+        if features is None:
+            parts = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+            depths = [self.model(self.pixel_values(part)).predicted_depth.float().cpu() for part in parts]
+        else:
+            depths = []
+            for part in features.to(self.model.device, self.model.dtype).split(batch_size):
+                tokens = F.pad(part, (0, 0, 1, 0))  # the neck drops the first token: the class token, it thinks
+                neck = self.model.neck([tokens] * len(self.model.config.neck_hidden_sizes), self.grid, self.grid)
+                depths.append(self.model.head(neck, self.grid, self.grid).float().cpu())
         depth = torch.cat(depths)
         depth = depth - depth.amin((1, 2), keepdim=True)
         return depth / depth.amax((1, 2), keepdim=True).clamp(min=torch.finfo(depth.dtype).tiny)

@@ -217,6 +217,11 @@ def test_decode_depth(folders):
     torch.testing.assert_close(depth.amin((1, 2)), torch.zeros(3))
     torch.testing.assert_close(depth.amax((1, 2)), torch.ones(3))
     assert encoder.decode(features[:0]).shape == (0, 64, 64)
+    own = encoder.model(encoder.pixel_values(images)).predicted_depth  # of its four maps, which differ
+    low, high = own.amin((1, 2), keepdim=True), own.amax((1, 2), keepdim=True)
+    teachers = encoder.decode(None, images, batch_size=2)
+    torch.testing.assert_close(teachers, (own - low) / (high - low), rtol=1e-4, atol=1e-4)
+    assert (teachers - depth).abs().max() > 0.01
 
 
 def test_decode_segmentation(folders):

@@ -181,7 +181,7 @@ def test_viewer(encoders, checkpoint):
         return {task: dict.fromkeys(range(20), one.encode(images)) for task, one in encoders.items()}
 
     viewer = LayerViewer(features, encoders)
-    assert viewer.left_out == {"gen": "its embeddings want unCLIP or a set of images"}
+    assert list(viewer.left_out) == ["gen"] and "--images_for_gen" in viewer.left_out["gen"]
     shown = viewer.pictures(images)
     assert list(shown) == ["depth", "seg"]
     layers = [f"layer {i}" for i in (0, 3, 5, 8, 11, 14, 16, 19)]
@@ -270,6 +270,21 @@ def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, cap
     assert "depth.png" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has no predictors"):
         main([str(tmp_path / "llava"), image, "--out", out, "--probes", "none"])
+
+
+def test_nothing_to_show_is_said(checkpoint, tmp_path, monkeypatch):
+    """A run whose only task can't be decoded: no empty page, no missing folder."""
+    load = LayerViewer.load
+
+    def gen_alone(*args, **options):
+        viewer = load(*args, **options)
+        viewer.painters.clear()
+        return viewer
+
+    monkeypatch.setattr(LayerViewer, "load", gen_alone)
+    with pytest.raises(SystemExit, match="nothing can be shown: gen: its embeddings want unCLIP"):
+        main([str(checkpoint), str(checkpoint / "images" / "0.png"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_run_of_a_fine_tuned_checkpoint_is_that_of_its_beginning(checkpoint, tmp_path):
