@@ -17,7 +17,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 from .eval.run import load_checkpoint
-from .targets.encoders import open_image
+from .targets.images import open_image
 
 HELP = """\
 /image PATH   shows the model an image, with your next question; several may follow each other

@@ -28,8 +28,9 @@ from ola_vlm.probing.probes import load_probes, score
 from ola_vlm.probing.resampler import ResamplerFit
 from ola_vlm.probing.ridge import STRENGTHS, RidgeFit, choose_strength
 from ola_vlm.probing.states import PROMPT, StateReader
-from ola_vlm.targets.encoders import IMAGE_ENDINGS, image_files
+from ola_vlm.targets.files import write_json
 from ola_vlm.targets.fill import make_teachers
+from ola_vlm.targets.images import IMAGE_ENDINGS, image_files
 from ola_vlm.train import parse_arguments
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.rows import load_rows, row_images
@@ -102,13 +103,6 @@ def options() -> argparse.ArgumentParser:
     own.add_argument("--device_map", help="auto, cuda:1, ...")
     own.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a checkpoint")
     return own
-
-
-def write_json(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def read_json(path: Path):

@@ -13,7 +13,6 @@ N images, Q positions, E width, S side of the teacher's square in pixels.
 import argparse
 import base64
 import io
-import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -41,10 +40,10 @@ from .targets.encoders import (
     DepthAnythingEncoder,
     OneFormerEncoder,
     TargetEncoder,
-    image_files,
-    open_image,
 )
+from .targets.files import read_object, save_figure, teachers_of_file, write_whole
 from .targets.fill import BATCH, make_teachers
+from .targets.images import image_files, open_image
 from .training.rows import load_rows
 
 Features = dict[str, dict[int, Tensor]]  # task -> layer -> (N, Q, E) in the teacher's own units
@@ -142,14 +141,22 @@ def probe_features(probes: Probes, model, processor) -> Callable:
     return features
 
 
-def find_run(folder: str | Path) -> dict:
-    """The fields of the run that trained a checkpoint's predictors, from its run.json (which has those of the runs
-    that it began with), or of the run that fitted probes; {} if there is none."""
+def find_run(folder: str | Path, trust: bool = False) -> dict:
+    """Of the run that trained a checkpoint's predictors, from its run.json (which has those of the runs that it began
+    with), or of the run that fitted probes: its `teachers`; {} if there is none.
+
+    The file may be a stranger's. ValueError if its teachers have fields that a file may not set, and none of its other
+    fields is given, such as the folder of its images. `trust`: all fields of the run, as they are.
+    """
     files = [file for file in (Path(folder) / "run.json", Path(folder).parent / "run.json") if file.exists()]
-    run = json.loads(files[0].read_text(encoding="utf-8")) if files else {}
+    run = read_object(files[0]) if files else {}
     while run and not run.get("teachers"):
         run = run.get("started_from") or {}
-    return run
+        if not isinstance(run, dict):
+            raise ValueError(f"{files[0]}: its started_from is no object")
+    if trust or not run:
+        return run
+    return {"teachers": teachers_of_file(run["teachers"], files[0])}
 
 
 def local_folder(checkpoint: str | Path) -> Path:
@@ -159,12 +166,12 @@ def local_folder(checkpoint: str | Path) -> Path:
     return Path(snapshot_download(str(checkpoint), allow_patterns=["probes/*", "target_statistics/*"]))
 
 
-def find_teachers(recipe: str | None, *folders: str | Path | None) -> dict:
-    """The fields (`teachers`, `data`, ...) of a recipe, or of the first run of `folders` that names teachers.
-    ValueError if none does."""
+def find_teachers(recipe: str | None, *folders: str | Path | None, trust: bool = False) -> dict:
+    """The fields (`teachers`, `data`, ...) of a recipe, or of the first run of `folders` that names teachers, by
+    `find_run`. ValueError if none does."""
     if recipe and recipe not in RECIPES:
         raise ValueError(f"there is no recipe {recipe}: choose one of `ola-vlm recipes`")
-    runs = [RECIPES[recipe]()] if recipe else [find_run(folder) for folder in folders if folder is not None]
+    runs = [RECIPES[recipe]()] if recipe else [find_run(folder, trust) for folder in folders if folder is not None]
     for run in runs:
         if run.get("teachers"):
             return run
@@ -174,7 +181,7 @@ def find_teachers(recipe: str | None, *folders: str | Path | None) -> dict:
 
 
 def images_of_run(run: Mapping) -> list:
-    """What it trained on, BANK images at most; none if they are not here."""
+    """What it trained on, BANK images at most; none if they are not here, or if `find_run` kept them back."""
     place = run.get("data") or run.get("images") or ""  # the latter of `ola-vlm probe`
     if not place or not Path(place).exists():
         return []
@@ -271,7 +278,8 @@ class LayerViewer:
 
         `probes`: a folder of `ola-vlm probe`; by default the checkpoint's own one, "probes"; without it, or with
         "none", its predictors. `prompt`: for predictors; probes have theirs.
-        `images_for_gen`: for `NearestImages`; by default BANK of the run's training images, if they are there.
+        `images_for_gen`: for `NearestImages`; by default BANK of the run's training images, if `run` names them and
+        they are there.
         `unclip`: instead, a pipeline's folder or name.
         """
         checkpoint = local_folder(checkpoint)
@@ -347,8 +355,7 @@ def pictures_figure(path: str | Path, columns: Pictures, title: str, legend: Map
         shown = {name: color for name, color in legend.items() if color in drawn}
         patches = [Patch(color=np.divide(color, 255), label=name) for name, color in shown.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=2 * wide, fontsize=8, frameon=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:1.5em;color:#222;background:#fff}h2{margin:1.2em 0 0}
@@ -389,15 +396,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     probes = "folder of `ola-vlm probe`, or none (default: the checkpoint's own probes, else its predictors)"
     parser.add_argument("--probes", metavar="DIR", help=probes)
     parser.add_argument("--layers", type=int, nargs="+", help=f"default: all, or {DRAWN_LAYERS} of them")
-    bank = "gen: show the nearest image of this folder (default: of the run's training images)"
+    bank = "gen: show the nearest image of this folder (default: of the recipe's training images)"
     parser.add_argument("--images_for_gen", metavar="DIR", help=bank)
     parser.add_argument("--unclip", help="gen: let this unCLIP pipeline draw, folder or name")
     parser.add_argument("--prompt", default=PROMPT, help="for predictors: the user's words behind the image")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...")
+    trust = "believe all of the checkpoint's run.json: its teachers' code runs, its training images are shown for gen"
+    parser.add_argument("--trust_run", action="store_true", help=trust)
     args = parser.parse_args(argv)
     try:
         images = [open_image(path) for path in args.images]
-        fields = find_teachers(args.recipe, args.probes, args.checkpoint)
+        fields = find_teachers(args.recipe, args.probes, args.checkpoint, trust=args.trust_run)
         bank = image_files(args.images_for_gen) if args.images_for_gen else None
         if args.images_for_gen and not bank:
             raise ValueError(f"{args.images_for_gen} has no images for gen")
@@ -418,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print(args.out / f"{task}.png")
     html = page(viewer, shown, f"What the layers of {args.checkpoint} see, by {viewer.by}")
-    (args.out / "layers.html").write_text(html, encoding="utf-8")
+    write_whole(args.out / "layers.html", html)
     print(args.out / "layers.html")
     for task, why in viewer.left_out.items():
         print(f"{task} is left out: {why}")

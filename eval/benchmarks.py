@@ -14,6 +14,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from ola_vlm.miniature.dataset import write_questions
+from ola_vlm.targets.files import inside
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_IN_PARENTHESES = (
@@ -26,6 +27,7 @@ SHORT = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
     "\nAnswer the question using a single word or phrase."
 )
+MINIATURE_FOLDER = "runs/benchmark_miniature"
 MMVP_MISLABELLED = {"99", "100", "279", "280"}  # both pairs are swapped: github.com/tsb0601/MMVP/issues/30
 
 
@@ -125,13 +127,16 @@ BENCHMARKS = {
 }
 
 
-def locate(name: str, data: str | None = None, revision: str | None = None) -> tuple[Path, str]:
+def locate(name: str, data: str | None = None, revision: str | None = None, make: bool = True) -> tuple[Path, str]:
     """The benchmark's folder, downloaded or made if need be, and its revision: the Hub's commit, or of a local copy
-    the hash of the files with its questions. `data`: a folder or a name on the Hub, by default the benchmark's own."""
+    the hash of the files with its questions. `data`: a folder or a name on the Hub, by default the benchmark's own.
+    `make`: the miniature's questions may be written to `data`, which it is the user's to say."""
     benchmark = BENCHMARKS[name]
     if name == "miniature" and data is None:
-        data = "runs/benchmark_miniature"
+        data = MINIATURE_FOLDER
     if name == "miniature" and not (Path(data) / "test.jsonl").exists():
+        if not make and data != MINIATURE_FOLDER:
+            raise ValueError(f"{data} has no test.jsonl: give --data, a folder that has it or where it may be written")
         write_questions(Path(data))
     if data is not None and Path(data).is_dir():
         if revision is not None:
@@ -159,7 +164,7 @@ def question_files(folder: Path, benchmark: Benchmark) -> list[Path]:
     found = (sorted(folder.rglob(pattern)) for pattern in benchmark.files)
     if not (files := next(filter(None, found), None)):
         raise ValueError(f"{folder} has no {' or '.join(benchmark.files)}")
-    return files
+    return [inside(folder, file.relative_to(folder)) for file in files]
 
 
 def load_questions(
@@ -172,7 +177,7 @@ def load_questions(
     if variant not in benchmark.variants:
         raise ValueError(f"{name} has the variants {', '.join(benchmark.variants)}, not {variant!r}")
     suffix, scoring = benchmark.variants[variant]
-    rows, images = _rows(question_files(folder, benchmark))
+    rows, images = _rows(folder, question_files(folder, benchmark))
     questions, places = [], {}
     for number, row in enumerate(rows):
         question = benchmark.read({**row, "row": number})
@@ -187,8 +192,8 @@ def load_questions(
     return questions, lambda question: images[places[question["id"]]]
 
 
-def _rows(files: Sequence[Path]) -> tuple[Sequence[dict], Sequence]:
-    """Rows without their images, and the images."""
+def _rows(folder: Path, files: Sequence[Path]) -> tuple[Sequence[dict], Sequence]:
+    """Rows without their images, and the images. ValueError for an image outside `folder`."""
     if files[0].suffix == ".parquet":
         import datasets  # of the extra "eval"; takes a second
 
@@ -199,6 +204,9 @@ def _rows(files: Sequence[Path]) -> tuple[Sequence[dict], Sequence]:
     if file.suffix == ".csv":
         with file.open(encoding="utf-8-sig", newline="") as opened:
             rows = list(csv.DictReader(opened))
-        return rows, [file.parent / "MMVP Images" / f"{row['Index']}.jpg" for row in rows]
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return rows, [file.parent / row["filename"] for row in rows]
+        names = [f"MMVP Images/{row['Index']}.jpg" for row in rows]
+    else:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        names = [row["filename"] for row in rows]
+    place = file.parent.relative_to(folder)
+    return rows, [inside(folder, place / name) for name in names]

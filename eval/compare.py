@@ -9,14 +9,14 @@ DIR/disagreements.html shows the questions on which one is better: image, questi
 import argparse
 import base64
 import io
-import json
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from ola_vlm.targets.encoders import open_image
+from ola_vlm.targets.files import write_json, write_whole
+from ola_vlm.targets.images import open_image
 
 from .benchmarks import load_questions, locate
 from .scoring import SCORERS, read_answers, scored_rows, strata
@@ -131,18 +131,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         compared = compare_records(records_a, records_b)
         run = records_a[0]["run"]
         known = None if run["revision"].startswith("sha256:") else run["revision"]
-        folder, revision = locate(run["benchmark"], args.data or run["data"], None if args.data else known)
+        place = {"data": args.data} if args.data else {"data": run["data"], "revision": known, "make": False}
+        folder, revision = locate(run["benchmark"], **place)
         if revision != run["revision"] and not (known and args.data):
             raise ValueError(f"{folder} holds other questions ({revision}) than those answered ({run['revision']})")
         read_image = load_questions(run["benchmark"], folder, run["variant"])[1]
         text = page(records_a, records_b, compared, read_image, args.limit)
     except ValueError as error:
         raise SystemExit(f"ola-vlm compare: {error}") from error
-    args.out.mkdir(parents=True, exist_ok=True)
     models = {letter: records[0]["run"] for letter, records in zip("AB", (records_a, records_b), strict=True)}
-    report = json.dumps({**models, "B - A": compared}, indent=2)
-    (args.out / "comparison.json").write_text(report + "\n", encoding="utf-8")
-    (args.out / "disagreements.html").write_text(text, encoding="utf-8")
+    write_json(args.out / "comparison.json", {**models, "B - A": compared})
+    write_whole(args.out / "disagreements.html", text)
     for name, *cells, test in describe(compared):
         print(f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells) + f"   {test}")
     print(f"disagreements: {args.out / 'disagreements.html'}")

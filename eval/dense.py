@@ -3,20 +3,25 @@
 N points or images, C classes, F features; maps are (H, W).
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
 
+from ola_vlm.targets.files import inside, read_object
+
 VOID = 255
 
 
 def load_da2k(folder: str | Path) -> dict[str, list[dict]]:
     """annotations.json: image's path from the folder on (file names repeat between scenes) -> its pairs of points,
-    `{"point1": [row, column], "point2": ..., "closer_point": "point1" or "point2"}`."""
-    return json.loads((Path(folder) / "annotations.json").read_text(encoding="utf-8"))
+    `{"point1": [row, column], "point2": ..., "closer_point": "point1" or "point2"}`. ValueError for an image outside
+    the folder."""
+    annotations = read_object(Path(folder) / "annotations.json")
+    for path in annotations:
+        inside(folder, path)
+    return annotations
 
 
 def depth_order_correct(inverse_depth: np.ndarray, pairs: Sequence[dict]) -> np.ndarray:

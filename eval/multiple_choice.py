@@ -12,7 +12,7 @@ from string import ascii_uppercase
 
 import torch
 
-from ola_vlm.targets.encoders import open_image
+from ola_vlm.targets.images import open_image
 
 # Tried from top to bottom; the first that names an offered letter decides. Capital letters only where a lower-case
 # one could be the article "a".

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ola_vlm.targets.files import write_json
+
 from .benchmarks import BENCHMARKS
 from .multiple_choice import is_correct, parse_choice
 from .vqa import vqa_accuracy
@@ -102,7 +104,7 @@ def write_results(path: str | Path) -> dict:
     scores = score_records(records, run["benchmark"])
     results = {"run": run, "generation": records[0]["generation"], "unreadable_choices": unread, "scores": scores}
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", results)
     return results
 
 

@@ -38,10 +38,10 @@ from ola_vlm.targets.encoders import (
     DepthAnythingEncoder,
     OneFormerEncoder,
     TargetEncoder,
-    image_files,
-    open_image,
 )
+from ola_vlm.targets.files import inside, read_finished, read_object, teachers_of_file, write_json
 from ola_vlm.targets.fill import make_teachers
+from ola_vlm.targets.images import image_files, open_image
 from ola_vlm.visualize import local_folder, predictor_features, probe_features
 
 from .dense import (
@@ -56,6 +56,7 @@ from .dense import (
 from .run import load_checkpoint, processes, weights_state
 
 PAIRS, RATIO = 8, 1.1  # point pairs of a scene of the miniature, whose depths differ by this ratio at least
+DRAWS = 10_000  # of two points a scene, at most: a flat depth map has no such pair
 
 
 def da2k_items(folder: Path) -> list[dict]:
@@ -71,18 +72,21 @@ def coco_items(folder: Path) -> list[dict]:
     items = []
     for one in content["annotations"]:
         classes = {segment["id"]: numbers[segment["category_id"]] for segment in one["segments_info"]}
-        mask = (str(folder / "panoptic_val2017" / one["file_name"]), classes)
-        items.append({"image": str(folder / "val2017" / names[one["image_id"]]), "mask": mask})
+        mask = inside(folder, Path("panoptic_val2017", one["file_name"]))
+        image = inside(folder, Path("val2017", names[one["image_id"]]))
+        items.append({"image": str(image), "mask": (str(mask), classes)})
     return items
 
 
 def miniature_items(root: Path) -> list[dict]:
-    """The test scenes of a study's folder with their exact depth (as pairs of points, drawn by a fixed seed) and
-    masks."""
+    """The test scenes of a study's folder with their exact depth (as pairs of points, drawn by a fixed seed; fewer of
+    a scene that hardly has any) and masks."""
     stored, rng, items = load_file(root / "data" / "test.safetensors"), np.random.default_rng(0), []
     for i, (depth, mask) in enumerate(zip(stored["depth"].astype(float), stored["mask"], strict=True)):
         pairs = []
-        while len(pairs) < PAIRS:
+        for _ in range(DRAWS):
+            if len(pairs) == PAIRS:
+                break
             a, b = rng.integers(0, world.SIZE, (2, 2))
             near, far = sorted((depth[tuple(a)], depth[tuple(b)]))
             if far > RATIO * near:
@@ -97,7 +101,7 @@ def read_mask(mask: np.ndarray | tuple[str, dict[int, int]]) -> np.ndarray:
     if isinstance(mask, np.ndarray):
         return mask
     path, classes = mask
-    colours = np.asarray(Image.open(path).convert("RGB")).astype(np.int64)
+    colours = np.asarray(open_image(path)).astype(np.int64)
     ids, places = np.unique(colours @ [1, 256, 256**2], return_inverse=True)
     return np.array([classes.get(int(i), VOID) for i in ids])[places.reshape(colours.shape[:2])]
 
@@ -192,7 +196,7 @@ def scores_of(
                 features[task, row].append(gallery.nearest(found[:, 0].cpu()))
     scores = defaultdict(dict)
     for (task, row), total in sums.items():
-        if total:
+        if total.get("pairs") or total.get("images"):  # else there is no truth to compare with
             scores[task][row] = KINDS[type(teachers[task])][2](total)
     for (task, row), parts in features.items():
         distance = frechet_distance(torch.cat(parts).numpy(), torch.cat(real).numpy())
@@ -262,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device_map")
     parser.add_argument("--model_dtype", default="auto")
-    parser.add_argument("--trust_remote_code", action="store_true")
+    trust = "run code that comes with a model, and with a teacher that probes.json names"
+    parser.add_argument("--trust_remote_code", action="store_true", help=trust)
     args = parser.parse_args(argv)
     try:
         results = run(args)
@@ -276,7 +281,10 @@ def run(args: argparse.Namespace) -> dict:
     """target_tasks.json's content."""
     if not (args.out / "probes.json").exists():
         raise ValueError(f"{args.out} has no probes.json: `ola-vlm probe` writes it")
-    probed = json.loads((args.out / "probes.json").read_text(encoding="utf-8"))
+    probed = read_object(args.out / "probes.json")
+    if not args.trust_remote_code:
+        probed["run"]["teachers"] = teachers_of_file(probed["run"]["teachers"], args.out / "probes.json")
+    folders = {one["folder"]: inside(args.out, one["folder"]) for one in probed["models"].values()}
     readers = {"da2k": da2k_items, "coco": coco_items, "miniature": miniature_items}
     data = {name: read(vars(args)[name])[: args.max_images] for name, read in readers.items() if vars(args)[name]}
     if not data:
@@ -308,7 +316,8 @@ def run(args: argparse.Namespace) -> dict:
 
     def score_all(name: str, folder: Path, what: dict, make: Callable[[], Callable]) -> None:
         file = folder / "target_tasks.json"
-        if file.exists() and (known := json.loads(file.read_text(encoding="utf-8")))["about"] == about | what:
+        known = read_finished(file) or {}
+        if known.get("about") == about | what:
             scores[name] = known["scores"]
             return
         embeddings = make()
@@ -316,13 +325,12 @@ def run(args: argparse.Namespace) -> dict:
             data_name: scores_of(items, teachers, gallery, embeddings, f"{name}: {data_name}")
             for data_name, items in data.items()
         }
-        folder.mkdir(exist_ok=True)
-        file.write_text(json.dumps({"about": about | what, "scores": scores[name]}, indent=1), encoding="utf-8")
+        write_json(file, {"about": about | what, "scores": scores[name]}, indent=1)
 
-    means = load_probes(args.out / next(iter(probed["models"].values()))["folder"]).means
+    means = load_probes(next(iter(folders.values()))).means
     score_all("target encoders", args.out / "teachers", {}, lambda: of_teachers(teachers, means))
     for model, one in probed["models"].items():
-        folder = args.out / one["folder"]
+        folder = folders[one["folder"]]
 
         def make(model=model, folder=folder):
             probes = load_probes(folder)
@@ -332,5 +340,5 @@ def run(args: argparse.Namespace) -> dict:
         what = {"weights": weights_state(model), "strengths": probed["strengths"]}
         score_all(one["name"], folder, what, make)
     results = {**about, "scores": scores}
-    (args.out / "target_tasks.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out / "target_tasks.json", results, indent=1)
     return results

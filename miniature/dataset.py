@@ -16,6 +16,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
 from ola_vlm.miniature import world
+from ola_vlm.targets.images import open_image
 
 SIZES = {"train": 6000, "validation": 600, "test": 1400}
 SEEDS = {"train": 101, "validation": 102, "test": 104}
@@ -129,7 +130,7 @@ def contact_sheet(folder: Path, count: int = 6) -> None:
     for column, q in enumerate(chosen):
         i = q["scene"]
         depth = axes[1, column].imshow(arrays["depth"][i].astype(float), cmap="viridis_r", vmin=3, vmax=world.SKY)
-        axes[0, column].imshow(Image.open(folder / "images" / q["image"]))
+        axes[0, column].imshow(open_image(folder / "images" / q["image"]))
         axes[2, column].imshow(PALETTE[arrays["mask"][i]])
         axes[0, column].set_title(textwrap.fill(f"{q['task']}: {q['question']} -> {q['answer']}", 30), fontsize=10)
     for name, row in zip(("image", "depth", "semantic mask"), axes, strict=True):

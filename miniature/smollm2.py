@@ -28,7 +28,7 @@ from ola_vlm.miniature.arm import Clock, read_json
 from ola_vlm.miniature.dataset import SEEDS, llava_row
 from ola_vlm.miniature.report import STYLE
 from ola_vlm.recipes import smollm2 as recipe
-from ola_vlm.targets.encoders import open_image
+from ola_vlm.targets.images import open_image
 from ola_vlm.train import load_model, train
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.data import IGNORE_INDEX, OlaVlmCollator

@@ -142,7 +142,7 @@ def decoded_figures(root: Path, count: int = 4) -> None:
     folder = recipe.run_folder("ola_vlm", 0, root) / "pretrain"
     model = OlaVlmForConditionalGeneration.from_pretrained(folder).eval()
     processor = OlaVlmProcessor.from_pretrained(folder)
-    viewer = LayerViewer.load(folder, model, processor, find_run(folder), prompt=PROMPT)
+    viewer = LayerViewer.load(folder, model, processor, find_run(folder, trust=True), prompt=PROMPT)
     stored = load_file(root / "data" / "test.safetensors")
     truths = {"depth": 1 / stored["depth"][:count].astype(float), "seg": stored["mask"][:count].astype(int)}
     for task, columns in viewer.pictures(probe_paths(root, {"test": count})["test"]).items():

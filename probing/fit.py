@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..targets.encoders import open_image
+from ..targets.images import open_image
 from .probes import save_tensors
 from .resampler import ResamplerFit
 from .ridge import RidgeFit

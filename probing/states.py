@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.models.llava import LlavaImageProcessor
 
-from ..targets.encoders import open_image
+from ..targets.images import open_image
 
 PROMPT = "Describe the image."
 

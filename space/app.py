@@ -31,7 +31,7 @@ from PIL import Image
 
 from ola_vlm.chat import Chat
 from ola_vlm.miniature import world
-from ola_vlm.targets.encoders import open_image
+from ola_vlm.targets.images import open_image
 from ola_vlm.visualize import LayerViewer, find_teachers
 
 WEIGHTS = Path(world.__file__).parent / "weights"

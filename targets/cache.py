@@ -29,7 +29,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
-from .encoders import open_image
+from .images import open_image
 
 logger = logging.get_logger(__name__)
 

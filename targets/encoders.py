@@ -10,20 +10,18 @@ student crops: `build_ola_vlm(geometry="reference")`).
 
 import hashlib
 import inspect
-import io
 import json
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -38,6 +36,8 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.llava import LlavaImageProcessor
+
+from .images import open_image
 
 logger = logging.getLogger(__name__)
 
@@ -55,41 +55,6 @@ def check_place(name: str | Path) -> None:
             validate_repo_id(str(name))
         except HFValidationError as error:
             raise ValueError(f"there is no folder {name} (and a name on the Hub is owner/name)") from error
-
-
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-def image_files(folder: str | Path, pattern: str = "**/*") -> list[str]:
-    """Those of a folder and the folders in it, by their endings, in one order; none if there is no such folder."""
-    return sorted(str(path) for path in Path(folder).glob(pattern) if path.suffix.lower() in IMAGE_ENDINGS)
-
-
-def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
-    """An image, file or `{"bytes"}` (of a Hugging Face dataset) as RGB, upright and on white as transformers reads it:
-    student and teachers see one picture.
-
-    ValueError for 16 or 32 bits a pixel, which would saturate, for a square beyond Pillow's limit, and for a strip.
-    """
-    name, source = source, io.BytesIO(source["bytes"]) if isinstance(source, dict) else source
-    with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
-        if Image.MAX_IMAGE_PIXELS is not None and max(image.size) ** 2 > Image.MAX_IMAGE_PIXELS:
-            # Pillow only warns; and a narrow image becomes a bomb when it is padded to a square.
-            size = f"{image.width} x {image.height} pixels"
-            raise ValueError(f"{source_name(name)} has {size}: a decompression bomb? Shrink it first")
-        if max(image.size) > 500 * min(image.size):  # cropped by its shorter side it would become a bomb, too
-            raise ValueError(f"{source_name(name)} is a strip of {image.width} x {image.height} pixels: leave it out")
-        if image.mode.startswith("I") or image.mode == "F":
-            what = f"{source_name(name)} has mode {image.mode}, whose values would saturate"
-            raise ValueError(f"{what}: convert it to 8 bits first")
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
-
-
-def source_name(source: Image.Image | str | Path | dict) -> str:
-    return str(source.get("path") or "in the row") if isinstance(source, dict) else str(source)
 
 
 def _without_volatile(fields: dict) -> dict:
@@ -304,7 +269,9 @@ class OneFormerEncoder(TargetEncoder):
         loading = {"unused": cls.unused, "is_training": False, **loading}
         model = load_teacher(_OneFormer, path, revision=revision, **loading)
         if task_inputs is None and (not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").exists()):
-            ids = AutoTokenizer.from_pretrained(path, revision=revision)("the task is semantic")["input_ids"]
+            code = {"trust_remote_code": loading.get("trust_remote_code", False)}
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, **code)
+            ids = tokenizer("the task is semantic")["input_ids"]
             # OneFormerProcessor's way: padding is id 0, whatever the tokenizer's padding token.
             task_inputs = ids + [0] * (model.config.task_seq_len - len(ids))
         return cls(model, size, grid, mean, std, task_inputs, geometry=geometry, batch_size=batch_size)

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers.utils import extract_commit_hash
 
 from .cache import OncePerBatch, TargetCache, as_hint, image_key, write_whole
-from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder, open_image, source_name
+from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder
+from .images import ImageError, open_image, source_name
 
 BATCH = 32  # images decoded and encoded at a time
 
@@ -139,7 +140,9 @@ class _Images(Dataset):
             state = source_state(source)  # before the image is read: it may change meanwhile
             image = open_image(source)
             return index, source_name(source), state, image_key(image), image
-        except Exception as error:  # Pillow raises all sorts of errors on damaged files
+        except ImageError as error:
+            return index, source_name(source), None, error.reason, None
+        except OSError as error:  # gone, or no right to read it
             return index, source_name(source), None, f"{type(error).__name__}: {error}", None
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
-from ..targets.encoders import open_image, source_name
+from ..targets.images import ImageError, open_image, source_name
 
 logger = logging.get_logger(__name__)
 
@@ -320,7 +320,9 @@ def open_source(image: str | dict | Image.Image) -> Image.Image:
         return open_image(image)
     except FileNotFoundError as error:
         raise BadRow("missing", f"there is no image {source_name(image)}") from error
-    except Exception as error:  # Pillow raises all sorts of errors on damaged files
+    except ImageError as error:
+        raise BadRow("undecodable", f"image {error}") from error
+    except OSError as error:  # no right to read it, a folder
         raise BadRow("undecodable", f"image {source_name(image)}: {error}") from error
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 from PIL import Image
 
 from ola_vlm.eval.multiple_choice import is_correct
+from ola_vlm.targets.files import inside
+from ola_vlm.targets.images import open_image
 
 FOLDER = Path("runs/benchmark_miniature")
 
 
 def images(row: dict) -> list[Image.Image]:
-    return [Image.open(FOLDER / row["filename"]).convert("RGB")]
+    return [open_image(inside(FOLDER, row["filename"]))]
 
 
 def question(row: dict, lmms_eval_specific_kwargs=None) -> str:

@@ -1,0 +1,87 @@
+"""The one way to open a picture: student, teachers, probes, benchmarks, the chat and the Space see the same one."""
+
+import io
+from contextlib import nullcontext
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+# What Pillow decodes by itself. Not EPS, say, which it would hand to Ghostscript, a program that runs what is in it.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+LONGEST_STRIP = 500  # times its shorter side: cropped by that one it would become a bomb
+
+
+class ImageError(ValueError):
+    """A picture that can't be used: `name` and `reason`, which also says what to do."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def image_files(folder: str | Path, pattern: str = "**/*") -> list[str]:
+    """Those of a folder and the folders in it, by their endings, in one order; none if there is no such folder."""
+    return sorted(str(path) for path in Path(folder).glob(pattern) if path.suffix.lower() in IMAGE_ENDINGS)
+
+
+def source_name(source: Image.Image | str | Path | dict) -> str:
+    if isinstance(source, dict):
+        return str(source.get("path") or "in the row")
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or "an image")
+    return str(source)
+
+
+def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
+    """An image, file or `{"bytes"}` (of a Hugging Face dataset) as RGB, upright and on white as transformers reads it.
+
+    ImageError (a ValueError) for a file that is damaged, cut off, or of a format that isn't in `FORMATS`; for 16 or 32
+    bits a pixel, which would saturate; for a picture whose square is beyond Pillow's limit (`MAX_IMAGE_PIXELS`: 9,459
+    pixels a side), and for a strip. OSError for what isn't there or may not be read.
+    """
+    name = source_name(source)
+    try:
+        with _opened(source) as image:
+            _check(image, name)
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright.convert("RGBA"))
+            return upright.convert("RGB")
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        # Of damaged files Pillow raises all sorts of errors, a bare Exception among them (DecompressionBombError).
+        if isinstance(error, OSError) and error.errno is not None:  # not there, no permission, a folder
+            raise
+        formats = ", ".join(FORMATS)
+        raise ImageError(name, f"{type(error).__name__}: {error}: give a whole file of {formats}") from error
+
+
+def _opened(source: Image.Image | str | Path | dict):
+    """A context that gives the picture, not decoded yet."""
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
+    file = io.BytesIO(source["bytes"]) if isinstance(source, dict) else source
+    return Image.open(file, formats=FORMATS)
+
+
+def _check(image: Image.Image, name: str) -> None:
+    """ImageError, before anything is decoded."""
+    size = f"{image.width} x {image.height} pixels"
+    # Opened by someone else. (MPO is what Pillow calls a telephone's JPEG with more pictures in it.)
+    if image.format is not None and image.format not in (*FORMATS, "MPO"):
+        raise ImageError(name, f"it is {image.format}: give a file of {', '.join(FORMATS)}")
+    # Pillow only warns at its limit; and a narrow image becomes a bomb when it is padded to a square.
+    if Image.MAX_IMAGE_PIXELS is not None and max(image.size) ** 2 > Image.MAX_IMAGE_PIXELS:
+        raise ImageError(name, f"it has {size}: a decompression bomb? Shrink it first")
+    if max(image.size) > LONGEST_STRIP * min(image.size):
+        raise ImageError(name, f"it is a strip of {size}: leave it out")
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ImageError(name, f"it has mode {image.mode}, whose values would saturate: convert it to 8 bits first")
