@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import TextIteratorStreamer
 
-from .eval.run import load_checkpoint
+from .inference.checkpoints import load_checkpoint
 from .targets.images import open_image
 
 HELP = """\

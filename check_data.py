@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, LlavaProcessor
 
-from ola_vlm.baselines.build import classes_of, multi_encoder_processor
+from ola_vlm.baselines.build import multi_encoder_processor
 from ola_vlm.configuration_ola_vlm import normalize_task
 from ola_vlm.convert.parts import build_processor, measure_tower
+from ola_vlm.inference.checkpoints import read_processor
 from ola_vlm.targets.encoders import load_vision_config
+from ola_vlm.targets.loading import loading_from
 from ola_vlm.train import parse_arguments
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import check_rows
@@ -27,17 +29,21 @@ from ola_vlm.training.rows import PROBLEMS, StreamRows
 def load_processor(args: OlaVlmArguments) -> LlavaProcessor | None:
     """The processor that a run would use; None if the arguments name no model."""
     if args.checkpoint:
-        return classes_of(args.checkpoint)[1].from_pretrained(args.checkpoint)
+        return read_processor(args.checkpoint, llava_as_ours=True)
     if not args.language_model:
         return None
-    text_config = AutoConfig.from_pretrained(args.language_model)
+    with loading_from(args.language_model, weights=False):
+        text_config = AutoConfig.from_pretrained(args.language_model)
     with torch.device("meta"):
         tower = AutoModel.from_config(load_vision_config(args.vision_tower))
         vision_config, class_tokens = measure_tower(tower)
     width, layers = text_config.hidden_size, text_config.num_hidden_layers
+    words = args.tokenizer or args.language_model
+    with loading_from(words, weights=False):
+        tokenizer = AutoTokenizer.from_pretrained(words)
     overrides = args.model_overrides or {}
     processor = build_processor(
-        AutoTokenizer.from_pretrained(args.tokenizer or args.language_model),
+        tokenizer,
         vision_config,
         [normalize_task(task, width, layers) for task in args.tasks or []],
         chat_template=overrides.get("chat_template"),

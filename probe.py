@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from ola_vlm.configuration_ola_vlm import PAPER_TASKS
-from ola_vlm.eval.run import load_checkpoint, processes, weights_state
+from ola_vlm.inference.checkpoints import load_checkpoint, processes, weights_state
 from ola_vlm.probing.figures import curves_figure
 from ola_vlm.probing.fit import batches, fit
 from ola_vlm.probing.probes import load_probes, score

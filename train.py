@@ -12,8 +12,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
-from ola_vlm.baselines.build import build_multi_encoder, classes_of, load_encoders
+from ola_vlm.baselines.build import build_multi_encoder, load_encoders
 from ola_vlm.convert.parts import build_ola_vlm
+from ola_vlm.inference.checkpoints import adapter_base, read_checkpoint
 from ola_vlm.recipes import RECIPES
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import drop_bad_rows
@@ -33,15 +34,11 @@ def load_model(args: OlaVlmArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
     if args.checkpoint and any([*parts, args.tokenizer, args.tasks, args.model_overrides, args.fusion]):
         raise ValueError("a checkpoint has its own parts and tasks: give either checkpoint or vision_tower etc.")
     if args.checkpoint:
-        if (Path(args.checkpoint) / "adapter_config.json").exists():
-            raise ValueError(f"{args.checkpoint} holds adapters, not a model: merge them first (docs/finetune.md)")
-        model_class, processor_class = classes_of(args.checkpoint)
+        if adapter_base(args.checkpoint) is not None:
+            raise ValueError(f"{args.checkpoint} holds adapters, not a model: merge them first (`ola-vlm merge`)")
         quantized = {"quantization_config": four_bits()} if args.load_in_4bit else {}
-        options = {"dtype": args.torch_dtype, "output_loading_info": True, **quantized}
-        model, report = model_class.from_pretrained(args.checkpoint, **options)
-        if missing := sorted(report["missing_keys"]):  # transformers makes them random with a warning
-            raise ValueError(f"{args.checkpoint} has no weights for {', '.join(missing[:5])}: give a whole checkpoint")
-        return model, processor_class.from_pretrained(args.checkpoint)
+        options = {"llava_as_ours": True, "needs_processor": True, "dtype": args.torch_dtype}
+        return read_checkpoint(args.checkpoint, **options, **quantized)
     if not all(parts):
         raise ValueError("nothing to train: give checkpoint, or vision_tower and language_model")
     overrides = {"dtype": args.torch_dtype, **(args.model_overrides or {})}

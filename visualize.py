@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .eval.run import load_checkpoint
+from .inference.checkpoints import load_checkpoint
 from .probing.probes import Probes, load_probes
 from .probing.states import PROMPT
 from .recipes import RECIPES

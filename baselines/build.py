@@ -1,12 +1,9 @@
 """A multi-encoder LLaVA from a plain LLaVA and target encoders; checkpoints told apart."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
@@ -16,7 +13,6 @@ from ..targets.encoders import (
     DepthAnythingEncoder,
     OneFormerEncoder,
     TargetEncoder,
-    check_place,
 )
 from .configuration_multi_encoder import MultiEncoderLlavaConfig
 from .modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
@@ -24,16 +20,6 @@ from .processing_multi_encoder import MultiEncoderLlavaProcessor
 
 OURS = {"model_type", "tasks", "task_token_ids", "auto_map", "architectures", "transformers_version"}
 FIRST_LAYER = "model.multi_modal_projector.linear_1.weight"
-
-
-def classes_of(path: str | Path) -> tuple[type[PreTrainedModel], type[ProcessorMixin]]:
-    """Of a checkpoint's model and processor: a multi-encoder LLaVA's if it says so, else OLA-VLM's."""
-    check_place(path)
-    config = cached_file(str(path), "config.json")  # None in a folder that has a processor only
-    of_baseline = MultiEncoderLlavaConfig.model_type
-    if config and json.loads(Path(config).read_text(encoding="utf-8")).get("model_type") == of_baseline:
-        return MultiEncoderLlavaForConditionalGeneration, MultiEncoderLlavaProcessor
-    return OlaVlmForConditionalGeneration, OlaVlmProcessor
 
 
 def multi_encoder_processor(

@@ -14,9 +14,9 @@ from transformers import (
     LlavaProcessor,
 )
 
+from ..inference.checkpoints import read_checkpoint
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
-from ..targets.encoders import check_place
 
 TRAINING_ONLY = ("predictors.", "queries.", "logit_scales.")
 
@@ -62,14 +62,15 @@ def main(argv: list[str] | None = None):
     parser.add_argument("out", metavar="OUT", help="folder to write")
     args = parser.parse_args(argv)
     try:
-        check_place(args.checkpoint)
-        model = OlaVlmForConditionalGeneration.from_pretrained(args.checkpoint)
+        model, processor = read_checkpoint(args.checkpoint, llava_as_ours=True, dtype="auto")
+        if not isinstance(model, OlaVlmForConditionalGeneration):
+            raise ValueError(
+                f"{args.checkpoint} is a {model.config.model_type}: only an OLA-VLM becomes a plain LLaVA"
+            )
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm export: {error}") from error
     export_llava(model).save_pretrained(args.out)
-    try:
-        processor = OlaVlmProcessor.from_pretrained(args.checkpoint)
-    except OSError:
+    if processor is None:
         print(f"Wrote the model alone to {args.out}: the checkpoint has no processor.")
         return
     export_processor(processor).save_pretrained(args.out)

@@ -1,6 +1,5 @@
 """Build an OLA-VLM (or, with no tasks, a LLaVA) from a pretrained vision tower, LLM and tokenizer."""
 
-import contextlib
 import copy
 import dataclasses
 
@@ -21,7 +20,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..configuration_ola_vlm import OlaVlmConfig, normalize_task, task_token_strings
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
-from ..targets.encoders import OF_VISION_TOWER, load_vision_config, load_whole, vision_preprocessing
+from ..targets.encoders import OF_VISION_TOWER, has_preprocessing, load_vision_config, vision_preprocessing
+from ..targets.loading import load_whole
 
 IMAGE_TOKEN = "<image>"
 # Put before a template that takes text only: content parts become text, an image being its token and a line break.
@@ -162,7 +162,7 @@ def build_ola_vlm(
     statistics = None
     if isinstance(vision_tower, str):
         vision_config = load_vision_config(vision_tower)
-        with contextlib.suppress(OSError):  # a tower may be saved without its processor
+        if has_preprocessing(vision_tower, vision_config):
             _, *statistics = vision_preprocessing(vision_tower, vision_config)
         options = {"config": vision_config, "key_mapping": OF_VISION_TOWER, "unused": ["pooler."]}
         vision_tower = load_whole(AutoModel, vision_tower, **options)

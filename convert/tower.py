@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TimmWrapperConfig, TimmWrapperModel
 from transformers.utils.hub import cached_file
 
-from ..targets.encoders import check_place
+from ..targets.loading import check_place
 
 TRUNK = "visual.trunk."
 WEIGHTS = {  # file names of open_clip -> how they are read

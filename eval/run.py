@@ -7,7 +7,6 @@ eval ...`.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import uuid
@@ -15,51 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
 from tqdm import tqdm
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, __version__
+from transformers import __version__
 
-from ola_vlm.baselines.build import classes_of
-from ola_vlm.baselines.configuration_multi_encoder import MultiEncoderLlavaConfig
-from ola_vlm.configuration_ola_vlm import OlaVlmConfig
-from ola_vlm.targets.encoders import check_place
+from ola_vlm.inference.checkpoints import load_checkpoint, processes, weights_state
 
 from .benchmarks import BENCHMARKS, load_questions, locate
 from .multiple_choice import generate_answers
 from .scoring import table, write_results
-
-
-def processes() -> PartialState:
-    """torchrun's processes, or this one alone."""
-    return PartialState(cpu=not torch.accelerator.is_available())  # without `cpu` it sees no other process on CPUs
-
-
-def load_checkpoint(checkpoint: str, dtype: str = "auto", device_map: str | None = None, trust_remote_code=False):
-    """(model, processor): ours, the baselines, or any image-text-to-text model; ValueError for one without eyes.
-    Without a `device_map` the model goes to this process's own device; `dtype` "auto" is the checkpoint's on a GPU,
-    float32 on a CPU."""
-    (model_class, processor_class), code = classes_of(checkpoint), {}
-    kind = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
-    if kind not in (OlaVlmConfig.model_type, MultiEncoderLlavaConfig.model_type):
-        model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
-        code = {"trust_remote_code": trust_remote_code}
-        if kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping:
-            raise ValueError(f"{checkpoint} is a {kind}, which does not read images: give an image-text-to-text model")
-    device = processes().device
-    dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
-    model = model_class.from_pretrained(checkpoint, dtype=dtype, device_map=device_map, **code)
-    return model if device_map else model.to(device), processor_class.from_pretrained(checkpoint, **code)
-
-
-def weights_state(checkpoint: str) -> str:
-    """What changes when a checkpoint does: a hash of its files' names, sizes and dates, or its commit on the Hub."""
-    if not Path(checkpoint).is_dir():
-        check_place(checkpoint)
-        return str(PreTrainedConfig.get_config_dict(checkpoint)[0].get("_commit_hash"))
-    files = sorted(file for file in Path(checkpoint).iterdir() if file.suffix in (".safetensors", ".json"))
-    state = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-    return f"files:{hashlib.sha256(state.encode()).hexdigest()[:16]}"
 
 
 def _read_lines(out: Path) -> Iterator[dict]:

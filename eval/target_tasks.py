@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ola_vlm.inference.checkpoints import load_checkpoint, processes, weights_state
 from ola_vlm.miniature import world
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.probing.probes import Probes, load_probes
@@ -53,7 +54,6 @@ from .dense import (
     mean_iou,
     reference_mean_iou,
 )
-from .run import load_checkpoint, processes, weights_state
 
 PAIRS, RATIO = 8, 1.1  # point pairs of a scene of the miniature, whose depths differ by this ratio at least
 DRAWS = 10_000  # of two points a scene, at most: a flat depth map has no such pair

@@ -19,8 +19,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,6 +36,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.llava import LlavaImageProcessor
 
 from .images import open_image
+from .loading import find_file, load_whole, loading_from
 
 logger = logging.getLogger(__name__)
 
@@ -48,22 +47,14 @@ FEATURES_VERSION = 1
 _VOLATILE_FIELDS = {"_name_or_path", "_commit_hash", "architectures", "dtype", "transformers_version"}
 
 
-def check_place(name: str | Path) -> None:
-    """ValueError for what is no folder and no name on the Hub either: the Hub would complain of its characters."""
-    if not Path(name).is_dir():
-        try:
-            validate_repo_id(str(name))
-        except HFValidationError as error:
-            raise ValueError(f"there is no folder {name} (and a name on the Hub is owner/name)") from error
-
-
 def _without_volatile(fields: dict) -> dict:
     return {name: value for name, value in fields.items() if name not in _VOLATILE_FIELDS}
 
 
 def read_preprocessing(path, **where) -> tuple[int, list[float], list[float]]:
     """Side in pixels of what the model sees, mean and standard deviation, from its preprocessor_config.json."""
-    values, _ = ImageProcessingMixin.get_image_processor_dict(path, **where)
+    with loading_from(path, weights=False):
+        values, _ = ImageProcessingMixin.get_image_processor_dict(path, **where)
     size = (values.get("do_center_crop") and values.get("crop_size")) or values.get("size")
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")
@@ -77,23 +68,17 @@ def read_preprocessing(path, **where) -> tuple[int, list[float], list[float]]:
 OF_VISION_TOWER = {r"^(model\.)?vision_tower\.": ""}
 
 
-def load_whole(model_class, path, unused: Sequence[str] = (), **kwargs) -> PreTrainedModel:
-    """The model (`kwargs`: of `from_pretrained`). ValueError if the checkpoint lacks a weight, except those whose
-    names begin with one of `unused`, which become 0."""
-    model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    for name in sorted(report["missing_keys"]):  # of random values, which would be others at every load
-        if not name.startswith(tuple(unused)):
-            what = f"{path} has no weights for {type(model).__name__}'s {name}: give a checkpoint of the whole model"
-            raise ValueError(f'{what} (if features need none, add the name to the teacher\'s "unused")')
-        model.state_dict()[name].zero_()
-    return model
-
-
 def vision_preprocessing(path, config: PreTrainedConfig, **where) -> tuple[int, list[float], list[float]]:
     """`read_preprocessing`, also of timm's models, whose configuration says it."""
     if config.model_type != "timm_wrapper":
         return read_preprocessing(path, **where)
     return config.pretrained_cfg["input_size"][-1], config.pretrained_cfg["mean"], config.pretrained_cfg["std"]
+
+
+def has_preprocessing(path, config: PreTrainedConfig) -> bool:
+    """Whether `vision_preprocessing` finds something: a model may be saved without its image processor."""
+    files = ("preprocessor_config.json", "processor_config.json")
+    return config.model_type == "timm_wrapper" or any(find_file(path, name) for name in files)
 
 
 def load_teacher(
@@ -102,12 +87,14 @@ def load_teacher(
     """`load_whole` on a device. `dtype`: of torch, or its name, "bfloat16". `licence`: of the weights, logged."""
     if licence:
         logger.info(f"teacher {path}: weights under {licence}")
-    return load_whole(model_class, path, dtype=dtype, **kwargs).to(device)
+    hint = ' (if features need none, add the name to the teacher\'s "unused")'
+    return load_whole(model_class, path, hint=hint, dtype=dtype, **kwargs).to(device)
 
 
 def load_vision_config(path, **where) -> PreTrainedConfig:
     """Of the vision encoder in a folder or repository; of a model of several towers, its vision half's."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+    with loading_from(path, weights=False):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
     return config.vision_config if "vision_config" in config.sub_configs else config
 
 
@@ -270,7 +257,8 @@ class OneFormerEncoder(TargetEncoder):
         model = load_teacher(_OneFormer, path, revision=revision, **loading)
         if task_inputs is None and (not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").exists()):
             code = {"trust_remote_code": loading.get("trust_remote_code", False)}
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, **code)
+            with loading_from(path, weights=False):
+                tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, **code)
             ids = tokenizer("the task is semantic")["input_ids"]
             # OneFormerProcessor's way: padding is id 0, whatever the tokenizer's padding token.
             task_inputs = ids + [0] * (model.config.task_seq_len - len(ids))

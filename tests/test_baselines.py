@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from training_helpers import IMAGES, Interrupt, llava_sample, losses, make_trainer, weights, write_llava
 
 from ola_vlm import cli
-from ola_vlm.baselines.build import build_multi_encoder, classes_of, load_encoders
+from ola_vlm.baselines.build import build_multi_encoder, load_encoders
 from ola_vlm.baselines.configuration_multi_encoder import MultiEncoderLlavaConfig
 from ola_vlm.baselines.modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.eval.multiple_choice import generate_answers
+from ola_vlm.inference.checkpoints import classes_of, read_fields
 from ola_vlm.miniature import study
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.probing.fit import batches, fit
@@ -205,7 +206,7 @@ def test_saved_and_loaded(make, tied_parts, tmp_path, fusion):
         made, folder = make(fusion, **parts), tmp_path / name
         made.model.save_pretrained(folder)
         made.processor.save_pretrained(folder)
-        model_class, processor_class = classes_of(folder)
+        model_class, processor_class = classes_of(folder, read_fields(folder))
         model, report = model_class.from_pretrained(folder, output_loading_info=True)
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         rows = random_rows(2, [1, 2])

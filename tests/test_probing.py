@@ -25,7 +25,7 @@ from ola_vlm import probe
 from ola_vlm.convert import reference
 from ola_vlm.convert.reference import convert_state_dict
 from ola_vlm.eval import correlation, target_tasks
-from ola_vlm.eval.run import weights_state
+from ola_vlm.inference.checkpoints import weights_state
 from ola_vlm.probing.fit import batches, fit
 from ola_vlm.probing.probes import Probes, centred_cosine, flat_cosine, load_probes, score
 from ola_vlm.probing.resampler import ResamplerFit

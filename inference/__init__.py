@@ -1,0 +1,1 @@
+"""Checkpoints in use: loading any of them, and talking to them."""

@@ -1,0 +1,201 @@
+"""Any checkpoint as (model, processor): the one way in which all commands load one.
+
+A checkpoint is a folder or a name on the Hub: an OLA-VLM, a plain LLaVA, a multi-encoder baseline, any
+image-text-to-text model of transformers, such a model with attached predictors (`training.attach`), or an adapter of
+peft on one of these. What can't be loaded whole is refused in one line (`targets.loading`).
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.utils.hub import extract_commit_hash
+
+from ..baselines.configuration_multi_encoder import MultiEncoderLlavaConfig
+from ..baselines.modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
+from ..baselines.processing_multi_encoder import MultiEncoderLlavaProcessor
+from ..configuration_ola_vlm import OlaVlmConfig
+from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ..processing_ola_vlm import OlaVlmProcessor
+from ..targets.loading import check_place, find_file, load_whole, loading_from, one_line, read_json_object
+from ..training.attach import PREDICTORS_FILE, attach_predictors
+
+ADAPTER = "adapter_config.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+OWN_CLASSES = {
+    OlaVlmConfig.model_type: (OlaVlmForConditionalGeneration, OlaVlmProcessor),
+    MultiEncoderLlavaConfig.model_type: (MultiEncoderLlavaForConditionalGeneration, MultiEncoderLlavaProcessor),
+}
+REFERENCE_TYPES = ("ola_llama", "llava_llama", "ola_phi3", "llava_phi3")
+
+
+def processes() -> PartialState:
+    """torchrun's processes, or this one alone."""
+    return PartialState(cpu=not torch.accelerator.is_available())  # without `cpu` it sees no other process on CPUs
+
+
+def adapter_base(checkpoint: str | Path) -> str | None:
+    """The name or folder of the model that an adapter was trained on; None if `checkpoint` is no adapter.
+    ValueError for an adapter that doesn't say."""
+    check_place(checkpoint)
+    file = find_file(checkpoint, ADAPTER)
+    if file is None:
+        return None
+    base = read_json_object(file).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ValueError(f"{checkpoint} is an adapter that names no base model: add it to its {ADAPTER}")
+    return base
+
+
+def read_fields(checkpoint: str | Path) -> dict:
+    """What config.json says. ValueError if there is none."""
+    with loading_from(checkpoint):
+        file = find_file(checkpoint, "config.json")
+        if file is None:
+            raise ValueError(f"{checkpoint} has no config.json and no {ADAPTER}: it is no checkpoint")
+        return read_json_object(file)
+
+
+def classes_of(
+    checkpoint: str | Path, fields: dict, trust_remote_code: bool = False, llava_as_ours: bool = False
+) -> tuple[type, type]:
+    """Model's and processor's class for a configuration's `fields`. `llava_as_ours`: a plain LLaVA as an OLA-VLM
+    without tasks, which can be trained. ValueError for models that don't read images or that nobody knows."""
+    kind = fields.get("model_type")
+    if kind in OWN_CLASSES:
+        return OWN_CLASSES[kind]
+    if llava_as_ours:
+        # Other models than LLaVA are refused by OlaVlmConfig.
+        return OWN_CLASSES[OlaVlmConfig.model_type]
+    if kind in REFERENCE_TYPES or str(kind).startswith("probe_"):
+        what = f"{checkpoint} is a checkpoint of the reference implementation ({kind})"
+        raise ValueError(f"{what}: convert it first (`ola-vlm convert`)")
+    if kind in CONFIG_MAPPING:
+        if CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping:
+            raise ValueError(f"{checkpoint} is a {kind}, which does not read images: give an image-text-to-text model")
+    elif not fields.get("auto_map"):
+        raise ValueError(f"{checkpoint} is a {kind!r}, which this version of transformers doesn't know: update it")
+    elif not trust_remote_code:
+        what = f"{checkpoint} is a {kind!r}, whose code comes with the checkpoint"
+        raise ValueError(f"{what}: read that code, then give --trust_remote_code to run it")
+    return AutoModelForImageTextToText, AutoProcessor
+
+
+def read_processor(
+    checkpoint: str | Path, trust_remote_code: bool = False, llava_as_ours: bool = False
+) -> ProcessorMixin | None:
+    """A checkpoint's processor, of an adapter without one its base model's; None if there is none."""
+    base = adapter_base(checkpoint)
+    has_own = any(find_file(checkpoint, name) for name in PROCESSOR_FILES)
+    if base is None and not has_own:
+        return None
+    if base is not None and not has_own:
+        return read_processor(base, trust_remote_code, llava_as_ours)
+    _, processor_class = classes_of(checkpoint, read_fields(base or checkpoint), trust_remote_code, llava_as_ours)
+    code = {"trust_remote_code": trust_remote_code} if processor_class is AutoProcessor else {}
+    with loading_from(checkpoint, weights=False):
+        return processor_class.from_pretrained(checkpoint, **code)
+
+
+def read_checkpoint(
+    checkpoint: str | Path,
+    trust_remote_code: bool = False,
+    llava_as_ours: bool = False,
+    needs_processor: bool = False,
+    **loading,
+) -> tuple[PreTrainedModel, ProcessorMixin | None]:
+    """
+    Model and processor as they are in the checkpoint, on the CPU unless `loading` says otherwise.
+
+    `loading`: of `from_pretrained`: dtype ("auto" is the checkpoint's own), device_map, quantization_config.
+    `trust_remote_code`: run code that comes with the checkpoint; for our own model types it is never needed or run.
+    An adapter is merged into its base model: what comes back is a model of the base's class. The processor is None if
+    the checkpoint has none.
+    Raises ValueError, one line, for whatever can't be loaded whole; with `needs_processor` also for no processor.
+    """
+    checkpoint = str(checkpoint)
+    # It is fast, so what is wrong with it is said before the weights are read.
+    processor = read_processor(checkpoint, trust_remote_code, llava_as_ours)
+    if processor is None and needs_processor:
+        raise ValueError(f"{checkpoint} has no processor ({PROCESSOR_FILES[0]}): save it there by save_pretrained")
+    base = adapter_base(checkpoint)
+    if base is not None:
+        model = read_adapter(checkpoint, base, trust_remote_code, llava_as_ours, **loading)
+        return model, processor
+    fields = read_fields(checkpoint)
+    model_class, _ = classes_of(checkpoint, fields, trust_remote_code, llava_as_ours)
+    code = {"trust_remote_code": trust_remote_code} if model_class is AutoModelForImageTextToText else {}
+    model = load_whole(model_class, checkpoint, **code, **loading)
+    predictors = find_file(checkpoint, PREDICTORS_FILE) if fields.get("tasks") else None
+    if predictors is not None and model_class is AutoModelForImageTextToText:
+        try:
+            attach_predictors(model, fields["tasks"], processor, predictors.parent)
+        except RuntimeError as error:  # torch lists the names
+            raise ValueError(f"{predictors} doesn't fit to the tasks of config.json: {one_line(error)}") from error
+    return model, processor
+
+
+def read_adapter(adapter: str, base: str, trust_remote_code: bool, llava_as_ours: bool, **loading) -> PreTrainedModel:
+    """The model `base` with an adapter merged into it."""
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise ValueError(f"{adapter} is an adapter, which needs peft: pip install peft") from error
+    try:
+        model, _ = read_checkpoint(base, trust_remote_code, llava_as_ours, **loading)
+    except ValueError as error:
+        raise ValueError(f"the base model of the adapter {adapter} can't be loaded: {error}") from error
+    with loading_from(adapter):
+        try:
+            wrapped = PeftModel.from_pretrained(model, adapter)
+        except RuntimeError as error:  # torch lists the shapes
+            raise ValueError(f"{adapter} doesn't fit to its base model {base}: {one_line(error)}") from error
+    weights = find_file(adapter, "adapter_model.safetensors")
+    if weights is not None:
+        with safe_open(weights, "pt") as file:
+            written = set(file.keys())
+        needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+        if missing := sorted(needed - written):
+            raise ValueError(f"{adapter} has no weights for {', '.join(missing[:5])}: give a whole adapter")
+    return wrapped.merge_and_unload()
+
+
+def load_checkpoint(
+    checkpoint: str | Path, dtype: str = "auto", device_map: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    `read_checkpoint` for answers: the model goes to this process's own device unless there is a `device_map`; `dtype`
+    "auto" is the checkpoint's own on a GPU, float32 on a CPU. ValueError also for a checkpoint without a processor.
+    """
+    device = processes().device
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    options = {"needs_processor": True, "dtype": dtype, "device_map": device_map}
+    model, processor = read_checkpoint(checkpoint, trust_remote_code, **options)
+    if device_map is None:
+        model = model.to(device)
+    return model, processor
+
+
+def weights_state(checkpoint: str | Path) -> str:
+    """What changes when a checkpoint does: a hash of its files' names, sizes and dates, or its commit on the Hub; of
+    an adapter also its base model's."""
+    base = adapter_base(checkpoint)
+    of_base = "" if base is None else f" on {weights_state(base)}"
+    if not Path(checkpoint).is_dir():
+        with loading_from(checkpoint):
+            file = find_file(checkpoint, "config.json" if base is None else ADAPTER)
+        return f"{extract_commit_hash(str(file), None)}{of_base}"
+    suffixes = (".safetensors", ".bin", ".json")
+    files = sorted(file for file in Path(checkpoint).iterdir() if file.suffix in suffixes)
+    state = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return f"files:{hashlib.sha256(state.encode()).hexdigest()[:16]}{of_base}"
