@@ -101,10 +101,8 @@ def read_processor(
     if base is not None and not has_own:
         return read_processor(base, trust_remote_code, llava_as_ours)
     model = base or checkpoint
-    if llava_as_ours and find_file(model, "config.json") is None:
-        fields = {}  # a folder that has a processor only: of ours
-    else:
-        fields = read_fields(model)
+    has_processor_only = llava_as_ours and find_file(model, "config.json") is None
+    fields = {} if has_processor_only else read_fields(model)
     _, processor_class = classes_of(checkpoint, fields, trust_remote_code, llava_as_ours)
     code = {"trust_remote_code": trust_remote_code} if processor_class is AutoProcessor else {}
     with loading_from(checkpoint, weights=False):
