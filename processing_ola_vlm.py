@@ -1,6 +1,6 @@
 """Processor of OLA-VLM: LLaVA's, with the task tokens after each image's placeholders (paper, figure 4)."""
 
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, PreTrainedConfig
 
 
 class OlaVlmProcessor(LlavaProcessor):
@@ -43,6 +43,11 @@ class OlaVlmProcessor(LlavaProcessor):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """ProcessorMixin's. The class is at hand, so nobody is asked whether to run the folder's own code."""
         kwargs.setdefault("trust_remote_code", False)
+        if not kwargs["trust_remote_code"]:
+            fields, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            # AutoTokenizer doesn't know our model type and would try config.json by an empty class, with a warning.
+            if fields.get("model_type") == "ola_vlm":
+                kwargs.setdefault("config", PreTrainedConfig())
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property

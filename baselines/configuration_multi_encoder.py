@@ -59,7 +59,8 @@ class MultiEncoderLlavaConfig(LlavaConfig):
             _check(known, f"encoders[{encoder['name']}].features", encoder["features"], f"choose one of {FEATURES}")
         # One class can register for one Auto class only; both names lead to the same model.
         auto_map = dict(self.__dict__.get("auto_map") or {})
-        auto_map.setdefault("AutoModel", "modeling_multi_encoder.MultiEncoderLlavaForConditionalGeneration")
+        for name in ("AutoModel", "AutoModelForMultimodalLM"):
+            auto_map.setdefault(name, "modeling_multi_encoder.MultiEncoderLlavaForConditionalGeneration")
         self.auto_map = auto_map
 
     @property

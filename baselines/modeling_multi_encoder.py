@@ -7,6 +7,7 @@ Shapes: N images, V positions of the base grid, Q of an encoder's (V, or 1 for a
 the base features, S pixels a side, H LLM width.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -17,6 +18,8 @@ from transformers import (
     AutoBackbone,
     AutoConfig,
     CLIPVisionModelWithProjection,
+    GenerationConfig,
+    GenerationMixin,
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
@@ -142,7 +145,8 @@ class MultiEncoderLlavaModel(LlavaModel):
         return outputs
 
 
-class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+# GenerationMixin by name: transformers wraps a class of remote code that lacks it, and a wrapped one can't be pickled.
+class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, GenerationMixin):
     """LLaVA with several encoders. Generation, loss and cache are LLaVA's."""
 
     config_class = MultiEncoderLlavaConfig
@@ -188,10 +192,17 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         kwargs |= {"vocab_size": self.config.text_config.vocab_size, "shift_labels": next_labels[next_labels != -100]}
         return LlavaCausalLMOutputWithPast(loss=self.loss_function(logits, labels, **kwargs), logits=logits)
 
-    def generate(self, *args, **kwargs):
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """LLaVA's, never emitting image tokens, even with a generation config that came without ours."""
-        kwargs.setdefault("suppress_tokens", self.never_emitted)
-        return super().generate(*args, **kwargs)
+        if generation_config is None:
+            kwargs.setdefault("suppress_tokens", self.never_emitted)
+        elif "suppress_tokens" not in kwargs:  # transformers warns of arguments beside a generation config
+            generation_config = copy.deepcopy(generation_config)
+            suppressed = {*(generation_config.suppress_tokens or []), *self.never_emitted}
+            generation_config.suppress_tokens = sorted(suppressed)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
 
 MultiEncoderLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,7 +1,7 @@
 """Processor of the multi-encoder LLaVA: each encoder gets its own view of an image, as in `targets.encoders`."""
 
 import torch
-from transformers import LlavaImageProcessor, LlavaProcessor
+from transformers import LlavaImageProcessor, LlavaProcessor, PreTrainedConfig
 
 
 class MultiEncoderLlavaProcessor(LlavaProcessor):
@@ -31,6 +31,11 @@ class MultiEncoderLlavaProcessor(LlavaProcessor):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """ProcessorMixin's. The class is at hand, so nobody is asked whether to run the folder's own code."""
         kwargs.setdefault("trust_remote_code", False)
+        if not kwargs["trust_remote_code"]:
+            fields, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            # AutoTokenizer doesn't know our model type and would try config.json by an empty class, with a warning.
+            if fields.get("model_type") == "multi_encoder_llava":
+                kwargs.setdefault("config", PreTrainedConfig())
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _process_images(self, images, **kwargs):

@@ -143,9 +143,10 @@ class OlaVlmConfig(LlavaConfig):
         within = all(_is_count(i, 0) and i < text.vocab_size for i in ids)
         usable = within and len({*ids, self.image_token_id}) == count + 1
         _check(not ids or usable, "task_token_ids", ids, f"give different ids within the {text.vocab_size} embeddings")
-        # One class can register for one Auto class only; both names lead to the same model.
+        # One class can register for one Auto class only; all names lead to the same model.
         auto_map = dict(self.__dict__.get("auto_map") or {})
-        auto_map.setdefault("AutoModel", "modeling_ola_vlm.OlaVlmForConditionalGeneration")
+        for name in ("AutoModel", "AutoModelForMultimodalLM"):
+            auto_map.setdefault(name, "modeling_ola_vlm.OlaVlmForConditionalGeneration")
         self.auto_map = auto_map
 
 

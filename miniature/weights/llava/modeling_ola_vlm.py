@@ -5,6 +5,7 @@ Shapes: B batch, T sequence, N images of the batch in order, V image tokens an i
 Q queries of a task (= its target's length), R rows of its query table, H LLM width, D predictor width, E target width.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -228,7 +235,8 @@ class OlaVlmModel(LlavaModel):
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
 
-class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
+# GenerationMixin by name: transformers wraps a class of remote code that lacks it, and a wrapped one can't be pickled.
+class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMixin):
     """
     LLaVA with embedding predictors: `predictors[task][str(layer)]`, `queries[task]` (R, H), `logit_scales[task]` (1,).
 
@@ -287,10 +295,17 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):
         renamed = {rename_source_key(name, renamings, [])[0]: value for name, value in state_dict.items()}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
-    def generate(self, *args, **kwargs):
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """LLaVA's, never emitting image or task tokens, even with a generation config that came without ours."""
-        kwargs.setdefault("suppress_tokens", self.never_emitted)
-        return super().generate(*args, **kwargs)
+        if generation_config is None:
+            kwargs.setdefault("suppress_tokens", self.never_emitted)
+        elif "suppress_tokens" not in kwargs:  # transformers warns of arguments beside a generation config
+            generation_config = copy.deepcopy(generation_config)
+            suppressed = {*(generation_config.suppress_tokens or []), *self.never_emitted}
+            generation_config.suppress_tokens = sorted(suppressed)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def task_token_embeddings(self, tables: Mapping[str, Tensor] | None = None) -> Tensor:
         """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables."""
