@@ -17,9 +17,9 @@ from ola_vlm.baselines.build import multi_encoder_processor
 from ola_vlm.configuration_ola_vlm import normalize_task
 from ola_vlm.convert.parts import build_processor, measure_tower
 from ola_vlm.inference.checkpoints import read_processor
+from ola_vlm.recipes.command_line import parse_arguments
 from ola_vlm.targets.encoders import load_vision_config
 from ola_vlm.targets.loading import loading_from
-from ola_vlm.train import parse_arguments
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import check_rows
 from ola_vlm.training.data import OlaVlmCollator

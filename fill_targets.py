@@ -8,8 +8,8 @@ import argparse
 from collections.abc import Sequence
 
 from ola_vlm.configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
+from ola_vlm.recipes.command_line import parse_arguments
 from ola_vlm.targets.fill import make_teachers
-from ola_vlm.train import parse_arguments
 from ola_vlm.training.check import drop_bad_rows
 from ola_vlm.training.targets import filled_caches
 
@@ -30,10 +30,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
     tasks = args.tasks or OlaVlmConfig.from_pretrained(args.checkpoint).tasks
     teachers = make_teachers([PAPER_TASKS.get(task["name"], {}) | task for task in tasks], args.teachers, args.device)
+    for teacher in teachers.values():
+        teacher.check(args.target_cache)
     rows = args.load_rows()
-    drop_bad_rows(rows, None, args.on_bad_rows, args.dataloader_num_workers)
-    images = rows.sources()[options.shard]
-    caches, _, _ = filled_caches(args, teachers, images, compute=True)
+    # A share to evaluate on is a part of the rows; other rows have other images.
+    parts = [rows] if args.eval_share else [part for part in args.split_eval_rows(rows) if part is not None]
+    for part in parts:
+        drop_bad_rows(part, None, args.on_bad_rows, args.dataloader_num_workers)
+        images = part.sources()[options.shard]
+        caches, _, _ = filled_caches(args, teachers, images, compute=True)
     for name, cache in caches.items():
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
         if args.should_log and len(cache):

@@ -4,23 +4,34 @@ A recipe is a dict of fields of `OlaVlmArguments` (recipes/); any field can be o
 effective configuration goes to `output_dir/run.json`, model and processor to `output_dir`.
 """
 
-import argparse
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import nullcontext
 
-from transformers import HfArgumentParser, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
 from ola_vlm.baselines.build import build_multi_encoder, load_encoders
 from ola_vlm.convert.parts import build_ola_vlm
+from ola_vlm.eval.during_training import answering_callbacks
 from ola_vlm.inference.checkpoints import adapter_base, read_checkpoint
-from ola_vlm.recipes import RECIPES
+from ola_vlm.recipes.command_line import parse_arguments
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import drop_bad_rows
 from ola_vlm.training.data import OlaVlmCollator
 from ola_vlm.training.lora import add_adapters, four_bits
-from ola_vlm.training.rows import StreamRows
+from ola_vlm.training.plan import Plan
+from ola_vlm.training.preflight import check_run
+from ola_vlm.training.rows import Rows, StreamRows
+from ola_vlm.training.run_record import (
+    RunIdentity,
+    check_start,
+    describe_run,
+    is_finished,
+    last_checkpoint,
+    run_identity,
+    run_lock,
+    write_run,
+)
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.targets import target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer
@@ -30,19 +41,15 @@ logger = logging.getLogger("ola_vlm.train")  # as a script the module is "__main
 
 def load_model(args: OlaVlmArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
     """From `checkpoint`, or built from parts."""
-    parts = [args.vision_tower, args.language_model]
-    if args.checkpoint and any([*parts, args.tokenizer, args.tasks, args.model_overrides, args.fusion]):
-        raise ValueError("a checkpoint has its own parts and tasks: give either checkpoint or vision_tower etc.")
     if args.checkpoint:
         if adapter_base(args.checkpoint) is not None:
             raise ValueError(f"{args.checkpoint} holds adapters, not a model: merge them first (`ola-vlm merge`)")
-        quantized = {"quantization_config": four_bits()} if args.load_in_4bit else {}
+        quantized = {"quantization_config": four_bits(args.torch_dtype)} if args.load_in_4bit else {}
         options = {"llava_as_ours": True, "needs_processor": True, "dtype": args.torch_dtype}
         return read_checkpoint(args.checkpoint, **options, **quantized)
-    if not all(parts):
-        raise ValueError("nothing to train: give checkpoint, or vision_tower and language_model")
     overrides = {"dtype": args.torch_dtype, **(args.model_overrides or {})}
-    model, processor = build_ola_vlm(*parts, args.tokenizer, args.tasks or [], **overrides)
+    parts = [args.vision_tower, args.language_model, args.tokenizer]
+    model, processor = build_ola_vlm(*parts, args.tasks or [], **overrides)
     set_seed(args.seed)  # other tasks draw other numbers before: this way methods start from the same projector
     model.model.multi_modal_projector.apply(model._init_weights)
     if args.fusion:
@@ -51,15 +58,38 @@ def load_model(args: OlaVlmArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
     return model, processor
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint: the trainer's state is what is written last."""
-    folders = [str(state.parent) for state in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
-    return max(folders, key=lambda folder: int(folder.rpartition("-")[2]), default=None)
+def train(
+    args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), recipe: str | None = None
+) -> OlaVlmTrainer | None:
+    """Runs one stage to its end and returns the `OlaVlmTrainer` (`.model`, `.state.log_history`); None if the run that
+    is to be resumed has finished already."""
+    check_run(args)
+    callbacks = [*callbacks, *answering_callbacks(args)]
+    with run_lock(args.output_dir) if args.process_index == 0 else nullcontext():
+        rows = args.load_rows()
+        identity = run_identity(args, rows)
+        if args.resume_from_checkpoint and is_finished(args.output_dir, identity):
+            logger.warning(f"{args.output_dir}: this run has finished, nothing is left to do")
+            return None
+        checkpoint = args.resume_from_checkpoint
+        if checkpoint == "true":
+            checkpoint = last_checkpoint(args.output_dir)
+        check_start(args, checkpoint, identity)
+        rows, eval_rows = args.split_eval_rows(rows)
+        Plan.make(args, rows)  # before the model is loaded: rows may be too few
+        record = describe_run(args, identity, recipe)
+        return run_stage(args, rows, eval_rows, checkpoint, record, [*callbacks, RunIdentity(identity)])
 
 
-def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), recipe: str | None = None):
-    """Runs one stage to its end and returns the `OlaVlmTrainer` (`.model`, `.state.log_history`)."""
-    rows = args.load_rows()  # before a model is loaded: paths may be wrong
+def run_stage(
+    args: OlaVlmArguments,
+    rows: Rows | StreamRows,
+    eval_rows: Rows | None,
+    checkpoint: str | None,
+    record: dict,
+    callbacks: Sequence[TrainerCallback],
+) -> OlaVlmTrainer:
+    """From the rows to the saved model; from `checkpoint` on if there is one. `record`: run.json's."""
     set_seed(args.seed)
     model, processor = load_model(args)
     stage = apply_stage(model, args.stage, args.embedding_losses, args.task_tokens)
@@ -68,51 +98,43 @@ def train(args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), reci
         model = add_adapters(model, args)
 
     lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
-    if not isinstance(rows, StreamRows):  # whose rows are checked as they come
-        decode = args.check_images and not (tasks and args.target_cache)  # filling the cache opens them all
-        workers = args.dataloader_num_workers
-        drop_bad_rows(rows, OlaVlmCollator(processor, **lengths), args.on_bad_rows, workers, decode)
-    sources = target_sources(args, tasks, rows) if tasks else {}
+    decode = args.check_images and not (tasks and args.target_cache)  # filling the cache opens them all
+    parts = [part for part in (rows, eval_rows) if part is not None]
+    for part in parts:
+        if isinstance(part, Rows):  # a stream's are checked as they come
+            collator = OlaVlmCollator(processor, **lengths)
+            drop_bad_rows(part, collator, args.on_bad_rows, args.dataloader_num_workers, decode)
+    sources = target_sources(args, tasks, *parts) if tasks else {}
     if tasks and args.shuffle_targets:
         rows.shuffle_targets(args.seed)
+    plan = Plan.make(args, rows)
+    if args.max_steps <= 0:
+        args.num_train_epochs = plan.epochs
+    if args.should_log:
+        print(plan.text(args, model), flush=True)
+        plan.warn_if_short(args)
 
-    options = {"processing_class": processor, "callbacks": list(callbacks)}
-    lengths |= {"drop_bad_rows": True, "targets_later": not args.target_cache}
-    collator = OlaVlmCollator(processor, sources, tasks, **lengths)
-    trainer = OlaVlmTrainer(model, args, data_collator=collator, train_dataset=rows, **options)
+    options = {**lengths, "drop_bad_rows": True, "targets_later": not args.target_cache}
+    trainer = OlaVlmTrainer(
+        model,
+        args,
+        data_collator=OlaVlmCollator(processor, sources, tasks, **options),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )
     if args.should_save:
-        before = Path(args.checkpoint or "") / "run.json"  # model cards tell the whole history
-        started_from = json.loads(before.read_text(encoding="utf-8")) if args.checkpoint and before.exists() else None
-        run = {"recipe": recipe, "processes": args.world_size, **args.to_dict(), "started_from": started_from}
-        (Path(args.output_dir) / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-    resume = args.resume_from_checkpoint
-    if str(resume).lower() == "true":
-        resume = last_checkpoint(args.output_dir)
-        logger.info(f"resuming from {resume or 'the beginning: there is no checkpoint yet'}")
-    trainer.train(resume_from_checkpoint=resume)
+        write_run(args.output_dir, record)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if args.should_save:
+        write_run(args.output_dir, {**record, "finished_steps": trainer.state.global_step})
     if trainer.bad_rows:
         logger.warning(f"{trainer.bad_rows} bad rows were dropped in training; they are named above")
     model.task_tokens_from_queries = False  # save_model has just written them into the vocabulary
     return trainer
-
-
-def parse_arguments(argv: Sequence[str] | None, prog: str, *parents: argparse.ArgumentParser, **fields):
-    """A recipe's fields with the command line's changes: (OlaVlmArguments, a namespace of `recipe` and what `parents`
-    add). `fields` go before the recipe's. SystemExit for an unknown field."""
-    chooser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, parents=parents)
-    chooser.add_argument("--recipe", choices=list(RECIPES), metavar="NAME", help="one of `ola-vlm recipes`")
-    own = chooser.parse_known_args(argv)[0]
-    parser = HfArgumentParser(OlaVlmArguments, prog=prog, allow_abbrev=False, parents=[chooser])
-    parser.set_defaults(**((RECIPES[own.recipe]() if own.recipe else {}) | fields))
-    options = {"return_remaining_strings": True, "look_for_args_file": False}
-    args, rest, unknown = parser.parse_args_into_dataclasses(argv, **options)
-    if unknown := [*unknown, *(f"{own.recipe}.{name}" for name in vars(rest) if name not in vars(own))]:
-        raise SystemExit(f"unknown field {', '.join(unknown)}: `{prog} --help` lists all")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("ola_vlm").setLevel("INFO" if args.should_log else "WARNING")
-    return args, own
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 from ..inference.checkpoints import read_checkpoint
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
+from ..training.run_record import weights_in
 
 TRAINING_ONLY = ("predictors.", "queries.", "logit_scales.")
 
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or repository of an OLA-VLM")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     args = parser.parse_args(argv)
+    if weights_in(args.out) is not None:
+        raise SystemExit(f"ola-vlm export: {args.out} has {weights_in(args.out)} already: choose another folder")
     try:
         model, processor = read_checkpoint(args.checkpoint, llava_as_ours=True, dtype="auto")
         if not isinstance(model, OlaVlmForConditionalGeneration):

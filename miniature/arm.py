@@ -94,8 +94,9 @@ class Arm(TrainerCallback):
         """Runs a stage, or what is left of it; returns what the trainer logged."""
         path = self.folder / stage / "log_history.json"
         if not path.exists():
-            trainer = train(self.arguments(stage, resume_from_checkpoint="true"), callbacks=[self])
-            path.write_text(json.dumps(trainer.state.log_history))
+            train(self.arguments(stage, resume_from_checkpoint="true"), callbacks=[self])
+            state = read_json(self.folder / stage / "trainer_state.json")  # also where the run had finished
+            path.write_text(json.dumps(state["log_history"]))
             self.clock.lap(stage)
         return read_json(path)
 

@@ -285,8 +285,8 @@ class Run:
 
     def train(self, stage: str) -> list[dict]:
         """What the trainer logged."""
-        trainer = train(self.arguments(stage, resume_from_checkpoint="true"), recipe=f"smollm2_{stage}")
-        return trainer.state.log_history
+        train(self.arguments(stage, resume_from_checkpoint="true"), recipe=f"smollm2_{stage}")
+        return read_json(Path(self.arguments(stage).output_dir) / "trainer_state.json")["log_history"]
 
     def evaluate(self, stage: str | None) -> dict:
         """Of the model after a stage (None: before PT). ValueError if the language model has changed in PT."""

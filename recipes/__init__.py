@@ -40,6 +40,10 @@ RUNS = {  # of each table, but for those that it shares with one before it
     "llama3_vit_lambda_1.00",
     ablations.loss_terms: "llama3_vit_smooth_l1",
 }
+MAKES_DATA = {  # recipes that begin so -> what makes their data
+    "miniature": "`make miniature` (or `ola-vlm miniature`)",
+    "smollm2": "`make smollm2` (or `python -m ola_vlm.miniature.smollm2`)",
+}
 RECIPES = {
     "miniature_pretrain": Recipe(miniature.pretrain, None, "miniature", miniature.pretrain()),
     "miniature_finetune": Recipe(miniature.finetune, None, "miniature", miniature.finetune()),

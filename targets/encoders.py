@@ -82,13 +82,29 @@ def has_preprocessing(path, config: PreTrainedConfig) -> bool:
 
 
 def load_teacher(
-    model_class, path, dtype: torch.dtype | str = torch.float32, device="cpu", licence=None, **kwargs
+    model_class,
+    path,
+    dtype: torch.dtype | str = torch.float32,
+    device="cpu",
+    licence=None,
+    weights: bool = True,
+    **kwargs,
 ) -> PreTrainedModel:
-    """`load_whole` on a device. `dtype`: of torch, or its name, "bfloat16". `licence`: of the weights, logged."""
+    """`load_whole` on a device. `dtype`: of torch, or its name, "bfloat16". `licence`: of the weights, logged.
+    Without `weights` what its configuration alone tells: a model on the meta device."""
+    if not weights:
+        return _without_weights(model_class, path, **kwargs)
     if licence:
         logger.info(f"teacher {path}: weights under {licence}")
     hint = ' (if features need none, add the name to the teacher\'s "unused")'
     return load_whole(model_class, path, hint=hint, dtype=dtype, **kwargs).to(device)
+
+
+def _without_weights(model_class, path, config=None, revision="main", subfolder="", **_) -> PreTrainedModel:
+    if config is None:
+        config = model_class.config_class.from_pretrained(path, revision=revision, subfolder=subfolder)
+    with torch.device("meta"):
+        return model_class.from_config(config) if model_class is AutoModel else model_class._from_config(config)
 
 
 def load_vision_config(path, **where) -> PreTrainedConfig:
@@ -112,6 +128,7 @@ class TargetEncoder(ABC):
 
     `from_pretrained` of all takes `path` (name or folder), `grid`, `geometry`, `batch_size`, `revision`, and
     `load_teacher`'s `dtype`, `device`, `licence` and `unused`: the fields of a recipe's `teachers`, which are JSON.
+    A subclass defines `_open`, which `from_pretrained` calls.
     """
 
     name: str
@@ -138,6 +155,16 @@ class TargetEncoder(ABC):
         # What decides, besides weights and configuration, which features an image gets (a part of the cache key).
         self.view = {"square": geometry, "size": size, "grid": grid, "mean": mean, "std": std}
         self.view["resample"] = int(self.image_processor.resample)
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **options) -> "TargetEncoder":
+        return cls._open(path, *args, **options)
+
+    @classmethod
+    def target_shape(cls, path, grid: int, **options) -> tuple[int, int]:
+        """(Q, E) of `from_pretrained(path, grid, **options)`, whose errors it has, too; it reads no weights."""
+        encoder = cls._open(path, grid=grid, weights=False, **options)
+        return encoder.target_length, encoder.target_dim
 
     @property
     def target_length(self) -> int:
@@ -193,9 +220,7 @@ class DepthAnythingEncoder(TargetEncoder):
         self.view["features"] = features
 
     @classmethod
-    def from_pretrained(
-        cls, path, grid: int = 24, features="mean", geometry="pad", batch_size=32, revision="main", **loading
-    ):
+    def _open(cls, path, grid: int = 24, features="mean", geometry="pad", batch_size=32, revision="main", **loading):
         _, mean, std = read_preprocessing(path, revision=revision)
         model = load_teacher(DepthAnythingForDepthEstimation, path, revision=revision, **loading)
         return cls(model, grid, mean, std, features, geometry=geometry, batch_size=batch_size)
@@ -248,9 +273,7 @@ class OneFormerEncoder(TargetEncoder):
         self.task_inputs = task_inputs
 
     @classmethod
-    def from_pretrained(
-        cls, path, grid: int = 24, task_inputs=None, geometry="pad", batch_size=32, revision="main", **loading
-    ):
+    def _open(cls, path, grid: int = 24, task_inputs=None, geometry="pad", batch_size=32, revision="main", **loading):
         size, mean, std = read_preprocessing(path, revision=revision)
         # The pixel decoder's dropout hangs on `is_training`, not on eval().
         loading = {"unused": cls.unused, "is_training": False, **loading}
@@ -310,9 +333,7 @@ class ClipImageEncoder(TargetEncoder):
     name = "clip_image"
 
     @classmethod
-    def from_pretrained(
-        cls, path, grid: int = 1, subfolder="", geometry="pad", batch_size=32, revision="main", **loading
-    ):
+    def _open(cls, path, grid: int = 1, subfolder="", geometry="pad", batch_size=32, revision="main", **loading):
         """`path` may be a diffusers pipeline's with `subfolder` "image_encoder": the preprocessing is then read from
         its feature_extractor. `grid` is for all encoders to be called alike: there is one embedding an image."""
         beside = "feature_extractor" if subfolder else ""
@@ -347,7 +368,7 @@ class VisionEncoder(TargetEncoder):
             self.target_dim = self._features(blank).shape[-1]
 
     @classmethod
-    def from_pretrained(
+    def _open(
         cls, path, grid: int = 24, size=None, config=None, geometry="pad", batch_size=32, revision="main", **loading
     ):
         """`size`: pixels a side, that of its preprocessing by default; position embeddings are interpolated if the

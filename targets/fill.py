@@ -14,11 +14,14 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers.utils import extract_commit_hash
+from transformers.utils import extract_commit_hash, logging
 
 from .cache import OncePerBatch, TargetCache, as_hint, image_key, write_whole
 from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder
 from .images import ImageError, open_image, source_name
+from .loading import loading_from
+
+logger = logging.get_logger(__name__)
 
 BATCH = 32  # images decoded and encoded at a time
 
@@ -40,24 +43,42 @@ class Teacher:
 
     @cached_property
     def encoder(self) -> TargetEncoder:
-        options = {"device": self.device, **self.entry, "grid": math.isqrt(self.task["target_length"])}
-        encoder = ENCODERS[options.pop("encoder")].from_pretrained(options.pop("path"), **options)
-        if self.shape != (found := (encoder.target_length, encoder.target_dim)):
-            shapes = f"targets {found} from its teacher, {self.shape} from its configuration"
-            raise ValueError(
-                f"task {self.task['name']!r} has {shapes}: set target_length and target_dim to the teacher's"
-            )
+        encoder_class, path, options = self._parts()
+        encoder = encoder_class.from_pretrained(path, **options)
+        self._compare(encoder.target_length, encoder.target_dim)
         return encoder
+
+    def check(self, folder: str | Path | None = None) -> None:
+        """ValueError for a teacher that isn't there or whose targets have another shape; weights are not read. One
+        that the cache in `folder` knows need not be there."""
+        encoder_class, path, options = self._parts()
+        if folder is not None and self._files() is None and self._note(folder).exists():
+            return
+        try:
+            with loading_from(path, options.get("subfolder", "")):
+                shape = encoder_class.target_shape(path, **options)
+        except (NotImplementedError, RuntimeError) as error:  # a model that looks at values, of which there are none
+            logger.info(f"{path}: its targets' shape is seen when it is loaded ({error})")
+            return
+        self._compare(*shape)
+
+    def _parts(self) -> tuple[type[TargetEncoder], str, dict]:
+        options = {"device": self.device, **self.entry, "grid": math.isqrt(self.task["target_length"])}
+        return ENCODERS[options.pop("encoder")], options.pop("path"), options
+
+    def _compare(self, length: int, width: int) -> None:
+        if self.shape != (length, width):
+            shapes = f"targets {(length, width)} from its teacher, {self.shape} from its configuration"
+            name = self.task["name"]
+            raise ValueError(f"task {name!r} has {shapes}: set target_length and target_dim to the teacher's")
 
     def fingerprint(self, folder: str | Path) -> str:
         """`encoder.fingerprint`, without loading the teacher if a note in the cache's folder tells it: a note for this
         entry (but for what changes no feature), `FEATURES_VERSION`, and these files of weights (their sizes and dates;
         their commit for a name on the Hub). Where the weights are not at all, as after a cache was moved, the note is
         believed."""
-        entry = {field: self.entry[field] for field in self.entry.keys() - {"batch_size", "device", "licence"}}
-        what = json.dumps([self.task["target_length"], entry, FEATURES_VERSION], sort_keys=True)
-        digest = blake2b(what.encode(), digest_size=8).hexdigest()
-        note, files = Path(folder) / f"{self.entry['encoder']}-{digest}.json", self._files()
+        note = self._note(folder)
+        files = self._files()
         with suppress(FileNotFoundError, ValueError, KeyError):  # no note yet, or a damaged one
             known = json.loads(note.read_text(encoding="utf-8"))
             if files is None or known["files"] == files:
@@ -66,6 +87,12 @@ class Teacher:
         with as_hint():
             write_whole(note, (json.dumps(known, indent=2) + "\n").encode())
         return known["fingerprint"]
+
+    def _note(self, folder: str | Path) -> Path:
+        entry = {field: self.entry[field] for field in self.entry.keys() - {"batch_size", "device", "licence"}}
+        what = json.dumps([self.task["target_length"], entry, FEATURES_VERSION], sort_keys=True)
+        digest = blake2b(what.encode(), digest_size=8).hexdigest()
+        return Path(folder) / f"{self.entry['encoder']}-{digest}.json"
 
     def _files(self) -> list | str | None:
         """What tells whether the weights have changed; None if they are not here."""
@@ -81,9 +108,9 @@ class Teacher:
 
 
 def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu") -> dict[str, Teacher]:
-    """Each task's; tasks whose entries differ in "motion" only share one."""
+    """Each task's, entries without a task are ignored; tasks whose entries differ in "motion" only share one."""
     names = [task["name"] for task in tasks]
-    if set(names) != set(entries):
+    if not set(names) <= set(entries):
         raise ValueError(f"the tasks {names} need one teacher each, `teachers` has {list(entries)}")
     teachers = {}
     for task in tasks:

@@ -15,7 +15,7 @@ TRAVELLERS = [HUB, [f"baselines.{kind}_multi_encoder" for kind in ("configuratio
 # A room imports from its own level and the levels above it.
 LEVELS = [
     HUB,
-    ["targets", "training", "probing", "baselines", "convert"],
+    ["targets", "training", "probing", "baselines", "inference", "convert"],
     "recipes miniature eval space chat cli train check_data fill_targets probe publish visualize".split(),  # noqa: SIM905
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

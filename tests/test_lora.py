@@ -14,10 +14,12 @@ from transformers import LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 
 from ola_vlm.convert.export import export_llava
+from ola_vlm.eval.multiple_choice import generate_answers
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES
-from ola_vlm.train import parse_arguments, train
+from ola_vlm.recipes.command_line import parse_arguments
+from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.lora import four_bits
 
@@ -108,12 +110,13 @@ def test_an_interrupted_run_goes_on_exactly(base, data, tmp_path):
     assert all(value.equal(after[name]) for name, value in whole.model.state_dict().items())
 
 
-def miniature_data(folder: Path) -> str:
-    question = "which object is closer to the camera ? (A) red object (B) blue object"
-    value = f"<image>\n{question}"
-    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "(A)"}]
-    rows = [{"id": str(i), "image": "a.png" if i else "b.png", "conversations": turns} for i in range(4)]
-    return str(write_llava(folder, rows, ["a.png", "b.png"]))
+QUESTION = "which object is closer to the camera ? (A) red object (B) blue object"
+
+
+def miniature_data(folder: Path, rows: int = 4, answer: str = "(A)") -> str:
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
+    samples = [{"id": str(i), "image": "a.png" if i else "b.png", "conversations": turns} for i in range(rows)]
+    return str(write_llava(folder, samples, ["a.png", "b.png"]))
 
 
 def test_adapters_on_4_bits(tmp_path):
@@ -132,17 +135,43 @@ def test_adapters_on_4_bits(tmp_path):
     assert not logits(base, processor).equal(logits(again, processor))
 
 
+def by_recipe(recipe: str, *argv: str):
+    args, options = parse_arguments(["--recipe", recipe, "--disable_tqdm", "true", *argv], "train")
+    return train(args, recipe=options.recipe)
+
+
 def test_the_recipe_from_the_command_line(base, data, tmp_path):
-    argv = ["--recipe", "lora", "--checkpoint", base(), "--data", data, "--output_dir", str(tmp_path / "out")]
-    argv += ["--max_steps", "1", "--use_cpu", "true", "--per_device_train_batch_size", "2", "--lora_rank", "2"]
-    args, own = parse_arguments([*argv, "--gradient_accumulation_steps", "2", "--disable_tqdm", "true"], "train")
-    trainer = train(args, recipe=own.recipe)
+    argv = ["--checkpoint", base(), "--data", data, "--max_steps", "1", "--use_cpu", "true", "--lora_rank", "2"]
+    half = ["--dtype", "bfloat16", "--bf16", "true", "--output_dir", str(tmp_path / "half")]
+    trainer = by_recipe("lora", *argv, *half)
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    trainer = by_recipe("lora", *argv, "--output_dir", str(tmp_path / "out"))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}  # a CPU's, by itself
     assert trainer.model.peft_config["default"].lora_alpha == 4
     assert set(RECIPES["qlora"].fields) - set(RECIPES["lora"].fields) == {"load_in_4bit"}
     with pytest.raises(ValueError, match="holds adapters, not a model: merge them"):
         train(arguments(str(tmp_path / "out"), data, tmp_path / "more"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["lora", "qlora"])
+def test_the_recipes_learn_twenty_rows(tmp_path, recipe):
+    """On a CPU without further fields: the model then gives an answer that it never gave."""
+    if torch.accelerator.is_available():
+        pytest.skip("of machines without a GPU")
+    answer = "blue object closer"
+    data = miniature_data(tmp_path, rows=20, answer=answer)
+    out = str(tmp_path / "out")
+    trainer = by_recipe(recipe, "--checkpoint", str(MINIATURE), "--data", data, "--output_dir", out)
+    assert trainer.state.global_step == 100
+    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert logged[-1] < 0.1 * logged[0], logged
+    question = {"question": QUESTION, "image": "a.png"}
+    (answered,) = generate_answers(trainer.model, trainer.processing_class, [question], tmp_path)
+    assert answered["output"].strip() == answer
+    kinds = {torch.float32, torch.uint8} if recipe == "qlora" else {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == kinds
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 from conftest import random_image, tiny_tasks
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny_teachers import GRID, save_clip_image, save_depth_anything, save_oneformer
 from training_helpers import Interrupt, losses, weights
@@ -115,7 +116,7 @@ def test_pretrain_then_finetune(world, tmp_path, monkeypatch):
 
 def test_cached_and_on_the_fly_targets_give_the_same_losses(world, tmp_path, monkeypatch, capsys):
     """Filled in two parts by `ola-vlm targets`; the training then loads no teacher."""
-    computed = losses(train(arguments(world, tmp_path / "run")))
+    computed = losses(train(arguments(world, tmp_path / "computed")))
     cache = {"target_cache": str(tmp_path / "targets"), "output_dir": str(tmp_path / "run")}
     monkeypatch.setitem(RECIPES, "tiny", lambda: world | cache)
     for part, missing in (("1/2", 8), ("2/2", 4)):
@@ -196,7 +197,7 @@ def test_standardized_targets_of_text_alone(world, tmp_path):
 def test_shuffled_targets_are_a_different_run_of_the_same_model(world, tmp_path):
     steps = {}
     for shuffled in (False, True):
-        trainer = train(arguments(world, tmp_path / "run", shuffle_targets=shuffled, max_steps=1))
+        trainer = train(arguments(world, tmp_path / f"{shuffled}", shuffle_targets=shuffled, max_steps=1))
         steps[shuffled] = losses(trainer)[0]
     assert steps[True]["loss/ntp"] == pytest.approx(steps[False]["loss/ntp"], rel=1e-6)
     for name in ("loss/depth/1/contrastive", "loss/seg/2/smooth_l1", "loss/gen/4/smooth_l1"):
@@ -206,7 +207,8 @@ def test_shuffled_targets_are_a_different_run_of_the_same_model(world, tmp_path)
 def test_methods_start_from_the_same_projector(world, tmp_path):
     projectors = []
     for tasks in (world["tasks"], []):
-        trainer = train(arguments(world, tmp_path / "run", tasks=tasks, max_steps=1, learning_rate=0.0))
+        folder = tmp_path / f"{len(tasks)} tasks"
+        trainer = train(arguments(world, folder, tasks=tasks, max_steps=1, learning_rate=0.0))
         projectors.append({k: v for k, v in weights(trainer.model).items() if "projector" in k})
     assert all(projectors[1][name].equal(value) for name, value in projectors[0].items())
 
@@ -272,7 +274,7 @@ def test_rows_are_truncated_and_grouped_by_choice(world, tmp_path):
     assert len(rows) == 9 and rows.lengths.max() == 58 and rows.has_image.sum() == 8
     assert all(step["loss"] > 0 for step in losses(trainer))
     with pytest.raises(ValueError, match="none of 9 rows"):
-        train(arguments(world, tmp_path / "run", max_length=3))
+        train(arguments(world, tmp_path / "too_short", max_length=3))
 
 
 def parquet(world, folder) -> dict:
@@ -316,7 +318,7 @@ def test_streaming_a_parquet_folder(world, tmp_path):
         "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": 3,
     }
-    runs = [train(arguments(world, tmp_path / "run", **data, streaming=streaming)) for streaming in (False, True)]
+    runs = [train(arguments(world, tmp_path / f"{streams}", **data, streaming=streams)) for streams in (False, True)]
     same = {name: data[name] for name in ("train_sampling_strategy", "per_device_train_batch_size")}
     expected = train(arguments(world, tmp_path / "run", **same))
     for trainer in runs:
@@ -352,6 +354,56 @@ def test_streaming_a_parquet_folder(world, tmp_path):
 def test_wrong_arguments_name_the_field(world, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(arguments(world, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "task", "message"),
+    [
+        ({"encoder": "clip"}, {}, "as encoder one of"),
+        ({"path": "/not/there"}, {}, "there is no folder /not/there"),
+        ({"path": "no/body"}, {}, "there is no folder no/body"),
+        ({"features": "first"}, {}, "features 'first' is unknown"),
+        ({"geometry": "crop"}, {}, "geometry 'crop' is unknown"),
+        (
+            {},
+            {"target_dim": 99},
+            r"'depth' has targets \(64, \d+\) from its teacher, \(64, 99\) from its",
+        ),
+        ({}, {"target_length": 15, "num_task_tokens": 5}, r"targets \(9, \d+\) from its teacher, \(15, "),
+    ],
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_teachers_that_do_not_fit_are_seen_first(world, tmp_path, monkeypatch, teacher, task, message, cached):
+    """Before rows are read, and without their weights."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(OlaVlmArguments, "load_rows", None)
+    monkeypatch.setattr(ENCODERS["depth_anything"], "from_pretrained", None)
+    teachers = {**world["teachers"], "depth": {**world["teachers"]["depth"], **teacher}}
+    tasks = [{**known, **task} if known["name"] == "depth" else known for known in world["tasks"]]
+    cache = {"target_cache": str(tmp_path / "cache"), "target_fill": True} if cached else {}
+    with pytest.raises(ValueError, match=message):
+        train(arguments(world, tmp_path / "run", teachers=teachers, tasks=tasks, **cache))
+
+
+def test_evaluation_by_task(world, tmp_path):
+    """Of images that aren't trained on: the same losses with a cache and without, and an unused teacher is ignored."""
+    (tmp_path / "questions.json").write_text(json.dumps([{"question": "what color ?", "image": "0.png"}]))
+    options = {"tasks": world["tasks"][1:], "eval_data": "0.3", "eval_strategy": "steps", "eval_steps": 3}
+    options["eval_questions"] = str(tmp_path / "questions.json")
+    cache = {"target_cache": str(tmp_path / "cache"), "target_fill": True}
+    measured = []
+    for name, fields in (("computed", {}), ("cached", cache)):
+        trainer = train(arguments(world, tmp_path / name, **options, **fields))
+        logged = [log for log in trainer.state.log_history if "eval_loss" in log]
+        measured.append({key: value for key, value in logged[-1].items() if key.startswith("eval_loss")})
+    expected = {"eval_loss", "eval_loss/ntp"}
+    for task in options["tasks"]:
+        for layer in task["layers"]:
+            expected |= {f"eval_loss/{task['name']}/{layer}/{part}" for part in ("smooth_l1", "contrastive")}
+    (answer,) = (tmp_path / "cached" / "answers" / "step-3.jsonl").read_text().splitlines()
+    assert json.loads(answer)["question"] == "what color ?" and "output" in json.loads(answer)
+    assert measured[0].keys() == expected and all(value > 0 for value in measured[0].values())
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)
 
 
 def test_command_line(world, tmp_path, monkeypatch, capsys):

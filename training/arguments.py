@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 
 import torch
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from ..targets.cache import STORAGE
@@ -12,6 +12,13 @@ from .rows import Rows, StreamRows, load_rows
 from .stages import STAGES, TASK_TOKENS, find_stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Fields of transformers that can't have another value here: -> (the value, why).
+FIXED = {
+    "label_smoothing_factor": (0.0, "transformers' smoothed loss counts tokens that are never emitted"),
+    "average_tokens_across_devices": (True, "losses are sums over all ranks' counts"),
+    "remove_unused_columns": (False, "the rows' columns are no arguments of the model's forward"),
+    "batch_eval_metrics": (False, "an evaluation gives losses and answers, no metrics of logits"),
+}
 
 
 @dataclass
@@ -39,7 +46,10 @@ class OlaVlmArguments(TrainingArguments):
     lora_alpha: float | None = HfArg(default=None, help="their scale times the rank, twice the rank by default")
     lora_dropout: float = HfArg(default=0.0, help="of the adapters' input")
     load_in_4bit: bool = HfArg(default=False, help="QLoRA: the language model's blocks in 4 bits (bitsandbytes)")
-    dtype: str = HfArg(default="float32", help=f"of the weights that are loaded: one of {', '.join(DTYPES)}")
+    dtype: str = HfArg(
+        default="float32",
+        help=f"of the weights that are loaded: {', '.join(DTYPES)}, or auto: bfloat16 and bf16 on a GPU, else float32",
+    )
     data: str | None = HfArg(
         default=None, help="a .json or .jsonl file (LLaVA's or TRL's rows), or a folder or name that `datasets` loads"
     )
@@ -47,6 +57,13 @@ class OlaVlmArguments(TrainingArguments):
     data_split: str = HfArg(default="train", help="the dataset's split, if `datasets` loads it")
     streaming: bool = HfArg(default=False, help="read a dataset as it comes; needs max_steps")
     image_folder: str | None = HfArg(default=None, help="where image paths begin; the data's own folder by default")
+    eval_data: str | None = HfArg(
+        default=None, help="evaluate on the rows of this file or data set, or on a share of `data`, such as 0.02"
+    )
+    eval_questions: str | None = HfArg(
+        default=None, help="a JSON file of questions about images, which each evaluation answers (docs/recipes.md)"
+    )
+    min_steps: int = HfArg(default=0, help="as many epochs as make this many steps, if num_train_epochs makes fewer")
     max_length: int | None = HfArg(default=None, help="tokens of a row, image tokens included")
     on_long_rows: str = HfArg(default="drop", help="longer rows: drop or truncate")
     on_bad_rows: str = HfArg(default="stop", help="rows that can't be trained on, found before the run: stop or drop")
@@ -77,8 +94,12 @@ class OlaVlmArguments(TrainingArguments):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, json.loads(value))
         find_stage(self.stage, self.embedding_losses, self.task_tokens)  # a mistake costs no loading
+        if self.dtype == "auto":
+            on_gpu = torch.accelerator.is_available() and not self.use_cpu
+            self.dtype = "bfloat16" if on_gpu else "float32"
+            self.bf16 = self.bf16 or (on_gpu and not self.fp16)
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {list(DTYPES)}")
+            raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {[*DTYPES, 'auto']}")
         if self.target_storage not in STORAGE:
             raise ValueError(f"target_storage {self.target_storage!r} is unknown: choose one of {list(STORAGE)}")
         for name, choices in {"on_long_rows": ("drop", "truncate"), "on_bad_rows": ("stop", "drop")}.items():
@@ -109,11 +130,60 @@ class OlaVlmArguments(TrainingArguments):
             # those after the layer whose features LLaVA takes.
             self.ddp_find_unused_parameters = self.stage == "visual_pretrain"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        self._check_fixed_fields()
+        self._set_evaluation()
+        resume = str(self.resume_from_checkpoint or "false").lower()
+        if resume in ("none", "false", "true"):
+            self.resume_from_checkpoint = "true" if resume == "true" else None
         super().__post_init__()
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+            steps = f"max_steps {self.max_steps} and num_train_epochs {self.num_train_epochs:g}"
+            raise ValueError(f"{steps} train nothing: give more than 0 of one of them")
+
+    def _check_fixed_fields(self) -> None:
+        for name, (value, reason) in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must stay {str(value).lower()}: {reason}")
+
+    def _set_evaluation(self) -> None:
+        """What `eval_data` calls for where nothing else is said."""
+        share = self.eval_share
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"eval_data {self.eval_data}: a share is more than 0 and less than 1")
+        if share is not None and self.streaming:
+            raise ValueError("eval_data: no share can be split off a stream; give a file of rows")
+        if self.eval_data and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+            # An epoch's end is the end of training, too; the best checkpoint is one of those that are saved.
+            self.eval_strategy = self.save_strategy if self.load_best_model_at_end else "epoch"
+            self.eval_steps = self.eval_steps or self.save_steps
+        if self.metric_for_best_model and self.greater_is_better is None:
+            # transformers looks at the name's end, and ours are loss/ntp, loss/depth/8/smooth_l1.
+            self.greater_is_better = not self.metric_for_best_model.removeprefix("eval_").startswith("loss")
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def rows_per_step(self) -> int:
+        """Of an optimizer step: all processes' and micro-batches'."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def eval_share(self) -> float | None:
+        """`eval_data` as a share of `data`; None if it is none."""
+        try:
+            return float(self.eval_data)
+        except (TypeError, ValueError):
+            return None
+
+    def split_eval_rows(self, rows: Rows | StreamRows) -> tuple[Rows | StreamRows, Rows | None]:
+        """The rows to train on, and those of `eval_data`: None, a share of these, or others."""
+        if self.eval_data is None:
+            return rows, None
+        if self.eval_share is not None:
+            return rows.split_by_image(self.eval_share, self.seed)
+        return rows, load_rows(self.eval_data, self.image_folder)
 
     def load_rows(self) -> Rows | StreamRows:
         """The rows of `data`; a stream's are shuffled unless `train_sampling_strategy` is "sequential"."""

@@ -17,9 +17,10 @@ WHOLE = ["vision_tower", "multi_modal_projector", "encoders", "encoder_projector
 WHOLE = [*(f"model.{name}" for name in WHOLE), "predictors", "lm_head"]
 
 
-def four_bits() -> BitsAndBytesConfig:
-    """QLoRA's (arXiv 2305.14314) for the language model's blocks; everything else keeps its numeric type."""
-    kinds = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+def four_bits(dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """QLoRA's (arXiv 2305.14314) for the language model's blocks, which compute in `dtype`; everything else keeps its
+    numeric type."""
+    kinds = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=WHOLE, **kinds)
 
 

@@ -4,11 +4,14 @@ A row that can't be read comes as `{"id", "bad_row": BadRow}`: its taker decides
 """
 
 import codecs
+import copy
+import hashlib
 import itertools
 import json
 import os
 import random
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -120,6 +123,48 @@ class Rows(Dataset):
     def keep(self, chosen: np.ndarray, lengths: np.ndarray, has_image: np.ndarray) -> None:
         """Drops the rows where `chosen` is False; all three have one element for each row there is now."""
         self.indices, self.lengths, self.has_image = self.indices[chosen], lengths[chosen], has_image[chosen]
+
+    def subset(self, chosen: np.ndarray) -> "Rows":
+        """The rows where `chosen` is True, of those that there are now, as `Rows` of their own."""
+        part = copy.copy(self)
+        part.indices = self.indices[chosen]
+        return part
+
+    def split_by_image(self, share: float, seed: int) -> tuple["Rows", "Rows"]:
+        """The rows without and with a random `share` of them, no image being in both. Rows that show an image
+        together, also by way of other rows, stay together. ValueError if that leaves one side empty."""
+        groups = self._groups_by_image()
+        rng = np.random.default_rng(seed)
+        wanted = max(1, round(share * len(self)))
+        chosen = np.zeros(len(self), dtype=bool)
+        for i in rng.permutation(len(groups)):
+            if chosen.sum() + len(groups[i]) <= wanted:
+                chosen[groups[i]] = True
+        if not chosen.any():
+            chosen[min(groups, key=len)] = True
+        if chosen.all():
+            raise ValueError(f"eval_data {share}: all {len(self)} rows share images, give a file of other rows")
+        return self.subset(~chosen), self.subset(chosen)
+
+    def _groups_by_image(self) -> list[list[int]]:
+        """The rows, by their images: each group has all rows of its images."""
+        row_of = {}
+        first = list(range(len(self)))
+
+        def root(i: int) -> int:
+            while first[i] != i:
+                first[i] = first[first[i]]
+                i = first[i]
+            return i
+
+        for i in range(len(self)):
+            for image in self[i].get("images", ()):
+                key = image if isinstance(image, str) else _content_key(image)
+                first[root(i)] = root(row_of.setdefault(key, i))
+        groups = defaultdict(list)
+        for i in range(len(self)):
+            groups[root(i)].append(i)
+        return list(groups.values())
 
     def sources(self) -> "Sources":
         """Every image, each file once, in the order of the rows."""
@@ -312,6 +357,12 @@ def _parts(content: str | list[dict]) -> list[dict]:
             raise BadRow("malformed", f"content part {part}: parts are images, or texts without <image>")
         parts.append({"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]})
     return parts
+
+
+def _content_key(image: dict | Image.Image) -> str:
+    """Of an image that lies in its row."""
+    content = image["bytes"] if isinstance(image, dict) else image.tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def open_source(image: str | dict | Image.Image) -> Image.Image:

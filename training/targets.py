@@ -65,17 +65,22 @@ def filled_caches(
     return caches, usable, refused
 
 
-def target_sources(args: OlaVlmArguments, tasks: Sequence[dict], rows: Rows | StreamRows) -> dict[str, TargetSource]:
+def target_sources(
+    args: OlaVlmArguments, tasks: Sequence[dict], rows: Rows | StreamRows, *others: Rows
+) -> dict[str, TargetSource]:
     """Each task's function of images: its teacher or, with `target_cache`, what is stored of it; then no teacher is
-    loaded, and rows with an image that can't be used are dropped. ValueError as of `filled_caches`."""
+    loaded, and rows with an image that can't be used are dropped. `others`: rows that aren't trained on.
+    ValueError as of `filled_caches`."""
     teachers = make_teachers(tasks, args.teachers or {}, args.device)
     if not args.target_cache:
         sources, keys = {name: teacher.encoder.encode for name, teacher in teachers.items()}, []
     else:
-        images = rows.sources()
-        sources, keys, refused = filled_caches(args, teachers, images, args.target_fill)
-        if refused:
-            logger.warning(f"dropped {rows.drop_images(images, refused)} rows whose images have no target")
+        # The training images last: their keys are those of the statistics, and their caches know all that is stored.
+        for part in (*others, rows):
+            images = part.sources()
+            sources, keys, refused = filled_caches(args, teachers, images, args.target_fill)
+            if refused:
+                logger.warning(f"dropped {part.drop_images(images, refused)} rows whose images have no target")
     once = {teacher: OncePerBatch(sources[name]) for name, teacher in teachers.items()}
     for name, teacher in teachers.items():
         cache, is_motion = sources[name], args.teachers[name].get("motion", False)

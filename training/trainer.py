@@ -34,8 +34,6 @@ class OlaVlmTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.n_gpu > 1:
             raise ValueError("several GPUs in one process are not supported: start with torchrun --nproc_per_node")
-        if not args.average_tokens_across_devices:
-            raise ValueError("average_tokens_across_devices must stay true: losses are sums over all ranks' counts")
         self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
         self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
@@ -71,6 +69,13 @@ class OlaVlmTrainer(Trainer):
             self.accelerator._models.remove(self.model)
             self.model._is_accelerate_prepared = False
         return super().train(*args, **kwargs)
+
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            # Killed after its last checkpoint, before it ended: transformers would train one more step.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self._grouped is not None:  # resumed within an epoch, several ranks aren't told which one it is

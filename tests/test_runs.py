@@ -1,0 +1,306 @@
+"""What a run says before it begins, which runs go on from which checkpoints, and what an evaluation leaves."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from training_helpers import Interrupt, llava_sample, losses, weights, write_llava
+from transformers import TrainerCallback
+
+from ola_vlm import cli
+from ola_vlm import train as train_module
+from ola_vlm.train import main, parse_arguments, train
+from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.rows import load_rows
+from ola_vlm.training.run_record import last_checkpoint, read_run, run_lock
+
+SAVED = {"save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture
+def fields(tiny_parts, tmp_path) -> dict:
+    """Of a pre-training of the plain LLaVA: 8 rows, 2 steps an epoch."""
+    samples = [llava_sample(i, f"{i % 6}.png" if i < 7 else None) for i in range(8)]
+    data = write_llava(tmp_path / "data", samples, [f"{i}.png" for i in range(6)])
+    return {
+        "vision_tower": tiny_parts.vision_tower,
+        "language_model": tiny_parts.language_model,
+        "data": str(data),
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+def arguments(fields, output_dir, **changes) -> OlaVlmArguments:
+    return OlaVlmArguments(output_dir=str(output_dir), **{**fields, **changes})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def forbid(monkeypatch, place, name: str) -> None:
+    def fail(*args, **kwargs):
+        raise AssertionError(f"{name} came before the mistake was seen")
+
+    monkeypatch.setattr(place, name, fail)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"per_device_train_batch_size": 16},
+        {"per_device_train_batch_size": 9, "max_steps": 5},
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
+    ],
+)
+def test_fewer_rows_than_a_batch(fields, tmp_path, monkeypatch, batch):
+    forbid(monkeypatch, train_module, "load_model")
+    options = {"max_steps": -1, "dataloader_drop_last": True, **batch}
+    device = batch["per_device_train_batch_size"]
+    accumulated = batch.get("gradient_accumulation_steps", 1)
+    numbers = rf"8 rows .* {device * accumulated} rows \({device} a device x {accumulated} accumulated x 1 processes\)"
+    with pytest.raises(ValueError, match=f"{numbers}.*lower per_device_train_batch_size.*dataloader_drop_last=false"):
+        train(arguments(fields, tmp_path / "out", **options))
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize("nothing", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])
+def test_no_steps_at_all(fields, tmp_path, nothing):
+    with pytest.raises(ValueError, match="train nothing: give more than 0"):
+        arguments(fields, tmp_path, **nothing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "remedy"),
+    [
+        ({"max_steps": 3}, 3, "raise max_steps"),
+        ({"num_train_epochs": 1.5}, 3, "lower per_device_train_batch_size, or raise num_train_epochs"),
+        (
+            {"per_device_train_batch_size": 3, "dataloader_drop_last": True, "gradient_accumulation_steps": 2},
+            3,
+            "lower",
+        ),
+        ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, 6, "lower gradient_accumulation_steps"),
+        ({"per_device_train_batch_size": 1, "num_train_epochs": 1, "min_steps": 17}, 24, None),
+    ],
+)
+def test_the_plan_is_what_the_trainer_does(fields, tmp_path, capsys, caplog, changes, steps, remedy):
+    trainer = train(arguments(fields, tmp_path / "out", **{"max_steps": -1, **changes}))
+    assert trainer.state.global_step == steps
+    said = capsys.readouterr().out
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    batch = trainer.args.rows_per_step
+    for pattern in ("rows: +8\n", f"steps: +{steps}\n", f"batch: +{batch} rows", f"parameters: +{trained:,} of"):
+        assert re.search(pattern, said), pattern
+    assert str(tmp_path / "out") in said and re.search(r"memory a device: +about [\d.e-]+ GB \(weights", said)
+    assert ("hardly train anything" in caplog.text) == (remedy is not None)
+    assert remedy is None or remedy in caplog.text
+
+
+def test_a_run_goes_on_from_its_own_checkpoints_only(fields, tmp_path):
+    folder = tmp_path / "run"
+    train(arguments(fields, folder, **SAVED, max_steps=2))
+    before = contents(folder)
+    for resume in ("true", str(folder / "checkpoint-2")):
+        with pytest.raises(ValueError, match=r"another run's \(learning_rate 0\.01 there, 0\.02 here\).*--checkpoint"):
+            train(arguments(fields, folder, **SAVED, max_steps=2, learning_rate=0.02, resume_from_checkpoint=resume))
+    with pytest.raises(ValueError, match=r"has checkpoint-2 of an earlier run.*--resume_from_checkpoint true"):
+        train(arguments(fields, folder, max_steps=2))
+    shutil.copytree(folder / "checkpoint-1", tmp_path / "foreign" / "checkpoint-1")
+    (tmp_path / "data" / "0.png").unlink()
+    rows = [llava_sample(i) for i in range(8)]
+    write_llava(tmp_path / "data", rows, ["a.png"])  # the same fields, other rows
+    with pytest.raises(ValueError, match=r"another run's \(data "):
+        train(arguments(fields, tmp_path / "foreign", **SAVED, max_steps=2, resume_from_checkpoint="true"))
+    assert contents(folder) == before
+
+
+def test_weights_are_not_overwritten(fields, tmp_path):
+    train(arguments(fields, tmp_path / "run", max_steps=1))
+    with pytest.raises(ValueError, match=r"has model\.safetensors of an earlier run, which would be overwritten"):
+        train(arguments(fields, tmp_path / "run", max_steps=1, learning_rate=0.5))
+
+
+def test_an_export_overwrites_no_model(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(SystemExit, match=r"has model\.safetensors already: choose another folder"):
+        cli.main(["export", "not/looked/at", str(tmp_path)])
+
+
+def test_a_finished_run_changes_nothing(fields, tmp_path, caplog):
+    options = {**SAVED, "max_steps": 2, "resume_from_checkpoint": "true"}
+    train(arguments(fields, tmp_path / "run", **options))
+    assert read_run(tmp_path / "run")["finished_steps"] == 2
+    before = contents(tmp_path / "run")
+    assert train(arguments(fields, tmp_path / "run", **options)) is None
+    assert "this run has finished" in caplog.text
+    assert contents(tmp_path / "run") == before
+
+
+class KillAtTheEnd(TrainerCallback):
+    def on_train_end(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_killed_after_the_last_checkpoint(fields, tmp_path, length):
+    """In the middle of an epoch or at its end: what is left to do is to save."""
+    whole = train(arguments(fields, tmp_path / "whole", **length))
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments(fields, tmp_path / "cut", **SAVED, **length), callbacks=[KillAtTheEnd()])
+    resumed = train(arguments(fields, tmp_path / "cut", **SAVED, **length, resume_from_checkpoint="true"))
+    assert resumed.state.global_step == whole.state.global_step
+    assert losses(resumed) == losses(whole)
+    for name, value in weights(whole.model).items():
+        assert value.equal(weights(resumed.model)[name]), name
+    assert (tmp_path / "cut" / "model.safetensors").exists()
+
+
+def test_what_may_change_when_a_run_goes_on(fields, tmp_path):
+    """Its folder and its data's, the division of a batch, logging; a checkpoint whose state is torn is passed over."""
+    whole = train(arguments(fields, tmp_path / "whole", max_steps=4))
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments(fields, tmp_path / "cut", **SAVED, max_steps=4), callbacks=[Interrupt(4)])
+    shutil.move(tmp_path / "cut", tmp_path / "moved")
+    shutil.move(tmp_path / "data", tmp_path / "elsewhere")
+    state = tmp_path / "moved" / "checkpoint-3" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    assert last_checkpoint(tmp_path / "moved").endswith("checkpoint-2")
+    divided = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3}
+    data = {"data": str(tmp_path / "elsewhere" / "data.json"), "resume_from_checkpoint": "true"}
+    resumed = train(arguments(fields, tmp_path / "moved", **{**SAVED, **divided}, **data, max_steps=4))
+    assert [step["loss"] for step in losses(resumed)] == pytest.approx(
+        [step["loss"] for step in losses(whole)], rel=1e-4
+    )
+    for name, value in weights(whole.model).items():
+        np.testing.assert_allclose(weights(resumed.model)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_without_optimizer_state(fields, tmp_path):
+    options = {**SAVED, "save_only_model": True, "max_steps": 3}
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments(fields, tmp_path / "run", **options), callbacks=[Interrupt(3)])
+    with pytest.raises(ValueError, match=r"checkpoint-2 has no optimizer state \(save_only_model\).*--checkpoint"):
+        train(arguments(fields, tmp_path / "run", **options, resume_from_checkpoint="true"))
+    with pytest.raises(ValueError, match="is no complete checkpoint"):
+        train(arguments(fields, tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9")))
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """Another process's lock is seen, with who has it; a killed one leaves none."""
+    code = "import sys, time\nfrom ola_vlm.training.run_record import run_lock\n"
+    code += "with run_lock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        holder = rf"another run trains in .* \(process {process.pid} on .*--output_dir"
+        with pytest.raises(ValueError, match=holder), run_lock(tmp_path):
+            pass
+        process.kill()
+    again = pytest.raises(ValueError, match="this process trains in it already")
+    with run_lock(tmp_path), again, run_lock(tmp_path):
+        pass
+    with run_lock(tmp_path):
+        pass
+
+
+def test_rows_are_split_by_image(tmp_path):
+    """60 rows of 20 images: pairs of rows share one, some rows show two, some none."""
+    samples = []
+    for i in range(60):
+        image = None if i % 6 == 0 else f"{i % 20}.png"
+        if i % 15 == 7:
+            image = [f"{i % 20}.png", f"{(i + 3) % 20}.png"]
+        samples.append(llava_sample(i, image))
+        if isinstance(image, list):
+            samples[-1]["conversations"][0]["value"] = "<image><image> what ?"
+    rows = load_rows(str(write_llava(tmp_path, samples, [f"{i}.png" for i in range(20)])))
+    train_rows, eval_rows = rows.split_by_image(0.2, seed=0)
+    sides = [{image for row in part for image in row["images"]} for part in (train_rows, eval_rows)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 20
+    assert len(train_rows) + len(eval_rows) == 60 and 8 <= len(eval_rows) <= 12
+    again = rows.split_by_image(0.2, seed=0)[1]
+    assert [row["id"] for row in again] == [row["id"] for row in eval_rows]
+    assert [row["id"] for row in rows.split_by_image(0.2, seed=1)[1]] != [row["id"] for row in eval_rows]
+    one = write_llava(tmp_path, [llava_sample(i, "0.png") for i in range(4)])
+    with pytest.raises(ValueError, match="all 4 rows share images"):
+        load_rows(str(one)).split_by_image(0.5, seed=0)
+
+
+def test_evaluation_with_answers(fields, tmp_path):
+    """On a share; its losses, and answers of all questions; the best checkpoint is what is saved."""
+    asked = [{"question": f"what color ? (A) red ({i})", "image": "0.png"} for i in range(3)]
+    for question in asked:
+        question.update(choices=["red"], answer="(A)")
+    (tmp_path / "data" / "questions.json").write_text(json.dumps(asked))
+    options = {"eval_data": "0.25", "eval_questions": str(tmp_path / "data" / "questions.json")}
+    best = {**SAVED, "load_best_model_at_end": True, "metric_for_best_model": "loss/ntp"}
+    trainer = train(arguments(fields, tmp_path / "run", **options, **best))
+    assert len(trainer.train_dataset) + len(trainer.eval_dataset) == 8 and len(trainer.eval_dataset) == 2
+    measured = {log["step"]: log["eval_loss/ntp"] for log in trainer.state.log_history if "eval_loss/ntp" in log}
+    assert sorted(measured) == [1, 2, 3]
+    assert trainer.state.best_global_step == min(measured, key=measured.get)
+    assert trainer.evaluate()["eval_loss/ntp"] == pytest.approx(min(measured.values()), rel=1e-5)
+    assert any("eval_accuracy" in log for log in trainer.state.log_history)
+    for step in measured:
+        lines = (tmp_path / "run" / "answers" / f"step-{step}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["question"] for line in lines] == [question["question"] for question in asked]
+        assert all("output" in json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_strategy": "steps"}, "eval_strategy: there is nothing to evaluate on, give eval_data"),
+        ({"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}, "load_best_model_at_end"),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model.*give eval_data"),
+        ({"eval_questions": "questions.json"}, r"no file questions\.json: give eval_questions"),
+        ({"eval_data": "not/there.json"}, r"no file not/there\.json: give eval_data"),
+        ({"eval_data": "1.5"}, r"eval_data 1\.5: a share"),
+        ({"eval_data": "0.5", "metric_for_best_model": "bleu"}, r"metric_for_best_model 'bleu' is unknown.*loss/ntp"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor must stay 0\.0"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must stay false"),
+        ({"tasks": [{"name": "depth", "layers": [9]}]}, r"tasks\[depth\]\.layers is \[9\]: choose from 1 to 4"),
+        ({"tasks": [{"name": "depth"}] * 2}, "give each task its own name"),
+        ({"model_overrides": {"geometry": "crop"}}, "geometry 'crop' is unknown"),
+        ({"model_overrides": {"geomtry": "pad"}}, r"model_overrides has \['geomtry'\]"),
+        ({"model_overrides": {"vision_feature_layer": -7}}, "vision_feature_layer is -7: choose from -4 to 3"),
+        ({"language_model": "nobody/nothing"}, "there is no folder nobody/nothing"),
+        ({"vision_tower": "/not/there"}, "there is no folder /not/there"),
+        ({"fusion": "sum", "teachers": {"a": {}}}, "fusion 'sum' is unknown"),
+        ({"fusion": "token", "teachers": {"a": {"encoder": "clip", "path": "x"}}}, "for fusion an encoder of"),
+        (
+            {"checkpoint": "runs/nobody/pretrain", "vision_tower": None, "language_model": None},
+            "no folder runs/nobody",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_read(fields, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forbid(monkeypatch, OlaVlmArguments, "load_rows")
+    if "tasks" in changes:
+        for task in changes["tasks"]:
+            task.setdefault("layers", [1])
+    with pytest.raises(ValueError, match=message):
+        train(arguments(fields, tmp_path / "out", **changes))
+
+
+def test_a_recipe_without_its_data_says_what_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, maker in (("miniature_pretrain", "make miniature"), ("smollm2_finetune", "make smollm2")):
+        with pytest.raises(SystemExit, match=maker):
+            main(["--recipe", name])
+    args, _ = parse_arguments(["--recipe", "miniature_pretrain", "--data", str(Path(__file__))], "train")
+    assert args.data == str(Path(__file__))
