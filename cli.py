@@ -22,6 +22,7 @@ COMMANDS = {
     "convert-tower": ("ola_vlm.convert.tower", "turn an open_clip model's ConvNeXt into a folder for vision_tower"),
     "chat": ("ola_vlm.chat", 'talk to a checkpoint about images in the terminal: [IMAGE ["question"]]'),
     "export": ("ola_vlm.convert.export", "write a checkpoint of ours as a plain LLaVA model"),
+    "merge": ("ola_vlm.convert.merge", "merge an adapter into its base model: ADAPTER OUT"),
     "push": ("ola_vlm.publish", "publish a checkpoint or an adapter on the Hub with a model card made from its run"),
 }
 

@@ -45,7 +45,7 @@ def processes() -> PartialState:
 
 def adapter_base(checkpoint: str | Path) -> str | None:
     """The name or folder of the model that an adapter was trained on; None if `checkpoint` is no adapter.
-    ValueError for an adapter that doesn't say."""
+    ValueError for an adapter that doesn't say, and for a base that isn't there or is an adapter, too."""
     check_place(checkpoint)
     file = find_file(checkpoint, ADAPTER)
     if file is None:
@@ -53,6 +53,12 @@ def adapter_base(checkpoint: str | Path) -> str | None:
     base = read_json_object(file).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(f"{checkpoint} is an adapter that names no base model: add it to its {ADAPTER}")
+    try:
+        check_place(base)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} is an adapter whose base model is missing: {error}") from error
+    if find_file(base, ADAPTER) is not None:
+        raise ValueError(f"{checkpoint} is an adapter on another one, {base}: merge that first (`ola-vlm merge`)")
     return base
 
 
@@ -153,16 +159,16 @@ def read_adapter(adapter: str, base: str, trust_remote_code: bool, llava_as_ours
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ValueError(f"{adapter} is an adapter, which needs peft: pip install peft") from error
-    try:
-        model, _ = read_checkpoint(base, trust_remote_code, llava_as_ours, **loading)
-    except ValueError as error:
-        raise ValueError(f"the base model of the adapter {adapter} can't be loaded: {error}") from error
+    weights = find_file(adapter, "adapter_model.safetensors")
+    if weights is None and find_file(adapter, "adapter_model.bin") is None:
+        raise ValueError(f"{adapter} has no adapter_model.safetensors: give a whole adapter")
+    model, _ = read_checkpoint(base, trust_remote_code, llava_as_ours, **loading)
     with loading_from(adapter):
         try:
             wrapped = PeftModel.from_pretrained(model, adapter)
-        except RuntimeError as error:  # torch lists the shapes
-            raise ValueError(f"{adapter} doesn't fit to its base model {base}: {one_line(error)}") from error
-    weights = find_file(adapter, "adapter_model.safetensors")
+        except (RuntimeError, KeyError) as error:  # torch lists the shapes, peft a name
+            what = f"{adapter} lacks weights or doesn't fit to its base model {base}"
+            raise ValueError(f"{what}: {one_line(error)}") from error
     if weights is not None:
         with safe_open(weights, "pt") as file:
             written = set(file.keys())

@@ -1,0 +1,46 @@
+"""An adapter (LoRA) and its base model -> one checkpoint without adapters: `ola-vlm merge ADAPTER OUT`.
+
+An adapter that was trained on 4-bit weights is merged into the base model's own, unquantized ones.
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..inference.checkpoints import adapter_base, read_checkpoint
+from ..targets.cache import statistics_files
+
+RECORD = "run.json"  # model cards tell the history from it
+
+
+def merge(adapter: str | Path, out: str | Path) -> None:
+    """Writes model, processor and the run's record to `out`. ValueError, one line, if `adapter` is none, if `out` is
+    not empty, or if the adapter or its base model can't be loaded whole."""
+    adapter, out = str(adapter), Path(out)
+    if adapter_base(adapter) is None:
+        raise ValueError(f"{adapter} has no adapter_config.json: it is no adapter")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty: choose another OUT")
+    model, processor = read_checkpoint(adapter, dtype="auto")
+    model.save_pretrained(out)
+    if processor is not None:
+        processor.save_pretrained(out)
+    if (Path(adapter) / RECORD).is_file():
+        shutil.copyfile(Path(adapter) / RECORD, out / RECORD)
+    for file in statistics_files(adapter):
+        (out / file.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(file, out / file.parent.name / file.name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ola-vlm merge", description=__doc__, formatter_class=layout)
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder or repository of an adapter")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    args = parser.parse_args(argv)
+    try:
+        merge(args.adapter, args.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"ola-vlm merge: {error}") from error
+    print(f"Wrote the merged checkpoint to {args.out}.")
