@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ola_vlm.configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
 from ola_vlm.recipes.command_line import parse_arguments
 from ola_vlm.targets.fill import make_teachers
+from ola_vlm.targets.loading import loading_from
 from ola_vlm.training.check import drop_bad_rows
 from ola_vlm.training.targets import filled_caches
 
@@ -28,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, options = parse_arguments(argv, "ola-vlm targets", own)
     if not (args.data and args.teachers and args.target_cache and (args.tasks or args.checkpoint)):
         raise SystemExit("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
-    tasks = args.tasks or OlaVlmConfig.from_pretrained(args.checkpoint).tasks
+    tasks = args.tasks
+    if not tasks:
+        with loading_from(args.checkpoint, weights=False):
+            tasks = OlaVlmConfig.from_pretrained(args.checkpoint).tasks
     teachers = make_teachers([PAPER_TASKS.get(task["name"], {}) | task for task in tasks], args.teachers, args.device)
     for teacher in teachers.values():
         teacher.check(args.target_cache)

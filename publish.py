@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, Mo
 from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever it has
 
 from .targets.cache import statistics_files
+from .targets.loading import check_folder
 
 ROOT = Path(__file__).parent
 PARTS = ("vision_tower", "language_model")
@@ -120,6 +121,7 @@ def find_files(checkpoint: Path) -> dict[str, Path]:
     needed += ["processor_config.json", "tokenizer_config.json"]
     if lacking := [name for name in needed if name not in files]:
         raise ValueError(f"{checkpoint} lacks {', '.join(lacking)}: save model and processor there by save_pretrained")
+    check_folder(checkpoint)  # half-fetched weights would be others' trouble
     return files
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .inference.checkpoints import load_checkpoint
+from .inference.checkpoints import ADAPTER, adapter_base, load_checkpoint
 from .probing.probes import Probes, load_probes
 from .probing.states import PROMPT
 from .recipes import RECIPES
@@ -44,6 +44,7 @@ from .targets.encoders import (
 from .targets.files import read_object, save_figure, teachers_of_file, write_whole
 from .targets.fill import BATCH, make_teachers
 from .targets.images import image_files, open_image
+from .targets.loading import loading_from
 from .training.rows import load_rows
 
 Features = dict[str, dict[int, Tensor]]  # task -> layer -> (N, Q, E) in the teacher's own units
@@ -93,7 +94,9 @@ class UnclipImages:
     def __init__(self, path: str, steps: int = 25, seed: int = 0, device="cpu", size: int | None = None):
         from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline
 
-        self.pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(path, use_safetensors=True).to(device)
+        with loading_from(path):
+            pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(path, use_safetensors=True)
+        self.pipeline = pipeline.to(device)
         self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(self.pipeline.scheduler.config)
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps, self.seed, self.size = steps, seed, size
@@ -143,7 +146,7 @@ def probe_features(probes: Probes, model, processor) -> Callable:
 
 def find_run(folder: str | Path, trust: bool = False) -> dict:
     """Of the run that trained a checkpoint's predictors, from its run.json (which has those of the runs that it began
-    with), or of the run that fitted probes: its `teachers`; {} if there is none.
+    with; an adapter's base model has another), or of the run that fitted probes: its `teachers`; {} if there is none.
 
     The file may be a stranger's. ValueError if its teachers have fields that a file may not set, and none of its other
     fields is given, such as the folder of its images. `trust`: all fields of the run, as they are.
@@ -154,6 +157,8 @@ def find_run(folder: str | Path, trust: bool = False) -> dict:
         run = run.get("started_from") or {}
         if not isinstance(run, dict):
             raise ValueError(f"{files[0]}: its started_from is no object")
+    if not run and (Path(folder) / ADAPTER).is_file():
+        return find_run(adapter_base(folder), trust)
     if trust or not run:
         return run
     return {"teachers": teachers_of_file(run["teachers"], files[0])}
@@ -164,6 +169,15 @@ def local_folder(checkpoint: str | Path) -> Path:
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     return Path(snapshot_download(str(checkpoint), allow_patterns=["probes/*", "target_statistics/*"]))
+
+
+def statistics_of(checkpoint: str | Path) -> dict[str, TargetStatistics]:
+    """Of the targets of a checkpoint's predictors, which are the base model's if it is an adapter."""
+    base = adapter_base(checkpoint)
+    statistics = load_statistics(local_folder(checkpoint))
+    if not statistics and base is not None:
+        return statistics_of(base)
+    return statistics
 
 
 def find_teachers(recipe: str | None, *folders: str | Path | None, trust: bool = False) -> dict:
@@ -282,7 +296,8 @@ class LayerViewer:
         they are there.
         `unclip`: instead, a pipeline's folder or name.
         """
-        checkpoint = local_folder(checkpoint)
+        place = checkpoint
+        checkpoint = local_folder(place)
         own = checkpoint / "probes"
         probes = own if probes is None and own.exists() else None if probes == "none" else probes
         fitted = load_probes(probes) if probes else None
@@ -305,7 +320,7 @@ class LayerViewer:
             if of and Path(of).resolve() != checkpoint.resolve():
                 by += f", fitted to {of}"
         else:
-            features = predictor_features(model, processor, load_statistics(checkpoint), prompt)
+            features = predictor_features(model, processor, statistics_of(place), prompt)
             by = "the predictors of pre-training"
         return cls(features, encoders, decode_gen, layers, by)
 

@@ -5,21 +5,15 @@ laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup weights/clip_convnext_
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
 from transformers import TimmWrapperConfig, TimmWrapperModel
 from transformers.utils.hub import cached_file
 
-from ..targets.loading import check_place
+from ..targets.loading import find_file, loading_from, read_bin, read_json_object, read_safetensors
 
 TRUNK = "visual.trunk."
-WEIGHTS = {  # file names of open_clip -> how they are read
-    "open_clip_model.safetensors": load_file,
-    "open_clip_pytorch_model.bin": lambda path: torch.load(path, map_location="cpu", weights_only=True),
-}
+WEIGHTS = {"open_clip_model.safetensors": read_safetensors, "open_clip_pytorch_model.bin": read_bin}
 
 
 def convert_tower(checkpoint: str, image_size: int | None = None) -> TimmWrapperModel:
@@ -30,19 +24,19 @@ def convert_tower(checkpoint: str, image_size: int | None = None) -> TimmWrapper
     tower will see, by default those of its own training; a convolutional trunk takes any.
     Raises ValueError if there is no trunk of timm's, RuntimeError listing missing and unknown weights.
     """
-    check_place(checkpoint)
-    fields = json.loads(Path(cached_file(checkpoint, "open_clip_config.json")).read_text(encoding="utf-8"))
+    with loading_from(checkpoint, weights=False):
+        fields = read_json_object(Path(cached_file(checkpoint, "open_clip_config.json")))
     vision, seen = fields["model_cfg"]["vision_cfg"], fields["preprocess_cfg"]
     if "timm_model_name" not in vision:
         raise ValueError(f"{checkpoint} has no trunk of timm's: a ViT's transformers checkpoint is a tower as it is")
     side = image_size or vision["image_size"]
     pretrained = {"input_size": [3, side, side], "mean": seen["mean"], "std": seen["std"]}
     config = TimmWrapperConfig(architecture=vision["timm_model_name"], do_pooling=False, pretrained_cfg=pretrained)
-    found = {name: cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False) for name in WEIGHTS}
-    name = next((name for name, path in found.items() if path), None)
+    files = {name: find_file(checkpoint, name) for name in WEIGHTS}
+    name = next((name for name, file in files.items() if file is not None), None)
     if name is None:
         raise ValueError(f"{checkpoint} has none of the files {list(WEIGHTS)}")
-    weights = WEIGHTS[name](found[name])
+    weights = WEIGHTS[name](files[name])
     model = TimmWrapperModel(config)
     model.timm_model.load_state_dict({k.removeprefix(TRUNK): v for k, v in weights.items() if k.startswith(TRUNK)})
     return model.eval()

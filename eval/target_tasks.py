@@ -33,7 +33,7 @@ from ola_vlm.miniature import world
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.probing.probes import Probes, load_probes
 from ola_vlm.probing.states import StateReader
-from ola_vlm.targets.cache import TargetStatistics, load_statistics
+from ola_vlm.targets.cache import TargetStatistics
 from ola_vlm.targets.encoders import (
     ENCODERS,
     DepthAnythingEncoder,
@@ -43,7 +43,7 @@ from ola_vlm.targets.encoders import (
 from ola_vlm.targets.files import inside, read_finished, read_object, teachers_of_file, write_json
 from ola_vlm.targets.fill import make_teachers
 from ola_vlm.targets.images import image_files, open_image
-from ola_vlm.visualize import local_folder, predictor_features, probe_features
+from ola_vlm.visualize import predictor_features, probe_features, statistics_of
 
 from .dense import (
     VOID,
@@ -335,7 +335,7 @@ def run(args: argparse.Namespace) -> dict:
         def make(model=model, folder=folder):
             probes = load_probes(folder)
             loaded = load_checkpoint(model, args.model_dtype, args.device_map, args.trust_remote_code)
-            return of_model(probes.reader(*loaded), probes, load_statistics(local_folder(model)))
+            return of_model(probes.reader(*loaded), probes, statistics_of(model))
 
         what = {"weights": weights_state(model), "strengths": probed["strengths"]}
         score_all(one["name"], folder, what, make)

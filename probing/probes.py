@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configuration_ola_vlm import normalize_task
 from ..modeling_ola_vlm import EmbeddingPredictor
 from ..targets.cache import TargetStatistics
+from ..targets.loading import read_safetensors
 from .states import ImageStates, StateReader
 
 # The paper's probe, as its predictor without task tokens; depth's has no further MLP either.
@@ -144,7 +145,7 @@ def load_probes(folder: str | Path) -> Probes:
         names = ", ".join(sorted(one.name for one in found)) or "none"
         raise ValueError(f"{folder} should have the probes of one model, it has those of {names}: give its folder")
     fields = json.loads((found[0] / "probes.json").read_text(encoding="utf-8"))
-    probes, tensors = Probes(**fields), load_file(found[0] / "probes.safetensors")
+    probes, tensors = Probes(**fields), read_safetensors(found[0] / "probes.safetensors")
     split = {part: {} for part in ("probes", "means", "statistics")}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")

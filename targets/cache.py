@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from .images import open_image
+from .loading import read_safetensors
 
 logger = logging.get_logger(__name__)
 
@@ -327,7 +328,7 @@ class TargetStatistics(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> "TargetStatistics":
-        return cls(**load_file(path))
+        return cls(**read_safetensors(path))
 
 
 def load_statistics(checkpoint: str | Path) -> dict[str, TargetStatistics]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -123,6 +124,19 @@ def read_safetensors(file: str | Path) -> dict[str, Tensor]:
     check_file(file)
     with safe_open(file, "pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def read_bin(file: str | Path) -> dict[str, Tensor]:
+    """A file of torch.save, by `weights_only`: no code of a pickle runs. ValueError that names a file which would need
+    some, holds no tensors, or can't be read."""
+    check_file(Path(file))
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file}: {one_line(error)}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{file} must hold tensors by name")
+    return tensors
 
 
 # Places

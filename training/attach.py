@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -22,6 +22,7 @@ from ..modeling_ola_vlm import (
     OlaVlmCausalLMOutputWithPast,
     OlaVlmForConditionalGeneration,
 )
+from ..targets.loading import read_safetensors
 
 PREDICTORS_FILE = "predictors.safetensors"
 OWN = ("predictors", "queries", "logit_scales")  # what is added to the model, with the names of OLA-VLM's own
@@ -106,7 +107,7 @@ class AttachedPredictors:
         """All weights from a folder that `save_pretrained` wrote, by the model's own class, which knows the names in
         its files."""
         plain = type(self).__bases__[1].from_pretrained(folder, dtype=self.dtype)
-        self.load_state_dict(plain.state_dict() | load_file(Path(folder) / PREDICTORS_FILE))
+        self.load_state_dict(plain.state_dict() | read_safetensors(Path(folder) / PREDICTORS_FILE))
 
 
 def attach_predictors(
@@ -145,7 +146,7 @@ def attach_predictors(
             rows = max(task["target_length"], task["num_task_tokens"])
             own["queries"][task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
     if checkpoint is not None:
-        own.load_state_dict(load_file(Path(checkpoint) / PREDICTORS_FILE))
+        own.load_state_dict(read_safetensors(Path(checkpoint) / PREDICTORS_FILE))
     for name, module in own.to(model.device, model.dtype).items():
         model.add_module(name, module)
 
