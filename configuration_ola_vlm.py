@@ -105,6 +105,7 @@ class OlaVlmConfig(LlavaConfig):
     """
     `tasks`: list of task dicts in token order (`normalize_task`), none by default, which is plain LLaVA.
     `task_token_ids`: vocabulary ids of all task tokens in sequence order, as many as the tasks' `num_task_tokens`.
+    `has_predictors`: False for a checkpoint that keeps its tasks' tokens alone, which is all that answers need.
     """
 
     model_type = "ola_vlm"
@@ -122,6 +123,7 @@ class OlaVlmConfig(LlavaConfig):
 
     tasks: list | None = None
     task_token_ids: list | None = None
+    has_predictors: bool = True
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "OlaVlmConfig":

@@ -171,6 +171,12 @@ def local_folder(checkpoint: str | Path) -> Path:
     return Path(snapshot_download(str(checkpoint), allow_patterns=["probes/*", "target_statistics/*"]))
 
 
+def predicted_tasks(model) -> list[dict]:
+    """Those that a model has predictors for."""
+    config = model.config
+    return getattr(config, "tasks", []) if getattr(config, "has_predictors", True) else []
+
+
 def statistics_of(checkpoint: str | Path) -> dict[str, TargetStatistics]:
     """Of the targets of a checkpoint's predictors, which are the base model's if it is an adapter."""
     base = adapter_base(checkpoint)
@@ -301,7 +307,7 @@ class LayerViewer:
         own = checkpoint / "probes"
         probes = own if probes is None and own.exists() else None if probes == "none" else probes
         fitted = load_probes(probes) if probes else None
-        tasks = list(fitted.tasks.values()) if fitted else getattr(model.config, "tasks", [])
+        tasks = list(fitted.tasks.values()) if fitted else predicted_tasks(model)
         if not tasks:
             raise ValueError(f"{checkpoint} has no predictors: fit probes with `ola-vlm probe`, give --probes")
         if lacking := [task["name"] for task in tasks if task["name"] not in run["teachers"]]:

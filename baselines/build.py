@@ -18,7 +18,7 @@ from .configuration_multi_encoder import MultiEncoderLlavaConfig
 from .modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
 from .processing_multi_encoder import MultiEncoderLlavaProcessor
 
-OURS = {"model_type", "tasks", "task_token_ids", "auto_map", "architectures", "transformers_version"}
+OURS = {"model_type", "tasks", "task_token_ids", "has_predictors", "auto_map", "architectures", "transformers_version"}
 FIRST_LAYER = "model.multi_modal_projector.linear_1.weight"
 
 

@@ -7,24 +7,34 @@ errors that list them. `DROPPED` says what is dropped, and why.
 """
 
 import argparse
-import json
-import pickle  # its error alone
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, TimmWrapperModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, TimmWrapperModel
 
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes
 from ..probing.states import PROMPT
 from ..targets.encoders import load_vision_config
+from ..targets.loading import (
+    SETTINGS,
+    TEXTS,
+    check_place,
+    loading_from,
+    one_line,
+    read_bin,
+    read_json_object,
+    read_safetensors,
+    weight_files,
+)
 from .parts import build_config, build_processor, grow_table, measure_tower
 
+QUERIES = re.compile(r"model\.special_(gen|depth|seg)_tokens")
 LANGUAGE_MODELS = {"ola_llama": "llama", "llava_llama": "llama", "ola_phi3": "phi3", "llava_phi3": "phi3"}
 
 # Our names of the checkpoint's parameters. A head of a task is renamed to its predictor before.
@@ -45,51 +55,117 @@ KEYS = {
     PREDICTOR + r"projector\.layers\.(\d+)\.1\.(\d)\.(weight|bias)": r"\1layers.\2.ffn.\3.\4",
     PREDICTOR + r"linear_1\.(\d)\.(weight|bias)": r"\1output_mlp.\2.\3",
 }
+TEACHER = "a frozen teacher: it is loaded from its own checkpoint where it is needed"
+BUFFER = "a buffer, which is computed"
 DROPPED = {
     r"predictors\.depth\.\d+\.linear_[23]\..+": "a twin of linear_1 that got no gradient; for the depth picture only",
     r"da_v2_head\..+": "the depth teacher's decoder: visualisation takes the teacher's own",
+    r"(dav2_backbone|oneformer|gen_encoder)\..+": TEACHER,
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": BUFFER,
+    r"model\.vision_tower\.vision_tower\.vision_model\.embeddings\.position_ids": BUFFER,
 }
+HEAD = re.compile(r"image_(gen|depth|seg)_heads\.(\d+)\.")
+
+
+def task_key(key: str, layers: dict[str, list[int]]) -> str:
+    """The key with a known head's beginning as our predictor's; `layers[task][i]`: the layer of head i."""
+    head = HEAD.match(key)
+    if head is None:
+        return key
+    task, number = head[1], int(head[2])
+    if number >= len(layers.get(task, [])):
+        return key
+    return f"predictors.{task}.{layers[task][number]}.{key[head.end() :]}"
+
+
+def reason_to_drop(key: str, layers: dict[str, list[int]]) -> str | None:
+    """Why a reference parameter is dropped; None if it isn't."""
+    name = task_key(key, layers)
+    return next((why for pattern, why in DROPPED.items() if re.fullmatch(pattern, name)), None)
 
 
 def rename_key(key: str, layers: dict[str, list[int]]) -> str | None:
     """Our name of a reference parameter, None if it is dropped, its own if unknown; `layers[task][i]`: of head i."""
-    name, head = key, re.match(r"image_(gen|depth|seg)_heads\.(\d+)\.", key)
-    if head and int(head[2]) < len(layers.get(head[1], [])):
-        name = f"predictors.{head[1]}.{layers[head[1]][int(head[2])]}.{key[head.end() :]}"
+    if reason_to_drop(key, layers) is not None:
+        return None
+    name = task_key(key, layers)
     for pattern, ours in KEYS.items():
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)
-    return None if any(re.fullmatch(pattern, name) for pattern in DROPPED) else key
+    return key
 
 
-def fates(keys: Iterable[str], layers: dict[str, list[int]]) -> str:
+def fates(keys: Iterable[str], layers: dict[str, list[int]], has_predictors: bool = True) -> str:
     """A line for each kind of key (numbers are *): how many, and what became of them."""
-    found, dropped, keys = Counter(), 0, sorted(keys)
-    for key in keys:
-        ours, fate = rename_key(key, layers), ""
-        if ours is None:
-            dropped += 1
-            heads = re.sub(r"image_(\w+?)_heads", r"predictors.\1", key)
-            fate = "dropped: " + next(why for pattern, why in DROPPED.items() if re.fullmatch(pattern, heads))
-        found[re.sub(r"\d+", "*", key), re.sub(r"\d+", "*", fate or ours)] += 1
-    lines = [f"{count:>5}  {key}  ->  {fate}" for (key, fate), count in found.items()]
+    counts = Counter()
+    dropped = Counter()
+    for key in sorted(keys):
+        reason = reason_to_drop(key, layers)
+        if reason is not None:
+            dropped[key] += 1
+            became = f"dropped: {reason}"
+        elif QUERIES.fullmatch(key) and not has_predictors:
+            became = "its groups' means, the task tokens' rows of the vocabulary"
+        else:
+            became = rename_key(key, layers)
+        counts[re.sub(r"\d+", "*", key), re.sub(r"\d+", "*", became)] += 1
+    lines = [f"{count:>5}  {key}  ->  {became}" for (key, became), count in counts.items()]
+    teachers = sum(reason_to_drop(key, layers) == TEACHER for key in dropped)
+    if teachers:
+        lines.append(f"{teachers} of the dropped are the frozen teachers', which were saved inside the checkpoint")
+    if not has_predictors:
+        lines.append("absent: predictors and logit scales, as in instruction-tuned checkpoints; answers need none")
+    converted = sum(counts.values()) - len(dropped)
     made = "made: vocabulary rows of the image token and the task tokens"
-    return "\n".join([*lines, f"{len(keys) - dropped} converted, {dropped} dropped, 0 missing, 0 unknown; {made}"])
+    lines.append(f"{converted} converted, {len(dropped)} dropped, 0 missing, 0 unknown; {made}")
+    return "\n".join(lines)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's weights, with an index or without. ValueError that names a missing shard."""
+    files = weight_files(folder) or sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"no *.safetensors and no pytorch_model*.bin in {folder}")
+    names = {file.name for file in files}
+    for file in files:
+        numbered = re.fullmatch(r"(.+-)(\d+)(-of-)(\d+)(\.\w+)", file.name)
+        if numbered is None:
+            continue
+        stem, digits, of, total, suffix = numbered.groups()
+        for number in range(1, int(total) + 1):
+            name = f"{stem}{number:0{len(digits)}}{of}{total}{suffix}"
+            if name not in names:
+                raise ValueError(f"{folder} lacks {name}: fetch the whole checkpoint")
+    return files
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, one file or several, safetensors or (`weights_only`) `.bin`."""
     state_dict = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        state_dict |= load_file(shard)
-    for shard in [] if state_dict else sorted(folder.glob("pytorch_model*.bin")):
-        try:
-            state_dict |= torch.load(shard, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{shard}: {error}") from error
-    if not state_dict:
-        raise ValueError(f"no *.safetensors and no pytorch_model*.bin in {folder}")
+    for file in shard_files(folder):
+        read = read_safetensors if file.suffix == ".safetensors" else read_bin
+        state_dict.update(read(file))
     return state_dict
+
+
+def find_checkpoint(reference: str | Path) -> Path:
+    """The folder, or what is fetched of a repository. ValueError for what is no whole checkpoint."""
+    check_place(reference)
+    folder = Path(reference)
+    if not folder.is_dir():
+        files = [*SETTINGS, *TEXTS, "*.safetensors"]
+        with loading_from(reference):
+            folder = Path(snapshot_download(str(reference), allow_patterns=files))
+            if not list(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(str(reference), allow_patterns=[*files, "pytorch_model*.bin*"]))
+    if any((folder / name).exists() for name in ("adapter_config.json", "non_lora_trainables.bin")):
+        what = f"{folder} is a LoRA, which needs its base model"
+        raise ValueError(f"{what}: merge both by the reference's own code first, then convert the whole checkpoint")
+    if (folder / "mm_projector.bin").exists() and not list(folder.glob("*model*")):
+        raise ValueError(f"{folder} holds a projector alone: give a whole checkpoint")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder of a reference checkpoint")
+    return folder
 
 
 def convert_state_dict(state_dict: dict[str, Tensor], layers: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -101,7 +177,9 @@ def convert_state_dict(state_dict: dict[str, Tensor], layers: dict[str, list[int
 
 def read_task(config: dict, name: str, depth_mlp: bool) -> dict:
     """Our fields of a task from the reference's config; heads are numbered in the order of its `layers`."""
-    prefix, fields = "img" if name == "gen" else name, config[f"image_{name}"]
+    prefix = "img" if name == "gen" else name
+    fields = config[f"image_{name}"]
+    contrastive = config.get("use_contrastive", True)
     return {
         "name": name,
         "layers": [int(layer) for layer in fields[f"{prefix}_layer_indices"].split("-")],
@@ -109,7 +187,7 @@ def read_task(config: dict, name: str, depth_mlp: bool) -> dict:
         "target_length": fields["num_tokens"],
         "target_dim": fields["output_dim"],
         "loss_weight": fields[f"{prefix}_loss_weight"],
-        "contrastive_weight": config["contrastive_loss_weight"] if config["use_contrastive"] else 0.0,
+        "contrastive_weight": config["contrastive_loss_weight"] if contrastive else 0.0,
         "predictor_depth": fields["depth"],
         "predictor_heads": fields["num_heads"],
         "predictor_head_dim": fields["dim_head"],
@@ -118,70 +196,123 @@ def read_task(config: dict, name: str, depth_mlp: bool) -> dict:
     }
 
 
-def convert_reference(reference: str, vision_tower: str | None = None, tokenizer: str | None = None):
+def find_vision_tower(folder: Path, name: str) -> str:
+    """Where the configuration of the tower is that a checkpoint names: beside it, or the name on the Hub."""
+    is_name = not Path(name).is_absolute() and ".." not in Path(name).parts
+    if is_name and (folder.parent / name).is_dir():
+        return str(folder.parent / name)
+    if "convnext" in name.lower():
+        raise ValueError(f"{name} is a ConvNeXt: give vision_tower, a folder of `ola-vlm convert-tower`")
+    if not is_name:
+        raise ValueError(f"its vision tower is {name}, a path of another machine: give vision_tower")
+    return name
+
+
+def read_text_config(fields: dict) -> PreTrainedConfig:
+    """The language model's configuration, whose fields the reference keeps among its own."""
+    language_model = LANGUAGE_MODELS[fields["model_type"]]
+    known = {*AutoConfig.for_model(language_model).to_dict(), "rope_theta", "rope_scaling"}
+    known -= {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype"}
+    return AutoConfig.for_model(language_model, **{name: fields[name] for name in sorted(known & fields.keys())})
+
+
+def convert_reference(reference: str | Path, vision_tower: str | None = None, tokenizer: str | None = None):
     """
-    Model, processor or None without a `tokenizer` folder, and what became of each key (`fates`). `vision_tower`:
-    folder or repository with the tower's config, by default the one that the checkpoint names (a name, or a folder
-    beside `reference`); of a ConvNeXt, which it names without one, a folder of `ola-vlm convert-tower`.
-    Raises ValueError for an architecture that doesn't fit, RuntimeError listing missing and unknown weights.
+    Model, processor or None without a tokenizer, and what became of each key (`fates`).
+
+    Args:
+        reference: folder or repository of a checkpoint. An instruction-tuned one has no heads: the model keeps the
+            task tokens, whose rows are the means of their tables, and has no predictors (`config.has_predictors`).
+        vision_tower: folder or repository with the tower's config, by default the one that the checkpoint names (a
+            name, or a folder beside `reference`); of a ConvNeXt, which it names without one, a folder of
+            `ola-vlm convert-tower`.
+        tokenizer: folder or repository of the LLM's, by default the checkpoint's own, if it has one.
+    Raises ValueError for an architecture that doesn't fit and for files that can't be read, RuntimeError listing
+    missing and unknown weights.
     """
-    folder = Path(reference)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of a reference checkpoint")
-    fields = json.loads((folder / "config.json").read_text())
-    if fields["model_type"] not in LANGUAGE_MODELS:
-        raise ValueError(f"model_type is {fields['model_type']!r}: only {list(LANGUAGE_MODELS)} can be converted.")
-    if vision_tower is None:
-        beside = folder.parent / fields["mm_vision_tower"]
-        vision_tower = str(beside) if beside.is_dir() else fields["mm_vision_tower"]
-        if "convnext" in vision_tower.lower() and not beside.is_dir():
-            raise ValueError(f"{vision_tower} is a ConvNeXt: give vision_tower, a folder of `ola-vlm convert-tower`")
-    vision_config = load_vision_config(vision_tower)
+    folder = find_checkpoint(reference)
+    fields = read_json_object(folder / "config.json")
+    if fields.get("model_type") not in LANGUAGE_MODELS:
+        kind = fields.get("model_type")
+        raise ValueError(f"model_type is {kind!r}: only {list(LANGUAGE_MODELS)} can be converted.")
+    try:
+        return _convert(folder, fields, vision_tower, tokenizer)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks {error}, which the reference's checkpoints have") from error
+
+
+def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: str | None):
+    vision_config = load_vision_config(vision_tower or find_vision_tower(folder, fields["mm_vision_tower"]))
     tower = {"strategy": "default", "class_tokens": 1}
     if vision_config.model_type == "timm_wrapper":
         with torch.device("meta"):
             vision_config, class_tokens = measure_tower(TimmWrapperModel(vision_config))
         tower = {"strategy": "full", "class_tokens": class_tokens}
-    language_model = LANGUAGE_MODELS[fields["model_type"]]
-    shared = {*AutoConfig.for_model(language_model).to_dict(), "rope_theta", "rope_scaling"} & fields.keys()
-    shared -= {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype"}
-    text_config = AutoConfig.for_model(language_model, **{name: fields[name] for name in shared})
+    text_config = read_text_config(fields)
 
     state_dict = read_weights(folder)
     names = fields["aux_mode"].split("-") if "aux_mode" in fields else []  # none: the reference's plain LLaVA baseline
+    has_heads = any(HEAD.match(key) for key in state_dict)
+    if not has_heads and not fields.get("num_task_tokens"):
+        names = []  # neither predictors nor task tokens: a LLaVA
+    has_predictors = has_heads or not names
     depth_mlp = any(".linear_1." in key for key in state_dict)
     tasks = [read_task(fields, name, depth_mlp) for name in names]
     layers = {task["name"]: task["layers"] for task in tasks}
     converted = convert_state_dict(state_dict, layers)
+    if has_heads and not fields.get("use_contrastive", True):  # ours always has the scales, which nothing then uses
+        converted |= {f"logit_scales.{name}": torch.full((1,), 2.0) for name in names}
 
-    processor, known = None, text_config.vocab_size
+    processor = None
+    known = text_config.vocab_size
     num_tokens = known + 1 + sum(task["num_task_tokens"] for task in tasks)
     ids = list(range(known, num_tokens))
+    if tokenizer is None and (folder / "tokenizer_config.json").is_file():
+        tokenizer = str(folder)
     if tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        with loading_from(tokenizer, weights=False):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, config=text_config)
         known = min(len(tokenizer), known)
         processor = build_processor(tokenizer, vision_config, tasks, **tower)
-        ids, num_tokens = [processor.image_token_id, *processor.task_token_ids], len(tokenizer)
+        ids = [processor.image_token_id, *processor.task_token_ids]
+        num_tokens = len(tokenizer)
     # A ConvNeXt's last map is taken, whatever layer the reference's configuration says.
     features = {"vision_feature_layer": fields["mm_vision_select_layer"] if tower["class_tokens"] else -1}
     features["vision_feature_select_strategy"] = tower["strategy"]
+    features["has_predictors"] = has_predictors
     config = build_config(text_config, vision_config, tasks, ids, num_tokens, **features)
+    dtype = converted.get("model.language_model.embed_tokens.weight", next(iter(converted.values()))).dtype
     for name in {"lm_head.weight", "model.language_model.embed_tokens.weight"} & converted.keys():
         converted[name] = grow_table(converted[name], known, num_tokens)
     if config.tie_word_embeddings:
         converted["lm_head.weight"] = converted["model.language_model.embed_tokens.weight"]
-    model = OlaVlmForConditionalGeneration(config).to(next(iter(converted.values())).dtype)
+    tables = {}
+    if not has_predictors:  # the tables have no other place than the rows that are made of them
+        tables = {task["name"]: converted.pop(f"queries.{task['name']}", None) for task in tasks}
+        if lacking := [name for name, table in tables.items() if table is None]:
+            raise RuntimeError(f"Missing key(s): the tables of task tokens of {', '.join(lacking)}")
+    model = OlaVlmForConditionalGeneration(config).to(dtype)
     model.load_state_dict(converted)  # an error lists the weights that are missing and those that are unknown
     model.write_task_tokens()
+    if tables:
+        with torch.no_grad():
+            rows = model.task_token_embeddings(tables)
+            model.get_input_embeddings().weight[config.task_token_ids] = rows.to(dtype)
     for field in ["bos_token_id", "eos_token_id", "pad_token_id"]:
         setattr(model.generation_config, field, fields.get(field))
-    return model.eval(), processor, fates(state_dict, layers)
+    if processor is not None and processor.tokenizer.eos_token_id is not None:
+        # Llama-3's chats end with another token than its texts.
+        ends = fields.get("eos_token_id")
+        ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}
+        model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    return model.eval(), processor, fates(state_dict, layers, has_predictors)
 
 
 def convert_probes(reference: str | Path) -> tuple[Probes, str]:
     """The resampler probes of one of its probing runs (`probe_mode` in config.json: one task, a head for every LLM
     layer, the first head for layer 1), and what became of each key. ValueError for missing or unknown ones."""
-    fields = json.loads((Path(reference) / "config.json").read_text(encoding="utf-8"))
+    folder = find_checkpoint(reference)
+    fields = read_json_object(folder / "config.json")
     task, count = fields["probe_mode"], fields["num_hidden_layers"]
     if task not in ("gen", "depth", "seg"):
         raise ValueError(f"probe_mode is {task!r}: only gen, depth and seg are known")
@@ -194,10 +325,10 @@ def convert_probes(reference: str | Path) -> tuple[Probes, str]:
         "predictor_head_dim": size["dim_head"],
         "predictor_ffn_mult": size["ff_mult"],
     }
-    about = {"prompt": PROMPT, "square": True, "model": Path(reference).name}
+    about = {"prompt": PROMPT, "square": True, "model": folder.name}
     probes = Probes("resampler", [task], count + 1, fields["hidden_size"], about, first_layer=1)
     layers = {task["name"]: list(probes.layers)}
-    state_dict = read_weights(Path(reference))
+    state_dict = read_weights(folder)
     heads = {key: value for key, value in state_dict.items() if key.startswith(f"image_{task['name']}_heads.")}
     converted = convert_state_dict(heads, layers)
     try:
@@ -214,21 +345,21 @@ def convert_probes(reference: str | Path) -> tuple[Probes, str]:
 def main(argv: list[str] | None = None):
     """`ola-vlm convert REFERENCE_DIR OUT [--vision-tower DIR] [--tokenizer DIR]`."""
     parser = argparse.ArgumentParser(prog="ola-vlm convert", description=__doc__)
-    parser.add_argument("reference", metavar="REFERENCE_DIR", help="checkpoint of the reference implementation")
+    parser.add_argument("reference", metavar="REFERENCE_DIR", help="folder or repository of a checkpoint of it")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--vision-tower", help="folder or repository with the vision tower's config")
-    parser.add_argument("--tokenizer", help="folder or repository with the LLM's tokenizer")
+    parser.add_argument("--tokenizer", help="of the LLM, folder or repository (default: the checkpoint's own)")
     args = parser.parse_args(argv)
     try:
-        config = Path(args.reference) / "config.json"
-        if config.is_file() and "probe_mode" in json.loads(config.read_text(encoding="utf-8")):
-            probes, became = convert_probes(args.reference)
+        folder = find_checkpoint(args.reference)
+        if "probe_mode" in read_json_object(folder / "config.json"):
+            probes, became = convert_probes(folder)
             probes.save(args.out)
             print(f"{became}\nWrote probes to {args.out}: for `ola-vlm visualize --probes` and `load_probes`.")
             return
-        model, processor, became = convert_reference(args.reference, args.vision_tower, args.tokenizer)
+        model, processor, became = convert_reference(folder, args.vision_tower, args.tokenizer)
     except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"ola-vlm convert: {error}") from error
+        raise SystemExit(f"ola-vlm convert: {one_line(error)}") from error
     print(became)
     model.save_pretrained(args.out)
     if processor is None:

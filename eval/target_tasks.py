@@ -43,7 +43,7 @@ from ola_vlm.targets.encoders import (
 from ola_vlm.targets.files import inside, read_finished, read_object, teachers_of_file, write_json
 from ola_vlm.targets.fill import make_teachers
 from ola_vlm.targets.images import image_files, open_image
-from ola_vlm.visualize import predictor_features, probe_features, statistics_of
+from ola_vlm.visualize import predicted_tasks, predictor_features, probe_features, statistics_of
 
 from .dense import (
     VOID,
@@ -220,7 +220,7 @@ def of_teachers(teachers: dict[str, TargetEncoder], means: dict[str, Tensor]) ->
 def of_model(reader: StateReader, probes: Probes, statistics: dict[str, TargetStatistics]) -> Callable:
     """Embeddings from the probes and, of an OLA-VLM, from its predictors."""
     model, sources = reader.model, {"probe": probe_features(probes, reader.model, reader.processor)}
-    if isinstance(model, OlaVlmForConditionalGeneration) and model.config.tasks:
+    if isinstance(model, OlaVlmForConditionalGeneration) and predicted_tasks(model):
         sources["predictor"] = predictor_features(model, reader.processor, statistics, reader.prompt)
 
     def embeddings(images):

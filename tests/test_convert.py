@@ -36,10 +36,12 @@ from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.convert.reference import convert_reference, rename_key
 from ola_vlm.convert.reference import main as convert
 from ola_vlm.convert.tower import main as convert_tower
+from ola_vlm.inference.checkpoints import load_checkpoint
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.stages import apply_stage
 
 GOLDEN = Path(__file__).parent / "golden"
 TOWER = str(GOLDEN / "clip_vit_336")
@@ -232,11 +234,11 @@ def test_convert_lists_unknown_and_missing_keys(tmp_path):
         weights["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
         weights["image_seg_heads.0.linear_2.0.weight"] = torch.ones(3)
         weights["image_gen_heads.2.projector.proj_in.bias"] = torch.ones(3)
-        weights["oneformer.backbone.weight"] = torch.ones(3)
+        weights["sam.backbone.weight"] = torch.ones(3)
 
     with pytest.raises(RuntimeError, match="Unexpected key") as error:
         convert_reference(copy_reference(tmp_path / "extra", extra), TOWER)
-    for name in ("layers.0.self_attn.q_norm", "image_seg_heads.0.linear_2", "image_gen_heads.2", "oneformer.backbone"):
+    for name in ("layers.0.self_attn.q_norm", "image_seg_heads.0.linear_2", "image_gen_heads.2", "sam.backbone"):
         assert name in str(error.value)
     assert "Missing key" not in str(error.value)
 
@@ -309,25 +311,191 @@ def test_convert_with_a_convnext(tmp_path):
         assert export_llava(model)(**batch).logits.equal(model(**batch).logits)
 
 
-def test_convert_phi3(tmp_path):
-    """The same key table; Phi-3's fused projections keep transformers' names."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-    sizes |= {"num_hidden_layers": 4, "vocab_size": 512, "pad_token_id": 0}
-    checkpoint = {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-    llm = Phi3ForCausalLM(Phi3Config(**sizes, **checkpoint)).eval()
+PHI3_SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+PHI3_SIZES |= {"num_hidden_layers": 4, "vocab_size": 512, "pad_token_id": 0}
 
-    def phi3(weights):
+
+def phi3_weights(language_model: Phi3ForCausalLM | None = None):
+    """A change of the reference checkpoint's weights: a Phi-3 in the place of its Llama."""
+    torch.manual_seed(0)
+    checkpoint = {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    language_model = language_model or Phi3ForCausalLM(Phi3Config(**PHI3_SIZES, **checkpoint))
+    phi3 = {name: value.clone() for name, value in language_model.state_dict().items()}
+
+    def change(weights):
         for name in list(weights):
             if name.startswith(("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head.")):
                 del weights[name]
-        weights.update(llm.state_dict())
+        weights.update(phi3)
 
-    model, *_ = convert_reference(copy_reference(tmp_path / "phi3", phi3, model_type="ola_phi3", **sizes), TOWER)
+    return change
+
+
+def test_convert_phi3(tmp_path):
+    """The same key table; Phi-3's fused projections keep transformers' names."""
+    torch.manual_seed(0)
+    checkpoint = {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    llm = Phi3ForCausalLM(Phi3Config(**PHI3_SIZES, **checkpoint)).eval()
+    source = copy_reference(tmp_path / "phi3", phi3_weights(llm), model_type="ola_phi3", **PHI3_SIZES)
+    model, *_ = convert_reference(source, TOWER)
     assert model.model.language_model.layers[0].self_attn.qkv_proj.weight.shape == (192, 64)
     ids = torch.arange(4, 84)[None]
     with torch.no_grad():
         assert model(input_ids=ids).logits[..., :512].equal(llm(input_ids=ids).logits)
+
+
+# Its released kinds
+
+
+def instruction_tuned(weights: dict) -> None:
+    """As those of its README: no heads, no logit scales, no teacher's decoder; the task tokens' tables stay."""
+    for name in list(weights):
+        if name.startswith(("image_", "da_v2_head.")) or name.endswith("_logit_scale"):
+            del weights[name]
+
+
+@pytest.mark.parametrize("language_model", ["llama", "phi3"])
+@torch.no_grad()
+def test_convert_an_instruction_tuned_checkpoint(tmp_path, language_model, capsys):
+    """Answers are those of the same weights with predictors, which are absent and said to be."""
+    changes, sizes = [], {}
+    if language_model == "phi3":
+        changes, sizes = [phi3_weights()], PHI3_SIZES
+
+    def only_model(weights):
+        for change in changes:
+            change(weights)
+
+    def tuned(weights):
+        only_model(weights)
+        instruction_tuned(weights)
+
+    whole_folder = copy_reference(tmp_path / "whole", only_model, model_type=f"ola_{language_model}", **sizes)
+    folder = copy_reference(tmp_path / "tuned", tuned, model_type=f"llava_{language_model}", **sizes)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)  # where the reference saves it, too
+    whole, *_ = convert_reference(whole_folder, TOWER, folder)
+    convert([folder, str(tmp_path / "out"), "--vision-tower", TOWER])
+    said = capsys.readouterr().out
+    assert "absent: predictors and logit scales" in said and "0 dropped, 0 missing, 0 unknown" in said
+    assert "model.special_depth_tokens  ->  its groups' means, the task tokens' rows of the vocabulary" in said
+
+    model, info = OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not model.config.has_predictors and [task["name"] for task in model.config.tasks] == ["gen", "depth", "seg"]
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert not [name for name in names if name.startswith(("predictors", "queries", "logit_scales"))]
+    _, processor = load_checkpoint(tmp_path / "out")
+    assert processor.task_token_ids == model.config.task_token_ids == list(range(35, 59))
+    batch = encode(processor, random_rows(2))
+    logits = model.eval()(**batch, output_predictions=True)
+    assert logits.logits.equal(whole(**batch).logits) and not logits.predictions
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    assert plain(**batch).logits.equal(logits.logits)
+    assert export_llava(model)(**batch).logits.equal(logits.logits)
+    with pytest.raises(ValueError, match="the checkpoint has none: take finetune"):
+        apply_stage(model, "pretrain")
+    assert apply_stage(model, "finetune").task_tokens == "frozen"
+
+
+def test_convert_without_the_tables_of_task_tokens(tmp_path):
+    def less(weights):
+        instruction_tuned(weights)
+        del weights["model.special_seg_tokens"]
+
+    with pytest.raises(RuntimeError, match=r"Missing.* of task tokens of seg"):
+        convert_reference(copy_reference(tmp_path / "tuned", less, model_type="llava_llama"), TOWER)
+
+
+def test_convert_drops_the_teachers_inside(tmp_path):
+    """As pre-training saves them: frozen modules of the model; and buffers of older versions of transformers."""
+    teachers = {
+        "dav2_backbone.pretrained.blocks.0.norm1.weight": torch.ones(2),
+        "dav2_backbone.depth_head.projects.0.bias": torch.ones(2),
+        "oneformer.model.pixel_level_module.encoder.embeddings.norm.weight": torch.ones(2),
+        "gen_encoder.vision_model.embeddings.class_embedding": torch.ones(2),
+    }
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(577)[None],
+    }
+    whole, *_ = convert_reference(str(GOLDEN / "reference_checkpoint"), TOWER)
+    source = copy_reference(tmp_path / "pretrain", lambda weights: weights.update(**teachers, **buffers))
+    model, _, became = convert_reference(source, TOWER)
+    assert all(value.equal(model.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert "4 of the dropped are the frozen teachers'" in became
+    assert "oneformer.model.pixel_level_module.encoder.embeddings.norm.weight  ->  dropped: a frozen teacher" in became
+    assert became.count("dropped: a buffer, which is computed") == 2
+
+
+def test_convert_keeps_bfloat16(tmp_path):
+    """Also where heads or logit scales are kept in another type."""
+
+    def half(weights):
+        for name, value in weights.items():
+            if not name.startswith(("depth_logit_scale", "image_gen")):
+                weights[name] = value.to(torch.bfloat16)
+
+    source = copy_reference(tmp_path / "half", half, torch_dtype="bfloat16")
+    convert([source, str(tmp_path / "out"), "--vision-tower", TOWER])
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in kept.values()} == {torch.bfloat16}
+    assert OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def indexed(folder: Path, suffix: str) -> list[Path]:
+    """The reference checkpoint in three shards with an index, as it is released."""
+    weights = load_file(Path(copy_reference(folder)) / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    save = save_file if suffix == "safetensors" else torch.save
+    files = [folder / f"{stem}-0000{i}-of-00003.{suffix}" for i in (1, 2, 3)]
+    weight_map = {}
+    for i, file in enumerate(files):
+        names = list(weights)[i::3]
+        save({name: weights[name] for name in names}, file)
+        weight_map.update(dict.fromkeys(names, file.name))
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return files
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_convert_says_what_is_wrong_with_the_files(tmp_path, suffix):
+    files = indexed(tmp_path / "shards", suffix)
+    whole, *_ = convert_reference(str(GOLDEN / "reference_checkpoint"), TOWER)
+    model, *_ = convert_reference(tmp_path / "shards", TOWER)
+    assert all(value.equal(model.state_dict()[name]) for name, value in whole.state_dict().items())
+
+    def refused(message: str) -> None:
+        with pytest.raises(SystemExit, match=message) as error:
+            convert([str(tmp_path / "shards"), str(tmp_path / "out"), "--vision-tower", TOWER])
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+    content = files[1].read_bytes()
+    files[1].write_bytes(content[: len(content) // 2])
+    refused(rf"{files[1].name}: it is damaged or half fetched")
+    files[1].write_text(LFS)
+    refused(rf"{files[1].name} is a Git LFS pointer.*`git lfs pull`")
+    files[1].unlink()
+    refused(rf"lacks {files[1].name}, which .*index\.json names")
+    next((tmp_path / "shards").glob("*.index.json")).unlink()
+    refused(rf"lacks {files[1].name}: fetch the whole checkpoint")
+    (tmp_path / "shards" / "non_lora_trainables.bin").touch()
+    refused("is a LoRA, which needs its base model: merge")
+
+
+def test_convert_takes_no_path_from_the_configuration(tmp_path):
+    source = copy_reference(tmp_path / "checkpoint", mm_vision_tower="/home/someone/clip")
+    with pytest.raises(ValueError, match="is /home/someone/clip, a path of another machine: give vision_tower"):
+        convert_reference(source)
+    config = json.loads((Path(source) / "config.json").read_text())
+    del config["image_seg"]
+    (Path(source) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json lacks 'image_seg'"):
+        convert_reference(source, TOWER)
 
 
 # Plain LLaVA

@@ -85,6 +85,9 @@ def apply_stage(
     vocabulary's tables either (`OlaVlmTrainer.get_decay_parameter_names`).
     """
     stage = find_stage(name, embedding_losses, task_tokens)
+    needs_predictors = stage.embedding_losses or stage.task_tokens == "queries"
+    if needs_predictors and not getattr(model.config, "has_predictors", True):
+        raise ValueError(f"stage {name} trains predictors or query tables, and the checkpoint has none: take finetune")
     trained, frozen = Counter(), Counter()
     for parameter_name, parameter in model.named_parameters():
         part = part_of(parameter_name)

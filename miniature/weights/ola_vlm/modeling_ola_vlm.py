@@ -244,7 +244,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     learn from the LLM; False otherwise, when task tokens are ordinary rows of the vocabulary.
     `task_tokens_frozen`: these rows get no gradient. It is cut where they are looked up: a hook on the parameter would
     be lost when it is sharded.
-    With no tasks it is LLaVA: same keys, same logits, same loss.
+    With no tasks it is LLaVA: same keys, same logits, same loss. Without predictors (`config.has_predictors`) its keys
+    are LLaVA's, too, and `output_predictions` gives none.
     """
 
     config_class = OlaVlmConfig
@@ -256,10 +257,11 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         self.model = OlaVlmModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.task_tokens_from_queries = self.task_tokens_frozen = False
-        if config.tasks:  # no empty containers otherwise: they would show in FSDP plans and module listings
+        predicted_tasks = config.tasks if config.has_predictors else []
+        if predicted_tasks:  # no empty containers otherwise: they would show in FSDP plans and module listings
             self.predictors, self.queries = nn.ModuleDict(), nn.ParameterDict()
             self.logit_scales = nn.ParameterDict()
-        for task in config.tasks:
+        for task in predicted_tasks:
             layers = {str(layer): EmbeddingPredictor(task, text.hidden_size) for layer in task["layers"]}
             self.predictors[task["name"]] = nn.ModuleDict(layers)
             self.logit_scales[task["name"]] = nn.Parameter(torch.full((1,), 2.0))  # FSDP2 can't shard a scalar
@@ -282,10 +284,10 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, EmbeddingPredictor):
             init.normal_(module.latents, std=1 / math.sqrt(module.latents.shape[-1]))
-        elif self.config.tasks and module is self.queries:
+        elif isinstance(module, nn.ParameterDict) and module is self.queries:
             for queries in module.values():
                 init.normal_(queries)
-        elif self.config.tasks and module is self.logit_scales:
+        elif isinstance(module, nn.ParameterDict) and module is self.logit_scales:
             for logit_scale in module.values():
                 init.constant_(logit_scale, 2.0)
 
@@ -317,7 +319,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     def write_task_tokens(self, state_dict: dict[str, Tensor] | None = None):
         """Write `task_token_embeddings` into the vocabulary's rows (before every save in pre-training): the model's,
         or those of a whole `state_dict` of it, which sharded training gathers to save it."""
-        if not self.config.task_token_ids:
+        if not self.config.task_token_ids or not self.config.has_predictors:
             return
         weights, tables = [self.get_input_embeddings().weight], None
         if state_dict is not None:
@@ -375,7 +377,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         """
         wanted = kwargs.pop("output_hidden_states", None)
         wanted = self.config.output_hidden_states if wanted is None else wanted
-        output_predictions = output_predictions and len(self.config.tasks) > 0
+        output_predictions = output_predictions and len(self.config.tasks) > 0 and self.config.has_predictors
         if output_predictions and input_ids is None:
             raise ValueError("output_predictions=True finds images by token id: pass input_ids, not inputs_embeds.")
         last = self.config.text_config.num_hidden_layers
