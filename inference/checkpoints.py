@@ -132,16 +132,16 @@ def read_checkpoint(
     Raises ValueError, one line, for whatever can't be loaded whole; with `needs_processor` also for no processor.
     """
     checkpoint = str(checkpoint)
+    base = adapter_base(checkpoint)
+    fields = read_fields(base or checkpoint)
+    model_class, _ = classes_of(base or checkpoint, fields, trust_remote_code, llava_as_ours)
     # It is fast, so what is wrong with it is said before the weights are read.
     processor = read_processor(checkpoint, trust_remote_code, llava_as_ours)
     if processor is None and needs_processor:
         raise ValueError(f"{checkpoint} has no processor ({PROCESSOR_FILES[0]}): save it there by save_pretrained")
-    base = adapter_base(checkpoint)
     if base is not None:
         model = read_adapter(checkpoint, base, trust_remote_code, llava_as_ours, **loading)
         return model, processor
-    fields = read_fields(checkpoint)
-    model_class, _ = classes_of(checkpoint, fields, trust_remote_code, llava_as_ours)
     code = {"trust_remote_code": trust_remote_code} if model_class is AutoModelForImageTextToText else {}
     model = load_whole(model_class, checkpoint, **code, **loading)
     predictors = find_file(checkpoint, PREDICTORS_FILE) if fields.get("tasks") else None
