@@ -1,20 +1,28 @@
 """The benchmarks: where their files are, how a row becomes a question, which prompts and scores they have by name.
 
 A question: `{"id", "task", "source", "question": what is asked, "choices": [str], "answer", "scoring": a key of
-scoring.SCORERS}`; MMVP's also a `"pair"`. Schemas, prompts and rules: docs/evaluation.md.
+scoring.SCORERS}`; MMVP's also a `"pair"`, 3DSRBench's variants of one a `"group"`. Schemas, prompts and rules:
+docs/evaluation.md.
 """
 
-import csv
+import difflib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import ascii_uppercase
+
+import numpy as np
+from transformers.utils import logging
 
 from ola_vlm.miniature.dataset import write_questions
 from ola_vlm.targets.files import inside
+from ola_vlm.targets.images import ImageError
+
+from . import schemas
+from .question_files import Row, image_source, read_rows
+
+logger = logging.get_logger(__name__)
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_IN_PARENTHESES = (
@@ -27,69 +35,25 @@ SHORT = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
     "\nAnswer the question using a single word or phrase."
 )
+SELECT = "\nPlease select the correct answer from the options above. \n"
 MINIATURE_FOLDER = "runs/benchmark_miniature"
+MEAN_OF_TASKS = "mean of tasks"
 MMVP_MISLABELLED = {"99", "100", "279", "280"}  # both pairs are swapped: github.com/tsb0601/MMVP/issues/30
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`files`: glob patterns; `read`: a row without its image -> a question; `variants`: name -> (suffix of the
-    prompt, scoring), the first is the default; `headline`: name -> weights of tasks or sources (None: all rows)."""
+    """
+    `files`: glob patterns; `read`: a row without its image -> a question, or None for one that is left out;
+    `variants`: name -> (suffix of the prompt, scoring), the first is the default; `headline`: name -> weights of tasks
+    or sources, None for the mean of all questions, MEAN_OF_TASKS.
+    """
 
     repo: str | None
     files: tuple[str, ...]
-    read: Callable[[dict], dict]
+    read: Callable[[Row], dict | None]
     variants: dict[str, tuple[str, str]]
-    headline: dict[str, dict[str, float] | None] = field(default_factory=lambda: {"overall": None})
-
-
-def read_options(question: str) -> list[str]:
-    """The options that a question lists as "A. ...", "A: ..., B: ..." or "(A) ...", at least two; else []."""
-    found, expected = [], iter(ascii_uppercase)
-    letter = next(expected)
-    for match in re.finditer(r"(?:^|[\s,(])([A-Z])\s?[.:)]", question):
-        if match[1] == letter:
-            found.append(match)
-            letter = next(expected)
-    if len(found) < 2:
-        return []
-    ends = [match.start() for match in found[1:]] + [len(question)]
-    return [question[match.end() : end].split("\n")[0].strip(" ,") for match, end in zip(found, ends, strict=True)]
-
-
-def _cvbench(row: dict) -> dict:
-    fields = {name: row[name] for name in ("task", "source", "answer")}
-    return {"id": f"{row['type']}-{row['idx']}", **fields, "question": row["prompt"], "choices": list(row["choices"])}
-
-
-def _choices(row: dict) -> list[str]:
-    """The options that the question lists; four letters only if the answer's is not among them."""
-    options = read_options(row["question"])
-    return options if ascii_uppercase.index(row["answer"]) < len(options) else [""] * 4
-
-
-def _mmstar(row: dict) -> dict:
-    fields = {"id": str(row["index"]), "task": row["category"], "source": row["l2_category"]}
-    return {**fields, "question": row["question"], "choices": _choices(row), "answer": row["answer"]}
-
-
-def _realworldqa(row: dict) -> dict:
-    is_letter = re.fullmatch("[A-D]", row["answer"]) is not None
-    fields = {"id": str(row["row"]), "task": "choice" if is_letter else "short", "source": "RealWorldQA"}
-    choices = _choices(row) if is_letter else []
-    return {**fields, "question": row["question"], "choices": choices, "answer": row["answer"]}
-
-
-def _okvqa(row: dict) -> dict:
-    fields = {"id": str(row["question_id"]), "task": row["question_type"] or "all", "source": "OK-VQA"}
-    return {**fields, "question": row["question"], "choices": [], "answer": list(row["answers"])}
-
-
-def _mmvp(row: dict) -> dict:
-    index, options = int(row["Index"]), re.split(r"\s*\([a-z]\)\s*", row["Options"])[1:]
-    fields = {"id": str(index), "task": "question", "source": "MMVP", "pair": (index + 1) // 2}
-    question = f"{row['Question']} {row['Options']}"
-    return {**fields, "question": question, "choices": options, "answer": row["Correct Answer"].strip()}
+    headline: dict[str, dict[str, float] | str | None] = field(default_factory=lambda: {"overall": None})
 
 
 CHOICE = ("", "choice")
@@ -97,41 +61,102 @@ BENCHMARKS = {
     "miniature": Benchmark(
         None,
         ("test.jsonl",),
-        _cvbench,
+        schemas.cvbench,
         {"official": CHOICE},
         {"overall": dict.fromkeys(("Count", "Relation", "Depth", "Distance"), 1 / 4)},
     ),
     "cvbench": Benchmark(
         "nyu-visionx/CV-Bench",
         ("test_[23]d.parquet", "test.jsonl"),
-        _cvbench,
+        schemas.cvbench,
         {"official": (LETTER, "choice"), "paper": (LETTER_IN_PARENTHESES, "choice")},
         {
             "2D": {"ADE20K": 1 / 2, "COCO": 1 / 2},
             "3D": {"Omni3D": 1},
             "overall": {"ADE20K": 1 / 4, "COCO": 1 / 4, "Omni3D": 1 / 2},
+            "plain": None,  # what VIRAL and some harnesses report
         },
     ),
-    "mmstar": Benchmark("Lin-Chen/MMStar", ("*.parquet",), _mmstar, {"paper": (LETTER_SUCH_AS, "choice")}),
+    "mmstar": Benchmark("Lin-Chen/MMStar", ("*.parquet",), schemas.mmstar, {"paper": (LETTER_SUCH_AS, "choice")}),
     "realworldqa": Benchmark(
-        "xai-org/RealworldQA", ("test*.parquet",), _realworldqa, {"options": CHOICE, "paper": ("", "exact")}
+        "xai-org/RealworldQA", ("test*.parquet",), schemas.realworldqa, {"options": CHOICE, "paper": ("", "exact")}
     ),
-    "okvqa": Benchmark("lmms-lab/OK-VQA", ("val2014*.parquet",), _okvqa, {"paper": (SHORT, "vqa")}),
+    "okvqa": Benchmark("lmms-lab/OK-VQA", ("val2014*.parquet",), schemas.okvqa, {"paper": (SHORT, "vqa")}),
     "mmvp": Benchmark(
         "MMVP/MMVP",
         ("Questions.csv",),
-        _mmvp,
+        schemas.mmvp,
         {"official": CHOICE, "corrected": CHOICE},
         {"overall": {"pair": 1}, "questions": {"question": 1}},
+    ),
+    "blink": Benchmark(
+        "BLINK-Benchmark/BLINK", ("val-*.parquet",), schemas.blink, {"official": CHOICE}, {"overall": MEAN_OF_TASKS}
+    ),
+    "3dsrbench": Benchmark(
+        "ccvl/3DSRBench",
+        ("3dsrbench_v1_vlmevalkit_circular.tsv", "*circular*/*.parquet", "*circular*.parquet"),
+        schemas.three_dsr,
+        {"official": (SELECT, "choice")},
+        {"overall": {"all variants": 1}, "questions": None},
+    ),
+    "3dsrbench_vanilla": Benchmark(
+        "ccvl/3DSRBench",
+        ("3dsrbench_v1_vlmevalkit.tsv", "3dsr/*.parquet"),
+        schemas.three_dsr_vanilla,
+        {"official": (SELECT, "choice")},
+    ),
+    "vstar": Benchmark(
+        "lmms-lab-encoder/vstar-bench",
+        ("*.parquet", "test_questions.jsonl"),
+        schemas.vstar,
+        {"official": (LETTER, "choice")},
     ),
 }
 
 
+def find_benchmark(name: str) -> Benchmark:
+    """By its name in `BENCHMARKS`, or your own questions by their file. ValueError for neither."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    file = Path(name)
+    if file.suffix in (".json", ".jsonl", ".csv", ".tsv"):
+        if not file.exists():
+            raise ValueError(f"there is no file {name}: give your own questions, or one of {', '.join(BENCHMARKS)}")
+        return Benchmark(None, (file.name,), schemas.your_own, {"official": CHOICE})
+    close = difflib.get_close_matches(name, BENCHMARKS, n=1)
+    meant = (
+        f"did you mean {close[0]}?" if close else f"choose one of {', '.join(BENCHMARKS)}, or give a file of questions"
+    )
+    raise ValueError(f"there is no benchmark {name!r}: {meant}")
+
+
+def find_variant(name: str, variant: str | None) -> str:
+    """The variant, or the benchmark's first one. ValueError for one that it hasn't."""
+    variants = find_benchmark(name).variants
+    if variant is None:
+        return next(iter(variants))
+    if variant not in variants:
+        raise ValueError(f"{name} has the variants {', '.join(variants)}, not {variant!r}")
+    return variant
+
+
 def locate(name: str, data: str | None = None, revision: str | None = None, make: bool = True) -> tuple[Path, str]:
     """The benchmark's folder, downloaded or made if need be, and its revision: the Hub's commit, or of a local copy
-    the hash of the files with its questions. `data`: a folder or a name on the Hub, by default the benchmark's own.
-    `make`: the miniature's questions may be written to `data`, which it is the user's to say."""
-    benchmark = BENCHMARKS[name]
+    the hash of the files with its questions.
+
+    Args:
+        name: of `BENCHMARKS`, or a file with your own questions.
+        data: a folder or a name on the Hub, by default the benchmark's own; for your own questions where their images'
+            paths begin, by default their file's folder.
+        revision: of the data on the Hub.
+        make: the miniature's questions may be written to `data`, which it is the user's to say.
+    """
+    benchmark = find_benchmark(name)
+    if name not in BENCHMARKS:
+        folder = Path(data or Path(name).parent)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: give --data, where the images of {name} are")
+        return folder, _hash([Path(name)])
     if name == "miniature" and data is None:
         data = MINIATURE_FOLDER
     if name == "miniature" and not (Path(data) / "test.jsonl").exists():
@@ -141,72 +166,88 @@ def locate(name: str, data: str | None = None, revision: str | None = None, make
     if data is not None and Path(data).is_dir():
         if revision is not None:
             raise ValueError(f"{data} is a folder, which has no revision {revision!r}: leave it out")
-        files = question_files(Path(data), benchmark)
-        digest = hashlib.sha256()
-        for file in files:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        return Path(data), f"sha256:{digest.hexdigest()[:16]}"
+        return Path(data), _hash(question_files(Path(data), benchmark))
     if data is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", data):
         raise ValueError(f"{data} is neither a folder nor the name of a data set on the Hub")
+    if revision is not None and re.fullmatch(r"[0-9a-f]{7,39}", revision):
+        raise ValueError(f"revision {revision} is cut: the Hub wants all 40 digits of a commit")
     from huggingface_hub import snapshot_download
 
     repo = {"repo_id": data or benchmark.repo, "repo_type": "dataset"}
     wanted = [f"*{pattern}" for pattern in benchmark.files]
     folder = Path(snapshot_download(**repo, revision=revision, allow_patterns=wanted))
-    if question_files(folder, benchmark)[0].suffix != ".parquet":  # images in files of their own
+    if question_files(folder, benchmark)[0].suffix not in (".parquet", ".tsv"):  # images in files of their own
         snapshot_download(**repo, revision=folder.name, allow_patterns=["*.jpg", "*.png"])
     return folder, folder.name
 
 
+def _hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
 def question_files(folder: Path, benchmark: Benchmark) -> list[Path]:
     """The files with questions, of the first pattern that has any; ValueError if there are none."""
-    found = (sorted(folder.rglob(pattern)) for pattern in benchmark.files)
-    if not (files := next(filter(None, found), None)):
-        raise ValueError(f"{folder} has no {' or '.join(benchmark.files)}")
-    return [inside(folder, file.relative_to(folder)) for file in files]
+    for pattern in benchmark.files:
+        if files := sorted(folder.rglob(pattern)):
+            return [inside(folder, file.relative_to(folder)) for file in files]
+    raise ValueError(f"{folder} has no {' or '.join(benchmark.files)}")
 
 
 def load_questions(
     name: str, folder: Path, variant: str | None = None
 ) -> tuple[list[dict], Callable[[dict], str | Path | dict]]:
     """All questions of a benchmark in its folder, and a function from a question to its image (`open_image`'s
-    source). Images of parquet files stay on disk until they are asked for."""
-    benchmark = BENCHMARKS[name]
-    variant = variant or next(iter(benchmark.variants))
-    if variant not in benchmark.variants:
-        raise ValueError(f"{name} has the variants {', '.join(benchmark.variants)}, not {variant!r}")
+    source; ImageError if it has none). Images of parquet files stay on disk until they are asked for."""
+    benchmark = find_benchmark(name)
+    variant = find_variant(name, variant)
     suffix, scoring = benchmark.variants[variant]
-    rows, images = _rows(folder, question_files(folder, benchmark))
-    questions, places = [], {}
-    for number, row in enumerate(rows):
-        question = benchmark.read({**row, "row": number})
-        question["question"] += suffix
+    if name in BENCHMARKS:
+        rows, images = read_rows(folder, question_files(folder, benchmark))
+    else:
+        rows, images = read_rows(Path(name).parent, [Path(name)], image_folder=folder)
+    questions = []
+    image_of = {}
+    for number, (row, image) in enumerate(zip(rows, images, strict=True)):
+        row.values["row"] = number
+        question = benchmark.read(row)
+        if question is None:
+            continue
+        if suffix.strip() not in question["question"]:
+            question["question"] += suffix
         question["scoring"] = "exact" if scoring == "choice" and not question["choices"] else scoring
         if variant == "corrected" and question["id"] in MMVP_MISLABELLED:
             question["answer"] = "(a)" if question["answer"] == "(b)" else "(b)"
-        if question["id"] in places:
-            raise ValueError(f"{folder}: two questions have the id {question['id']!r}")
-        places[question["id"]] = number
+        if question["id"] in image_of:
+            raise ValueError(f"{row.file}, row {row.number}: two questions have the id {question['id']!r}")
+        image_of[question["id"]] = image
         questions.append(question)
-    return questions, lambda question: images[places[question["id"]]]
+    if len(questions) < len(rows):
+        logger.warning(
+            f"{name}: {len(rows) - len(questions):,} of {len(rows):,} questions are left out: several images"
+        )
+
+    def read_image(question: dict):
+        source = image_source(image_of[question["id"]])
+        if source is None:
+            raise ImageError(f"question {question['id']}", "its row has no image")
+        return source
+
+    return questions, read_image
 
 
-def _rows(folder: Path, files: Sequence[Path]) -> tuple[Sequence[dict], Sequence]:
-    """Rows without their images, and the images. ValueError for an image outside `folder`."""
-    if files[0].suffix == ".parquet":
-        import datasets  # of the extra "eval"; takes a second
-
-        data = datasets.Dataset.from_parquet(list(map(str, files)))
-        images = data.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]  # lazy
-        return data.remove_columns("image"), images
-    (file,) = files
-    if file.suffix == ".csv":
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            rows = list(csv.DictReader(opened))
-        names = [f"MMVP Images/{row['Index']}.jpg" for row in rows]
-    else:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        names = [row["filename"] for row in rows]
-    place = file.parent.relative_to(folder)
-    return rows, [inside(folder, place / name) for name in names]
+def evenly(questions: Sequence[dict], limit: int | None) -> list[dict]:
+    """About `limit` of the questions, evenly spaced through the file, so that every task is among them; pairs and
+    groups, which count as a whole, stay whole."""
+    units = {}
+    for question in questions:
+        units.setdefault(question.get("pair", question.get("group", question["id"])), []).append(question)
+    units = list(units.values())
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    wanted = max(1, limit * len(units) // len(questions))
+    places = np.linspace(0, len(units) - 1, wanted).round().astype(int)
+    return [question for place in places for question in units[place]]

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ola_vlm.targets.files import write_json, write_whole
 from ola_vlm.targets.images import open_image
@@ -34,18 +35,42 @@ td:first-child, td:last-child { text-align: left }
 .right::after { content: " \\2713" } .wrong::after { content: " \\2717" }"""
 
 
-def compare_records(records_a: Sequence[dict], records_b: Sequence[dict]) -> dict[str, dict]:
-    """`paired_comparison` (b minus a) for everything that scoring reports; ValueError if the questions differ."""
+# What two files must agree in, or their difference is no difference between models: field -> what it is called.
+SAME = {"question": "prompt", "answer": "truth", "choices": "options", "scoring": "scoring"}
+
+
+def differences(records_a: Sequence[dict], records_b: Sequence[dict]) -> list[str]:
+    """In what but the models the answers differ, so that their scores say nothing about these: variant, questions'
+    texts, truths. Empty if nothing does. ValueError if they aren't answers to the same questions at all."""
     runs = [records[0]["run"] for records in (records_a, records_b)]
     for name in ("benchmark", "revision"):
         if runs[0][name] != runs[1][name]:
             raise ValueError(f"the answers differ in their {name}: {runs[0][name]} and {runs[1][name]}")
-    rows_a, rows_b = scored_rows(records_a), scored_rows(records_b)
-    if [row["id"] for row in rows_a] != [row["id"] for row in rows_b]:
+    if [record["id"] for record in records_a] != [record["id"] for record in records_b]:
         raise ValueError("both files must answer the same questions in the same order")
-    a, b = (np.array([row["score"] for row in rows], float) for rows in (rows_a, rows_b))
+    notes = []
+    if runs[0].get("variant") != runs[1].get("variant"):
+        notes.append(f"variant: {runs[0].get('variant')} and {runs[1].get('variant')}")
+    for field, name in SAME.items():
+        differing = [a["id"] for a, b in zip(records_a, records_b, strict=True) if a.get(field) != b.get(field)]
+        if differing:
+            notes.append(f"{name}: of {len(differing):,} questions ({differing[0]} is the first)")
+    return notes
+
+
+def compare_records(records_a: Sequence[dict], records_b: Sequence[dict], anyway: bool = False) -> dict[str, dict]:
+    """`paired_comparison` (b minus a) for everything that scoring reports. ValueError if the questions differ, or, but
+    for `anyway`, if variant, prompt or truth do (`differences`)."""
+    notes = differences(records_a, records_b)
+    if notes and not anyway:
+        remedy = "ask both models with the same variant, or add --anyway to compare all the same"
+        raise ValueError(f"the answers differ in more than their models ({'; '.join(notes)}): {remedy}")
+    rows_a = scored_rows(records_a)
+    rows_b = scored_rows(records_b)
+    a = np.array([row["score"] for row in rows_a], float)
+    b = np.array([row["score"] for row in rows_b], float)
     compared = {}
-    for name, parts in strata(rows_a, runs[0]["benchmark"]).items():
+    for name, parts in strata(rows_a, records_a[0]["run"]["benchmark"]).items():
         indices = np.concatenate([i for _, i in parts])
         labels = np.repeat(range(len(parts)), [len(i) for _, i in parts])
         weights = [weight for weight, _ in parts]
@@ -64,7 +89,10 @@ def describe(compared: dict[str, dict]) -> list[list[str]]:
 
 
 def _thumbnail(source, side: int = 256) -> str:
-    image = open_image(source)
+    try:
+        image = open_image(source)
+    except (ValueError, OSError):  # counted as unanswered by both
+        image = Image.new("RGB", (side, side), "white")
     image.thumbnail((side, side))
     image.save(buffer := io.BytesIO(), "JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -85,16 +113,24 @@ CARD = """<div class="card"><img src="data:image/jpeg;base64,{image}" alt=""><di
 
 
 def page(
-    records_a: Sequence[dict], records_b: Sequence[dict], compared: dict[str, dict], read_image: Callable, limit: int
+    records_a: Sequence[dict],
+    records_b: Sequence[dict],
+    compared: dict[str, dict],
+    read_image: Callable,
+    limit: int,
+    notes: Sequence[str] = (),
 ) -> str:
     """The disagreements as an HTML page that needs no other file; at most about `limit` of them, equally many of each
-    task and spread evenly over it."""
+    task and spread evenly over it. `notes`: in what but the models they differ, said on top."""
     by_task = {record["task"]: [] for record in records_a}
     for pair in zip(records_a, records_b, strict=True):
         by_task[pair[0]["task"]].append((*pair, *(SCORERS[record["scoring"]](record) for record in pair)))
     run, models = records_a[0]["run"], [records[0]["run"]["model"] for records in (records_a, records_b)]
     parts = [f"<h1>{escape(run['benchmark'])}: where two models disagree</h1>"]
-    parts.append("<p>A: {}<br>B: {}</p><table>".format(*map(escape, models)))
+    parts.append("<p>A: {}<br>B: {}</p>".format(*map(escape, models)))
+    for note in notes:
+        parts.append(f"<p class='wrong'>They differ in more than the model: {escape(note)}</p>")
+    parts.append("<table>")
     for row in describe(compared):
         parts.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
     parts.append("</table>")
@@ -124,11 +160,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("b", metavar="B")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="default: comparison")
     parser.add_argument("--data", help="where the images are, if not where A found them")
+    anyway = "answers of two variants, prompts or truths, too; table and page say in what they differ"
+    parser.add_argument("--anyway", action="store_true", help=anyway)
     parser.add_argument("--limit", type=int, default=48, help="questions on the page at most (about 10 kB each)")
     args = parser.parse_args(argv)
     try:
         records_a, records_b = read_answers(args.a), read_answers(args.b)
-        compared = compare_records(records_a, records_b)
+        compared = compare_records(records_a, records_b, args.anyway)
+        notes = differences(records_a, records_b)
         run = records_a[0]["run"]
         known = None if run["revision"].startswith("sha256:") else run["revision"]
         place = {"data": args.data} if args.data else {"data": run["data"], "revision": known, "make": False}
@@ -136,12 +175,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if revision != run["revision"] and not (known and args.data):
             raise ValueError(f"{folder} holds other questions ({revision}) than those answered ({run['revision']})")
         read_image = load_questions(run["benchmark"], folder, run["variant"])[1]
-        text = page(records_a, records_b, compared, read_image, args.limit)
+        text = page(records_a, records_b, compared, read_image, args.limit, notes)
     except ValueError as error:
         raise SystemExit(f"ola-vlm compare: {error}") from error
     models = {letter: records[0]["run"] for letter, records in zip("AB", (records_a, records_b), strict=True)}
-    write_json(args.out / "comparison.json", {**models, "B - A": compared})
+    write_json(args.out / "comparison.json", {**models, "differ_in": notes, "B - A": compared})
     write_whole(args.out / "disagreements.html", text)
+    for note in notes:
+        print(f"they differ in more than the model: {note}")
     for name, *cells, test in describe(compared):
         print(f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells) + f"   {test}")
     print(f"disagreements: {args.out / 'disagreements.html'}")

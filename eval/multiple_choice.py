@@ -4,55 +4,15 @@ A question is `{"id", "image": path, "question": prompt and options, "choices": 
 `generate_answers` answers any other question, too.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from string import ascii_uppercase
 
 import torch
 
 from ola_vlm.targets.images import open_image
 
-# Tried from top to bottom; the first that names an offered letter decides. Capital letters only where a lower-case
-# one could be the article "a".
-CUE = r"(?i:answer|option|choice)\b(?i:\s+is)?(?i:\s+option)?[\s:*]*"
-RULES = [
-    re.compile(r"^\W*\(\s*([A-Za-z])\s*\)"),  # "(B)", "(B) 3", "**(b)**"
-    re.compile(r"^\W*([A-Za-z])\W*$"),  # "B", "b.", "B)"
-    re.compile(r"^\W*([A-Z])\s*[.:),]"),  # "B. 3", "B) because"
-    re.compile(CUE + r"\(\s*([A-Za-z])\s*\)"),  # "The answer is (B), not (A)"
-    re.compile(CUE + r"([A-Z])\b"),  # "The answer is B", "Answer: B"
-]
-HEDGE = re.compile(r"^\W*\(?[A-Z]\)?\s*(?:or|and|/|,)\s*\(?[A-Z]\b")  # "(A) or (B)" claims both: no answer
-PARENTHESISED = re.compile(r"\(\s*([A-Za-z])\s*\)")
-
-
-def parse_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The chosen option as "(A)", or None when the text names none or several of them.
-
-    Letters come first, then the options' own words ("3", "The left box."); a letter that was not offered is ignored.
-    """
-    offered = ascii_uppercase[: len(choices)]
-    if not text.strip() or HEDGE.search(text):
-        return None
-    for rule in RULES:
-        match = rule.search(text)
-        if match and match[1].upper() in offered:
-            return f"({match[1].upper()})"
-    letters = {letter.upper() for letter in PARENTHESISED.findall(text)} & set(offered)
-    if letters:
-        return f"({letters.pop()})" if len(letters) == 1 else None
-    # spaces make whole words: "1" is not named by "10"
-    words, options = f" {_plain(text)} ", [f" {_plain(choice)} " for choice in choices]
-    named = [i for i, option in enumerate(options) if option in words]
-    # "left" is inside "far left": an option that another named option contains does not count
-    named = [i for i in named if not any(i != j and options[i] in options[j] for j in named)]
-    return f"({offered[named[0]]})" if len(named) == 1 else None
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.findall(r"[\w.-]*\w", text.lower()))
+from .reading import parse_choice
 
 
 @torch.inference_mode()
@@ -79,12 +39,15 @@ def generate_answers(
     progress: Callable[[Iterable], Iterable] = iter,
     read_image: Callable[[dict], object] | None = None,
     save: Callable[[list[dict]], object] = lambda answered: None,
+    unreadable: Callable[[dict, Exception], object] | None = None,
 ) -> list[dict]:
     """The questions with the model's raw answer as `"output"`, in the given order, and `"prompt"`, the whole text.
 
     Greedy and left-padded, so that an answer does not depend on its batch mates. `progress` wraps the batches'
     iterator (`tqdm`); `read_image` gives a question's image (`open_image`'s source) instead of `image_folder`; `save`
-    gets each batch as soon as it is answered. The model's train/eval mode is put back afterwards.
+    gets each batch as soon as it is answered. `unreadable` gets a question whose image can't be opened, and the error,
+    and the question is left out; without it the error ends everything. The model's train/eval mode is put back
+    afterwards.
     """
     was_training = model.training
     model.eval()
@@ -94,10 +57,21 @@ def generate_answers(
     answered = {}
     try:
         for start in progress(range(0, len(order), batch_size)):
-            batch, chats = order[start : start + batch_size], []
-            for question in (questions[i] for i in batch):
-                image = {"type": "image", "image": open_image(read_image(question))}
-                chats.append([{"role": "user", "content": [image, {"type": "text", "text": question["question"]}]}])
+            batch = []
+            chats = []
+            for i in order[start : start + batch_size]:
+                try:
+                    image = open_image(read_image(questions[i]))
+                except (ValueError, OSError) as error:
+                    if unreadable is None:
+                        raise
+                    unreadable(questions[i], error)
+                    continue
+                batch.append(i)
+                content = [{"type": "image", "image": image}, {"type": "text", "text": questions[i]["question"]}]
+                chats.append([{"role": "user", "content": content}])
+            if not batch:
+                continue
             answers = answer_chats(model, processor, chats, do_sample=False, max_new_tokens=max_new_tokens)
             prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
             for i, prompt, answer in zip(batch, prompts, answers, strict=True):
@@ -105,7 +79,7 @@ def generate_answers(
             save([answered[i] for i in batch])
     finally:
         model.train(was_training)
-    return [answered[i] for i in range(len(questions))]
+    return [answered[i] for i in range(len(questions)) if i in answered]
 
 
 def is_correct(record: dict) -> bool:

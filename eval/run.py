@@ -12,16 +12,20 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import __version__
+from transformers.utils import logging
 
 from ola_vlm.inference.checkpoints import load_checkpoint, processes, weights_state
 
-from .benchmarks import BENCHMARKS, load_questions, locate
+from .benchmarks import BENCHMARKS, evenly, find_benchmark, find_variant, load_questions, locate
 from .multiple_choice import generate_answers
 from .scoring import table, write_results
+
+logger = logging.get_logger(__name__)
 
 
 def _read_lines(out: Path) -> Iterator[dict]:
@@ -32,12 +36,21 @@ def _read_lines(out: Path) -> Iterator[dict]:
                 yield json.loads(line)
 
 
-def answer(load: Callable, questions: list[dict], read_image: Callable, out: Path, run: dict, batch_size: int) -> None:
+def answer(
+    load: Callable,
+    questions: list[dict],
+    read_image: Callable,
+    out: Path,
+    run: dict,
+    batch_size: int,
+    count_unreadable: bool = False,
+) -> None:
     """Leaves out/answers.jsonl with all questions answered, in their order; goes on with what is there.
 
-    `load` gives (model, processor) and is called only if this process has something to do. Each process answers every
-    so-manieth question into a file of its own; the first one joins them. `run` says what makes these answers and goes
-    into every line. ValueError if `out` has another run's answers.
+    `load` gives (model, processor) and is called only if this process has something to do. Each of n processes answers
+    every nth question into a file of its own; the first process joins them. `run` says what makes these answers and
+    goes into every line. ValueError if `out` has another run's answers; and, once all others are answered, for
+    questions whose image can't be opened, unless they count as unanswered (`count_unreadable`).
     """
     state = processes()
     out.mkdir(parents=True, exist_ok=True)
@@ -60,11 +73,29 @@ def answer(load: Callable, questions: list[dict], read_image: Callable, out: Pat
                 part.flush()
                 bar.update(len(answered))
 
-            options = {"batch_size": batch_size, "max_new_tokens": run["max_new_tokens"]}
-            generate_answers(model, processor, todo, read_image=read_image, save=save, **options)
+            def unreadable(question: dict, error: Exception) -> None:
+                if count_unreadable:
+                    save([{**question, "prompt": "", "output": "", "unanswered": str(error)}])
+                else:
+                    logger.warning(f"question {question['id']} is left: {error}")
+
+            generate_answers(
+                model,
+                processor,
+                todo,
+                batch_size=batch_size,
+                max_new_tokens=run["max_new_tokens"],
+                read_image=read_image,
+                save=save,
+                unreadable=unreadable,
+            )
     state.wait_for_everyone()
     if state.is_main_process:
         done = {record["id"]: record for record in _read_lines(out)}
+        if left := [question["id"] for question in questions if question["id"] not in done]:
+            named = ", ".join(left[:5]) + ", ..." * (len(left) > 5)
+            remedy = "mend the files and run this again, or add --count_unreadable to count them as wrong"
+            raise ValueError(f"{len(left)} questions have no image that can be opened ({named}): {remedy}")
         unfinished = out / "answers.tmp"
         with unfinished.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(done[question["id"]]) + "\n" for question in questions)
@@ -77,12 +108,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="ola-vlm eval", description=__doc__, formatter_class=layout)
     parser.add_argument("checkpoint")
-    parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS))
-    parser.add_argument("--out", type=Path, required=True)
+    known = f"one or more of {', '.join(BENCHMARKS)}, or a file with your own questions (.json, .jsonl)"
+    parser.add_argument("--benchmark", required=True, nargs="+", metavar="NAME", help=known)
+    parser.add_argument("--out", type=Path, required=True, help="with several benchmarks each has a folder of its own")
     names = "; ".join(f"{name}: {', '.join(benchmark.variants)}" for name, benchmark in BENCHMARKS.items())
     parser.add_argument("--variant", help=f"prompt and scoring by name, the first is the default ({names})")
-    parser.add_argument("--data", help="folder with the benchmark's files, or a name on the Hub (default: its own)")
-    parser.add_argument("--revision", help="of the data on the Hub")
+    data = (
+        "folder with the benchmark's files, or a name on the Hub (default: its own); of your own questions the images'"
+    )
+    parser.add_argument("--data", help=data)
+    parser.add_argument("--revision", help="of the data on the Hub, all 40 digits")
+    parser.add_argument("--limit", type=int, help="ask about this many questions only, evenly spaced")
+    unreadable = "questions whose image can't be opened count as unanswered (default: they stop it in the end)"
+    parser.add_argument("--count_unreadable", action="store_true", help=unreadable)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=16)
     dtypes = "float32, bfloat16, ... (auto: the checkpoint's, float32 on a CPU)"
@@ -90,26 +128,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device_map", help="auto, cuda:1, ... (default: each process its own device)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     args = parser.parse_args(argv)
-    state, benchmark = processes(), BENCHMARKS[args.benchmark]
     try:
+        _evaluate(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"ola-vlm eval: {error}") from error
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    # What costs nothing to see is seen before anything is downloaded, rendered or loaded.
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit is {args.limit}: give a number of questions")
+    if len(args.benchmark) > 1 and (args.data or args.revision):
+        raise ValueError("--data and --revision are one benchmark's: give one --benchmark with them")
+    variants = {name: find_variant(name, args.variant) for name in args.benchmark}
+    folders = {name: args.out / Path(name).stem if len(variants) > 1 else args.out for name in variants}
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(f"two benchmarks would share a folder: {', '.join(map(str, folders.values()))}")
+    weights = weights_state(args.checkpoint)
+
+    @cache
+    def load():
+        return load_checkpoint(args.checkpoint, args.dtype, args.device_map, args.trust_remote_code)
+
+    state = processes()
+    for name, variant in variants.items():
         with state.main_process_first():  # the others find what it has downloaded or made
-            folder, revision = locate(args.benchmark, args.data, args.revision)
-        questions, read_image = load_questions(args.benchmark, folder, args.variant)
+            folder, revision = locate(name, args.data, args.revision)
+        questions, read_image = load_questions(name, folder, variant)
+        questions = evenly(questions, args.limit)
         run = {
-            "benchmark": args.benchmark,
-            "variant": args.variant or next(iter(benchmark.variants)),
-            "data": args.data or benchmark.repo or str(folder),
+            "benchmark": name,
+            "variant": variant,
+            "data": args.data or find_benchmark(name).repo or str(folder),
             "revision": revision,
             "questions": len(questions),
             "model": args.checkpoint,
-            "weights": weights_state(args.checkpoint),
+            "weights": weights,
             "dtype": args.dtype,
             "max_new_tokens": args.max_new_tokens,
             "transformers": __version__,
         }
-        how = (args.checkpoint, args.dtype, args.device_map, args.trust_remote_code)
-        answer(lambda: load_checkpoint(*how), questions, read_image, args.out, run, args.batch_size)
+        if args.limit is not None:
+            run["limit"] = args.limit
+        answer(load, questions, read_image, folders[name], run, args.batch_size, args.count_unreadable)
         if state.is_main_process:
-            print(table(write_results(args.out)))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ola-vlm eval: {error}") from error
+            print(table(write_results(folders[name])))
+
+
+if __name__ == "__main__":
+    main()

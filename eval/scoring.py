@@ -13,9 +13,12 @@ import numpy as np
 
 from ola_vlm.targets.files import write_json
 
-from .benchmarks import BENCHMARKS
-from .multiple_choice import is_correct, parse_choice
+from .benchmarks import BENCHMARKS, MEAN_OF_TASKS
+from .multiple_choice import is_correct
+from .reading import final_answer, parse_choice
 from .vqa import vqa_accuracy
+
+OF_QUESTIONS = ("pair", "all variants")  # tasks whose rows are made of several questions
 
 
 def _plain(text: str) -> str:
@@ -24,27 +27,37 @@ def _plain(text: str) -> str:
 
 SCORERS = {
     "choice": is_correct,
-    "exact": lambda record: _plain(record["output"]) == _plain(record["answer"]),
-    "vqa": lambda record: vqa_accuracy(record["output"], record["answer"]),
+    "exact": lambda record: _plain(final_answer(record["output"])) == _plain(record["answer"]),
+    "vqa": lambda record: vqa_accuracy(final_answer(record["output"]), record["answer"]),
 }
 
 
 def scored_rows(records: Sequence[dict]) -> list[dict]:
     """What a benchmark's mean runs over, `{"id", "task", "source", "score": 0 to 1}`: its questions; then MMVP's pairs
-    as a task "pair", whose score is the lower of the two."""
-    rows = [
-        {name: r[name] for name in ("id", "task", "source")} | {"score": SCORERS[r["scoring"]](r)} for r in records
-    ]
+    as a task "pair", and 3DSRBench's groups as a task "all variants", whose score is the lowest of their questions'.
+    Questions and groups are counted apart: what belongs to no source has None."""
+    rows = []
     pairs = {}
-    for record, row in zip(records, rows, strict=True):
+    groups = {}
+    for record in records:
+        row = {name: record[name] for name in ("id", "task", "source")}
+        row["score"] = SCORERS[record["scoring"]](record)
+        rows.append(row)
         if "pair" in record:
             pairs.setdefault(record["pair"], []).append(row)
+        if "group" in record:
+            groups.setdefault((record["group"], record["group_source"]), []).append(row)
     for pair, of_pair in pairs.items():
         if len(of_pair) != 2:
             raise ValueError(f"pair {pair} has {len(of_pair)} answered questions instead of 2")
-        score = min(row["score"] for row in of_pair)
-        rows.append({"id": f"pair {pair}", "task": "pair", "source": of_pair[0]["source"], "score": score})
+        rows.append({"id": f"pair {pair}", "task": "pair", "source": None, "score": _lowest(of_pair)})
+    for (group, source), of_group in groups.items():
+        rows.append({"id": f"group {group}", "task": "all variants", "source": source, "score": _lowest(of_group)})
     return rows
+
+
+def _lowest(rows: Sequence[dict]) -> float:
+    return min(row["score"] for row in rows)
 
 
 def strata(rows: Sequence[dict], benchmark: str) -> dict[str, list[tuple[float, list[int]]]]:
@@ -54,16 +67,23 @@ def strata(rows: Sequence[dict], benchmark: str) -> dict[str, list[tuple[float, 
     labels = {"task": {}, "source": {}}
     for i, row in enumerate(rows):
         for kind, of_kind in labels.items():
-            of_kind.setdefault(row[kind], []).append(i)
-    members, found = labels["source"] | labels["task"], {}
-    for name, weights in BENCHMARKS[benchmark].headline.items():
+            if row[kind] is not None:
+                of_kind.setdefault(row[kind], []).append(i)
+    members = {**labels["source"], **labels["task"]}
+    questions = [i for i, row in enumerate(rows) if row["task"] not in OF_QUESTIONS]
+    headline = BENCHMARKS[benchmark].headline if benchmark in BENCHMARKS else {"overall": None}  # your own questions
+    reported = {}
+    for name, weights in headline.items():
         if weights is None:
-            found[name] = [(1, list(range(len(rows))))]
+            reported[name] = [(1, questions)]
+        elif weights == MEAN_OF_TASKS:
+            reported[name] = [(1 / len(labels["task"]), indices) for indices in labels["task"].values()]
         elif weights.keys() <= members.keys():
-            found[name] = [(weight, members[label]) for label, weight in weights.items()]
+            reported[name] = [(weight, members[label]) for label, weight in weights.items()]
     for kind, of_kind in labels.items():
-        found |= {f"{kind}/{label}": [(1, indices)] for label, indices in of_kind.items()}
-    return found
+        for label, indices in of_kind.items():
+            reported[f"{kind}/{label}"] = [(1, indices)]
+    return reported
 
 
 def score_records(records: Sequence[dict], benchmark: str) -> dict[str, dict]:
@@ -86,7 +106,13 @@ def read_answers(path: str | Path) -> list[dict]:
     path = Path(path) / "answers.jsonl" if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise ValueError(f"{path} is not there: `ola-vlm eval` writes it when all questions are answered")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: no JSON: {error}") from error
     if not records or any(record.get("run", {}) != records[0].get("run") for record in records):
         raise ValueError(f"{path} must hold the answers of one run, it has those of none or several")
     total = records[0]["run"]["questions"]
@@ -98,11 +124,18 @@ def read_answers(path: str | Path) -> list[dict]:
 def write_results(path: str | Path) -> dict:
     """Scores the file (or the folder's) and writes results.json beside it."""
     records = read_answers(path)
-    choices = [record for record in records if record["scoring"] == "choice"]
+    unanswered = [record["id"] for record in records if "unanswered" in record]
+    choices = [record for record in records if record["scoring"] == "choice" and "unanswered" not in record]
     unread = sum(parse_choice(record["output"], record["choices"]) is None for record in choices)
     run = records[0]["run"]
     scores = score_records(records, run["benchmark"])
-    results = {"run": run, "generation": records[0]["generation"], "unreadable_choices": unread, "scores": scores}
+    results = {
+        "run": run,
+        "generation": records[0]["generation"],
+        "unreadable_choices": unread,
+        "unanswered": unanswered,
+        "scores": scores,
+    }
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     write_json(folder / "results.json", results)
     return results
@@ -114,6 +147,8 @@ def table(results: dict) -> str:
     for name, one in results["scores"].items():
         lines.append(f"{name:<28} {100 * one['score']:6.1f} ± {100 * one['standard_error']:4.1f} {one['n']:>7,}")
     lines.append(f"{results['unreadable_choices']} answers named no option, or several: wrong")
+    if results["unanswered"]:
+        lines.append(f"{len(results['unanswered'])} questions without a readable image: unanswered, wrong")
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """Every benchmark's files in its own schema, made from a few scenes of the miniature."""
 
+import base64
 import csv
+import io
 import json
 from functools import cache
 from pathlib import Path
@@ -131,6 +133,77 @@ def da2k(folder: Path) -> dict[str, np.ndarray]:
     return truth
 
 
+def some_questions(count: int) -> list[dict]:
+    """One about left and right first."""
+    return sorted(scenes()[1], key=lambda q: q["choices"][-1] != "right")[:count]
+
+
+def blink(folder: Path) -> None:
+    images = scenes()[0]
+    for task in ("Counting", "Jigsaw"):
+        rows = []
+        for n, q in enumerate(some_questions(4)):
+            image = images[q["scene"]]
+            row = {"idx": f"val_{task}_{n}", "sub_task": task, "question": "?", "image_1": image}
+            row["image_2"] = image if task == "Jigsaw" else None
+            row |= {"image_3": None, "image_4": None, "choices": q["choices"], "answer": q["answer"]}
+            rows.append(row | {"prompt": q["question"]})
+        path = folder / task / "val-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True)
+        data = datasets.Dataset.from_list(rows)
+        for name in ("image_1", "image_2", "image_3", "image_4"):
+            data = data.cast_column(name, datasets.Image())
+        data.to_parquet(str(path))
+
+
+def _base64(image: Image.Image) -> str:
+    image.save(buffer := io.BytesIO(), "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def three_dsr_rows(variants: tuple[str, ...]) -> list[dict]:
+    """VLMEvalKit's form: an image that an earlier row has is the index of that row."""
+    images = scenes()[0]
+    rows = []
+    for n, q in enumerate(some_questions(3)):
+        first = len(rows)
+        for variant in variants:
+            image = _base64(images[q["scene"]]) if len(rows) == first else str(first)
+            row = {"index": len(rows), "image": image, "question": q["question"].split(" (A)")[0] + "?"}
+            row |= dict.fromkeys("ABCD", "") | dict(zip("ABCD", q["choices"], strict=False))
+            row["answer"] = q["answer"][1]
+            row["category"] = ("height_higher", "multi_object_facing")[n % 2]
+            rows.append(row | {"qid": f"Q{n}{variant}"})
+    return rows
+
+
+def _tsv(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def three_dsr(folder: Path) -> None:
+    _tsv(folder / "3dsrbench_v1_vlmevalkit_circular.tsv", three_dsr_rows(("", "-1", "-flip", "-flip-1")))
+
+
+def three_dsr_vanilla(folder: Path) -> None:
+    _tsv(folder / "3dsrbench_v1_vlmevalkit.tsv", three_dsr_rows(("", "-flip")))
+
+
+def vstar(folder: Path) -> None:
+    images, asked, _ = scenes()
+    rows = []
+    for n, q in enumerate(asked):
+        options = "\n".join(f"({letter}) {choice}" for letter, choice in zip("ABCD", q["choices"], strict=False))
+        row = {"image": images[q["scene"]], "text": f"{q['question'].split(' (A)')[0]}?\n{options}"}
+        category = ("direct_attributes", "relative_position")[n % 2]
+        rows.append(row | {"label": q["answer"][1], "category": category, "question_id": f"{n}"})
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows)
+
+
 WRITERS = {
     "miniature": cvbench_older,
     "cvbench": cvbench,
@@ -138,4 +211,8 @@ WRITERS = {
     "realworldqa": realworldqa,
     "okvqa": okvqa,
     "mmvp": mmvp,
+    "blink": blink,
+    "3dsrbench": three_dsr,
+    "3dsrbench_vanilla": three_dsr_vanilla,
+    "vstar": vstar,
 }

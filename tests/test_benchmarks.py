@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ola_vlm.eval import compare, run, scoring
-from ola_vlm.eval.benchmarks import BENCHMARKS, load_questions, locate, read_options
+from ola_vlm.eval.benchmarks import BENCHMARKS, evenly, load_questions, locate
 from ola_vlm.eval.compare import compare_records
 from ola_vlm.eval.dense import (
     confusion_matrix,
@@ -38,6 +38,7 @@ from ola_vlm.eval.dense import (
     mean_iou,
     reference_mean_iou,
 )
+from ola_vlm.eval.question_files import Row, read_options
 from ola_vlm.eval.scoring import read_answers, score_records
 from ola_vlm.eval.vqa import normalize_answer, vqa_accuracy
 from ola_vlm.miniature import world
@@ -84,14 +85,22 @@ EXPECTED = {  # what a question's prompt ends with, and how it is scored
     ),
     ("mmvp", "official"): ("far? (a) Near (b) Far away", "choice"),
     ("mmvp", "corrected"): ("far? (a) Near (b) Far away", "choice"),
+    ("blink", "official"): ("(B) right", "choice"),
+    ("3dsrbench", "official"): ("B. right\nPlease select the correct answer from the options above. \n", "choice"),
+    ("3dsrbench_vanilla", "official"): (
+        "B. right\nPlease select the correct answer from the options above. \n",
+        "choice",
+    ),
+    ("vstar", "official"): (f"(B) right\n{LETTER}.", "choice"),
 }
+COUNTS = {"mmvp": 6, "blink": 4, "3dsrbench": 12, "3dsrbench_vanilla": 6}
 
 
 @pytest.mark.parametrize(("name", "variant"), EXPECTED)
 def test_questions_and_images(folders, name, variant):
     questions, read_image = load_questions(name, folders[name], variant)
     images, asked, _ = scenes()
-    assert len(questions) == (6 if name == "mmvp" else len(asked))
+    assert len(questions) == COUNTS.get(name, len(asked))
     ending, how = EXPECTED[name, variant]
     question = next(q for q in questions if q["question"].endswith(ending))
     assert question["scoring"] == how and question["id"] not in ("", None)
@@ -100,7 +109,8 @@ def test_questions_and_images(folders, name, variant):
         return
     found = [open_image(read_image(q)) for q in questions]
     scene = [next(i for i, image in enumerate(images) if image.tobytes() == one.tobytes()) for one in found]
-    assert sorted(scene) == [q["scene"] for q in asked]
+    if name not in COUNTS:
+        assert sorted(scene) == [q["scene"] for q in asked]
     for i, q in zip(scene, questions, strict=True):
         assert q["question"].startswith(
             tuple(q["question"].split(" (A)")[0].split("?")[0] for q in asked if q["scene"] == i)
@@ -191,6 +201,111 @@ def test_the_miniatures_questions_are_the_studys_form(tmp_path):
     assert open_image(read_image(questions[0])).size == (world.SIZE, world.SIZE)
 
 
+# Files that differ a little -----------------------------------------------------------------------------------------
+def test_headers_and_answers_in_other_spellings(folders, tmp_path):
+    text = (folders["mmvp"] / "Questions.csv").read_text()
+    for spelling in ("lndex,Question,Options,Correct Answer", "index,question,options,correct_answer"):
+        folder = tmp_path / spelling[:5]
+        (folder / "MMVP Images").mkdir(parents=True)
+        lines = text.replace("Index,Question,Options,Correct Answer", spelling).splitlines()
+        lines[1] = lines[1].replace(",(a)", ",A. Near")
+        lines[2] = lines[2].replace(",(b)", ",Far away")
+        (folder / "Questions.csv").write_text("\n".join([*lines[:2], "", ",,,", *lines[2:]]) + "\n")
+        assert load_questions("mmvp", folder)[0] == load_questions("mmvp", folders["mmvp"])[0]
+
+
+def cvbench_line(**changes) -> dict:
+    row = {"idx": 0, "type": "2D", "task": "Count", "source": "COCO", "choices": ["1", "2"], "answer": "(B)"}
+    return {**row, "prompt": "how many ?", "filename": "img/a.png", **changes}
+
+
+@pytest.mark.parametrize("choices", ['["1", "2"]', "['1', '2']", "(A) 1 (B) 2", "1\n2", ["1", "2"]])
+@pytest.mark.parametrize("answer", ["b", "B", "(B)", "B. 2", "2", "b) two"])
+def test_choices_as_text_and_answers_in_any_form(choices, answer, tmp_path):
+    line = json.dumps(cvbench_line(choices=choices, answer=answer))
+    (tmp_path / "test.jsonl").write_text(f"\n{line}\n\n")
+    (question,) = load_questions("cvbench", tmp_path)[0]
+    assert question["choices"] == ["1", "2"] and question["answer"] == "(B)"
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (cvbench_line(answer="E"), "row 2: column 'answer' holds 'E', which is none of the 2 options"),
+        (cvbench_line(choices="one"), "row 2: column 'choices' holds 'one': it must list two options or more"),
+        (cvbench_line(task=None), "row 2: column 'task' is empty"),
+        ({"idx": 1, "type": "2D"}, r"row 2: column 'choices' is missing \(there are idx, type\)"),
+        ([1], "row 2: it must be an object of columns"),
+    ],
+)
+def test_what_cannot_be_read_is_named_by_file_row_and_column(line, complaint, tmp_path):
+    (tmp_path / "test.jsonl").write_text(f"{json.dumps(cvbench_line())}\n{json.dumps(line)}\n")
+    with pytest.raises(ValueError, match=f"test.jsonl, {complaint}"):
+        load_questions("cvbench", tmp_path)
+    (tmp_path / "test.jsonl").write_text(f"{json.dumps(cvbench_line())}\n{{\n")
+    with pytest.raises(ValueError, match=r"test.jsonl, row 2: no JSON"):
+        load_questions("cvbench", tmp_path)
+
+
+def test_questions_about_several_pictures_are_left_out_and_counted(folders, caplog):
+    questions, read_image = load_questions("blink", folders["blink"])
+    assert {question["task"] for question in questions} == {"Counting"}
+    assert "4 of 8 questions are left out" in caplog.text
+    assert open_image(read_image(questions[0])).size == (world.SIZE, world.SIZE)
+
+
+def test_a_group_counts_only_if_all_its_variants_are_right(folders):
+    questions, _ = load_questions("3dsrbench", folders["3dsrbench"])
+    assert {question["group"] for question in questions} == {"Q0", "Q1", "Q2"}
+    records = [{**question, "output": question["answer"]} for question in questions]
+    records[1]["output"] = "E"
+    scores = score_records(records, "3dsrbench")
+    assert scores["overall"]["score"] == pytest.approx(2 / 3) and scores["overall"]["n"] == 3
+    assert scores["questions"]["score"] == pytest.approx(11 / 12) and scores["questions"]["n"] == 12
+    assert scores["source/height"]["n"] == 2 and scores["source/multi"]["n"] == 1
+
+
+def test_blink_is_the_mean_of_its_subtasks():
+    records = [record("A", task="Counting", source="BLINK") for _ in range(3)]
+    records.append(record("B", task="Spatial_Relation", source="BLINK"))
+    assert score_records(records, "blink")["overall"]["score"] == 0.5
+
+
+OWN = [
+    {"image": "0.png", "question": "what ? (A) cube (B) ball", "choices": ["cube", "ball"], "answer": "(B)"},
+    {"id": "x", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\ncolor ?"}]},
+    {"image": "0.png", "question": "which ?", "choices": ["red", "blue"], "answer": "blue", "task": "color"},
+]
+OWN[1]["conversations"].append({"from": "gpt", "value": "Red."})
+
+
+def test_your_own_questions(checkpoint, tmp_path, capsys):
+    scenes()[0][0].save(tmp_path / "0.png")
+    (tmp_path / "mine.json").write_text(json.dumps(OWN))
+    out = tmp_path / "out"
+    run.main([checkpoint, "--benchmark", str(tmp_path / "mine.json"), "--out", str(out), "--max_new_tokens", "2"])
+    records = read_answers(out)
+    assert [(r["id"], r["task"], r["scoring"], r["answer"]) for r in records] == [
+        ("0", "all", "choice", "(B)"),
+        ("x", "all", "exact", "Red."),
+        ("2", "color", "choice", "(B)"),
+    ]
+    assert records[1]["question"] == "color ?" and records[2]["question"] == "which ?\n(A) red\n(B) blue"
+    assert "overall" in capsys.readouterr().out
+    compare.main([str(out), str(out), "--out", str(tmp_path / "c")])
+    assert "overall" in capsys.readouterr().out
+    (tmp_path / "mine.json").write_text(json.dumps([{"image": "0.png", "question": "what ?"}]))
+    with pytest.raises(ValueError, match="row 1: column 'answer' is missing"):
+        load_questions(str(tmp_path / "mine.json"), tmp_path)
+
+
+def test_a_limit_keeps_tasks_and_pairs():
+    questions = [{"id": str(n), "pair": n // 2} for n in range(20)]
+    chosen = evenly(questions, 6)
+    assert [q["id"] for q in chosen] == ["0", "1", "8", "9", "18", "19"]
+    assert evenly(questions, None) == evenly(questions, 50) == questions
+
+
 # Answers ------------------------------------------------------------------------------------------------------------
 def ask(checkpoint, name, folder, out, *more):
     run.main(
@@ -216,6 +331,44 @@ def test_every_benchmark_from_files_to_scores(folders, checkpoint, tmp_path, cap
         assert capsys.readouterr().out == printed
         assert json.loads((tmp_path / name / "results.json").read_text()) == results
         assert results["scores"]["overall"]["n"] > 0
+
+
+def test_several_benchmarks_in_one_command(folders, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        scenes()[0][0].save(tmp_path / name / "0.png")
+        (tmp_path / f"{name}/{name}.json").write_text(json.dumps(OWN))
+    loads = []
+    load = run.load_checkpoint
+    monkeypatch.setattr(run, "load_checkpoint", lambda *args, **kwargs: loads.append(1) or load(*args, **kwargs))
+    arguments = [checkpoint, "--benchmark", "a/a.json", "b/b.json", "--out", "out", "--max_new_tokens", "2"]
+    run.main([*arguments, "--limit", "2"])
+    assert [len(read_answers(f"out/{name}")) for name in ("a", "b")] == [2, 2]
+    assert loads == [1]
+    with pytest.raises(SystemExit, match="there is no benchmark 'mvp': did you mean mmvp"):
+        run.main([*arguments[:1], "--benchmark", "mvp", "--out", "out"])
+    monkeypatch.setattr(run, "locate", lambda *args: pytest.fail("nothing is looked up before the rest is right"))
+    with pytest.raises(SystemExit, match="there is no folder /no/such"):
+        run.main(["/no/such", "--benchmark", "cvbench", "--out", "out"])
+    with pytest.raises(SystemExit, match="cvbench has the variants official, paper, not 'x'"):
+        run.main([checkpoint, "--benchmark", "cvbench", "--out", "out", "--variant", "x"])
+
+
+def test_an_image_that_cannot_be_opened_never_ends_a_long_run(checkpoint, tmp_path, capsys):
+    scenes()[0][0].save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"no image")
+    rows = [*OWN, {**OWN[0], "image": "1.png"}, {**OWN[0], "image": None}]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    arguments = [checkpoint, "--benchmark", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out")]
+    arguments += ["--max_new_tokens", "2", "--batch_size", "2"]
+    with pytest.raises(SystemExit, match=r"2 questions have no image that can be opened \(3, 4\): .*count_unreadable"):
+        run.main(arguments)
+    run.main([*arguments, "--count_unreadable"])  # the others' answers are kept
+    assert "2 questions without a readable image: unanswered, wrong" in capsys.readouterr().out
+    records = read_answers(tmp_path / "out")
+    assert [record["id"] for record in records if "unanswered" in record] == ["3", "4"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["unanswered"] == ["3", "4"]
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(folders, checkpoint, tmp_path, monkeypatch):
@@ -306,6 +459,7 @@ def test_cvbench_weighs_sources_as_its_authors_do():
         "2D": 0.5,  # by source, where the mean over questions would be 3 / 4
         "3D": 0.5,
         "overall": 0.5,
+        "plain": 4 / 6,
         "task/Count": 1,
         "task/Relation": 0,
         "task/Depth": 0,
@@ -357,7 +511,7 @@ def test_letters_are_read_where_the_options_are_not():
     for garbage in ("???", "", " ", "E"):
         assert score_records([record(garbage, "B", choices=[""] * 4)], "mmstar")["overall"]["score"] == 0
     row = {"index": 0, "question": "Which?", "answer": "C", "category": "math", "l2_category": "x"}
-    assert BENCHMARKS["mmstar"].read(row)["choices"] == [""] * 4
+    assert BENCHMARKS["mmstar"].read(Row(row, Path("mmstar"), 1))["choices"] == [""] * 4
 
 
 @pytest.mark.parametrize(
@@ -482,13 +636,43 @@ def test_compare_names_its_test_and_weighs_like_the_score():
         as_run([record("dog", answers, how="vqa", task="t", source="ADE20K") for _ in range(9)], "v")
         for answers in (["dog"] * 2 + ["cat"] * 8, ["dog"] * 10)
     ]
-    soft = compare_records(*vqa)["source/ADE20K"]
+    soft = compare_records(*vqa, anyway=True)["source/ADE20K"]  # other truths
     assert soft["difference"] == pytest.approx(0.4) and soft["test"].startswith("sign-flip")
     assert soft["p"] == pytest.approx(2 / 2**9, rel=0.6)
     with pytest.raises(ValueError, match="same questions in the same order"):
         compare_records(a, b[::-1])
     with pytest.raises(ValueError, match="differ in their revision"):
         compare_records(a, [r | {"run": r["run"] | {"revision": "sha256:1"}} for r in b])
+
+
+def test_answers_to_other_prompts_are_no_difference_between_models():
+    a = as_run([record("A"), record("B")], "a")
+    for change, complaint in [
+        ({"answer": "(B)"}, "truth: of 2 questions"),
+        ({"question": "how many ?"}, "prompt: of 2 questions"),
+        ({"choices": ["3", "2"]}, "options: of 2 questions"),
+    ]:
+        b = [{**one, **change} for one in a]
+        with pytest.raises(ValueError, match=complaint):
+            compare_records(a, b)
+        assert compare_records(a, b, anyway=True)["plain"]["n"] == 2
+    b = [{**one, "run": {**one["run"], "variant": "paper"}} for one in a]
+    with pytest.raises(ValueError, match=r"variant: x and paper.*--anyway"):
+        compare_records(a, b)
+    page = compare.page(a, b, compare_records(a, b, anyway=True), None, 8, compare.differences(a, b))
+    assert "They differ in more than the model: variant: x and paper" in page
+
+
+def test_a_pair_is_not_counted_among_its_questions():
+    records = [record("(a)", "(a)", "question", "MMVP", pair=n // 2, id=str(n)) for n in range(4)]
+    scores = score_records(records, "mmvp")
+    assert {name: one["n"] for name, one in scores.items()} == {
+        "overall": 2,
+        "questions": 4,
+        "task/question": 4,
+        "task/pair": 2,
+        "source/MMVP": 4,
+    }
 
 
 def test_the_page_shows_where_two_models_disagree(folders, checkpoint, tmp_path, capsys):

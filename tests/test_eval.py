@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from conftest import random_image
 
-from ola_vlm.eval.multiple_choice import generate_answers, is_correct, parse_choice, score
+from ola_vlm.eval.multiple_choice import generate_answers, is_correct, score
+from ola_vlm.eval.reading import parse_choice
 from ola_vlm.eval.statistics import compare_answers, paired_comparison
 from ola_vlm.targets.encoders import open_image
 from ola_vlm.training.data import OlaVlmCollator

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ola_vlm.eval.multiple_choice import parse_choice
+from ola_vlm.eval.reading import parse_choice
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
