@@ -208,8 +208,8 @@ def test_headers_and_answers_in_other_spellings(folders, tmp_path):
         folder = tmp_path / spelling[:5]
         (folder / "MMVP Images").mkdir(parents=True)
         lines = text.replace("Index,Question,Options,Correct Answer", spelling).splitlines()
-        lines[1] = lines[1].replace(",(a)", ",A. Near")
-        lines[2] = lines[2].replace(",(b)", ",Far away")
+        lines[1] = lines[1].removesuffix("(a)") + "A. Near"
+        lines[2] = lines[2].removesuffix("(b)") + "Far away"
         (folder / "Questions.csv").write_text("\n".join([*lines[:2], "", ",,,", *lines[2:]]) + "\n")
         assert load_questions("mmvp", folder)[0] == load_questions("mmvp", folders["mmvp"])[0]
 
