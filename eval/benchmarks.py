@@ -212,7 +212,7 @@ def load_questions(
     questions = []
     image_of = {}
     for number, (row, image) in enumerate(zip(rows, images, strict=True)):
-        row.values["row"] = number
+        row.place = number
         question = benchmark.read(row)
         if question is None:
             continue

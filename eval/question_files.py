@@ -31,6 +31,7 @@ class Row:
         self.values = values
         self.file = file
         self.number = number
+        self.place = number - 1  # among the rows of all files
         self._spelled = {}
         for name in values:
             self._spelled.setdefault(_spelling(name), name)
@@ -50,6 +51,11 @@ class Row:
             state = "is empty" if _spelling(name) in self._spelled else f"is missing (there are {known})"
             raise self.problem(name, state)
         return value
+
+    def name(self, *columns: str) -> str:
+        """The row's id by the first of these columns that it has, else its place among all rows."""
+        value = self.get(*columns)
+        return str(self.place if value is None else value)
 
     def is_blank(self) -> bool:
         return all(value is None or value == "" for value in self.values.values())

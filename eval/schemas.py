@@ -40,10 +40,11 @@ def mmstar(row: Row) -> dict:
 
 
 def realworldqa(row: Row) -> dict:
-    is_letter = re.fullmatch(r"\W*[A-D]\W*", str(row["answer"])) is not None
+    letters = "[A-Da-d]" if read_options(row["question"]) else "[A-D]"
+    is_letter = re.match(rf"\W*{letters}\s*(?:[.:)\]]|$)", str(row["answer"])) is not None
     choices, answer = _listed_options(row) if is_letter else ([], row["answer"])
     return {
-        "id": str(row["row"]),
+        "id": str(row.place),
         "task": "choice" if is_letter else "short",
         "source": "RealWorldQA",
         "question": row["question"],
@@ -120,7 +121,7 @@ def vstar(row: Row) -> dict:
     columns = {**row.values, "question": row["text"], "answer": row["label"]}
     choices, letter = _listed_options(Row(columns, row.file, row.number))
     return {
-        "id": str(row.get("question_id", "index") or row["row"]),
+        "id": row.name("question_id", "index"),
         "task": row["category"],
         "source": "V*Bench",
         "question": row["text"],
@@ -161,7 +162,7 @@ def your_own(row: Row) -> dict:
                 raise
             choices = []  # a free answer to a text that happens to look like options
     return {
-        "id": str(row.get("id", "question_id", "idx") or row["row"]),
+        "id": row.name("id", "question_id", "idx"),
         "task": str(row.get("task", "category") or "all"),
         "source": row.file.name,
         "question": question,
