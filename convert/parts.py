@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 
-import jinja2
 import torch
 from torch import Tensor
 from transformers import (
@@ -15,36 +14,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..configuration_ola_vlm import OlaVlmConfig, normalize_task, task_token_strings
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
 from ..targets.encoders import OF_VISION_TOWER, has_preprocessing, load_vision_config, vision_preprocessing
 from ..targets.loading import load_whole
-
-IMAGE_TOKEN = "<image>"
-# Put before a template that takes text only: content parts become text, an image being its token and a line break.
-PARTS_TO_TEXT = (
-    "{% set chat = namespace(messages=[]) %}{% for message in messages %}"
-    "{% set text = namespace(value=message['content']) %}{% if text.value is not string %}{% set text.value = '' %}"
-    "{% for part in message['content'] %}{% set text.value = text.value ~ ('IMAGE\n' if part['type'] == 'image' else "
-    "part['text']) %}{% endfor %}{% endif %}"
-    "{% set chat.messages = chat.messages + [dict(message, content=text.value)] %}{% endfor %}"
-    "{% set messages = chat.messages %}{{ '' }}"  # the last so that no line break after a tag is lost
-).replace("IMAGE", IMAGE_TOKEN)
-
-
-def taking_images(chat_template: str | None, **special_tokens: str) -> str | None:
-    """The template, made to take content parts if it takes text only, as those of text-only LLMs do."""
-    if not chat_template:
-        return chat_template
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}]
-    try:
-        (text,), _ = render_jinja_template([chat], chat_template=chat_template, **special_tokens)
-    except (jinja2.TemplateError, TypeError):
-        text = ""
-    return chat_template if IMAGE_TOKEN in text and "probe" in text else PARTS_TO_TEXT + chat_template
+from ..training.chat_template import IMAGE_TOKEN, default_template, fit_chat_template, taking_images
 
 
 def build_processor(
@@ -62,6 +38,7 @@ def build_processor(
     crops (the teachers see the same square); with `geometry` "reference" it crops the middle square, as the reference
     implementation does. Adds `<image>` and the task tokens to the tokenizer. `statistics`: (mean, std) of the tower's
     pixel values, CLIP's by default. `class_tokens`: of the tower, one of which the `strategy` "default" leaves out.
+    `chat_template`: the tokenizer's by default, or what can be trained with in its place (`fit_chat_template`).
     """
     if geometry not in ("pad", "reference"):
         raise ValueError(f'geometry {geometry!r} is unknown: choose "pad" or "reference"')
@@ -76,9 +53,13 @@ def build_processor(
     if tokenizer.pad_token is None:  # Llama-3's has none; labels and masks go by position, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     class_token = {"num_additional_image_tokens": class_tokens, "vision_feature_select_strategy": strategy}
-    template = taking_images(chat_template or tokenizer.chat_template, **tokenizer.special_tokens_map)
+    template = chat_template or default_template(tokenizer.chat_template)
+    template = taking_images(template, **tokenizer.special_tokens_map)
     options = {"chat_template": template, "task_tokens": task_tokens, **class_token}
-    return OlaVlmProcessor(image_processor, tokenizer, patch_size=vision_config.patch_size, **options)
+    processor = OlaVlmProcessor(image_processor, tokenizer, patch_size=vision_config.patch_size, **options)
+    with contextlib.suppress(ValueError):  # which training raises
+        fit_chat_template(processor)
+    return processor
 
 
 def build_config(text_config, vision_config, tasks, token_ids: list[int], num_tokens: int, **fields) -> OlaVlmConfig:

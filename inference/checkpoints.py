@@ -28,6 +28,7 @@ from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
 from ..targets.loading import check_place, find_file, load_whole, loading_from, one_line, read_json_object
 from ..training.attach import PREDICTORS_FILE, attach_predictors
+from ..training.chat_template import check_chat_template
 
 ADAPTER = "adapter_config.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -112,7 +113,9 @@ def read_processor(
     _, processor_class = classes_of(checkpoint, fields, trust_remote_code, llava_as_ours)
     code = {"trust_remote_code": trust_remote_code} if processor_class is AutoProcessor else {}
     with loading_from(checkpoint, weights=False):
-        return processor_class.from_pretrained(checkpoint, **code)
+        processor = processor_class.from_pretrained(checkpoint, **code)
+        check_chat_template(processor)
+        return processor
 
 
 def read_checkpoint(

@@ -3,31 +3,22 @@
 N images of the batch in the order of their placeholders, Q queries, E target width.
 """
 
-import itertools
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..configuration_ola_vlm import task_token_strings
 from ..targets.encoders import Motion
+from .chat_template import PROBE, fit_chat_template
 from .rows import BadRow, open_source
 
 IGNORE_INDEX = -100
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MARKS = re.compile("[\ufdd0\ufdd1]")  # around answers; code points that no text has
-PROBE = [
-    {"role": role, "content": [{"type": "image"}] * (text == "one") + [{"type": "text", "text": text}]}
-    for role, text in zip(["user", "assistant"] * 2, ["one", "two", "three", "four"], strict=True)
-]
 
 TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E) fp32
 
@@ -55,12 +46,13 @@ class Sample(NamedTuple):
 class OlaVlmCollator:
     """Rows -> a batch, right-padded, its labels on the assistant's spans, end of turn included.
 
-    It gives the ids that `processor.apply_chat_template` gives, 30 times faster: images are expanded on ids. The spans
-    are those that the template marks with `{% generation %}`; without marks, each answer and the end of turn after it.
+    It gives the ids that `processor.apply_chat_template` gives, 30 times faster: images are expanded on ids.
+    `ChatTemplate` says where the assistant speaks.
 
     Args:
         processor: an `OlaVlmProcessor` (or `LlavaProcessor`) whose chat template takes content parts and whose image
-            processor gives all images the same size.
+            processor gives all images the same size. If its template can't be trained with, it gets one that can
+            (`fit_chat_template`), so that what is saved with the model is what it was trained with.
         target_sources: task name -> function from N images to their (N, Q, E) targets: a cache or an encoder.
         tasks: `config.tasks`; says the shape of the targets.
         max_length: rows of more tokens are bad rows, or
@@ -87,7 +79,6 @@ class OlaVlmCollator:
         tokenizer = processor.tokenizer
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token before training")
-        self.chat_template = processor.chat_template or tokenizer.chat_template or ""
         self.processor, self.max_length, self.truncate = processor, max_length, truncate
         self.drop_bad_rows, self.targets_later = drop_bad_rows, targets_later
         self.target_sources = target_sources or {}
@@ -96,8 +87,10 @@ class OlaVlmCollator:
         vocabulary, task_tokens = tokenizer.get_added_vocab(), task_token_strings(tasks)
         task_ids = [vocabulary[token] for token in task_tokens if token in vocabulary]
         self.reserved = np.unique([*self.image_ids, *task_ids])  # what only an image may put into the chat
-        self.end_of_turn = ""
-        self.end_of_turn = self._check_template()
+        self.chat_template = fit_chat_template(processor)
+        text, _ = self._render(PROBE)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.reserved_per_image = np.isin(ids, self.reserved).sum()
 
     def __call__(self, rows: Sequence[dict]) -> dict:
         samples, dropped = [], {"bad_rows": [], "long_rows": []}
@@ -168,7 +161,7 @@ class OlaVlmCollator:
 
     def encode(self, row: dict) -> Encoded:
         tokenizer = self.processor.tokenizer
-        text, spans = self._text_and_spans(row["messages"])
+        text, spans = self.chat_template.text_and_spans(row["messages"])
         # The processor's own rule, so that training sees the ids of inference.
         has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
@@ -199,54 +192,8 @@ class OlaVlmCollator:
         expansion = self.processor.replace_image_token({"pixel_values": blank}, 0)
         return np.array(self.processor.tokenizer(expansion, add_special_tokens=False)["input_ids"])
 
-    def _check_template(self) -> str:
-        """What the chat template writes after an answer, end of turn; ValueError if it can't be trained with."""
-        if not self.chat_template:
-            raise ValueError("no chat template: give one, model_overrides={'chat_template': ...}")
-        text, spans = self._text_and_spans(PROBE)
-        if text.count(self.processor.image_token) != 1 or len(spans) != 2:
-            what = (
-                f"the chat template must write {self.processor.image_token} for an image and mark (or write) 2 answers"
-            )
-            raise ValueError(f"{what} in this chat: {text}")
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        self.reserved_per_image = np.isin(ids, self.reserved).sum()
-        for turn, (start, _) in zip((1, 3), spans, strict=True):
-            prompt, _ = self._render(PROBE[:turn], add_generation_prompt=True)
-            if not text.startswith(prompt) or text[len(prompt) : start].strip():
-                what = f"the chat template's prompt {prompt!r} is not what stands before the answer in {text!r}"
-                raise ValueError(f"{what}: give a template of your own, model_overrides={{'chat_template': ...}}")
-        # What follows an answer before a question, at the end, and before another answer has the turn's end in common.
-        prompt, _ = self._render(PROBE, add_generation_prompt=True)
-        tails = text[spans[0][1] :], text[spans[1][1] :], prompt[spans[1][1] :]
-        common = sum(itertools.takewhile(bool, (len(set(chars)) == 1 for chars in zip(*tails, strict=False))))
-        tokens = self.processor.tokenizer(tails[0], add_special_tokens=False, return_offsets_mapping=True)
-        common = max((stop for _, stop in tokens["offset_mapping"] if stop <= common), default=0)  # whole tokens only
-        return tails[0][:common].rstrip()
-
-    def _text_and_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The chat, and where in it the assistant speaks: answers with their end of turn, in order."""
-        if GENERATION.search(self.chat_template):
-            return self._render(messages, return_assistant_tokens_mask=True)
-        plain, _ = self._render(messages)
-        marked, _ = self._render([_marked(m) if m["role"] == "assistant" else m for m in messages])
-        pieces, spans = MARKS.split(marked), []
-        text = pieces[0]
-        for answer, after in zip(pieces[1::2], pieces[2::2], strict=True):
-            turn = answer + (self.end_of_turn if after.startswith(self.end_of_turn) else "")
-            spans.append((len(text), len(text + turn)))
-            text += answer + after
-        if text != plain:
-            raise BadRow("malformed", "the chat template changes the answers: mark them in it with {% generation %}")
-        return text, spans
-
     def _render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
-        options |= self.processor.tokenizer.special_tokens_map
-        try:
-            texts, spans = render_jinja_template([messages], chat_template=self.chat_template, **options)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise BadRow("malformed", f"the chat template refuses it: {error}") from error
-        return texts[0], spans[0] if spans else []
+        return self.chat_template.render(messages, **options)
 
     def _pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
         return self.processor(images=images, return_tensors="pt")["pixel_values"]
@@ -384,14 +331,6 @@ def _left(samples: list[Sample], wrong: dict[int, BadRow], dropped: dict[str, li
     for i, bad_row in wrong.items():
         _drop(dropped, samples[i].id, bad_row)
     return [sample for i, sample in enumerate(samples) if i not in wrong]
-
-
-def _marked(answer: dict) -> dict:
-    """The answer between marks, white space around it outside: a template may strip it."""
-    texts = [part["text"] for part in answer["content"]]
-    texts[0] = re.sub(r"^\s*", "\\g<0>\ufdd0", texts[0])
-    texts[-1] = re.sub(r"\s*$", "\ufdd1\\g<0>", texts[-1], count=1)
-    return {**answer, "content": [{"type": "text", "text": text} for text in texts]}
 
 
 def _pad(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:

@@ -35,6 +35,16 @@ PROBLEMS = {  # kind -> what a report calls it
     "target": "no usable target",
 }
 CHUNK = 1 << 24  # bytes of a JSON file that are parsed at once
+LONGEST = 400  # characters of a stranger's text in a message
+
+
+def brief(value) -> str:
+    """The value as one line of text, its middle left out if it is long: an image as base64, a whole chat."""
+    text = str(value)
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]} ... {text[-half:]} ({len(text):,} characters)"
+    return " ".join(text.split())
 
 
 class BadRow(ValueError):
@@ -42,7 +52,8 @@ class BadRow(ValueError):
 
     def __init__(self, kind: str, reason: str):
         super().__init__(kind, reason)
-        self.kind, self.reason = kind, reason
+        self.kind = kind
+        self.reason = brief(reason)
 
     def __str__(self) -> str:
         return self.reason
