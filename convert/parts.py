@@ -1,5 +1,6 @@
 """Build an OLA-VLM (or, with no tasks, a LLaVA) from a pretrained vision tower, LLM and tokenizer."""
 
+import contextlib
 import copy
 import dataclasses
 

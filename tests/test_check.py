@@ -130,6 +130,18 @@ def test_command(mixed, tmp_path, capsys, tiny_parts, make_model, monkeypatch):
     assert any(line.split()[-1] == "0" for line in capsys.readouterr().out.splitlines() if "longer than" in line)
 
 
+def test_command_prints_no_image_in_full(tmp_path, capsys):
+    url = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "QUJD" * 5000}}
+    samples = [llava_sample(i, image=image) for i, image in enumerate(["QUJD" * 5000, "https://host/a.png"])]
+    samples.append({"id": "url", "messages": [{"role": "user", "content": [url]}]})
+    samples.append({"id": "turn", "conversations": [{"from": "human"}]})
+    with pytest.raises(SystemExit):
+        cli.main(["check-data", "--data", str(write_llava(tmp_path, samples))])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("row ")]
+    assert len(lines) == 4 and max(map(len, lines)) < 200
+    assert not any("KeyError" in line for line in lines)
+
+
 def test_command_on_files_and_on_a_checkpoint(tmp_path, capsys, tiny_parts):
     (tmp_path / "images").mkdir()
     random_image(0).save(tmp_path / "images" / "a.png")

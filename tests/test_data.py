@@ -391,16 +391,19 @@ TEMPLATES = {  # name -> template, end-of-sequence token, what is supervised of 
 }
 
 
-def byte_processor(template, eos="</s>"):
-    """A processor whose tokens are single characters and special tokens, so that ids can be read."""
+def byte_tokenizer(eos="</s>"):
+    """A tokenizer whose tokens are single characters and special tokens, so that ids can be read."""
     characters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=characters, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
     tokenizer.add_tokens(SPECIAL, special_tokens=True)
-    return build_processor(
-        tokenizer, SimpleNamespace(image_size=32, patch_size=8), tiny_tasks(), chat_template=template
-    )
+    return tokenizer
+
+
+def byte_processor(template, eos="</s>"):
+    tower = SimpleNamespace(image_size=32, patch_size=8)
+    return build_processor(byte_tokenizer(eos), tower, tiny_tasks(), chat_template=template)
 
 
 def supervised_spans(collator, row):

@@ -1,12 +1,14 @@
 """Vision towers and language models of several families: from their checkpoints to two stages of training and back."""
 
 import json
+from importlib.resources import files
 
 import pytest
 import timm
 import torch
-from conftest import encode, make_tokenizer, random_rows, tiny_tasks
+from conftest import encode, make_tokenizer, random_image, random_rows, tiny_tasks
 from safetensors.torch import save_file
+from test_data import byte_tokenizer
 from tiny_teachers import VISION_MODELS, save_vision
 from training_helpers import llava_sample, losses, target_source, weights, write_llava
 from transformers import (
@@ -24,12 +26,15 @@ from transformers import (
 )
 
 from ola_vlm import cli, train
+from ola_vlm.chat import Chat
 from ola_vlm.convert.export import export_llava
 from ola_vlm.convert.parts import build_ola_vlm, measure_tower
 from ola_vlm.convert.tower import convert_tower
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.rows import load_rows
 
 SIZES = {
     "hidden_size": 32,
@@ -95,6 +100,46 @@ def test_any_causal_language_model(tiny_parts, tmp_path, monkeypatch, name):
     with torch.no_grad():
         answer = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert not set(answer[:, batch["input_ids"].shape[1] :].flatten().tolist()) & set(model.config.task_token_ids)
+
+
+def test_the_documented_qwen3_command(tiny_parts, tmp_path, monkeypatch, capsys):
+    """Qwen3's own template writes a thinking block before the last answer only. From the command to an answer."""
+    folder = tmp_path / "qwen3"
+    tokenizer = byte_tokenizer("<|im_end|>")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "head_dim": 8}
+    AutoModelForCausalLM.from_config(Qwen3Config(**sizes, tie_word_embeddings=True)).save_pretrained(folder)
+    sample = llava_sample("0")
+    sample["conversations"] += llava_sample("0", image=None)["conversations"]
+    data = write_llava(tmp_path, [sample] * 4, ["a.png"])
+
+    def sources(args, tasks, rows):
+        return {task["name"]: target_source(task) for task in tasks}
+
+    monkeypatch.setattr(train, "target_sources", sources)
+    command = ["train", "--recipe", "llama3_vit_pretrain", "--language_model", str(folder), "--model_overrides", "{}"]
+    command += ["--tasks", json.dumps(tiny_tasks()), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    command += ["--vision_tower", tiny_parts.vision_tower, "--data", str(data), "--image_folder", str(tmp_path)]
+    command += ["--bf16", "false", "--dataloader_num_workers", "0", "--per_device_train_batch_size", "2"]
+    cli.main([*command, "--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "true"])
+
+    chat = Chat.load(tmp_path / "out")
+    trained = OlaVlmCollator(chat.processor)
+    row = load_rows(str(data))[0]
+    text = trained.encode(row).text
+    opening = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    for turn in (1, 3):
+        messages = row["messages"][:turn]
+        prompt = chat.processor.apply_chat_template(messages, add_generation_prompt=True)
+        assert prompt.endswith(opening) and text.startswith(prompt + "the cube<|im_end|>")
+    labels = trained([row])["labels"]
+    assert chat.tokenizer.decode(labels[labels != -100]) == "the cube<|im_end|>" * 2
+    question = [{"type": "image", "image": random_image(0)}, {"type": "text", "text": "what is this ?"}]
+    ids = chat.inputs([{"role": "user", "content": question}])["input_ids"]
+    assert chat.tokenizer.decode(ids[0]).endswith(opening)
 
 
 def save_open_clip(folder, file_name="open_clip_pytorch_model.bin", without=()):

@@ -142,6 +142,29 @@ def test_files_that_are_not_rows_are_refused(tmp_path, text, message):
         (llava_sample(0, image={"bytes": None, "path": None}), "malformed", "image is None"),
         (llava_sample(0, image={"bytes": "x"}), "malformed", "image is None"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "malformed", "content part"),
+        ({"conversations": [{"from": "gpt"}]}, "malformed", "a turn or a content part has no 'value'$"),
+        ({"messages": [{"content": "x"}]}, "malformed", "a turn or a content part has no 'role'$"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "malformed", "has no 'type'$"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "malformed", "has no 'text'$"),
+        ({"messages": [{"role": "user", "content": None}]}, "malformed", "content is None.*a text or a list of parts"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "malformed", r"role is \['user'\].*give a text"),
+        ({"messages": [None]}, "malformed", "a turn is None.*give an object"),
+        ({"messages": None, "conversations": None}, "malformed", "nor TRL's messages, but"),
+        ({"messages": {"role": ["user"]}}, "malformed", "messages is {'role'.*give a list"),
+        (llava_sample(0, image="https://host/a.png"), "malformed", "is a URL, https://host/a.png: nothing is downl"),
+        (llava_sample(0, image="data:image/png;base64,iVBO"), "malformed", "is inline, as text .*save it as a file"),
+        (llava_sample(0, image="iVBORw0KGgoAAAANSU"), "malformed", "is inline, as text"),
+        (llava_sample(0, image="QUJD" * 1000), "malformed", "is inline, as text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:" * 9999}}]}]},
+            "malformed",
+            'list its file under "images"',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+            "malformed",
+            '1 <image> placeholders for 0 images: the row lists their files under "images"',
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>"}]}]},
             "malformed",
@@ -160,6 +183,30 @@ def test_bad_rows_say_what_is_wrong(tmp_path, broken, kind, message):
     assert row["bad_row"].kind == kind and not row.keys() & {"images", "messages"}
     with pytest.raises(BadRow, match=message):
         raise row["bad_row"]
+    assert len(str(row["bad_row"])) < 500 and "not iterable" not in str(row["bad_row"])
+
+
+@pytest.mark.parametrize("chunk", [2000, 1 << 20])
+@pytest.mark.parametrize(
+    "value", ["[" * 5000 + '"]"' + "]" * 5000, '{"a":' * 5000 + r'"}\"" ' + "}" * 5000, "9" * 5000, "-" + "9" * 5000]
+)
+@pytest.mark.parametrize("lines", [True, False])
+def test_values_that_json_cannot_read_make_a_bad_row(tmp_path, monkeypatch, chunk, value, lines):
+    monkeypatch.setattr("ola_vlm.training.rows.CHUNK", chunk)
+    fine = json.dumps(llava_sample("fine", image=None))
+    odd = f'{{"id": "odd", "conversations": [], "more": {value}}}'
+    joined = "\n".join([fine, odd, fine]) if lines else f"[{fine}, {odd}, {fine}]"
+    (tmp_path / "data.json").write_text(joined)
+    rows = load_rows(str(tmp_path / "data.json"))
+    assert len(rows) == 3 and [row["id"] for row in rows] == ["fine", "1", "fine"]
+    bad_row = rows[1]["bad_row"]
+    assert bad_row.kind == "malformed" and "it can't be parsed: " in str(bad_row) and len(str(bad_row)) < 500
+
+
+def test_brackets_without_end_are_said_with_the_file(tmp_path):
+    (tmp_path / "data.json").write_text('[{"id": ' + "[" * 5000)
+    with pytest.raises(ValueError, match=r"data\.json, byte 1: not valid JSON, or cut off"):
+        load_rows(str(tmp_path / "data.json"))
 
 
 def test_links_within_the_image_folder_and_to_it_are_fine(tmp_path):

@@ -25,6 +25,7 @@ from ..targets.images import ImageError, open_image, source_name
 logger = logging.get_logger(__name__)
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+KINDS = {str: "a text", list: "a list", dict: "an object", (str, list): "a text or a list of parts"}
 PROBLEMS = {  # kind -> what a report calls it
     "malformed": "not in a known form",
     "outside": "image outside image_folder",
@@ -35,6 +36,10 @@ PROBLEMS = {  # kind -> what a report calls it
     "target": "no usable target",
 }
 CHUNK = 1 << 24  # bytes of a JSON file that are parsed at once
+BRACKETS = re.compile(r'"(?:[^"\\]|\\.?)*(?:"|\Z)|[{}\[\]]', re.DOTALL)  # and strings, whose brackets are text
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# base64 of PNG's, JPEG's, GIF's and WebP's first bytes, or of any; no path has a name of 1,000 characters.
+INLINE = re.compile(r"data:|iVBORw0KGgo|/9j/|R0lGOD|UklGR|[A-Za-z0-9+/=\s]{1000}")
 LONGEST = 400  # characters of a stranger's text in a message
 
 
@@ -80,7 +85,8 @@ class JsonRows(Sequence):
 
 def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
     """(start, stop) in bytes of every object of the file, which is read in pieces."""
-    scan, between = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,\[\]]*")
+    scan = json.JSONDecoder(parse_int=float).raw_decode  # an int of thousands of digits is refused when it is a row
+    between = re.compile(r"[ \t\r\n,\[\]]*")
     decode, text = codecs.getincrementaldecoder("utf-8")().decode, ""
     with open(path, "rb") as file:
         offset = 3 if file.read(3) == codecs.BOM_UTF8 else file.seek(0)
@@ -100,12 +106,27 @@ def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
                     _, position = scan(text, start)
                 except json.JSONDecodeError:  # this piece is done; the object goes on in the next one
                     break
+                except RecursionError:
+                    end = _end_of_nested(text, start)
+                    if end is None:
+                        break
+                    position = end
                 size = position - start if text.isascii() else len(text[start:position].encode())
                 yield offset, offset + size
                 offset += size
             text = text[position:]
     if text:
         raise ValueError(f"{path}, byte {offset}: not valid JSON, or cut off: {text[:20]!r}")
+
+
+def _end_of_nested(text: str, start: int) -> int | None:
+    """Where the object ends that begins at `start` and is nested too deeply for `json`; None if it isn't whole."""
+    depth = 0
+    for token in BRACKETS.finditer(text, start):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
+        if depth == 0:
+            return token.end()
+    return None
 
 
 class Rows(Dataset):
@@ -126,7 +147,11 @@ class Rows(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         index = int(self.indices[i])
-        row = read_row(self.source[index], index, self.image_folder)
+        try:
+            sample = self.source[index]
+        except (RecursionError, ValueError) as error:  # nested too deeply, a number of too many digits
+            return {"id": str(index), "bad_row": BadRow("malformed", f"it can't be parsed: {error}")}
+        row = read_row(sample, index, self.image_folder)
         if self.other_image is not None and "images" in row:
             row["target_images"] = [self.other_image[path] for path in row["images"]]
         return row
@@ -309,7 +334,9 @@ def read_row(sample: dict, index: int | str, image_folder: str) -> dict:
         return {"id": name, "images": images, "messages": _messages(sample, len(images))}
     except BadRow as bad_row:
         return {"id": name, "bad_row": bad_row}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        return {"id": name, "bad_row": BadRow("malformed", f"a turn or a content part has no {error}")}
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         return {"id": name, "bad_row": BadRow("malformed", f"{type(error).__name__}: {error}")}
 
 
@@ -326,6 +353,10 @@ def _source(image, folder: str) -> str | dict | Image.Image:
     image = image.get("path") if isinstance(image, dict) else image
     if not isinstance(image, str):
         raise BadRow("malformed", f"an image is {image!r:.50}: give its path, or its bytes in a data set")
+    if INLINE.match(image):
+        raise BadRow("malformed", f"an image is inline, as text ({image:.30}...): save it as a file, give its path")
+    if URL.match(image):
+        raise BadRow("malformed", f"an image is a URL, {image}: nothing is downloaded, give the path of a file")
     path = os.path.join(folder, image)
     real, real_folder = os.path.realpath(path), os.path.realpath(folder)
     if os.path.commonpath([real, real_folder]) != real_folder:
@@ -337,14 +368,16 @@ def _source(image, folder: str) -> str | dict | Image.Image:
 
 def _messages(sample: dict, num_images: int) -> list[dict]:
     is_llava = sample.get("conversations") is not None
-    if not is_llava and "messages" not in sample:
+    if not is_llava and sample.get("messages") is None:
         raise BadRow("malformed", f"neither LLaVA's conversations nor TRL's messages, but {sorted(sample)}")
-    messages, placeholders = [], 0
-    for turn in sample["conversations" if is_llava else "messages"]:
-        speaker, content = (turn["from"], turn["value"]) if is_llava else (turn["role"], turn["content"])
-        if speaker not in ROLES:
+    turns, speaks, says = ("conversations", "from", "value") if is_llava else ("messages", "role", "content")
+    messages = []
+    placeholders = 0
+    for turn in _checked(sample[turns], list, turns):
+        speaker = _checked(turn, dict, "a turn")[speaks]
+        if _checked(speaker, str, speaks) not in ROLES:
             raise BadRow("malformed", f"unknown speaker {speaker!r}, not one of {list(ROLES)}")
-        parts = _parts(content)
+        parts = _parts(_checked(turn[says], (str, list), says))
         count = sum(part["type"] == "image" for part in parts)
         if count and ROLES[speaker] != "user":
             raise BadRow("malformed", "<image> may stand in the human's turns only")
@@ -354,8 +387,16 @@ def _messages(sample: dict, num_images: int) -> list[dict]:
     if not is_llava and not placeholders and questions:
         questions[0]["content"][:0] = [{"type": "image"}] * num_images
     elif placeholders != num_images:
-        raise BadRow("malformed", f"{placeholders} <image> placeholders for {num_images} images")
+        where = "" if is_llava else ': the row lists their files under "images"'
+        raise BadRow("malformed", f"{placeholders} <image> placeholders for {num_images} images{where}")
     return messages
+
+
+def _checked(value, kind: type | tuple[type, ...], name: str):
+    """The value, if it is of the kind. TypeError that says what it is."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r:.50}, a {type(value).__name__}: give {KINDS[kind]}")
+    return value
 
 
 def _parts(content: str | list[dict]) -> list[dict]:
@@ -364,9 +405,16 @@ def _parts(content: str | list[dict]) -> list[dict]:
         return [{"type": "image"}] * content.count("<image>") + [text]
     parts = []
     for part in content:
-        if part["type"] not in ("image", "text") or (part["type"] == "text" and "<image>" in part["text"]):
-            raise BadRow("malformed", f"content part {part}: parts are images, or texts without <image>")
-        parts.append({"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]})
+        kind = _checked(part, dict, "a content part")["type"]
+        if kind == "image_url":
+            where = 'list its file under "images", the part is {"type": "image"}'
+            raise BadRow("malformed", f"a content part is an image_url: {where}")
+        if kind == "image":
+            parts.append({"type": "image"})
+        elif kind == "text" and "<image>" not in _checked(part["text"], str, "the text of a content part"):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            raise BadRow("malformed", f"content part {part!r:.100}: parts are images, or texts without <image>")
     return parts
 
 
