@@ -227,12 +227,9 @@ def fit_chat_template(processor) -> ChatTemplate:
     if not own:
         raise ValueError("no chat template: give one, model_overrides={'chat_template': ...}")
     _check_limits(own)
-    candidates = (
-        ChatTemplate(text, processor.tokenizer, processor.image_token) for text in _candidates(own, processor)
-    )
     endless = None
     reason = None
-    for candidate in candidates:
+    for candidate in _candidates(own, processor):
         try:
             candidate.check()
         except ValueError as error:
@@ -256,16 +253,18 @@ def fit_chat_template(processor) -> ChatTemplate:
     return candidate
 
 
-def _candidates(own: str, processor) -> Iterator[str]:
+def _candidates(own: str, processor) -> Iterator[ChatTemplate]:
     """Templates to try, the best first."""
-    yield own
+    yield ChatTemplate(own, processor.tokenizer, processor.image_token)
     for template in (own, training_template(own, processor.tokenizer)):
-        chat = ChatTemplate(template or "", processor.tokenizer, processor.image_token)
+        if template is None:
+            continue
+        chat = ChatTemplate(template, processor.tokenizer, processor.image_token)
         try:
             changed = _with_openings(chat)
         except ValueError:  # why the processor's own doesn't fit is what the user will read
             continue
-        yield changed
+        yield ChatTemplate(changed, processor.tokenizer, processor.image_token)
 
 
 def training_template(chat_template: str, tokenizer) -> str | None:
@@ -294,12 +293,11 @@ def _with_openings(chat: ChatTemplate) -> str:
     if not surplus and not opening.strip(" "):
         return chat.template
     template = chat.template.removesuffix("\n")  # which Jinja leaves out at a template's end only
+    opening = json.dumps(opening, ensure_ascii=False)
     if not surplus:
-        return template + "{% if add_generation_prompt %}{{ OPENING }}{% endif %}".replace(
-            "OPENING", json.dumps(opening)
-        )
-    prompt = f"chat_text.removesuffix({json.dumps(surplus)}) ~ {json.dumps(opening)}"
-    asking = f"{{% set chat_text %}}{template}{{% endset %}}{{{{ {prompt} }}}}"
+        return f"{template}{{% if add_generation_prompt %}}{{{{ {opening} }}}}{{% endif %}}"
+    surplus = json.dumps(surplus, ensure_ascii=False)
+    asking = f"{{% set chat_text %}}{template}{{% endset %}}{{{{ chat_text.removesuffix({surplus}) ~ {opening} }}}}"
     # Twice, because marks lose their places in a block.
     return f"{{% if add_generation_prompt %}}{asking}{{% else %}}{template}{{% endif %}}"
 
