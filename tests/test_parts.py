@@ -9,7 +9,7 @@ import torch
 from conftest import encode, make_tokenizer, random_image, random_rows, tiny_tasks
 from safetensors.torch import save_file
 from test_data import byte_tokenizer
-from tiny_teachers import VISION_MODELS, save_vision
+from tiny_teachers import VISION_MODELS, save_clip_image, save_vision
 from training_helpers import llava_sample, losses, target_source, weights, write_llava
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +32,7 @@ from ola_vlm.convert.parts import build_ola_vlm, measure_tower
 from ola_vlm.convert.tower import convert_tower
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.targets.encoders import ClipImageEncoder
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.data import OlaVlmCollator
 from ola_vlm.training.rows import load_rows
@@ -102,7 +103,7 @@ def test_any_causal_language_model(tiny_parts, tmp_path, monkeypatch, name):
     assert not set(answer[:, batch["input_ids"].shape[1] :].flatten().tolist()) & set(model.config.task_token_ids)
 
 
-def test_the_documented_qwen3_command(tiny_parts, tmp_path, monkeypatch, capsys):
+def test_the_documented_qwen3_command(tiny_parts, tmp_path):
     """Qwen3's own template writes a thinking block before the last answer only. From the command to an answer."""
     folder = tmp_path / "qwen3"
     tokenizer = byte_tokenizer("<|im_end|>")
@@ -116,13 +117,14 @@ def test_the_documented_qwen3_command(tiny_parts, tmp_path, monkeypatch, capsys)
     sample["conversations"] += llava_sample("0", image=None)["conversations"]
     data = write_llava(tmp_path, [sample] * 4, ["a.png"])
 
-    def sources(args, tasks, rows):
-        return {task["name"]: target_source(task) for task in tasks}
-
-    monkeypatch.setattr(train, "target_sources", sources)
+    save_clip_image(tmp_path / "teacher")
+    teacher = {"encoder": "clip_image", "path": str(tmp_path / "teacher")}
+    encoder = ClipImageEncoder.from_pretrained(teacher["path"], 1)
+    task = {**tiny_tasks()[0], "target_length": encoder.target_length, "target_dim": encoder.target_dim}
     command = ["train", "--recipe", "llama3_vit_pretrain", "--language_model", str(folder), "--model_overrides", "{}"]
-    command += ["--tasks", json.dumps(tiny_tasks()), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    command += ["--tasks", json.dumps([task]), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
     command += ["--vision_tower", tiny_parts.vision_tower, "--data", str(data), "--image_folder", str(tmp_path)]
+    command += ["--teachers", json.dumps({"gen": teacher}), "--target_cache", ""]
     command += ["--bf16", "false", "--dataloader_num_workers", "0", "--per_device_train_batch_size", "2"]
     cli.main([*command, "--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "true"])
 
