@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -50,14 +51,17 @@ class AnswerQuestions(TrainerCallback):
         self.is_scored = all({"choices", "answer"} <= question.keys() for question in self.questions)
 
     def on_evaluate(self, args, state, control, metrics, model, processing_class, **kwargs):
-        answered = generate_answers(
-            model,
-            processing_class,
-            self.questions,
-            self.image_folder,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-        )
+        is_mixed = args.bf16 or args.fp16
+        # As in training: adapters and projector may be float32 in a model of bfloat16.
+        with torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16, enabled=is_mixed):
+            answered = generate_answers(
+                model,
+                processing_class,
+                self.questions,
+                self.image_folder,
+                batch_size=self.batch_size,
+                max_new_tokens=self.max_new_tokens,
+            )
         if self.is_scored:
             metrics["eval_accuracy"] = score([{"task": "all", **record} for record in answered])["average"]
             state.log_history.append({"step": state.global_step, "eval_accuracy": metrics["eval_accuracy"]})

@@ -1,5 +1,6 @@
 """Adapters by our trainer, by TRL and on 4-bit weights: what moves, what stays, what is on disk."""
 
+import json
 import re
 from pathlib import Path
 
@@ -142,8 +143,12 @@ def by_recipe(recipe: str, *argv: str):
 
 def test_the_recipe_from_the_command_line(base, data, tmp_path):
     argv = ["--checkpoint", base(), "--data", data, "--max_steps", "1", "--use_cpu", "true", "--lora_rank", "2"]
+    questions = tmp_path / "questions.json"
+    questions.write_text(json.dumps([{"question": "what color ?", "image": "0.png"}]))
+    evaluated = ["--eval_data", "0.3", "--eval_questions", str(questions), "--image_folder", str(Path(data).parent)]
     half = ["--dtype", "bfloat16", "--bf16", "true", "--output_dir", str(tmp_path / "half")]
-    trainer = by_recipe("lora", *argv, *half)
+    trainer = by_recipe("lora", *argv, *half, *evaluated)
+    assert "output" in json.loads((tmp_path / "half" / "answers" / "step-1.jsonl").read_text())
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     trainer = by_recipe("lora", *argv, "--output_dir", str(tmp_path / "out"))
