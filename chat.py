@@ -14,10 +14,12 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from transformers import TextIteratorStreamer
 
 from .inference.checkpoints import load_checkpoint
 from .targets.images import open_image
+from .training.rows import brief
 
 HELP = """\
 /image PATH   shows the model an image, with your next question; several may follow each other
@@ -65,12 +67,16 @@ class Chat:
         return found
 
     def inputs(self, messages: list[dict]) -> dict:
-        """The model's inputs for an answer to `messages`, on the CPU. ValueError if they leave no room for one."""
+        """The model's inputs for an answer to `messages`, on the CPU. ValueError if they leave no room for one, or if
+        the chat template refuses them."""
         messages = [
             {**message, "content": [self._as_text(part) for part in message["content"]]} for message in messages
         ]
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = self.processor.apply_chat_template(messages, **template)
+        try:
+            inputs = self.processor.apply_chat_template(messages, **template)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses it: {brief(error)}") from error
         length, room = inputs["input_ids"].shape[1], self.context_length
         if room is not None and length >= room:
             what = f"the conversation has {length} tokens with its images, the model takes fewer than {room}"

@@ -174,3 +174,13 @@ def test_one_shot(capsys, tmp_path):
     with pytest.raises(SystemExit):
         chat.main([MINIATURE, SCENE, "what", "--temperature", "-1"])
     assert "--temperature >= 0" in capsys.readouterr().err
+
+
+def test_what_the_template_refuses_is_said_in_one_line(tiny):
+    late = "{% if messages | length > 1 %}{{ raise_exception('one\nquestion only') }}{% endif %}"
+    tiny.processor.chat_template = late + tiny.processor.chat_template
+    said = [{"type": "text", "text": "what ?"}]
+    messages = [{"role": role, "content": said} for role in ("user", "assistant", "user")]
+    tiny.inputs(messages[:1])
+    with pytest.raises(ValueError, match="the chat template refuses it: one question only"):
+        tiny.inputs(messages)
