@@ -129,12 +129,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     args = parser.parse_args(argv)
     try:
-        _evaluate(args)
+        for results in _evaluate(args):
+            print(table(results))
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm eval: {error}") from error
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> Iterator[dict]:
+    """Each benchmark's results, as soon as they are there; in the first process only."""
     # What costs nothing to see is seen before anything is downloaded, rendered or loaded.
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit is {args.limit}: give a number of questions")
@@ -172,7 +174,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             run["limit"] = args.limit
         answer(load, questions, read_image, folders[name], run, args.batch_size, args.count_unreadable)
         if state.is_main_process:
-            print(table(write_results(folders[name])))
+            yield write_results(folders[name])
 
 
 if __name__ == "__main__":
