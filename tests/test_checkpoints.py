@@ -1,0 +1,325 @@
+"""One loader for all commands: what it takes, and the one line in which it refuses what isn't whole."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import encode, random_image, random_rows, tiny_tasks
+from hub_server import serve
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_vlms import FAMILIES
+from training_helpers import llava_sample, write_llava
+from transformers import LlavaForConditionalGeneration
+
+from ola_vlm import cli
+from ola_vlm.convert.export import export_llava, export_processor
+from ola_vlm.inference.checkpoints import adapter_base, load_checkpoint, read_checkpoint, weights_state
+from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.targets.loading import explain
+from ola_vlm.training.attach import AttachedPredictors, attach_predictors
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "ours"
+    for part in make_model():
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint) -> tuple[Path, torch.Tensor]:
+    """Of blocks, projector and task tokens, with what it computes."""
+    model, processor = read_checkpoint(checkpoint)
+    lora = LoraConfig(
+        r=2,
+        task_type="CAUSAL_LM",
+        target_modules=r".*language_model.*\.(q|k|v|o)_proj",
+        modules_to_save=["linear_1", "linear_2"],
+        trainable_token_indices=model.config.task_token_ids,
+    )
+    wrapped = get_peft_model(model, lora)
+    torch.manual_seed(0)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    folder = checkpoint.parent / "adapter"
+    wrapped.save_pretrained(folder)
+    with torch.no_grad():
+        return folder, wrapped.eval()(**encode(processor, random_rows(2))).logits
+
+
+def change_json(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def drop_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "norm.weight" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def shard(folder: Path) -> list[Path]:
+    model = OlaVlmForConditionalGeneration.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def cut(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def to_bin(folder: Path) -> Path:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder / "pytorch_model.bin"
+
+
+DAMAGES = {
+    "pointer": (
+        lambda folder: (folder / "model.safetensors").write_text(LFS),
+        r"model\.safetensors is a Git LFS pointer.*`git lfs pull`",
+    ),
+    "cut": (lambda folder: cut(folder / "model.safetensors"), r"model\.safetensors: it is damaged or half fetched"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), r"model\.safetensors: .*half fetched"),
+    "shard gone": (lambda folder: shard(folder)[1].unlink(), r"lacks model-00002-of-\d+\.safetensors, which"),
+    "shard pointer": (
+        lambda folder: shard(folder)[1].write_text(LFS),
+        r"model-00002-of-\d+\.safetensors is a Git",
+    ),
+    "weights lacking": (drop_weight, r"has no weights for OlaVlm\w+'s .*norm\.weight"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"no file named model\.safetensors"),
+    "bin pointer": (lambda folder: to_bin(folder).write_text(LFS), r"pytorch_model\.bin is a Git LFS pointer"),
+    "bin cut": (lambda folder: cut(to_bin(folder)), r"pytorch_model\.bin: it is damaged"),
+    "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text(LFS), r"tokenizer\.json is a Git LFS pointer"),
+    "config": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: it is damaged"),
+    "index": (
+        lambda folder: [shard(folder), change_json(folder / "model.safetensors.index.json", weight_map={"a": "../a"})],
+        r"names \.\./a, which is not in its folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_what_is_not_whole_is_refused_in_one_line(checkpoint, tmp_path, damage):
+    change, message = DAMAGES[damage]
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(folder)
+    assert "\n" not in str(error.value) and "://" not in str(error.value)
+
+
+@pytest.fixture
+def commands(tmp_path, tiny_parts):
+    """Function (checkpoint) -> each command's arguments for it."""
+    random_image(0).save(tmp_path / "a.png")
+    data = str(write_llava(tmp_path, [llava_sample(0)], ["a.png"]))
+    image, out = str(tmp_path / "a.png"), str(tmp_path / "out")
+    training = ["--data", data, "--image_folder", str(tmp_path), "--use_cpu", "true", "--output_dir", out]
+
+    def make(checkpoint: str) -> dict[str, list[str]]:
+        return {
+            "chat": [checkpoint, image, "what"],
+            "eval": [checkpoint, "--benchmark", "miniature", "--data", str(tmp_path), "--out", out],
+            "probe": [checkpoint, "--images", str(tmp_path), "--out", out],
+            "visualize": [checkpoint, image, "--recipe", "miniature_pretrain", "--out", out],
+            "export": [checkpoint, out],
+            "merge": [checkpoint, out],
+            "train": ["--stage", "finetune", "--checkpoint", checkpoint, *training],
+            "check-data": ["--checkpoint", checkpoint, *training[:4]],
+        }
+
+    return make
+
+
+@pytest.mark.parametrize("command", ["chat", "visualize", "export", "merge", "train", "check-data"])
+def test_each_command_says_so_in_one_line(commands, tmp_path, command, checkpoint, adapter):
+    """A folder that isn't there, a name that nobody can look up, and a pointer."""
+    shutil.copytree(checkpoint, tmp_path / "pointer")
+    (tmp_path / "pointer" / "model.safetensors").write_text(LFS)
+    pointer, file = str(tmp_path / "pointer"), r"model\.safetensors"
+    if command == "merge":
+        shutil.copytree(adapter[0], tmp_path / "adapter")
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_text(LFS)
+        pointer, file = str(tmp_path / "adapter"), r"adapter_model\.safetensors"
+    cases = {
+        str(tmp_path / "nowhere"): r"there is no folder .*nowhere",
+        "nobody/nothing": r"there is no folder nobody/nothing here, and the Hub can't be reached",
+        pointer: rf"{file} is a Git LFS pointer.*`git lfs pull`",
+    }
+    if command == "check-data":  # which reads no weights
+        del cases[pointer]
+    for place, message in cases.items():
+        with pytest.raises((SystemExit, ValueError), match=message) as error:
+            cli.main([command, *commands(place)[command]])
+        assert "\n" not in str(error.value)
+
+
+def test_a_model_that_nobody_knows(checkpoint, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(checkpoint, folder)
+    change_json(folder / "config.json", model_type="new_vlm")
+    with pytest.raises(ValueError, match=r"code comes with the checkpoint: read that code.*--trust_remote_code"):
+        load_checkpoint(folder)
+    change_json(folder / "config.json", auto_map={})
+    with pytest.raises(ValueError, match="'new_vlm', which this version of transformers doesn't know"):
+        load_checkpoint(folder)
+    change_json(folder / "config.json", model_type="llava_llama")
+    with pytest.raises(ValueError, match=r"of the reference implementation .*convert it first"):
+        load_checkpoint(folder)
+    (folder / "processor_config.json").unlink()
+    change_json(folder / "config.json", model_type="ola_vlm")
+    with pytest.raises(ValueError, match="has no processor"):
+        load_checkpoint(folder)
+    assert read_checkpoint(folder)[1] is None
+
+
+@torch.no_grad()
+def test_a_plain_llava(checkpoint, tmp_path):
+    model, processor = load_checkpoint(checkpoint)
+    export_llava(model).save_pretrained(tmp_path)
+    export_processor(processor).save_pretrained(tmp_path)
+    plain, plain_processor = load_checkpoint(tmp_path)
+    assert type(plain) is LlavaForConditionalGeneration
+    ours, _ = read_checkpoint(tmp_path, llava_as_ours=True)
+    assert type(ours) is OlaVlmForConditionalGeneration and ours.config.tasks == []
+    batch = encode(plain_processor, random_rows(2))
+    assert plain(**batch).logits.equal(ours(**batch).logits)
+
+
+@torch.no_grad()
+def test_a_model_with_attached_predictors(tmp_path):
+    torch.manual_seed(0)
+    model, processor = next(iter(FAMILIES.values()))()
+    attach_predictors(model, tiny_tasks(), processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, _ = load_checkpoint(tmp_path)
+    assert isinstance(loaded, AttachedPredictors)
+    assert all(value.equal(loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    weights = load_file(tmp_path / "predictors.safetensors")
+    save_file(dict(list(weights.items())[1:]), tmp_path / "predictors.safetensors")
+    with pytest.raises(ValueError, match=r"predictors\.safetensors doesn't fit to the tasks.*Missing key"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "predictors.safetensors").write_text(LFS)
+    with pytest.raises(ValueError, match=r"predictors\.safetensors is a Git LFS pointer"):
+        load_checkpoint(tmp_path)
+
+
+@torch.no_grad()
+def test_an_adapter_is_a_model_everywhere(checkpoint, adapter, commands, tmp_path, capsys):
+    folder, expected = adapter
+    assert adapter_base(folder) == str(checkpoint) and adapter_base(checkpoint) is None
+    model, processor = load_checkpoint(folder)  # the base model's processor: the adapter's folder has none
+    batch = encode(processor, random_rows(2))
+    assert type(model) is OlaVlmForConditionalGeneration
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not load_checkpoint(checkpoint)[0](**batch).logits.allclose(expected, atol=0.1)
+
+    (folder / "run.json").write_text('{"stage": "finetune"}')
+    cli.main(["merge", str(folder), str(tmp_path / "merged")])
+    merged, info = OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert merged.eval()(**batch).logits.equal(model(**batch).logits)
+    assert (tmp_path / "merged" / "run.json").read_text() == '{"stage": "finetune"}'
+    with pytest.raises(SystemExit, match="is not empty: choose another OUT"):
+        cli.main(["merge", str(folder), str(tmp_path / "merged")])
+    with pytest.raises(SystemExit, match="it is no adapter"):
+        cli.main(["merge", str(checkpoint), str(tmp_path / "other")])
+
+    cli.main(["export", str(folder), str(tmp_path / "plain")])
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "plain").eval()
+    assert plain(**batch).logits.equal(model(**batch).logits)
+    capsys.readouterr()
+    cli.main(["chat", *commands(str(folder))["chat"]])
+    asked = capsys.readouterr().out
+    cli.main(["chat", *commands(str(tmp_path / "merged"))["chat"]])
+    assert capsys.readouterr().out == asked
+
+
+def test_an_adapters_state_is_its_own_and_its_base_models(checkpoint, adapter, tmp_path):
+    folder, _ = adapter
+    shutil.copytree(checkpoint, tmp_path / "base")
+    shutil.copytree(folder, tmp_path / "adapter")
+    change_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
+    before = weights_state(tmp_path / "adapter")
+    (tmp_path / "base" / "model.safetensors").touch()
+    assert weights_state(tmp_path / "adapter") != before
+
+
+def test_adapters_that_are_not_whole(checkpoint, adapter, tmp_path):
+    folder, _ = adapter
+    weights = load_file(folder / "adapter_model.safetensors")
+    lora = [name for name in weights if "lora_A" in name]
+    without = {name: value for name, value in weights.items() if name != lora[0]}
+    cases = {
+        "less": (lambda at: save_file(without, at / "adapter_model.safetensors"), f"no weights for {lora[0]}"),
+        "none": (lambda at: (at / "adapter_model.safetensors").unlink(), r"has no adapter_model\.safetensors"),
+        "gone": (
+            lambda at: change_json(at / "adapter_config.json", base_model_name_or_path="/no/base"),
+            "an adapter whose base model is missing: there is no folder /no/base",
+        ),
+        "unsaid": (
+            lambda at: change_json(at / "adapter_config.json", base_model_name_or_path=None),
+            "an adapter that names no base model",
+        ),
+        "chain": (
+            lambda at: change_json(at / "adapter_config.json", base_model_name_or_path=str(folder)),
+            "an adapter on another one",
+        ),
+        "shapes": (lambda at: change_json(at / "adapter_config.json", r=3), "lacks weights or doesn't fit"),
+    }
+    for name, (change, message) in cases.items():
+        shutil.copytree(folder, tmp_path / name)
+        change(tmp_path / name)
+        with pytest.raises(ValueError, match=message) as error:
+            load_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub of this machine; what is fetched of it lies in a folder of its own."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("ola_vlm.targets.loading.HfApi", lambda: HfApiOf(server.url))
+        yield server
+
+
+def HfApiOf(url: str):
+    from huggingface_hub import HfApi
+
+    return HfApi(url)
+
+
+def test_a_name_that_is_no_repository(hub):
+    with pytest.raises(ValueError, match="no folder me/x here, and no such repository on the Hub: correct the name"):
+        load_checkpoint("me/x")
+
+
+def test_no_network(monkeypatch, tmp_path):
+    """Asked once, not five times with pauses; the same line offline."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("ola_vlm.targets.loading.HfApi", lambda: HfApiOf("http://127.0.0.1:9"))
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError, match=re.escape("the Hub can't be reached: correct the path, or fetch it")):
+            load_checkpoint("me/x")
+
+
+def test_a_folder_is_not_sent_to_a_page_on_the_hub(tmp_path):
+    error = OSError(f"{tmp_path} lacks a file. Checkout\n'https://huggingface.co/{tmp_path}/tree/main' for files.")
+    assert explain(error, tmp_path) == f"{tmp_path} lacks a file."
