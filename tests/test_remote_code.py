@@ -25,9 +25,13 @@ except ModuleNotFoundError:
     pass
 """
 SCRIPT = """
+import io
+import pickle
+
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 folder, batch = sys.argv[1], torch.load(sys.argv[2])
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -38,6 +42,11 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert tokenizer.convert_tokens_to_ids("<gen_0>") == config.task_token_ids[0]
 assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "OlaVlmForConditionalGeneration"
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)) is type(model)
+torch.save(model, saved := io.BytesIO())
+saved.seek(0)
+for copy in (pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
+    assert type(copy) is type(model) and copy(**batch["inputs"]).logits.equal(batch["logits"])
 with torch.no_grad():
     output = model(**batch["inputs"], output_predictions=True)
 assert output.logits.equal(batch["logits"])
@@ -53,6 +62,10 @@ assert new.shape[1] > inputs["input_ids"].shape[1]
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 answer = pipe(messages, max_new_tokens=4, do_sample=False, return_full_text=False)
 assert isinstance(answer[0]["generated_text"], str)
+any_to_any = pipeline("any-to-any", model=folder, trust_remote_code=True)
+greedy = {"do_sample": False, "max_new_tokens": 4}
+assert any_to_any(text=messages, generate_kwargs=greedy, return_full_text=False)[0]["generated_text"] \
+    == answer[0]["generated_text"]
 model.save_pretrained(sys.argv[3])
 again = AutoModelForImageTextToText.from_pretrained(sys.argv[3], trust_remote_code=True).eval()
 with torch.no_grad():
@@ -74,6 +87,7 @@ def run_without_the_package(script: str, folder: Path, *arguments: Path | str, h
     options = {"cwd": folder, "env": environment(folder / "home", hub), "capture_output": True, "text": True}
     done = subprocess.run(command, check=False, **options)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "to instantiate a model of type" not in done.stderr
     return done.stdout.strip().splitlines()[-1]
 
 

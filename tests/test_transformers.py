@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import encode, random_image, random_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, TextIteratorStreamer
+from transformers import AutoModelForImageTextToText, GenerationConfig, TextIteratorStreamer
+from transformers.utils import logging as transformers_logging
 
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
@@ -129,6 +130,23 @@ def test_generation_from_embeddings_and_with_scores(built):
     output = model.generate(**inputs, **GREEDY, **wanted)
     assert len(output.scores) == 6 and len(output.hidden_states[0]) == 5
     assert output.scores[0][:, model.never_emitted].eq(-torch.inf).all()
+
+
+def test_a_generation_config_is_taken_without_a_warning(built, caplog):
+    """And keeps what it suppresses; ours are added to it."""
+    model, processor = built
+    inputs = inputs_of(processor, CHATS[:1])
+    given = GenerationConfig(**GREEDY)
+    own = new_tokens(model, inputs)
+    with caplog.at_level("WARNING", "transformers"):
+        transformers_logging.enable_propagation()
+        found = model.generate(**inputs, generation_config=given)[:, inputs["input_ids"].shape[1] :]
+        transformers_logging.disable_propagation()
+    assert found.equal(own) and not caplog.records and given.suppress_tokens is None
+    first = own[0, 0].item()
+    other = GenerationConfig(**GREEDY, suppress_tokens=[first])
+    found = model.generate(**inputs, generation_config=other)[:, inputs["input_ids"].shape[1] :]
+    assert not {first, *model.never_emitted} & set(found.flatten().tolist())
 
 
 # Forward
@@ -263,6 +281,18 @@ def test_a_checkpoint_of_an_earlier_version_still_loads():
 
 
 # Processor
+
+
+def test_a_checkpoint_is_loaded_without_a_warning(built, tmp_path, caplog):
+    """transformers' "model of type ola_vlm to instantiate a model of type ``" looked like a fault."""
+    for part in built:
+        part.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "transformers"):
+        transformers_logging.enable_propagation()
+        OlaVlmForConditionalGeneration.from_pretrained(tmp_path)
+        processor = OlaVlmProcessor.from_pretrained(tmp_path)
+        transformers_logging.disable_propagation()
+    assert not caplog.records and type(processor.tokenizer) is type(built[1].tokenizer)
 
 
 def test_every_argument_of_the_processor_is_saved(built, tmp_path):
