@@ -17,7 +17,7 @@ from ola_vlm.baselines.build import multi_encoder_processor
 from ola_vlm.configuration_ola_vlm import normalize_task
 from ola_vlm.convert.parts import build_processor, measure_tower
 from ola_vlm.inference.checkpoints import read_processor
-from ola_vlm.recipes.command_line import parse_arguments
+from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
 from ola_vlm.targets.encoders import load_vision_config
 from ola_vlm.targets.loading import loading_from
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own.add_argument("--no_decode", action="store_true", help="look whether images are there, don't open them")
     own.add_argument("--out", type=Path, help="a JSON file for the report and the names of all bad rows")
     args, options = parse_arguments(argv, "ola-vlm check-data", own, use_cpu=True)
+    check_data_is_made(args, options.recipe)
     rows = args.load_rows()
     if isinstance(rows, StreamRows):
         raise SystemExit("a stream's rows are checked as they come: give --streaming false")

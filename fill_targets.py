@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 from ola_vlm.configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
-from ola_vlm.recipes.command_line import parse_arguments
+from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
 from ola_vlm.targets.fill import make_teachers
 from ola_vlm.targets.loading import loading_from
 from ola_vlm.training.check import drop_bad_rows
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, options = parse_arguments(argv, "ola-vlm targets", own)
     if not (args.data and args.teachers and args.target_cache and (args.tasks or args.checkpoint)):
         raise SystemExit("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
+    check_data_is_made(args, options.recipe)
     tasks = args.tasks
     if not tasks:
         with loading_from(args.checkpoint, weights=False):

@@ -14,7 +14,7 @@ from ola_vlm.baselines.build import build_multi_encoder, load_encoders
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.eval.during_training import answering_callbacks
 from ola_vlm.inference.checkpoints import adapter_base, read_checkpoint
-from ola_vlm.recipes.command_line import parse_arguments
+from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import drop_bad_rows
 from ola_vlm.training.data import OlaVlmCollator
@@ -139,6 +139,7 @@ def run_stage(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, own = parse_arguments(argv, "ola-vlm train")
+    check_data_is_made(args, own.recipe)
     train(args, recipe=own.recipe)
 
 

@@ -24,9 +24,13 @@ def parse_arguments(argv: Sequence[str] | None, prog: str, *parents: argparse.Ar
     if unknown := [*unknown, *(f"{own.recipe}.{name}" for name in vars(rest) if name not in vars(own))]:
         raise SystemExit(f"unknown field {', '.join(unknown)}: `{prog} --help` lists all")
     args.teachers = args.teachers or {}  # of a command, tasks need some
-    made_by = MAKES_DATA.get(str(own.recipe).partition("_")[0])
-    if made_by and args.data == RECIPES[own.recipe]()["data"] and not Path(args.data).exists():
-        raise SystemExit(f"the data of {own.recipe}, {args.data}, isn't there yet: {made_by} makes it")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ola_vlm").setLevel("INFO" if args.should_log else "WARNING")
     return args, own
+
+
+def check_data_is_made(args: OlaVlmArguments, recipe: str | None) -> None:
+    """SystemExit, which says what makes the data of a recipe that has data of its own, if they aren't there yet."""
+    made_by = MAKES_DATA.get(str(recipe).partition("_")[0])
+    if made_by and args.data == RECIPES[recipe]()["data"] and not Path(args.data).exists():
+        raise SystemExit(f"the data of {recipe}, {args.data}, isn't there yet: {made_by} makes it")

@@ -483,7 +483,7 @@ def test_motion_by_configuration(tiny_parts, folders, tmp_path, monkeypatch):
     cached = {"target_cache": str(tmp_path / "cache"), "target_fill": True, "standardize_targets": True}
     for options in ({}, cached):
         args = OlaVlmArguments(
-            output_dir=str(tmp_path / f"run {len(options)}"), vision_tower=tiny_parts.vision_tower,
+            output_dir=str(tmp_path / ("run" if options else "computed")), vision_tower=tiny_parts.vision_tower,
             data=str(tmp_path / "data.json"), language_model=tiny_parts.language_model, tasks=tasks, max_steps=2,
             per_device_train_batch_size=5, logging_steps=1,
             teachers={"appearance": teacher, "motion": teacher | {"motion": True}},
