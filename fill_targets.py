@@ -12,7 +12,7 @@ from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
 from ola_vlm.targets.fill import make_teachers
 from ola_vlm.targets.loading import loading_from
 from ola_vlm.training.check import drop_bad_rows
-from ola_vlm.training.targets import filled_caches
+from ola_vlm.training.targets import filled_caches, find_images
 
 
 def shard(text: str) -> slice:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [rows] if args.eval_share else [part for part in args.split_eval_rows(rows) if part is not None]
     for part in parts:
         drop_bad_rows(part, None, args.on_bad_rows, args.dataloader_num_workers)
-        images = part.sources()[options.shard]
+        images = find_images(args, part)[options.shard]
         caches, _, _ = filled_caches(args, teachers, images, compute=True)
     for name, cache in caches.items():
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))

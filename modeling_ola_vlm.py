@@ -50,6 +50,25 @@ class OlaVlmCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     logit_scales: dict[str, Tensor] | None = None
 
 
+class Parameters(nn.ParameterDict):
+    """Parameters by name that are read by a call: hooks which bring offloaded weights (accelerate's) run at calls."""
+
+    __call__ = nn.Module.__call__  # a ParameterDict refuses calls
+
+    def forward(self) -> dict[str, Tensor]:
+        # Copies: when the call is over, offloaded or sharded weights are taken away again.
+        return {name: parameter.clone() for name, parameter in self.items()}
+
+
+def float_dtype(module: nn.Module) -> torch.dtype | None:
+    """The type that a module computes in: of its first parameter that isn't quantized, in 16 bits at least; None
+    without one."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and parameter.itemsize > 1:
+            return parameter.dtype
+    return None
+
+
 class PredictorLayer(nn.Module):
     """Perceiver layer: the queries attend to the tokens and to themselves, then a feed-forward net."""
 
@@ -106,7 +125,7 @@ class EmbeddingPredictor(nn.Module):
 
     def forward(self, states_BTH: Tensor, queries: Tensor | None, sample_N: Tensor, key_mask_NT: Tensor) -> Tensor:
         """`queries` (1 or N, R, H), None without task tokens; returns (N, Q, E)."""
-        dtype = self.proj_in.weight.dtype
+        dtype = self.norm_out.weight.dtype  # a linear layer's may be quantized
         if self.latents is not None:
             queries = self.latents
         else:
@@ -175,9 +194,12 @@ class ImageLayout:
 
 
 def as_tokens(projector: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """The projector's input: tokens, to which the maps (N, C, h, w) of a convolutional tower are flattened."""
+    """The projector's input, in its own type (a frozen tower's may be another one): tokens, to which the maps
+    (N, C, h, w) of a convolutional tower are flattened."""
     (features,) = inputs
-    return (features.flatten(2).transpose(1, 2) if features.ndim == 4 else features,)
+    if features.ndim == 4:
+        features = features.flatten(2).transpose(1, 2)
+    return (features.to(float_dtype(projector) or features.dtype),)
 
 
 class OlaVlmModel(LlavaModel):
@@ -259,8 +281,9 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         self.task_tokens_from_queries = self.task_tokens_frozen = False
         predicted_tasks = config.tasks if config.has_predictors else []
         if predicted_tasks:  # no empty containers otherwise: they would show in FSDP plans and module listings
-            self.predictors, self.queries = nn.ModuleDict(), nn.ParameterDict()
-            self.logit_scales = nn.ParameterDict()
+            self.predictors = nn.ModuleDict()
+            self.queries = Parameters()
+            self.logit_scales = Parameters()
         for task in predicted_tasks:
             layers = {str(layer): EmbeddingPredictor(task, text.hidden_size) for layer in task["layers"]}
             self.predictors[task["name"]] = nn.ModuleDict(layers)
@@ -311,7 +334,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
 
     def task_token_embeddings(self, tables: Mapping[str, Tensor] | None = None) -> Tensor:
         """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables."""
-        tables = self.queries if tables is None else tables
+        tables = self.queries() if tables is None else tables
         counts = {task["name"]: task["num_task_tokens"] for task in self.config.tasks}
         return torch.cat([table.unflatten(0, (counts[name], -1)).mean(1) for name, table in tables.items()])
 
@@ -335,17 +358,21 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     ) -> dict[str, dict[int, Tensor]]:
         """predictions[task][layer] (N, Q, E) from `hidden_states[layer]` (B, T, H), 1-based, 0 the embeddings."""
         predictions = {}
+        tables = self.queries()
         for task in self.config.tasks:
             name, key_mask_NT = task["name"], layout.key_mask(task)
             predictions[name] = {}
             for layer in task["layers"]:
-                states_BTH, queries = hidden_states[layer], None
+                states_BTH = hidden_states[layer]
+                device = states_BTH.device  # the layers of a model on several devices have their own
+                sample_N = layout.sample_N.to(device)
+                queries = None
                 if task["num_task_tokens"] > 0 and task["target_length"] > 1:
-                    queries = self.queries[name][None]
+                    queries = tables[name][None]
                 elif task["num_task_tokens"] > 0:  # a single query is the mean of the task tokens' states
-                    queries = states_BTH[layout.sample_N[:, None], layout.task_columns_NK[name]]
+                    queries = states_BTH[sample_N[:, None], layout.task_columns_NK[name].to(device)]
                 predictor = self.predictors[name][str(layer)]
-                predictions[name][layer] = predictor(states_BTH, queries, layout.sample_N, key_mask_NT)
+                predictions[name][layer] = predictor(states_BTH, queries, sample_N, key_mask_NT.to(device))
         return predictions
 
     @can_return_tuple
@@ -394,6 +421,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             kwargs["task_token_embeds"] = self.task_token_embeddings()
         elif self.task_tokens_frozen and self.training and self.config.task_token_ids:
             kwargs["freeze_task_tokens"] = True
+        if self.training:
+            kwargs.setdefault("use_cache", False)  # keys and values of all layers, which no training reads
         outputs = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -430,7 +459,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             num_images = 0 if pixel_values is None else pixel_values.shape[0]
             layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config)
             predictions = self.predict_embeddings(outputs.hidden_states, layout)
-            logit_scales = {name: scale[0] for name, scale in self.logit_scales.items()}
+            logit_scales = {name: scale[0] for name, scale in self.logit_scales().items()}
         outputs = {**outputs, "hidden_states": outputs.hidden_states if wanted else None, "loss": loss}
         return OlaVlmCausalLMOutputWithPast(**outputs, predictions=predictions, logit_scales=logit_scales)
 

@@ -60,7 +60,7 @@ class Floor(Checked):
         targets = {}
         for task, cache in self.caches.items():
             rows = [cache._stored(at) for at in indices]
-            targets[task] = _empty(len(rows), *rows[0]["targets"].shape)
+            targets[task] = _empty((len(rows), *rows[0]["targets"].shape))
             for row, target in zip(rows, targets[task], strict=True):
                 _decode(row, out=target)
         return targets

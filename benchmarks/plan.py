@@ -1,16 +1,20 @@
-"""What a pre-training run costs, before it is paid for: `python benchmarks/plan.py [--gpus 16] [--peak_tflops 400]`.
+"""What a run costs and whether it fits, before it is paid for: `python benchmarks/plan.py [--gpus 16]`.
 
-FLOPs and bytes are counted by torch on models without weights (fake tensors): the student's step, with and without the
-embedding losses, and the teachers' forward passes; time is FLOPs over the GPUs' usable speed, which you give. For the
-paper's Llama-3-8B run on LLaVA-558K by default; nothing is downloaded and no GPU is needed.
+FLOPs and bytes are counted by torch on models without weights (fake tensors): a step of pre-training, with and without
+the embedding losses, of fine-tuning and of visual pre-training, and the teachers' forward passes; time is FLOPs over
+the GPUs' usable speed, which you give. For the paper's Llama-3-8B runs by default; nothing is downloaded and no GPU is
+needed.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import (
     CLIPVisionConfig,
@@ -24,8 +28,9 @@ from transformers import (
 )
 
 from ola_vlm.configuration_ola_vlm import OlaVlmConfig, default_tasks
-from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.modeling_ola_vlm import EmbeddingPredictor, OlaVlmForConditionalGeneration
 from ola_vlm.targets.cache import BLOCK
+from ola_vlm.training.losses import embedding_loss
 from ola_vlm.training.stages import apply_stage
 
 LLAMA3 = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -39,6 +44,22 @@ ATTENTION = {
     ),
 }
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / BLOCK}
+MAX_LENGTH = 2048  # of the recipes: what is planned for is a batch of rows that are that long
+GPU_BYTES = 80e9
+STRATEGIES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
+# DeepSpeed's defaults, in numbers: `reduce_bucket_size` and `allgather_bucket_size`, `stage3_max_live_parameters`.
+ZERO_BUCKET = 500_000_000
+ZERO_LIVE = 1_000_000_000
+
+
+class Sizes(NamedTuple):
+    """Numbers of a model's parameters: those that are trained and the others; of the largest block that is sharded
+    alone (a layer, a predictor), and of all that lies in no block."""
+
+    trained: int
+    frozen: int
+    block: int
+    root: int
 
 
 def student_config(llm: dict, tower: dict, tasks: list[dict], patch_size: int = 14, grid: int = 24) -> OlaVlmConfig:
@@ -52,13 +73,15 @@ def student_config(llm: dict, tower: dict, tasks: list[dict], patch_size: int = 
     )  # fmt: skip
 
 
-def count(run: Callable[[], None]) -> tuple[float, float]:
-    """FLOPs of `run`, and bytes that autograd keeps in it for the backward pass, parameters left out."""
+def count(run: Callable[[], None], left_out: Iterable[Tensor] = ()) -> tuple[float, float]:
+    """FLOPs of `run`, and bytes that autograd keeps in it for the backward pass; without those of `left_out` (weights)
+    and of their views: what a linear layer keeps is its weight's transpose."""
     kept = {}
+    known = {tensor.untyped_storage()._cdata for tensor in left_out}
 
     def keep(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
             kept[storage._cdata] = storage
         return tensor
 
@@ -70,46 +93,138 @@ def count(run: Callable[[], None]) -> tuple[float, float]:
     return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
 
 
+def sizes_of(model: OlaVlmForConditionalGeneration) -> Sizes:
+    def numbers(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    blocks = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]
+    blocks += [module for module in model.modules() if isinstance(module, EmbeddingPredictor)]
+    by_block = list(map(numbers, blocks))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    whole = numbers(model)
+    return Sizes(trained, whole - trained, max(by_block), whole - sum(by_block))
+
+
 def count_step(
-    config: OlaVlmConfig, rows: int, words: int, supervised: int, dtype=torch.float32, checkpointing=False
-) -> dict[str, float]:
-    """A pre-training step on `rows` rows of an image and `words` other tokens, `supervised` of them with a label:
-    FLOPs, bytes kept for the backward pass, bytes of all weights, and parameters that are trained."""
+    config: OlaVlmConfig,
+    rows: int,
+    words: int,
+    supervised: int,
+    dtype=torch.float32,
+    checkpointing=False,
+    stage: str = "pretrain",
+    batch: int | None = None,
+    is_sharded: bool = False,
+) -> dict[str, float | Sizes]:
+    """A step on `rows` rows of an image and `words` other tokens, `supervised` of them with a label.
+
+    Args:
+        dtype: in 16 bits, mixed precision as by the trainer: what trains is fp32, matrix products cast it.
+        batch: rows of the whole step, whose targets are the contrastive columns; `rows` by default.
+        is_sharded: weights are cast as they are gathered (FSDP2, ZeRO), not by each product.
+
+    Returns: "flops"; "kept", bytes kept for the backward pass, without weights and columns; "columns", bytes of the
+    contrastive columns and of the fp32 copy of one task's that a loss makes for a moment; "sizes".
+    """
+    batch = batch or rows
     with FakeTensorMode():
         model = OlaVlmForConditionalGeneration._from_config(config, dtype=dtype)
-        apply_stage(model, "pretrain")
-        model.train().config.text_config.use_cache = False
+        has_losses = apply_stage(model, stage).embedding_losses
+        tasks = config.tasks if has_losses else []
+        if not is_sharded:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        model.train()
         if checkpointing:
             model.activation_checkpointing_enable()
         tokens = config.image_seq_length + len(config.task_token_ids) + words
-        side, sizes = config.vision_config.image_size, {task["name"]: task for task in config.tasks}
+        side = config.vision_config.image_size
+        shapes = {task["name"]: (task["target_length"], task["target_dim"]) for task in tasks}
+        columns = {name: torch.empty(batch, *shape, dtype=dtype) for name, shape in shapes.items()}
+
+        def forward() -> Tensor:
+            pixels = torch.empty(rows, 3, side, side, dtype=dtype)
+            features = torch.cat(model.model.get_image_features(pixels).pooler_output)
+            features = features.view(rows, config.image_seq_length, -1)
+            ids = torch.zeros(rows, tokens - config.image_seq_length, dtype=torch.long)
+            embeds = model.get_input_embeddings()(ids)
+            embeds = torch.cat([features.to(embeds.dtype), embeds], 1)
+            layers = sorted({layer for task in tasks for layer in task["layers"]})
+            mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # else values would be looked at
+            options = {"output_hidden_states": layers or None, "attention_mask": mask, "use_cache": False}
+            states = model.model.language_model(inputs_embeds=embeds, **options)
+            logits = model.lm_head(states.last_hidden_state[:, :supervised].flatten(0, 1))
+            labels = torch.zeros(len(logits), dtype=torch.long)
+            total = F.cross_entropy(logits.float(), labels)
+            everything = torch.ones(rows, tokens, dtype=torch.bool)
+            for task in tasks:
+                name = task["name"]
+                targets = torch.empty(rows, *shapes[name], dtype=dtype)
+                for layer in task["layers"]:
+                    state = states.hidden_states[layer]
+                    queries = None
+                    if task["num_task_tokens"] > 0 and task["target_length"] > 1:
+                        queries = model.queries[name][None]
+                    elif task["num_task_tokens"] > 0:
+                        queries = state[:, : task["num_task_tokens"]]
+                    predictor = model.predictors[name][str(layer)]
+                    predicted = predictor(state, queries, torch.arange(rows), everything)
+                    scale = model.logit_scales[name][0]
+                    total = total + embedding_loss(predicted, targets, scale, 0.3, columns[name]).total
+            return total
 
         def step():
-            features = torch.cat(
-                model.model.get_image_features(torch.empty(rows, 3, side, side, dtype=dtype)).pooler_output
-            )
-            features = features.view(rows, config.image_seq_length, -1)
-            rest = torch.empty(rows, tokens - features.shape[1], features.shape[-1], dtype=dtype)
-            layers = sorted({layer for task in config.tasks for layer in task["layers"]})
-            mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # else values would be looked at
-            options = {"output_hidden_states": layers or None, "attention_mask": mask}
-            states = model.model.language_model(inputs_embeds=torch.cat([features, rest], 1), **options)
-            total = model.lm_head(states.last_hidden_state[:, :supervised]).float().logsumexp(-1).sum()
-            everything = torch.ones(rows, tokens, dtype=torch.bool)
-            for name, by_layer in model.predictors.items() if config.tasks else ():
-                for layer, predictor in by_layer.items():
-                    state, queries = states.hidden_states[int(layer)], None
-                    if sizes[name]["num_task_tokens"] > 0:
-                        own = state[:, : sizes[name]["num_task_tokens"]]
-                        queries = own if sizes[name]["target_length"] == 1 else model.queries[name][None]
-                    predicted = predictor(state, queries, torch.arange(rows), everything)
-                    total = total + predicted.float().square().sum()
+            with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+                total = forward()
             total.backward()
 
-        flops, kept = count(step)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"flops": flops, "kept": kept, "weights": weights, "trained": trained}
+        flops, kept = count(step, [*model.parameters(), *columns.values()])
+        sizes = sizes_of(model)
+    numbers = [value.numel() for value in columns.values()]
+    copy = 4 * max(numbers, default=0) if dtype is not torch.float32 else 0
+    return {"flops": flops, "kept": kept, "columns": dtype.itemsize * sum(numbers) + copy, "sizes": sizes}
+
+
+def training_memory(strategy: str, gpus: int, sizes: Sizes) -> dict[str, float]:
+    """Bytes a GPU of "weights", "gradients", "optimizer" (AdamW's moments, and the fp32 weights that DeepSpeed keeps
+    beside) and "in flight" (what is gathered, cast or copied for a moment), in mixed precision with bf16. Of sharded
+    training the layers' weights are there one after the other, those outside of layers all the time."""
+    trained, frozen, block, root = sizes
+    match strategy:
+        case "DDP":
+            weights, gradients, optimizer = 4 * trained + 2 * frozen, 4 * trained, 8 * trained
+            # Buckets are copies of the gradients; autocast holds a bf16 copy of what trains.
+            in_flight = 4 * trained + 2 * trained
+        case "FSDP2":
+            weights = (4 * trained + 2 * frozen) / gpus
+            gradients, optimizer = 4 * trained / gpus, 8 * trained / gpus
+            # Weights of the root, of the block at work and of the next one; gradients of the root and of a block.
+            in_flight = 2 * (root + 2 * block) + 2 * (root + block)
+        case "ZeRO-2":
+            weights = 2 * (trained + frozen)
+            gradients, optimizer = 2 * trained / gpus, 12 * trained / gpus
+            # Two buckets of gradients (`overlap_comm`), one of weights.
+            in_flight = 2 * 3 * ZERO_BUCKET
+        case "ZeRO-3":
+            weights = 2 * (trained + frozen) / gpus
+            gradients, optimizer = 2 * trained / gpus, 12 * trained / gpus
+            in_flight = 2 * (ZERO_LIVE + 2 * ZERO_BUCKET)
+        case _:
+            raise ValueError(f"{strategy!r} is not one of {STRATEGIES}")
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "in flight": in_flight}
+
+
+def checkpoint_bytes(strategy: str, sizes: Sizes) -> dict[str, float]:
+    """On disk: the "model" of a run's end in bf16; a checkpoint to "resume" from, which has fp32 of what trains and
+    the optimizer's moments; and one with `save_only_model`. DeepSpeed writes its own copy of the weights beside ours.
+    """
+    whole = sizes.trained + sizes.frozen
+    if strategy.startswith("ZeRO"):
+        weights, state = 2 * whole, 2 * whole + 12 * sizes.trained
+    else:
+        weights, state = 4 * sizes.trained + 2 * sizes.frozen, 8 * sizes.trained
+    return {"model": 2 * whole, "resume": weights + state, "save_only_model": weights}
 
 
 def count_teachers() -> dict[str, float]:
@@ -118,7 +233,7 @@ def count_teachers() -> dict[str, float]:
     def forward(model_class, config: PreTrainedConfig, size: int) -> float:
         with torch.device("meta"), torch.no_grad():
             model = model_class(config)
-            return count(lambda: model(torch.empty(1, 3, size, size)))[0]
+            return count(lambda: model(torch.empty(1, 3, size, size)), model.parameters())[0]
 
     clip_h = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
     swin_l = SwinConfig(embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12, image_size=384)
@@ -133,6 +248,71 @@ def count_teachers() -> dict[str, float]:
     }
 
 
+def gigabytes(values: Iterable[float]) -> str:
+    return "".join(f"{value / 1e9:>11.1f}" for value in values)
+
+
+def print_pretraining(args: argparse.Namespace) -> None:
+    speed = args.gpus * args.peak_tflops * 1e12 * args.utilisation
+    rows = args.batch // args.gpus
+    print(f"\npre-training step by DDP, {rows} rows a GPU")
+    print(f"{'':<34}PFLOPs seconds  hours; GB a GPU:{'kept':>7}{'columns':>11}{'states':>11}{'whole':>11}")
+    flops = {}
+    without_tokens = [task | {"num_task_tokens": 0} for task in default_tasks()]
+    methods = {"LLaVA": [], "OLA-VLM, N_seek 0": without_tokens, "OLA-VLM": default_tasks()}
+    for name, tasks in methods.items():
+        config = student_config(LLAMA3, CLIP_L, tasks)
+        for checkpointing in (False, True):
+            step = count_step(
+                config, rows, args.words, args.supervised, torch.bfloat16, checkpointing, batch=args.batch
+            )
+            flops[name, checkpointing] = step["flops"]
+            seconds = step["flops"] * args.gpus / speed
+            hours = seconds * args.images / args.batch / 3600
+            states = sum(training_memory("DDP", args.gpus, step["sizes"]).values())
+            memory = [step["kept"], step["columns"], states]
+            title = f"{name}, checkpointing" if checkpointing else name
+            line = f"  {title:<32}{step['flops'] * args.gpus / 1e15:>6.1f} {seconds:>7.2f} {hours:>6.2f}           "
+            print(line + gigabytes([*memory, sum(memory)]))
+    whole = flops["OLA-VLM", False] / flops["LLaVA", False]
+    predictors = flops["OLA-VLM, N_seek 0", False] / flops["LLaVA", False]
+    print(f"FLOPs of OLA-VLM over LLaVA, teachers left out: {whole:.3f}; without task tokens {predictors:.3f}")
+
+
+def print_finetuning(args: argparse.Namespace) -> None:
+    """Both stages that train the language model, with activation checkpointing, on rows of `MAX_LENGTH` tokens."""
+    config = student_config(LLAMA3, CLIP_L, default_tasks())
+    words = MAX_LENGTH - config.image_seq_length - len(config.task_token_ids)
+    for stage in ("finetune", "visual_pretrain"):
+        title = f"{stage} step, {args.finetune_rows} rows of {MAX_LENGTH} tokens a GPU, checkpointing"
+        print(f"\n{title}: GB a GPU of {args.gpus}")
+        print(f"  {'':<10}{'weights':>11}{'gradients':>11}{'optimizer':>11}{'in flight':>11}{'kept':>11}{'whole':>11}")
+        for strategy in STRATEGIES:
+            options = {"stage": stage, "checkpointing": True, "is_sharded": strategy != "DDP"}
+            step = count_step(config, args.finetune_rows, words, args.finetune_supervised, torch.bfloat16, **options)
+            parts = [*training_memory(strategy, args.gpus, step["sizes"]).values(), step["kept"]]
+            fits = "" if sum(parts) < GPU_BYTES else f"  more than {GPU_BYTES / 1e9:.0f}"
+            print(f"  {strategy:<10}{gigabytes([*parts, sum(parts)])}{fits}")
+
+
+def print_checkpoints() -> None:
+    print(f"\n{'GB on disk':<32}{'the model':>11}{'checkpoint':>16}{'save_only_model':>17}")
+    config = student_config(LLAMA3, CLIP_L, default_tasks())
+    for stage, strategies in {
+        "pretrain": ["DDP"],
+        "finetune": ["FSDP2", "ZeRO-2"],
+        "visual_pretrain": ["FSDP2"],
+    }.items():
+        with FakeTensorMode():
+            model = OlaVlmForConditionalGeneration._from_config(config)
+            apply_stage(model, stage)
+            sizes = sizes_of(model)
+        for strategy in strategies:
+            on_disk = checkpoint_bytes(strategy, sizes)
+            model_size, resume, only = (f"{value / 1e9:.1f}" for value in on_disk.values())
+            print(f"  {stage + ', ' + strategy:<30}{model_size:>11}{resume:>16}{only:>17}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=16)
@@ -142,8 +322,10 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=90, help="tokens a row that are no image's: prompt and caption")
     parser.add_argument("--supervised", type=int, default=30, help="of these, the caption's")
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--finetune_rows", type=int, default=8, help="rows a GPU of fine-tuning")
+    parser.add_argument("--finetune_supervised", type=int, default=700, help="tokens with a label of its longest rows")
     args = parser.parse_args()
-    speed, rows = args.gpus * args.peak_tflops * 1e12 * args.utilisation, args.batch // args.gpus
+    speed = args.gpus * args.peak_tflops * 1e12 * args.utilisation
     print(f"{args.gpus} GPUs of {args.peak_tflops:g} TFLOP/s at {args.utilisation:.0%}, {args.images:,} images")
 
     print("\nteachers, one pass over the images      TFLOPs an image   hours")
@@ -155,25 +337,9 @@ def main() -> None:
     for storage, size in BYTES.items():
         print(f"  {storage:<36} {values * size / 1e6:>12.2f} {values * size * args.images / 1e12:>8.2f}")
 
-    title = f"pre-training step, {rows} rows a GPU, bf16"
-    print(f"\n{title:<39}PFLOPs   seconds   hours   GB a GPU: weights  kept  optimiser")
-    found = {}
-    without_tokens = [task | {"num_task_tokens": 0} for task in default_tasks()]
-    methods = {"LLaVA": [], "OLA-VLM, N_seek 0": without_tokens, "OLA-VLM": default_tasks()}
-    for name, tasks in methods.items():
-        config = student_config(LLAMA3, CLIP_L, tasks)
-        for checkpointing in (False, True):
-            step = count_step(config, rows, args.words, args.supervised, torch.bfloat16, checkpointing)
-            found[name, checkpointing] = step
-            flops = step["flops"] * args.gpus
-            seconds = flops / speed
-            hours = seconds * args.images / args.batch / 3600
-            memory = step["weights"], step["kept"], step["trained"] * 12  # fp32 gradient and two moments
-            what = f"{name}, checkpointing" if checkpointing else name
-            gigabytes = "".join(f"{value / 1e9:>9.1f}" for value in memory)
-            print(f"  {what:<36} {flops / 1e15:>10.1f} {seconds:>9.2f} {hours:>7.2f}          {gigabytes}")
-    whole, predictors = (found[name, False]["flops"] / found["LLaVA", False]["flops"] for name in list(methods)[:0:-1])
-    print(f"\nFLOPs of OLA-VLM over LLaVA, teachers left out: {whole:.3f}; without task tokens {predictors:.3f}")
+    print_pretraining(args)
+    print_finetuning(args)
+    print_checkpoints()
 
 
 if __name__ == "__main__":

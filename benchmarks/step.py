@@ -101,7 +101,7 @@ def main() -> None:
     print(f"{'':<10}{'seconds':>9}{'GFLOP':>9}{'expected':>10}{'peak MiB':>10}{'expected':>10}")
     table = {}
     for method, step in steps.items():
-        flops, kept = count(step)
+        flops, kept = count(step, step.trainer.model.parameters())
         expected = count_step(step.config, ROWS, WORDS, SUPERVISED)["flops"]
         memory = statistics.median(seconds[method]), flops / 1e9, expected / 1e9, peak_memory(method) / MIB
         table[method] = (*memory, (kept + step.weights()) / MIB)

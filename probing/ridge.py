@@ -30,8 +30,12 @@ class RidgeProbe:
         self.count, self.mean, self.scatter = 0, 0.0, 0.0  # of the rows (x, y): (H + E,), and (H, H + E)
 
     def update(self, x_RH: Tensor, y_RE: Tensor):
-        """Adds rows: scatter matrices around the mean so far, merged by the parallel variance formula."""
+        """Adds rows: scatter matrices around the mean so far, merged by the parallel variance formula. The statistics
+        follow the rows to their device: a fit may go on at another one."""
         width, rows = x_RH.shape[1], len(x_RH)
+        if self.count > 0:
+            self.mean = self.mean.to(x_RH.device)
+            self.scatter = self.scatter.to(x_RH.device)
         both = torch.cat([x_RH.double(), y_RE.double()], dim=1)
         mean = both.mean(0)
         both, delta, share = both - mean, mean - self.mean, rows / (self.count + rows)
@@ -75,7 +79,10 @@ class RidgeFit:
     def update(self, states: ImageStates, targets: Mapping[str, Tensor]) -> None:
         self.count += len(states.grids)
         for name, target in targets.items():
-            self.totals[name] = self.totals.get(name, 0.0) + target.double().sum(0)
+            total = target.double().sum(0)
+            if name in self.totals:
+                total = total + self.totals[name].to(total.device)
+            self.totals[name] = total
         for length, names in self.groups.items():
             together = torch.cat([targets[name] for name in names], dim=-1).flatten(0, 1)
             for layer in range(self.num_layers):

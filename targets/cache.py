@@ -3,7 +3,7 @@
 N images, Q positions, E width. On disk: folder/<encoder's fingerprint>-<storage>/<time>-<random>.safetensors. Such a
 shard's header holds its rows' keys and checksums; it appears by an atomic rename, so that an interrupted fill leaves
 whole shards only. Of two rows for one image the newer one counts. <random>.json beside them: keys of images that the
-encoder has no usable target for, and why.
+encoder has no usable target for, and why. checked/<random>.txt: shards that were found right, their size and date.
 """
 
 import errno
@@ -27,6 +27,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import get_worker_info
+from tqdm import tqdm
 from transformers.utils import logging
 
 from .images import open_image
@@ -107,6 +108,8 @@ class TargetCache:
     ):
         self.folder, self.fingerprint = Path(folder) / f"{fingerprint}-{storage}", fingerprint
         self.dtype, self.shard_size, self.batch_keys = STORAGE[storage], shard_size, batch_keys or OncePerBatch()
+        self._notes = self.folder / "checked" / f"{uuid.uuid4().hex}.txt"  # of this process
+        self._written: list[Path] = []  # shards since the last flush
         self.reload()
 
     def reload(self) -> None:
@@ -168,13 +171,41 @@ class TargetCache:
         absent = {key for key, at in zip(keys, self._find(keys), strict=True) if at < 0}
         return absent - self._new - self.refused.keys()
 
-    def drop_damaged(self, keys: Collection[str]) -> None:
-        """Reads the targets of those keys, logs the shards with any that isn't what was written, and forgets it."""
-        places = sorted(set(self._find(keys).tolist()) - {-1}, key=lambda at: tuple(self._places[at]))
-        if bad := [at for at in places if self._row(at) is None]:
-            for shard in np.unique(self._places[bad, 0]):
+    def check(self, index: int = 0, count: int = 1, progress: bool = False) -> list[str]:
+        """Keys of the targets that aren't what was written, in every `count`-th shard from `index` on.
+
+        A shard that was right once, and has the size and date that it had then, is not read again."""
+        checked = self._checked()
+        states = {shard: _state(self._shards[shard]) for shard in range(index, len(self._shards), count)}
+        unchecked = [shard for shard, state in states.items() if state not in checked]
+        order = np.lexsort((self._places[:, 1], self._places[:, 0]))
+        starts = np.searchsorted(self._places[order, 0], np.arange(len(self._shards) + 1))
+        damaged = []
+        for shard in tqdm(unchecked, f"checking {self.folder.name}", disable=not progress or not unchecked):
+            places = order[starts[shard] : starts[shard + 1]].tolist()
+            bad = [self._keys[at].decode() for at in places if self._row(at) is None]
+            if bad:
                 logger.warning(f"{self._shards[shard]} is damaged: its damaged targets count as missing")
-            self._keys, self._places = np.delete(self._keys, bad), np.delete(self._places, bad, axis=0)
+                damaged += bad
+            elif states[shard] is not None and self._shards[shard] not in self._unreadable:
+                self._note([states[shard]])
+        return damaged
+
+    def forget(self, keys: Collection[str]) -> None:
+        """Counts those keys' targets as missing."""
+        places = sorted(set(self._find(keys).tolist()) - {-1})
+        self._keys, self._places = np.delete(self._keys, places), np.delete(self._places, places, axis=0)
+
+    def _checked(self) -> set[str]:
+        """The states of shards that were right."""
+        files = self._notes.parent.glob("*.txt")
+        return {line for file in files for line in file.read_text(encoding="utf-8", errors="replace").splitlines()}
+
+    def _note(self, states: list[str]) -> None:
+        with as_hint():
+            self._notes.parent.mkdir(parents=True, exist_ok=True)
+            with self._notes.open("a", encoding="utf-8") as file:
+                file.writelines(f"{state}\n" for state in states)
 
     def remove_remains(self) -> None:
         """Deletes damaged shards, and what processes left that were killed while writing an hour ago."""
@@ -211,6 +242,11 @@ class TargetCache:
         """Writes what waits for a full shard, and looks at the folder anew."""
         if self._pending:
             self._write(self._pending)
+        if self._written:
+            time.sleep(0.02)  # a file system's clock ticks: what changes a shard from now on changes its date
+            states = map(_state, self._written)
+            self._note([state for state in states if state is not None])
+            self._written = []
         self.reload()
 
     def _write(self, rows: list[tuple[str, dict[str, Tensor]]]) -> None:
@@ -218,10 +254,11 @@ class TargetCache:
         tensors = {name: torch.stack([stored[name] for _, stored in rows]) for name in rows[0][1]}
         path = self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.safetensors"
         write_whole(path, save(tensors, {"rows": header, "checksum": str(zlib.crc32(header.encode()))}))
+        self._written.append(path)
 
-    def read(self, keys: Sequence[str]) -> Tensor:
-        """Targets (n, Q, E), fp32; only their rows are read. LookupError for a key that isn't there and for a target
-        that isn't what was written; it says what to do."""
+    def read(self, keys: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Targets (n, Q, E) in `dtype`; only their rows are read. LookupError for a key that isn't there and for a
+        target that isn't what was written; it says what to do."""
         places, targets = self._find(keys), None
         if missing := (places < 0).sum():
             raise LookupError(
@@ -231,15 +268,21 @@ class TargetCache:
         for i, at in enumerate(places):
             if (stored := self._row(at)) is None:
                 path = self._shards[self._places[at, 0]]
-                raise LookupError(f"{path} is damaged: run `ola-vlm targets`, which computes its damaged targets anew")
+                remedy = "delete it and run `ola-vlm targets`, which computes its targets anew"
+                raise LookupError(f"{path} is damaged: {remedy}")
             if targets is None:
-                targets = _empty(len(keys), *stored["targets"].shape)
+                targets = _empty((len(keys), *stored["targets"].shape), dtype)
             _decode(stored, out=targets[i])
         return targets
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
         """The targets (N, Q, E), fp32, of one or more images, by what they show now."""
         return self.read(self.batch_keys(self, images))
+
+    def as_stored(self, images: list[Image.Image]) -> Tensor:
+        """The same values in the type that they are stored in, half the size in 16 bits; int8 is decoded to fp32."""
+        dtype = self.dtype if self.dtype.is_floating_point else torch.float32
+        return self.read(self.batch_keys(self, images), dtype)
 
     def statistics(self, keys: Sequence[str]) -> "TargetStatistics":
         """Of those keys' targets, computed once: kept like a target, in a folder beside the shards."""
@@ -252,6 +295,14 @@ class TargetCache:
         with as_hint():
             kept._write([(name, found._asdict())])
         return found
+
+
+def _state(shard: Path) -> str | None:
+    """What changes when the shard does; None if it isn't there any more."""
+    with suppress(FileNotFoundError):
+        stat = shard.stat()
+        return f"{shard.name} {stat.st_size} {stat.st_mtime_ns}"
+    return None
 
 
 def _open(path: Path) -> safe_open:
@@ -278,11 +329,12 @@ def _encode(targets: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"targets": steps.round().clamp(-127, 127).to(torch.int8).flatten(-2), "scales": scales}
 
 
-def _empty(*shape: int) -> Tensor:
+def _empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """In a loader's worker it lies in shared memory, so that it is handed over without a copy."""
     if get_worker_info() is None:
-        return torch.empty(shape)
-    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape)), 0, shape)
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(dtype.itemsize * math.prod(shape))
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def _decode(stored: dict[str, Tensor], out: Tensor | None = None) -> Tensor:

@@ -408,7 +408,7 @@ class Motion:
 
     def __call__(self, images: list[Image.Image], counts: list[int]) -> Tensor:
         """The N images of several samples in order, `counts` of them a sample: (N, Q, E), fp32."""
-        samples = self.source(images).split(counts)
+        samples = self.source(images).float().split(counts)
         return torch.cat([torch.cat([torch.zeros_like(frames[:1]), frames[1:] - frames[:-1]]) for frames in samples])
 
 

@@ -184,7 +184,8 @@ def fill(
     """Computes and stores what the caches lack of the images (paths, or `{"bytes", "path": what to call them}`), and
     brings the index of images up to date.
 
-    What they have is read and compared with its checksums. Without teachers only the index is made.
+    What they have is compared with its checksums, each shard once (`TargetCache.check`). Without teachers only the
+    index is made.
     Returns the sources' keys, None for what can't be decoded, and what is refused: place in `sources` -> name and
     reason (can't be decoded, a target that isn't finite or overflows the storage).
     """
@@ -192,12 +193,9 @@ def fill(
     known = [key for key in keys if key]
     caches = {cache.fingerprint: (name, cache) for name, cache in caches.items()}  # tasks may share one
     to_fill = list(caches.values()) if teachers else []
-    for name, cache in to_fill:
+    for _, cache in to_fill:
+        cache.forget(cache.check(progress=progress))
         cache.remove_remains()
-        with bar(total=len(known), desc=f"checking {name} targets") as checked:
-            for start in range(0, len(known), 1024):
-                cache.drop_damaged(part := known[start : start + 1024])
-                checked.update(len(part))
     lacking = set[str]().union(*(cache.missing(known) for _, cache in to_fill))
     todo = [i for i, key in enumerate(keys) if key is None or key in lacking]
     index = Path(folder) / "images" / f"{uuid.uuid4().hex}.jsonl"
@@ -208,7 +206,6 @@ def fill(
             batch = [image for image in batch if image[2] is not None]
             found = {key: image for _, _, _, key, image in batch}
             for name, cache in to_fill:
-                cache.drop_damaged(found)  # of images unknown so far
                 if new := sorted(cache.missing(found)):
                     encoder = teachers[name].encoder
                     if encoder.fingerprint != cache.fingerprint:

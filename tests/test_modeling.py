@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from conftest import encode, random_rows, tiny_tasks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from ola_vlm.configuration_ola_vlm import normalize_task
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.convert.reference import convert_reference, convert_state_dict
 from ola_vlm.modeling_ola_vlm import EmbeddingPredictor, ImageLayout, OlaVlmForConditionalGeneration
+from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.training.losses import embedding_loss
 from ola_vlm.training.stages import apply_stage
 
@@ -738,3 +740,54 @@ def test_initialisation(make_model):
     wide = {"name": "depth", "layers": [1], "target_length": 64, "target_dim": 10, "num_task_tokens": 0}
     latents = make_model(tasks=[wide | {"predictor_dim": 100}])[0].predictors["depth"]["1"].latents
     assert latents.shape == (1, 64, 100) and 0.095 < latents.std() < 0.105  # 1 / sqrt(100)
+
+
+def predictions_of(model, processor) -> list[torch.Tensor]:
+    batch = encode(processor, random_rows(3, [1, 2, 0])).to(model.dtype)
+    with torch.no_grad():
+        outputs = model.eval()(**batch, output_predictions=True)
+    scales = list(outputs.logit_scales.values())
+    return scales + [outputs.predictions[task["name"]][layer] for task in tiny_tasks() for layer in task["layers"]]
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_predictions_of_an_offloaded_model(make_model, tmp_path, place):
+    """accelerate's hooks load weights when a module is called: queries and logit scales as well."""
+    model, processor = make_model()
+    expected = predictions_of(model, processor)
+    if place == "cpu":
+        cpu_offload(model, execution_device="cpu", offload_buffers=False)
+    else:
+        disk_offload(model, tmp_path, execution_device="cpu")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert all(a.equal(b) for a, b in zip(predictions_of(model, processor), expected, strict=True))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own int8 is
+@pytest.mark.parametrize("kind", ["4-bit", "8-bit", "int8"])
+def test_predictions_of_a_quantized_model(kind):
+    """All its linear layers, the predictors' too: states are never cast to the type of a quantized weight."""
+    folder = Path(__file__).parents[1] / "miniature" / "weights" / "ola_vlm"
+    options = {"dtype": torch.float32}
+    if kind == "4-bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"])
+    elif kind == "8-bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    model = OlaVlmForConditionalGeneration.from_pretrained(folder, **options).eval()
+    exact = OlaVlmForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    if kind == "int8":
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    processor = OlaVlmProcessor.from_pretrained(folder)
+    batch = encode(processor, random_rows(2))
+    with torch.no_grad():
+        found = model(**batch, output_predictions=True).predictions
+        expected = exact(**batch, output_predictions=True).predictions
+    kinds = {type(module).__name__ for module in model.predictors.modules()}
+    assert kinds & {"Linear4bit", "Linear8bitLt"} or any(
+        "quantized" in str(type(m)) for m in model.predictors.modules()
+    )
+    for name, layers in expected.items():
+        for layer, prediction in layers.items():
+            similarity = torch.nn.functional.cosine_similarity(found[name][layer].float(), prediction, dim=-1)
+            assert similarity.mean() > 0.9, (name, layer, similarity.mean())

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import random_rows, tiny_tasks
+from conftest import encode, random_rows, tiny_tasks
+from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from training_helpers import IMAGES, GroupedRows, Interrupt, losses, make_trainer, target_source, weights
 
@@ -497,3 +498,86 @@ def test_methods_see_the_same_rows_in_the_same_order(make_model, tmp_path):
         trainer.train()
         orders.append(seen)
     assert orders[0] == orders[1] and len(IMAGES) == 16
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_mixed_precision_keeps_what_trains_in_float32_and_the_rest_as_loaded(make_model, tmp_path, stage):
+    """Weights loaded in bf16: half the memory of what is frozen, updates that aren't rounded away, and at the end a
+    checkpoint in bf16 again."""
+    model, processor = make_model(dtype=torch.bfloat16)
+    before = weights(model)
+    options = {"stage": stage, "bf16": True, "dtype": "bfloat16", "learning_rate": 1e-4, "save_strategy": "steps"}
+    trainer = make_trainer(model, processor, tmp_path, save_steps=1, **options)
+    for name, parameter in model.named_parameters():
+        trains = part_of(name) in STAGES[stage].trains
+        assert parameter.dtype == (torch.float32 if trains else torch.bfloat16), name
+    trainer.train()
+    trainer.save_model()
+    for step in losses(trainer):
+        assert sorted(step) == sorted([*PT_PARTS, "loss"] if stage == "pretrain" else ["loss", "loss/ntp"])
+        assert all(value > 0 for value in step.values())
+    moved, frozen = moved_parts(before, {name: value.to(before[name]) for name, value in weights(model).items()})
+    assert set(frozen) >= {"vision_tower"} and "projector" in moved
+
+    # What a run goes on from holds every bit of what trains, the model that is used in the end 16 bits of it.
+    resumable = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert {value.dtype for value in resumable.values()} == {torch.float32, torch.bfloat16}
+    final = load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for value in final.values()} == {torch.bfloat16}
+    loaded = OlaVlmForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
+    for name, parameter in loaded.named_parameters():
+        assert parameter.equal(dict(model.named_parameters())[name].bfloat16()), name
+
+    # Without autocast: of one type after loading, of two in the trained model itself.
+    batch = encode(processor, random_rows(3, [1, 2, 0]))
+    for one in (loaded, trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)):
+        one.eval().task_tokens_from_queries = False
+        outputs = one(**batch, output_predictions=True)
+        predictions = [outputs.predictions[task["name"]][layer] for task in tiny_tasks() for layer in task["layers"]]
+        assert outputs.logits.isfinite().all() and all(x.isfinite().all() for x in predictions)
+
+    with pytest.raises(KeyboardInterrupt):
+        again, _ = make_model(dtype=torch.bfloat16)
+        options["output_dir"] = tmp_path / "cut"
+        make_trainer(again, processor, save_steps=1, callbacks=[Interrupt(2)], **options).train()
+    resumed, _ = make_model(dtype=torch.bfloat16, seed=1)
+    make_trainer(resumed, processor, save_steps=1, **options).train(resume_from_checkpoint=True)
+    after = weights(resumed)
+    different = [name for name, value in weights(model).items() if not after[name].equal(value)]
+    table = "model.language_model.embed_tokens.weight"  # task tokens' rows, which `save_model` wrote above
+    assert set(different) <= ({table} if stage == "pretrain" else set()), different
+
+
+def test_training_keeps_no_keys_and_values(make_model, tmp_path):
+    model, processor = make_model()
+    assert model.config.text_config.use_cache
+    trainer = make_trainer(model, processor, tmp_path)
+    batch = trainer.data_collator(random_rows(2))
+    for mode in (model.train(), model.eval()):
+        _, outputs = trainer.compute_loss(mode, batch, return_outputs=True)
+        assert outputs.past_key_values is None
+    inputs = encode(processor, random_rows(2))
+    assert model.train()(**inputs).past_key_values is None and model.eval()(**inputs).past_key_values is not None
+    assert model.config.text_config.use_cache
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_columns_stay_in_the_targets_type_and_change_no_loss(make_model, tmp_path, dtype):
+    """A step's targets in 16 bits, as the cache holds them: half the memory, the same loss and gradients."""
+    model, processor = make_model()
+    trainer = make_trainer(model, processor, tmp_path)
+    exact = trainer.data_collator(random_rows(4, [1, 0, 2, 1]))
+    exact["targets"] = {name: target.to(dtype).float() for name, target in exact["targets"].items()}
+    sources = {name: lambda images, given=given: given.to(dtype) for name, given in exact["targets"].items()}
+    trainer.data_collator.target_sources = sources
+    results = []
+    for batch in (exact, trainer.data_collator(random_rows(4, [1, 0, 2, 1]))):
+        empty = trainer.data_collator(random_rows(1, 0))  # has none, and so no say in their type
+        trainer._attach_step_targets([empty, batch], torch.device("cpu"))
+        model.zero_grad()
+        loss = trainer.compute_loss(model.train(), batch)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    kept = torch.float32 if dtype is torch.float64 else dtype
+    assert {columns.dtype for columns in batch["step_targets"]["columns"].values()} == {kept}
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))

@@ -21,6 +21,7 @@ from ..modeling_ola_vlm import (
     ImageLayout,
     OlaVlmCausalLMOutputWithPast,
     OlaVlmForConditionalGeneration,
+    Parameters,
 )
 from ..targets.loading import read_safetensors
 
@@ -59,6 +60,8 @@ class AttachedPredictors:
                 raise ValueError(f"output_predictions=True needs {needs}")
             layers = {layer for task in self.config.tasks for layer in task["layers"]}
             kwargs["output_hidden_states"] = sorted(layers)
+        if self.training:
+            kwargs.setdefault("use_cache", False)  # keys and values of all layers, which no training reads
         hook = nullcontext()
         frozen = self.task_tokens_frozen and self.training
         if self.config.task_token_ids and (self.task_tokens_from_queries or frozen):
@@ -79,7 +82,7 @@ class AttachedPredictors:
             loss=outputs["loss"] if labels is not None else None,
             logits=outputs.logits,
             predictions=self.predict_embeddings(outputs.hidden_states, layout),
-            logit_scales={name: scale[0] for name, scale in self.logit_scales.items()},
+            logit_scales={name: scale[0] for name, scale in self.logit_scales().items()},
         )
 
     def _task_tokens_hook(self):
@@ -106,7 +109,9 @@ class AttachedPredictors:
     def load_checkpoint(self, folder: str | Path):
         """All weights from a folder that `save_pretrained` wrote, by the model's own class, which knows the names in
         its files."""
-        plain = type(self).__bases__[1].from_pretrained(folder, dtype=self.dtype)
+        is_mixed = any(parameter.dtype is torch.float32 for parameter in self.parameters())
+        dtype = torch.float32 if is_mixed else self.dtype  # what trains is float32, though the rest may have 16 bits
+        plain = type(self).__bases__[1].from_pretrained(folder, dtype=dtype)
         self.load_state_dict(plain.state_dict() | read_safetensors(Path(folder) / PREDICTORS_FILE))
 
 
@@ -137,7 +142,7 @@ def attach_predictors(
         raise ValueError(f"tasks are {names}: give one or more, each with its own name")
     token_ids = _add_task_tokens(model, processor, task_token_strings(tasks))
 
-    own = nn.ModuleDict({name: nn.ModuleDict() if name == "predictors" else nn.ParameterDict() for name in OWN})
+    own = nn.ModuleDict({"predictors": nn.ModuleDict(), "queries": Parameters(), "logit_scales": Parameters()})
     for task in tasks:
         layers = {str(layer): EmbeddingPredictor(task, text.hidden_size) for layer in task["layers"]}
         own["predictors"][task["name"]] = nn.ModuleDict(layers)

@@ -20,7 +20,7 @@ from .rows import BadRow, open_source
 
 IGNORE_INDEX = -100
 
-TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E) fp32
+TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E)
 
 
 class Encoded(NamedTuple):
@@ -61,9 +61,9 @@ class OlaVlmCollator:
         targets_later: the batch gets its targets by `add_targets`: a loader's worker can't run a teacher on a GPU.
 
     Returns of a call: input_ids, attention_mask, labels (B, T); pixel_values (N, 3, H, W), without any image 0 rows,
-    so that all ranks run the same graph; targets: task -> (N, Q, E) fp32; row_ids: list of str; bad_rows and
-    long_rows: lists of str, one for each row left out. A batch that lost all its rows has one of two padding tokens,
-    unsupervised.
+    so that all ranks run the same graph; targets: task -> (N, Q, E), in 16 bits if their source gives that, else
+    fp32; row_ids: list of str; bad_rows and long_rows: lists of str, one for each row left out. A batch that lost all
+    its rows has one of two padding tokens, unsupervised.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class OlaVlmCollator:
             given = (images, counts) if isinstance(source, Motion) else (images,)
             expected = (len(images), *self.target_shapes[name])
             try:
-                targets[name] = source(*given).float() if images else torch.zeros(expected)
+                targets[name] = source(*given) if images else torch.zeros(expected)
             except (LookupError, OSError) as error:  # not in the cache: the file has changed since
                 if not self.drop_bad_rows:
                     raise
@@ -217,6 +217,8 @@ class OlaVlmCollator:
                 wrong = {i: reasons[0] for i, (_, reasons) in enumerate(alone) if reasons}
                 parts = {} if wrong else self.target_sources  # a passing error: now there are all
                 return {name: torch.cat([one[name] for one, _ in alone]) for name in parts}, wrong
+            if targets[name].dtype not in (torch.bfloat16, torch.float16):
+                targets[name] = targets[name].float()
             if targets[name].shape != expected:
                 found = f"targets {tuple(targets[name].shape)} from its teacher, {expected} from its configuration"
                 raise ValueError(f"task {name!r} has {found}: set target_length and target_dim to the teacher's")

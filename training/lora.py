@@ -44,8 +44,5 @@ def add_adapters(model: nn.Module, args: OlaVlmArguments) -> nn.Module:
     )
     model = get_peft_model(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if args.bf16 or args.fp16:  # mixed precision: what trains is float32, as without adapters
-        for parameter in trained:
-            parameter.data = parameter.data.float()
     logger.info(f"adapters of rank {args.lora_rank}: {sum(p.numel() for p in trained)} parameters train instead")
     return model

@@ -11,8 +11,10 @@ import json
 import os
 import random
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,10 @@ class BadRow(ValueError):
         return self.reason
 
 
+# What a row in no known form raises; a BadRow is a ValueError.
+BAD_ROW_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
+
+
 class JsonRows(Sequence):
     """The objects of a JSON array or of JSON lines, each read from the file when it is asked for.
 
@@ -81,6 +87,18 @@ class JsonRows(Sequence):
         with open(self.path, "rb") as file:
             file.seek(start)
             return json.loads(file.read(stop - start))
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict | None]:
+        """Those rows, one after the other, with the file opened once; None for one that can't be parsed."""
+        parse = json.JSONDecoder().raw_decode  # `json.loads` would look for the encoding first
+        with open(self.path, "rb") as file:
+            for start, stop in self.spans[indices].tolist():
+                file.seek(start)
+                try:
+                    row, _ = parse(file.read(stop - start).decode())
+                except (RecursionError, ValueError):  # nested too deeply, a number of too many digits
+                    row = None
+                yield row
 
 
 def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
@@ -202,9 +220,37 @@ class Rows(Dataset):
             groups[root(i)].append(i)
         return list(groups.values())
 
+    def samples(self, places: Sequence[int] | np.ndarray) -> Iterator[dict | None]:
+        """What the data have at those places of the rows, unchecked; None for what can't be parsed."""
+        indices = self.indices[places]
+        if isinstance(self.source, JsonRows):
+            return self.source.read(indices)
+        return (self.source[i] for i in indices.tolist())
+
     def sources(self) -> "Sources":
-        """Every image, each file once, in the order of the rows."""
-        return Sources(self)
+        """Every image, each file once, in the order of the rows. What the rows say is not looked at."""
+        return Sources(self, self.image_places())
+
+    def image_places(self) -> np.ndarray:
+        """(row, number of the image in it) of every image, each file once. Reads all rows."""
+        numbers = []
+        seen = set()
+        bad_rows = 0
+        for i, sample in enumerate(self.samples(np.arange(len(self)))):
+            try:
+                images = row_images(sample, self.image_folder)
+            except BAD_ROW_ERRORS:
+                bad_rows += 1
+                continue
+            for n, image in enumerate(images):
+                if isinstance(image, str):
+                    if image in seen:
+                        continue
+                    seen.add(image)
+                numbers += (i, n)
+        if bad_rows:
+            logger.warning(f"{bad_rows} rows can't be read and give no image: `ola-vlm check-data` names them")
+        return np.array(numbers, dtype=np.int64).reshape(-1, 2)
 
     def drop_images(self, sources: "Sources", refused: Collection[int]) -> int:
         """Drops the rows with one of those `sources`, given by their places in it (which is of no use afterwards), and
@@ -234,15 +280,15 @@ class Rows(Dataset):
 
 
 class Sources(Sequence):
-    """The images of rows as they hold them, each file once: a path, or `{"bytes", "path"}`, read when it is asked for.
-    A slice of it is one, too, and what an array of places chooses."""
+    """The images of rows as they hold them: a path, or `{"bytes", "path"}`, read when it is asked for. A slice of it
+    is one, too, and what an array of numbers chooses.
 
-    def __init__(self, rows: Rows, places: np.ndarray | None = None):
-        self.rows = rows
-        if places is None:
-            found = _sources((i, rows[i]) for i in range(len(rows)))
-            places = np.array([place for place, _ in found], dtype=np.int64).reshape(-1, 2)
-        self.places = places  # row, number of the image in it
+    Args:
+        places: (row, number of the image in it) of each.
+    """
+
+    def __init__(self, rows: Rows, places: np.ndarray):
+        self.rows, self.places = rows, places
 
     def __len__(self) -> int:
         return len(self.places)
@@ -250,10 +296,16 @@ class Sources(Sequence):
     def __getitem__(self, i):
         if isinstance(i, (slice, np.ndarray)):
             return Sources(self.rows, self.places[i])
-        row, n = map(int, self.places[i])
-        row = self.rows[row]
-        image = row["images"][n]
-        return image if not isinstance(image, dict) else {**image, "path": f"{n + 1} of row {row['id']}"}
+        (image,) = Sources(self.rows, self.places[[i]])
+        return image
+
+    def __iter__(self) -> Iterator[str | dict | Image.Image]:
+        samples = self.rows.samples(self.places[:, 0])
+        for sample, (row, n) in zip(samples, self.places.tolist(), strict=True):
+            image = row_images(sample, self.rows.image_folder)[n]
+            if isinstance(image, dict):
+                image = {**image, "path": f"{n + 1} of row {_row_id(sample, self.rows.indices[row])}"}
+            yield image
 
 
 class StreamRows(IterableDataset):
@@ -329,7 +381,7 @@ def read_row(sample: dict, index: int | str, image_folder: str) -> dict:
     """
     name = str(index)
     try:
-        name = name if sample.get("id") is None else str(sample["id"])
+        name = _row_id(sample, index)
         images = row_images(sample, image_folder)
         return {"id": name, "images": images, "messages": _messages(sample, len(images))}
     except BadRow as bad_row:
@@ -338,6 +390,10 @@ def read_row(sample: dict, index: int | str, image_folder: str) -> dict:
         return {"id": name, "bad_row": BadRow("malformed", f"a turn or a content part has no {error}")}
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
         return {"id": name, "bad_row": BadRow("malformed", f"{type(error).__name__}: {error}")}
+
+
+def _row_id(sample: dict, index: int | str) -> str:
+    return str(index if sample.get("id") is None else sample["id"])
 
 
 def row_images(sample: dict, image_folder: str) -> list[str | dict | Image.Image]:
@@ -353,17 +409,33 @@ def _source(image, folder: str) -> str | dict | Image.Image:
     image = image.get("path") if isinstance(image, dict) else image
     if not isinstance(image, str):
         raise BadRow("malformed", f"an image is {image!r:.50}: give its path, or its bytes in a data set")
-    if INLINE.match(image):
-        raise BadRow("malformed", f"an image is inline, as text ({image:.30}...): save it as a file, give its path")
-    if URL.match(image):
-        raise BadRow("malformed", f"an image is a URL, {image}: nothing is downloaded, give the path of a file")
-    path = os.path.join(folder, image)
-    real, real_folder = os.path.realpath(path), os.path.realpath(folder)
-    if os.path.commonpath([real, real_folder]) != real_folder:
-        raise BadRow("outside", f"image {path} lies outside image_folder {folder}")
-    if not os.path.isfile(real):
-        raise BadRow("missing", f"there is no image {path}")
-    return os.path.abspath(path)
+    path = os.path.join(folder, image) if image.startswith("/") else f"{folder}/{image}"
+    parent = path.rpartition("/")[0]
+    # An ordinary file lies where its folder does: of millions of images a few folders have to be resolved.
+    if not (_is_ordinary_file(path) and _lies_in(parent, folder)):
+        if INLINE.match(image):
+            raise BadRow("malformed", f"an image is inline, as text ({image:.30}...): save it as a file, give its path")
+        if URL.match(image):
+            raise BadRow("malformed", f"an image is a URL, {image}: nothing is downloaded, give the path of a file")
+        real = os.path.realpath(path)
+        if not _lies_in.__wrapped__(real, folder):
+            raise BadRow("outside", f"image {path} lies outside image_folder {folder}")
+        if not os.path.isfile(real):
+            raise BadRow("missing", f"there is no image {path}")
+    return os.path.normpath(path)
+
+
+def _is_ordinary_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):  # nothing there; a name that can't be one
+        return False
+
+
+@lru_cache(maxsize=1 << 16)
+def _lies_in(place: str, folder: str) -> bool:
+    real, real_folder = os.path.realpath(place), os.path.realpath(folder)
+    return os.path.commonpath([real, real_folder]) == real_folder
 
 
 def _messages(sample: dict, num_images: int) -> list[dict]:
@@ -434,18 +506,3 @@ def open_source(image: str | dict | Image.Image) -> Image.Image:
         raise BadRow("undecodable", f"image {error}") from error
     except OSError as error:  # no right to read it, a folder
         raise BadRow("undecodable", f"image {source_name(image)}: {error}") from error
-
-
-def _sources(rows: Iterable[tuple[int, dict]]) -> Iterator[tuple[tuple[int, int], str | dict]]:
-    """((row, number of the image in it), the image as the row holds it), each file once."""
-    bad_rows, seen = 0, set()
-    for i, row in rows:
-        bad_rows += "bad_row" in row
-        for n, image in enumerate(row.get("images", ())):
-            if isinstance(image, str):
-                if image in seen:
-                    continue
-                seen.add(image)
-            yield (i, n), image
-    if bad_rows:
-        logger.warning(f"{bad_rows} rows can't be read and give no image: `ola-vlm check-data` names them")

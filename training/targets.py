@@ -31,6 +31,15 @@ def gathered(compute: Callable, *args) -> list:
     return found
 
 
+def find_images(args: OlaVlmArguments, rows: Rows) -> Sources:
+    """`rows.sources()`, for which one process reads the rows for all."""
+
+    def places() -> np.ndarray | None:
+        return rows.image_places() if args.process_index == 0 else None
+
+    return Sources(rows, gathered(places)[0])
+
+
 def filled_caches(
     args: OlaVlmArguments, teachers: dict[str, Teacher], images: Sources, compute: bool
 ) -> tuple[dict[str, TargetCache], list[str], dict[int, str]]:
@@ -39,11 +48,15 @@ def filled_caches(
     are to be dropped, and says what helps if targets are missing."""
     with args.main_process_first(desc="target cache"):  # a teacher's fingerprint may have to be computed
         caches = open_caches(args.target_cache, teachers, args.target_storage)
+    show = args.should_log and not args.disable_tqdm
+    to_fill = dict.fromkeys(caches.values()) if compute else {}  # tasks may share one
+    for cache in to_fill:
+        by_process = gathered(cache.check, args.process_index, args.world_size, show)
+        cache.forget([key for damaged in by_process for key in damaged])
     # Shuffled: of what an interrupted fill or one with --shard left, each process has about the same to do.
     part = np.sort(np.random.default_rng(0).permutation(len(images))[args.process_index :: args.world_size])
     todo = args.target_cache, teachers if compute else {}, caches, images[part], args.dataloader_num_workers
     keys, refused = {}, {}
-    show = args.should_log and not args.disable_tqdm
     for places, found, why in gathered(lambda: (part.tolist(), *fill(*todo, show))):
         keys |= zip(places, found, strict=True)
         refused |= {places[i]: reason for i, reason in why.items()}
@@ -73,22 +86,24 @@ def target_sources(
     ValueError as of `filled_caches`."""
     teachers = make_teachers(tasks, args.teachers or {}, args.device)
     if not args.target_cache:
-        sources, keys = {name: teacher.encoder.encode for name, teacher in teachers.items()}, []
+        caches, keys = {}, []
+        sources = {name: teacher.encoder.encode for name, teacher in teachers.items()}
     else:
         # The training images last: their keys are those of the statistics, and their caches know all that is stored.
         for part in (*others, rows):
-            images = part.sources()
-            sources, keys, refused = filled_caches(args, teachers, images, args.target_fill)
+            images = find_images(args, part)
+            caches, keys, refused = filled_caches(args, teachers, images, args.target_fill)
             if refused:
                 logger.warning(f"dropped {part.drop_images(images, refused)} rows whose images have no target")
+        sources = {name: cache.as_stored for name, cache in caches.items()}
     once = {teacher: OncePerBatch(sources[name]) for name, teacher in teachers.items()}
     for name, teacher in teachers.items():
-        cache, is_motion = sources[name], args.teachers[name].get("motion", False)
+        is_motion = args.teachers[name].get("motion", False)
         if list(teachers.values()).count(teacher) > 1:
             sources[name] = partial(once[teacher], name)
         if args.standardize_targets and keys:
             # By the training images' statistics, which go with the run: predictions are restored before decoding.
-            statistics = gathered(cache.statistics if args.process_index == 0 else len, keys)[0]
+            statistics = gathered(caches[name].statistics if args.process_index == 0 else len, keys)[0]
             sources[name] = partial(_standardized, sources[name], statistics)
             if args.should_save:
                 zero = {"mean": torch.zeros_like(statistics.mean)} if is_motion else {}  # of differences

@@ -5,12 +5,15 @@ divided by the image count of the whole optimiser step, and the contrastive colu
 are known before the step begins, so they are collected where the Trainer collects a step's micro-batches.
 """
 
+import json
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .attach import AttachedPredictors
@@ -20,6 +23,9 @@ from .stages import find_stage
 
 logger = logging.get_logger(__name__)
 
+# Numeric types of targets, the narrowest first: on their way between ranks each is named by its place here.
+TARGET_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 class OlaVlmTrainer(Trainer):
     """Trains one stage (`args.stage`; apply it with `apply_stage` first).
@@ -28,12 +34,20 @@ class OlaVlmTrainer(Trainer):
     since the last log and over ranks; `loss` = ntp + sum over tasks of loss_weight * sum over layers (smooth_l1 +
     contrastive_weight * contrastive); `bad_rows`, `long_rows`: rows dropped so far, over all ranks. Their names are
     logged as they come; bad ones beyond `args.max_bad_rows` of the run's rows stop it.
+
+    In mixed precision (`bf16`, `fp16`) what trains becomes float32, in whatever type it was loaded (`args.dtype`), and
+    what is frozen stays as it is: half the memory for it, and no update is lost to rounding. Checkpoints to resume
+    from hold all weights as they are; the model that is saved in the end has `args.dtype`.
     """
 
     def __init__(self, model, args, **kwargs):
         super().__init__(model=model, args=args, **kwargs)
         if args.n_gpu > 1:
             raise ValueError("several GPUs in one process are not supported: start with torchrun --nproc_per_node")
+        if (args.bf16 or args.fp16) and not self.is_deepspeed_enabled:  # which keeps float32 copies of its own
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
         self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
@@ -105,15 +119,23 @@ class OlaVlmTrainer(Trainer):
             )
 
     def _attach_step_targets(self, batches: list[dict], device: torch.device) -> None:
-        """Gives each micro-batch the contrastive columns of its step, its own first column and their number."""
-        columns, sizes = {}, [len(batch["targets"][self.tasks[0]["name"]]) for batch in batches]
-        counts = self.accelerator.gather(torch.tensor([sum(sizes)], device=device)).tolist()
-        for task in self.tasks:
-            columns[task["name"]] = torch.cat([batch["targets"][task["name"]].to(device) for batch in batches])
+        """Gives each micro-batch the contrastive columns of its step, its own first column and their number.
+
+        Columns are gathered in the type that the targets come in (the cache's): the loss makes float32 of them."""
+        names = [task["name"] for task in self.tasks]
+        sizes = [len(batch["targets"][names[0]]) for batch in batches]
+        # A rank without an image doesn't know the targets' type: it takes the others'.
+        own = [sum(sizes), *(_target_dtype(batches, name) for name in names)]
+        by_rank = self.accelerator.gather(torch.tensor([own], device=device))
+        counts = by_rank[:, 0].tolist()
+        dtypes = [TARGET_DTYPES[place] for place in by_rank[:, 1:].amax(0).tolist()]
+        columns = {}
+        for name, dtype in zip(names, dtypes, strict=True):
+            columns[name] = torch.cat([batch["targets"][name].to(device, dtype) for batch in batches])
             if len(counts) > 1 and max(counts) > 0:
-                padded = self.accelerator.gather(self.accelerator.pad_across_processes(columns[task["name"]]))
-                by_rank = zip(padded.split(max(counts)), counts, strict=True)
-                columns[task["name"]] = torch.cat([rows[:count] for rows, count in by_rank])
+                padded = self.accelerator.gather(self.accelerator.pad_across_processes(columns[name]))
+                parts = zip(padded.split(max(counts)), counts, strict=True)
+                columns[name] = torch.cat([rows[:count] for rows, count in parts])
         offset = sum(counts[: self.accelerator.process_index])
         for batch, size in zip(batches, sizes, strict=True):
             batch["step_targets"] = {"columns": columns, "offset": offset, "num_images": sum(counts)}
@@ -121,6 +143,7 @@ class OlaVlmTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
+        inputs["use_cache"] = False  # keys and values of all layers, which nobody reads
         if not isinstance(self.model, AttachedPredictors):  # whose model has a head of its own
             inputs["supervised_logits_only"] = model.training
         if self.tasks:
@@ -190,7 +213,21 @@ class OlaVlmTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         if self.writes_task_tokens and state_dict is not None:  # of sharded weights
             self.accelerator.unwrap_model(self.model).write_task_tokens(state_dict)
-        super()._save(output_dir, state_dict)
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        is_to_resume = Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        dtype = self.args.torch_dtype
+        is_cast = dtype is not torch.float32 and not is_to_resume and not self.args.lora_rank and state_dict != {}
+        if not is_cast:
+            super()._save(output_dir, state_dict)
+            return
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, cast_floats(state_dict, dtype))
+        if self.args.should_save:
+            # `save_pretrained` names the type of a parameter in memory, and "auto" would load in that.
+            file = Path(output_dir) / "config.json"
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config["dtype"] = self.args.dtype
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own."""
@@ -204,6 +241,28 @@ class OlaVlmTrainer(Trainer):
             self.model.load_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+def _target_dtype(batches: list[dict], name: str) -> int:
+    """The place in `TARGET_DTYPES` of the type of a task's targets; 0 if there are none."""
+    places = [0]
+    for batch in batches:
+        targets = batch["targets"][name]
+        if len(targets) > 0:
+            places.append(TARGET_DTYPES.index(targets.dtype))
+    return max(places)
+
+
+def cast_floats(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same with its floating-point weights in `dtype`; tied ones stay one tensor."""
+    cast = {}
+    by_place = {}
+    for name, value in state_dict.items():
+        place = value.data_ptr(), value.shape, value.dtype
+        if place not in by_place:
+            by_place[place] = value.to(dtype) if value.is_floating_point() else value
+        cast[name] = by_place[place]
+    return cast
 
 
 def _report_bad_rows(batch: dict) -> list[int]:
