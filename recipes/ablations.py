@@ -2,8 +2,9 @@
 `llava_llama3_convnext`. What is varied stands in the run's name; where the paper's own choice is a row, it is named
 with its numbers and has no recipe but its own.
 
-Every row is trained by torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe RUN_pretrain, then
---recipe RUN_finetune (Table 6, and `losses_pt_ift` of Table 4: the latter only). Scores are CV-Bench 2D, CV-Bench 3D,
+Every row is trained by torchrun ... train.py --recipe RUN_pretrain, then, sharded, accelerate launch ... train.py
+--recipe RUN_finetune; `ola-vlm recipes` has both commands in full (Table 6, and `losses_pt_ift` of Table 4: the latter
+only). Scores are CV-Bench 2D, CV-Bench 3D,
 MMStar, RealWorldQA (not in all tables) and their average, unless said otherwise.
 """
 

@@ -71,11 +71,20 @@ METHODS |= {name: {"tasks": [], "fusion": fusion, "teachers": TEACHERS} for name
 # Of the miniature's runs, too; no weight decay is the default.
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 10, "dataloader_drop_last": True}
 TARGETS = {"target_cache": "runs/targets", "target_storage": "bfloat16"}
-# One epoch each, bf16; batches are for 16 devices.
+# How a stage is started on two machines of 8 GPUs with 80 GB each (`benchmarks/plan.py` counts what it takes): where
+# the language model trains, its weights, gradients and moments are sharded. docs/scale.md has other configurations.
+DDP = "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500"
+FSDP2 = (
+    "accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_machines 2 --num_processes 16 "
+    "--machine_rank RANK --main_process_ip HOST --main_process_port 29500"
+)
+LAUNCHERS = {"pretrain": DDP, "finetune": FSDP2, "visual_pretrain": FSDP2}
+# One epoch each; batches are for 16 devices. Weights are loaded and saved in bf16; what trains is fp32 meanwhile.
 COMMON = {
     **SCHEDULE,
     "num_train_epochs": 1,
     "bf16": True,
+    "dtype": "bfloat16",
     "activation_checkpointing": True,
     "max_length": 2048,
     "on_long_rows": "truncate",
@@ -91,7 +100,7 @@ Changes = dict[str, tuple[str, dict]]  # stage -> (the recipe that is changed, t
 def pretrain() -> dict:
     """PT of `llama3_vit`: captions, next-token prediction and the embedding losses; batch 256, lr 1e-3.
 
-    torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe llama3_vit_pretrain
+    torchrun --nproc_per_node 8 --nnodes 2 ... train.py --recipe llama3_vit_pretrain (`LAUNCHERS`)
     """
     return COMMON | {
         "stage": "pretrain",
@@ -111,7 +120,7 @@ def pretrain() -> dict:
 def finetune() -> dict:
     """IFT of `llama3_vit`: LLaVA-665K, next-token prediction, task tokens frozen; batch 128, lr 2e-5.
 
-    torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe llama3_vit_finetune
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml ... train.py --recipe llama3_vit_finetune
     """
     return COMMON | {
         "stage": "finetune",
@@ -128,7 +137,8 @@ def finetune() -> dict:
 def table_1(run: str) -> Changes:
     """Table 1: methods, language models and base encoders.
 
-    torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe RUN_pretrain, then --recipe RUN_finetune
+    torchrun ... train.py --recipe RUN_pretrain, then, sharded, accelerate launch ... train.py --recipe RUN_finetune
+    (`ola-vlm recipes` has both commands in full).
     On 16 MI300X, estimated (`recipes.show.estimated_hours`): Llama-3 PT 0.7 h to 0.8 h, IFT 1.7 h; Phi-3
     0.4 h to 0.5 h and 0.9 h to 1.0 h.
     `commercial`, not in the paper, has a smaller depth teacher, whose licence allows commercial use. `feature_concat`
@@ -160,8 +170,9 @@ def table_1(run: str) -> Changes:
 def table_2(run: str) -> Changes:
     """Table 2: visual pre-training of the whole model between PT and IFT, on ALLaVA-Caption-663K.
 
-    torchrun --nproc_per_node 8 --nnodes 2 train.py --recipe RUN_visual_pretrain, then --recipe RUN_finetune; before it
-    the PT of the run without `_vpt`. The data are ALLaVA's two files of captions in one: jq -s add A.json B.json
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml ... train.py --recipe RUN_visual_pretrain, then
+    --recipe RUN_finetune in the same way (`ola-vlm recipes` has the command in full); before it the PT of the run
+    without `_vpt`. The data are ALLaVA's two files of captions in one: jq -s add A.json B.json
     On 16 MI300X, estimated (`recipes.show.estimated_hours`): Llama-3 VPT 1.8 h, IFT 1.7 h; Phi-3 1.1 h and
     1.0 h.
 

@@ -4,13 +4,14 @@ import argparse
 import inspect
 import json
 import re
+import textwrap
 from dataclasses import fields as fields_of
 
 from transformers import TrainingArguments
 
 from ..configuration_ola_vlm import TASK_FIELDS
 from ..training.arguments import OlaVlmArguments
-from . import RECIPES
+from . import RECIPES, paper
 
 # For the estimate. Forward passes in GFLOP: of a token through the LLM's blocks (2 x parameters), of an image through
 # the tower (CLIP-L: measured in the reference; ConvNeXt: 9 times timm's 396 at 256 pixels) and of a predictor.
@@ -51,8 +52,23 @@ def scores(name: str) -> str:
     return found[1] if found and recipe.fields["stage"] == "finetune" else ""
 
 
+def command(name: str) -> str:
+    """How the recipe is started: those of the paper on two machines of 8 GPUs, the others on this one."""
+    launcher = "python"
+    if RECIPES[name].fields.get("data") in DATA:
+        launcher = paper.LAUNCHERS[RECIPES[name].fields["stage"]]
+    return f"{launcher} train.py --recipe {name}"
+
+
 def listing() -> str:
-    lines, table = [], None
+    lines = [
+        "",
+        "The paper's runs on two machines of 8 GPUs with 80 GB each (docs/scale.md has other configurations):",
+    ]
+    for stage in paper.LAUNCHERS:
+        words = textwrap.wrap(f"{paper.LAUNCHERS[stage]} train.py --recipe RUN_{stage}", 100, break_on_hyphens=False)
+        lines.append("  " + " \\\n      ".join(words))
+    table = None
     for name, recipe in RECIPES.items():
         if recipe.table is not table:
             table, doc = recipe.table, inspect.getdoc(recipe.table)
@@ -101,5 +117,11 @@ def main(argv: list[str] | None = None) -> None:
     elif args.name not in RECIPES:
         raise SystemExit(f"there is no recipe {args.name}: `ola-vlm recipes` lists all")
     else:
-        shown = {"recipe": args.name, "parent": RECIPES[args.name].parent, "changes": changes(args.name)}
-        print(json.dumps(shown | {"fields": effective(args.name)}, indent=2))
+        shown = {
+            "recipe": args.name,
+            "command": command(args.name),
+            "parent": RECIPES[args.name].parent,
+            "changes": changes(args.name),
+            "fields": effective(args.name),
+        }
+        print(json.dumps(shown, indent=2))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from claimed_gpu import ClaimedGpu, move, on_gpu
 from conftest import encode, random_image, random_rows, tiny_tasks
 from tiny_teachers import GRID, save_depth_anything
 from tiny_vlms import FAMILIES
@@ -467,3 +468,22 @@ def test_the_documents_example_runs(tmp_path, monkeypatch):
 if __name__ == "__main__":
     run_ranks(Path(sys.argv[1]), ranks=2)
     torch.distributed.destroy_process_group()
+
+
+@every_family
+def test_all_tensors_of_a_step_are_on_one_device(family, tmp_path):
+    """Losses and gradients on a GPU that isn't there, and training keeps no keys and values."""
+    model, processor = make(family, True)
+    apply_stage(model, "pretrain")
+    trainer = make_trainer(model, processor, tmp_path)
+    batch = trainer.data_collator(make_rows([1, 2]))
+    expected, outputs = trainer.compute_loss(model.train(), dict(batch), return_outputs=True)
+    assert getattr(outputs, "past_key_values", None) is None and model.config.get_text_config().use_cache
+    move(model)
+    with ClaimedGpu():
+        batch = {name: on_gpu(value) for name, value in batch.items()}
+        batch["targets"] = {name: on_gpu(target) for name, target in batch["targets"].items()}
+        trainer._attach_step_targets([batch], torch.device("cuda"))
+        loss = trainer.compute_loss(model, batch)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        loss.backward()

@@ -68,6 +68,7 @@ def stand_ins(tmp_path_factory, tiny_parts):
 
     def arguments(name: str) -> OlaVlmArguments:
         fields = RECIPES[name]() | {"data": str(data), "image_folder": str(folder), "bf16": False, "use_cpu": True}
+        fields["dtype"] = "float32"
         fields |= {"max_steps": 1, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
         fields |= {"save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "target_fill": True}
         fields["output_dir"] = str(folder / fields["output_dir"])
@@ -180,6 +181,24 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
             assert len({field.rpartition(".")[2] for field in changed} - {"teachers", "image_folder"}) == 1, name
         else:
             assert not changed, name
+
+
+def test_the_papers_recipes_load_bf16_and_shard_what_ddp_cannot_hold(capsys):
+    """Frozen weights as the plan counts them (`benchmarks/plan.py`), and commands that fit GPUs of 80 GB."""
+    for name, recipe in RECIPES.items():
+        if recipe.run in (*LOCAL, *ADAPTERS):
+            assert show.command(name) == f"python train.py --recipe {name}"
+            continue
+        assert recipe.fields["dtype"] == "bfloat16" and recipe.fields["bf16"]
+        sharded = recipe.fields["stage"] != "pretrain"
+        words = show.command(name).split()
+        assert words[:1] == (["accelerate"] if sharded else ["torchrun"]) and words[-2:] == ["--recipe", name]
+        assert ("recipes/accelerate/fsdp2.yaml" in words) == sharded
+        assert (
+            "accelerate launch" in " ".join(recipe.table.__doc__.split())
+        ) or recipe.table.__module__ != paper.__name__
+    cli.main(["recipes", "llama3_convnext_vpt_visual_pretrain"])
+    assert json.loads(capsys.readouterr().out)["command"].startswith("accelerate launch --config_file")
 
 
 def test_docstrings_give_command_hours_and_the_papers_numbers():

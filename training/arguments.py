@@ -48,7 +48,8 @@ class OlaVlmArguments(TrainingArguments):
     load_in_4bit: bool = HfArg(default=False, help="QLoRA: the language model's blocks in 4 bits (bitsandbytes)")
     dtype: str = HfArg(
         default="float32",
-        help=f"of the weights that are loaded: {', '.join(DTYPES)}, or auto: bfloat16 and bf16 on a GPU, else float32",
+        help="of the weights as they are loaded, and saved in the end; with bf16 or fp16 what trains is float32 "
+        f"meanwhile: {', '.join(DTYPES)}, or auto: bfloat16 and bf16 on a GPU, else float32",
     )
     data: str | None = HfArg(
         default=None, help="a .json or .jsonl file (LLaVA's or TRL's rows), or a folder or name that `datasets` loads"

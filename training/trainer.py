@@ -226,7 +226,7 @@ class OlaVlmTrainer(Trainer):
             # `save_pretrained` names the type of a parameter in memory, and "auto" would load in that.
             file = Path(output_dir) / "config.json"
             config = json.loads(file.read_text(encoding="utf-8"))
-            config["dtype"] = self.args.dtype
+            config["dtype"] = str(dtype).removeprefix("torch.")
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
