@@ -199,8 +199,9 @@ def training_memory(strategy: str, gpus: int, sizes: Sizes) -> dict[str, float]:
         case "FSDP2":
             weights = (4 * trained + 2 * frozen) / gpus
             gradients, optimizer = 4 * trained / gpus, 8 * trained / gpus
-            # Weights of the root, of the block at work and of the next one; gradients of the root and of a block.
-            in_flight = 2 * (root + 2 * block) + 2 * (root + block)
+            # Weights of the root, of the block at work and of the next one; gradients of the root and of a block, of
+            # which one at a time is summed over ranks in fp32.
+            in_flight = 2 * (root + 2 * block) + 2 * (root + block) + 4 * max(root, block)
         case "ZeRO-2":
             weights = 2 * (trained + frozen)
             gradients, optimizer = 2 * trained / gpus, 12 * trained / gpus

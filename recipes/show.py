@@ -4,7 +4,6 @@ import argparse
 import inspect
 import json
 import re
-import textwrap
 from dataclasses import fields as fields_of
 
 from transformers import TrainingArguments
@@ -66,8 +65,7 @@ def listing() -> str:
         "The paper's runs on two machines of 8 GPUs with 80 GB each (docs/scale.md has other configurations):",
     ]
     for stage in paper.LAUNCHERS:
-        words = textwrap.wrap(f"{paper.LAUNCHERS[stage]} train.py --recipe RUN_{stage}", 100, break_on_hyphens=False)
-        lines.append("  " + " \\\n      ".join(words))
+        lines.append(f"{paper.LAUNCHERS[stage]} train.py --recipe RUN_{stage}")
     table = None
     for name, recipe in RECIPES.items():
         if recipe.table is not table:

@@ -137,6 +137,9 @@ def test_storage(tmp_path, storage, width):
     cache.flush()
     read = cache.read(keys)
     assert read.dtype == torch.float32 and read[1, 3].equal(torch.zeros(width))
+    as_stored = cache.read(keys, torch.float32 if storage == "int8" else STORAGE[storage])
+    assert as_stored.dtype == (torch.float32 if storage == "int8" else STORAGE[storage])
+    assert as_stored.float().equal(read)
     errors = 1 - torch.nn.functional.cosine_similarity(read.double(), targets.double(), dim=-1)[0]
     assert errors.max() < {"float32": 1e-12, "float16": 1e-6, "bfloat16": 1e-5, "int8": 1e-3}[storage]
     elsewhere = [channel for channel in range(width) if channel // BLOCK != 5 // BLOCK]
@@ -284,6 +287,41 @@ def test_damaged_shard_is_never_read_and_recomputed(paths, folder, caplog, where
     assert f"{shard} is damaged" in caplog.text and shard.exists() == (where == "target")
     assert_right(fill_with(encoder, folder, paths), paths)
     assert encoder.encoded == (1 if where == "target" else 4)
+
+
+def test_each_shard_is_checked_once(paths, folder, monkeypatch):
+    """A start reads none again that was right, and has the size and date that it had; damaged ones until they are of
+    no use any more."""
+    reads = []
+    stored = TargetCache._stored
+    monkeypatch.setattr(TargetCache, "_stored", lambda cache, at: reads.append(at) or stored(cache, at))
+
+    def starts_and_reads() -> int:
+        reads.clear()
+        assert_right(fill_with(FakeEncoder(), folder, paths), paths)
+        return len(reads) - len(paths)  # those of `assert_right` itself
+
+    assert starts_and_reads() == 0 and starts_and_reads() == 0  # what a process wrote, it knows
+    first, second, third = shards(TargetCache(folder, "fake"))
+    os.utime(first)  # as by a copy
+    assert starts_and_reads() == 4 and starts_and_reads() == 0
+    flip(second, len(second.read_bytes()) - 5)
+    assert starts_and_reads() == 4  # one of them is computed again, in a new shard
+    assert starts_and_reads() == 3 and starts_and_reads() == 0
+    for note in (folder / "fake-float32" / "checked").iterdir():
+        note.write_bytes(note.read_bytes()[:-9] + b"\xff")  # as by a process that was killed
+    assert starts_and_reads() > 0 and starts_and_reads() == 0
+
+    # Of two processes each takes every second shard.
+    for shard in shards(TargetCache(folder, "fake")):
+        os.utime(shard)
+    flip(third, len(third.read_bytes()) - 5)
+    caches = [TargetCache(folder, "fake") for _ in range(2)]
+    damaged = [key for index, cache in enumerate(caches) for key in cache.check(index, 2)]
+    assert len(damaged) == 1
+    for cache in caches:
+        cache.forget(damaged)
+        assert cache.missing(damaged) == set(damaged) and len(cache) == len(paths) - 1
 
 
 def test_changed_images_are_noticed(paths, folder):

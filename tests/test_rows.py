@@ -1,17 +1,21 @@
 """Rows from all kinds of data: read alike, images where they belong, and nothing outside the image folder."""
 
+import builtins
 import io
 import json
+import os
 import pickle
 from itertools import islice
 
 import datasets
+import numpy as np
 import pytest
 from conftest import random_image
 from PIL import Image
 from torch.utils.data import DataLoader
 from training_helpers import ListStream, llava_sample, write_llava
 
+from ola_vlm.training import rows as rows_module
 from ola_vlm.training.rows import BadRow, JsonRows, Rows, StreamRows, load_rows, open_source
 
 QUESTION, ANSWER = {"type": "text", "text": "what is this ?"}, {"type": "text", "text": "the cube"}
@@ -332,3 +336,36 @@ def test_parquet_folder(tmp_path, streaming):
         assert open_source(rows[0]["images"][0]).tobytes() == random_image(1).tobytes()
         with pytest.raises(BadRow):
             open_source(rows[1]["images"][0])
+
+
+def test_sources_read_the_file_once_and_resolve_few_folders(tmp_path, monkeypatch):
+    """Half a million rows are looked through in seconds: neither a file nor a folder is opened for each."""
+    names = [f"{i % 3}/{i}.png" for i in range(30)]
+    samples = [llava_sample(i, [name, "shared.png"], "<image><image>what") for i, name in enumerate(names)]
+    data = write_llava(tmp_path, [*samples, llava_sample(30, "gone.png")], ["shared.png", *names])
+    (tmp_path / "link.png").symlink_to(tmp_path / "shared.png")
+    rows = load_rows(str(data))
+    expected = [str(tmp_path / names[0]), str(tmp_path / "shared.png"), *(str(tmp_path / name) for name in names[1:])]
+    rows_module._lies_in.cache_clear()
+    calls = {"open": 0, "realpath": 0}
+    for owner, name in ((builtins, "open"), (os.path, "realpath")):
+        original = getattr(owner, name)
+
+        def counted(*args, original=original, name=name, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+    sources = rows.sources()
+    assert calls["open"] == 1 and calls["realpath"] <= 2 * 4 + 3  # four folders; the image that isn't there
+    assert list(sources) == expected and calls["open"] == 2
+    monkeypatch.undo()
+    assert sources[4] == expected[4] and list(sources[3:5]) == expected[3:5]
+    assert list(sources[np.array([5, 1])]) == [expected[5], expected[1]]
+    outside = Rows([llava_sample(0, "../outside.png"), llava_sample(1, "link.png")], tmp_path)
+    (tmp_path.parent / "outside.png").write_bytes(b"")
+    assert list(outside.sources()) == [str(tmp_path / "link.png")]
+    inner = Rows([llava_sample(0, "way/out.png")], tmp_path)
+    (tmp_path / "way").symlink_to(tmp_path.parent)
+    (tmp_path.parent / "out.png").write_bytes(b"")
+    assert inner[0]["bad_row"].kind == "outside"
