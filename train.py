@@ -32,7 +32,7 @@ from ola_vlm.training.run_record import (
     run_lock,
     write_run,
 )
-from ola_vlm.training.stages import apply_stage
+from ola_vlm.training.stages import apply_stage, upcast_trained
 from ola_vlm.training.targets import target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer
 
@@ -96,6 +96,8 @@ def run_stage(
     tasks = model.config.tasks if stage.embedding_losses else []
     if args.lora_rank:
         model = add_adapters(model, args)
+    if (args.bf16 or args.fp16) and not args.deepspeed:
+        upcast_trained(model)  # the trainer would do it, too late for the plan
 
     lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
     decode = args.check_images and not (tasks and args.target_cache)  # filling the cache opens them all

@@ -75,6 +75,14 @@ def part_of(name: str) -> str:
     return part
 
 
+def upcast_trained(model: nn.Module) -> None:
+    """For mixed precision: what trains becomes float32, so that no update is lost to rounding; the rest stays as it
+    was loaded."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def apply_stage(
     model: nn.Module, name: str, embedding_losses: bool | None = None, task_tokens: str | None = None
 ) -> Stage:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .attach import AttachedPredictors
 from .data import GroupedSampler
 from .losses import embedding_loss
-from .stages import find_stage
+from .stages import find_stage, upcast_trained
 
 logger = logging.get_logger(__name__)
 
@@ -45,9 +45,7 @@ class OlaVlmTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("several GPUs in one process are not supported: start with torchrun --nproc_per_node")
         if (args.bf16 or args.fp16) and not self.is_deepspeed_enabled:  # which keeps float32 copies of its own
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+            upcast_trained(model)
         self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
         self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
