@@ -288,9 +288,13 @@ def print_finetuning(args: argparse.Namespace) -> None:
         title = f"{stage} step, {args.finetune_rows} rows of {MAX_LENGTH} tokens a GPU, checkpointing"
         print(f"\n{title}: GB a GPU of {args.gpus}")
         print(f"  {'':<10}{'weights':>11}{'gradients':>11}{'optimizer':>11}{'in flight':>11}{'kept':>11}{'whole':>11}")
+        steps = {}
+        for is_sharded in (False, True):
+            options = {"stage": stage, "checkpointing": True, "is_sharded": is_sharded}
+            size = args.finetune_rows, words, args.finetune_supervised
+            steps[is_sharded] = count_step(config, *size, torch.bfloat16, **options)
         for strategy in STRATEGIES:
-            options = {"stage": stage, "checkpointing": True, "is_sharded": strategy != "DDP"}
-            step = count_step(config, args.finetune_rows, words, args.finetune_supervised, torch.bfloat16, **options)
+            step = steps[strategy != "DDP"]
             parts = [*training_memory(strategy, args.gpus, step["sizes"]).values(), step["kept"]]
             fits = "" if sum(parts) < GPU_BYTES else f"  more than {GPU_BYTES / 1e9:.0f}"
             print(f"  {strategy:<10}{gigabytes([*parts, sum(parts)])}{fits}")
