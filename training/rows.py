@@ -414,7 +414,9 @@ def _source(image, folder: str) -> str | dict | Image.Image:
     # An ordinary file lies where its folder does: of millions of images a few folders have to be resolved.
     if not (_is_ordinary_file(path) and _lies_in(parent, folder)):
         if INLINE.match(image):
-            raise BadRow("malformed", f"an image is inline, as text ({image:.30}...): save it as a file, give its path")
+            raise BadRow(
+                "malformed", f"an image is inline, as text ({image:.30}...): save it as a file, give its path"
+            )
         if URL.match(image):
             raise BadRow("malformed", f"an image is a URL, {image}: nothing is downloaded, give the path of a file")
         real = os.path.realpath(path)
