@@ -271,7 +271,7 @@ def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: st
         tokenizer = str(folder)
     if tokenizer is not None:
         with loading_from(tokenizer, weights=False):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer, config=text_config)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, config=text_config, trust_remote_code=False)
         known = min(len(tokenizer), known)
         processor = build_processor(tokenizer, vision_config, tasks, **tower)
         ids = [processor.image_token_id, *processor.task_token_ids]

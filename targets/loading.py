@@ -203,7 +203,7 @@ def loading_from(place: str | Path, subfolder: str = "", weights: bool = True) -
     try:
         yield
     except (SafetensorError, pickle.UnpicklingError) as error:
-        check_fetched(place, subfolder)
+        check_all_files(place)
         raise ValueError(f"{place} has a damaged file of weights, fetch it again: {one_line(error)}") from error
     except (OSError, ValueError) as error:
         raise ValueError(explain(error, place)) from error
@@ -214,11 +214,18 @@ def loading_from(place: str | Path, subfolder: str = "", weights: bool = True) -
         raise ValueError(f"{place} has weights of other shapes than its config.json says: fetch it again") from error
 
 
-def check_fetched(place: str | Path, subfolder: str = "") -> None:
-    """`check_folder` of what was fetched of a repository."""
-    config = find_file(place, f"{subfolder}/config.json" if subfolder else "config.json")
-    if config is not None:
-        check_folder(config.parent)
+def check_all_files(place: str | Path) -> None:
+    """ValueError that names a damaged file anywhere in a folder, or in what was fetched of a repository."""
+    folder = Path(place)
+    if not folder.is_dir():
+        names = ("config.json", "model_index.json", "adapter_config.json")
+        fetched = [file.parent for name in names if (file := find_file(place, name)) is not None]
+        if not fetched:
+            return
+        folder = fetched[0]
+    for suffix in (".json", ".safetensors", ".bin"):
+        for file in sorted(folder.rglob(f"*{suffix}")):
+            check_file(file)
 
 
 def find_file(place: str | Path, name: str) -> Path | None:

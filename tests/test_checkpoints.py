@@ -3,14 +3,16 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import encode, random_image, random_rows, tiny_tasks
 from hub_server import serve
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES
 from training_helpers import llava_sample, write_llava
@@ -20,9 +22,11 @@ from ola_vlm import cli
 from ola_vlm.convert.export import export_llava, export_processor
 from ola_vlm.inference.checkpoints import adapter_base, load_checkpoint, read_checkpoint, weights_state
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.targets.loading import explain
+from ola_vlm.probing.probes import load_probes
+from ola_vlm.targets.loading import explain, loading_from
 from ola_vlm.training.attach import AttachedPredictors, attach_predictors
 
+WEIGHTS = Path(__file__).parents[1] / "miniature" / "weights"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
 
 
@@ -295,14 +299,8 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("ola_vlm.targets.loading.HfApi", lambda: HfApiOf(server.url))
+        monkeypatch.setattr("ola_vlm.targets.loading.HfApi", partial(HfApi, server.url))
         yield server
-
-
-def HfApiOf(url: str):
-    from huggingface_hub import HfApi
-
-    return HfApi(url)
 
 
 def test_a_name_that_is_no_repository(hub):
@@ -313,7 +311,7 @@ def test_a_name_that_is_no_repository(hub):
 def test_no_network(monkeypatch, tmp_path):
     """Asked once, not five times with pauses; the same line offline."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("ola_vlm.targets.loading.HfApi", lambda: HfApiOf("http://127.0.0.1:9"))
+    monkeypatch.setattr("ola_vlm.targets.loading.HfApi", partial(HfApi, "http://127.0.0.1:9"))
     for offline in (False, True):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         with pytest.raises(ValueError, match=re.escape("the Hub can't be reached: correct the path, or fetch it")):
@@ -323,3 +321,20 @@ def test_no_network(monkeypatch, tmp_path):
 def test_a_folder_is_not_sent_to_a_page_on_the_hub(tmp_path):
     error = OSError(f"{tmp_path} lacks a file. Checkout\n'https://huggingface.co/{tmp_path}/tree/main' for files.")
     assert explain(error, tmp_path) == f"{tmp_path} lacks a file."
+
+
+def test_other_files_that_were_not_fetched(checkpoint, tmp_path):
+    """Of a pipeline's parts, of probes; and `ola-vlm push` sends none."""
+    (tmp_path / "pipeline" / "unet").mkdir(parents=True)
+    (tmp_path / "pipeline" / "unet" / "diffusion.safetensors").write_text(LFS)
+    named = pytest.raises(ValueError, match=r"unet/diffusion\.safetensors is a Git LFS pointer")
+    with named, loading_from(tmp_path / "pipeline"):
+        raise SafetensorError("header too large")
+    shutil.copytree(WEIGHTS / "llava" / "probes", tmp_path / "probes")
+    (tmp_path / "probes" / "probes.safetensors").write_text(LFS)
+    with pytest.raises(ValueError, match=r"probes\.safetensors is a Git LFS pointer"):
+        load_probes(tmp_path / "probes")
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text(LFS)
+    with pytest.raises(SystemExit, match=r"model\.safetensors is a Git LFS pointer"):
+        cli.main(["push", str(tmp_path / "model"), "me/x", "--dry-run"])
