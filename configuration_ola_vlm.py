@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from torch.nn import ModuleDict
 from transformers import LlavaConfig
 
+# Rows of a vocabulary that grows: another number leaves rows of logits unaligned for tensor cores.
+VOCAB_MULTIPLE = 64
 KEY_GROUPS = ["system", "image", "task", "text"]
 
 # What a task needs beyond its name; None means that it has to be given (or is derived in `normalize_task`).
@@ -106,6 +108,8 @@ class OlaVlmConfig(LlavaConfig):
     `tasks`: list of task dicts in token order (`normalize_task`), none by default, which is plain LLaVA.
     `task_token_ids`: vocabulary ids of all task tokens in sequence order, as many as the tasks' `num_task_tokens`.
     `has_predictors`: False for a checkpoint that keeps its tasks' tokens alone, which is all that answers need.
+    `vocab_padding`: how many of the vocabulary's last rows stand for no token. They are never emitted, and with tasks
+    they are no candidates of the loss.
     """
 
     model_type = "ola_vlm"
@@ -124,6 +128,7 @@ class OlaVlmConfig(LlavaConfig):
     tasks: list | None = None
     task_token_ids: list | None = None
     has_predictors: bool = True
+    vocab_padding: int = 0
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "OlaVlmConfig":
@@ -145,6 +150,9 @@ class OlaVlmConfig(LlavaConfig):
         within = all(_is_count(i, 0) and i < text.vocab_size for i in ids)
         usable = within and len({*ids, self.image_token_id}) == count + 1
         _check(not ids or usable, "task_token_ids", ids, f"give different ids within the {text.vocab_size} embeddings")
+        padding = self.vocab_padding
+        fits = 0 <= padding < text.vocab_size - max([*ids, self.image_token_id])
+        _check(padding == 0 or fits, "vocab_padding", padding, "give how many of the last rows stand for no token")
         # One class can register for one Auto class only; all names lead to the same model.
         auto_map = dict(self.__dict__.get("auto_map") or {})
         for name in ("AutoModel", "AutoModelForMultimodalLM"):

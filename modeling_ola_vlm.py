@@ -291,9 +291,32 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             if task["num_task_tokens"] > 0:
                 rows = max(task["target_length"], task["num_task_tokens"])
                 self.queries[task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
-        self.never_emitted = [config.image_token_id, *config.task_token_ids]  # inputs only
-        self.generation_config.suppress_tokens = self.never_emitted
+        self._set_never_emitted()
         self.post_init()
+
+    def _set_never_emitted(self):
+        """Ids that are inputs only, and the vocabulary's padding rows, which stand for no token."""
+        rows = self.config.text_config.vocab_size
+        padding = range(rows - self.config.vocab_padding, rows)
+        self.never_emitted = [self.config.image_token_id, *self.config.task_token_ids, *padding]
+        self.generation_config.suppress_tokens = self.never_emitted
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """LLaVA's: all `new_num_tokens` rows are tokens, those that `pad_to_multiple_of` adds are padding. ValueError
+        if an image or task token's row would be lost."""
+        rows = self.config.text_config.vocab_size
+        ids = [self.config.image_token_id, *self.config.task_token_ids]
+        largest_id = max([i for i in ids if i < rows], default=-1)
+        if new_num_tokens is not None and new_num_tokens <= largest_id:
+            needs = f"image and task tokens have ids up to {largest_id}: keep at least {largest_id + 1} rows"
+            raise ValueError(f"new_num_tokens is {new_num_tokens}, but {needs}.")
+        tokens = rows - self.config.vocab_padding if new_num_tokens is None else new_num_tokens
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.vocab_padding = self.config.text_config.vocab_size - tokens
+        self._set_never_emitted()
+        return embeddings
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -323,7 +346,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
     ):
-        """LLaVA's, never emitting image or task tokens, even with a generation config that came without ours."""
+        """LLaVA's, never emitting `never_emitted`, even with a generation config that came without ours."""
         if generation_config is None:
             kwargs.setdefault("suppress_tokens", self.never_emitted)
         elif "suppress_tokens" not in kwargs:  # transformers warns of arguments beside a generation config
@@ -333,25 +356,41 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def task_token_embeddings(self, tables: Mapping[str, Tensor] | None = None) -> Tensor:
-        """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables."""
+        """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables. It is
+        what the lookup gives, not what is in the vocabulary's rows: Gemma's module scales these (`lookup_scale`)."""
         tables = self.queries() if tables is None else tables
         counts = {task["name"]: task["num_task_tokens"] for task in self.config.tasks}
         return torch.cat([table.unflatten(0, (counts[name], -1)).mean(1) for name, table in tables.items()])
 
+    def lookup_scale(self, dtype: torch.dtype) -> float:
+        """What the embedding module multiplies a row of `dtype` by: 1, but for Gemma the root of the width, rounded.
+        (transformers calls it `embed_scale` in all families.)"""
+        scale = getattr(self.get_input_embeddings(), "embed_scale", 1.0)
+        return torch.as_tensor(scale).to(dtype).item()
+
     @torch.no_grad()
     def write_task_tokens(self, state_dict: dict[str, Tensor] | None = None):
-        """Write `task_token_embeddings` into the vocabulary's rows (before every save in pre-training): the model's,
-        or those of a whole `state_dict` of it, which sharded training gathers to save it."""
-        if not self.config.task_token_ids or not self.config.has_predictors:
+        """
+        Write into the vocabulary's rows (before every save in pre-training) what makes their lookup give
+        `task_token_embeddings`: into the model's, or into those of a whole `state_dict` of it, which sharded training
+        gathers to save it. KeyError if that lacks the vocabulary or a query table.
+        """
+        has_tables = getattr(self.config, "has_predictors", True)  # an attached model always does
+        if not self.config.task_token_ids or not has_tables:
             return
-        weights, tables = [self.get_input_embeddings().weight], None
+        table = self.get_input_embeddings().weight
+        tables = [table]
+        queries = None
         if state_dict is not None:
-            names = ["model.language_model.embed_tokens.weight"]
-            names += ["lm_head.weight"] if self.config.tie_word_embeddings else []
-            weights = [state_dict[name] for name in names if name in state_dict]
-            tables = {name: state_dict[f"queries.{name}"] for name in self.queries}
-        for weight in weights:
-            weight[self.config.task_token_ids] = self.task_token_embeddings(tables).to(weight)
+            # A tied head has the same rows under a name of its own, which a state dict may leave out.
+            names = [name for name, weight in self.named_parameters(remove_duplicate=False) if weight is table]
+            tables = [state_dict[name] for name in names if name in state_dict]
+            if not tables:
+                raise KeyError(f"the state dict has none of {names}, into which the task tokens are written")
+            queries = {name: state_dict[f"queries.{name}"] for name in self.queries}
+        embeds_KH = self.task_token_embeddings(queries).float()
+        for weight in tables:
+            weight[self.config.task_token_ids] = (embeds_KH / self.lookup_scale(weight.dtype)).to(weight)
 
     def predict_embeddings(
         self, hidden_states: Mapping[int, Tensor] | tuple, layout: ImageLayout
@@ -441,7 +480,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         if labels is not None:
             if self.config.tasks:  # labels may be a copy of input_ids
                 never = torch.tensor(self.never_emitted, device=labels.device)
-                labels = labels.masked_fill(torch.isin(labels, never), -100)
+                inputs_only = never[: len(never) - self.config.vocab_padding]
+                labels = labels.masked_fill(torch.isin(labels, inputs_only), -100)
             if supervised_logits_only:
                 next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
                 supervised = next_labels != -100

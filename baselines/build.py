@@ -14,6 +14,7 @@ from ..targets.encoders import (
     OneFormerEncoder,
     TargetEncoder,
 )
+from ..targets.weights import assemble
 from .configuration_multi_encoder import MultiEncoderLlavaConfig
 from .modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
 from .processing_multi_encoder import MultiEncoderLlavaProcessor
@@ -83,15 +84,18 @@ def build_multi_encoder(
     fields = {name: value for name, value in llava.config.to_dict().items() if name not in OURS}
     parts = [encoder_fields(name, encoder) for name, encoder in encoders.items()]
     config = MultiEncoderLlavaConfig(**fields, fusion=fusion, encoders=parts, num_encoder_tokens=num_tokens)
-    model = MultiEncoderLlavaForConditionalGeneration(config).to(llava.dtype)
-    weights = model.state_dict() | llava.state_dict()
-    if fusion == "feature":
-        base, new = llava.state_dict()[FIRST_LAYER], model.state_dict()[FIRST_LAYER]
-        weights[FIRST_LAYER] = torch.cat([base, new[:, base.shape[1] :]], dim=1)
+    weights = llava.state_dict()
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    base = weights.pop(FIRST_LAYER) if fusion == "feature" else None
     for name, encoder in encoders.items():
-        prefix = f"model.encoders.{name}.model."
-        weights |= {prefix + key: value for key, value in trunk(encoder)[0].state_dict().items()}
-    model.load_state_dict(weights)
+        model, _ = trunk(encoder)
+        for key, value in model.state_dict().items():
+            weights[f"model.encoders.{name}.model.{key}"] = value
+    new = (FIRST_LAYER, "model.encoder_projectors.")
+    model = assemble(MultiEncoderLlavaForConditionalGeneration, config, weights, new, llava.dtype)
+    if base is not None:
+        model.state_dict()[FIRST_LAYER][:, : base.shape[1]] = base
     model.generation_config = llava.generation_config
     seen = ("do_pad", "do_center_crop", "size", "image_mean", "image_std")
     views = [{field: encoder.image_processor.to_dict()[field] for field in seen} for encoder in encoders.values()]

@@ -24,6 +24,7 @@ class MultiEncoderLlavaConfig(LlavaConfig):
     pixels of what it sees; `features`, which of its outputs: a CLIP tower's "embedding", the "mean" of a backbone's
     feature maps or the "last" of them; `dim`, their width.
     `num_encoder_tokens`: tokens of each encoder if `fusion` is "token".
+    `vocab_padding`: how many of the vocabulary's last rows stand for no token, and are never emitted.
     `image_seq_length` is the base grid's length, without those tokens. Raises ValueError that names the field.
     """
 
@@ -44,6 +45,7 @@ class MultiEncoderLlavaConfig(LlavaConfig):
     fusion: str = "feature"
     encoders: list | None = None
     num_encoder_tokens: int = 8
+    vocab_padding: int = 0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -156,7 +156,8 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
         LlavaPreTrainedModel.__init__(self, config)
         self.model = MultiEncoderLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.never_emitted = [config.image_token_id]
+        rows = config.text_config.vocab_size
+        self.never_emitted = [config.image_token_id, *range(rows - config.vocab_padding, rows)]
         self.generation_config.suppress_tokens = self.never_emitted
         self.post_init()
 
@@ -195,7 +196,7 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
     ):
-        """LLaVA's, never emitting image tokens, even with a generation config that came without ours."""
+        """LLaVA's, never emitting `never_emitted`, even with a generation config that came without ours."""
         if generation_config is None:
             kwargs.setdefault("suppress_tokens", self.never_emitted)
         elif "suppress_tokens" not in kwargs:  # transformers warns of arguments beside a generation config

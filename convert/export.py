@@ -27,8 +27,8 @@ def export_llava(
 ) -> LlavaForConditionalGeneration | FastVlmForConditionalGeneration:
     """The same model without predictors, query tables and logit scales; `model` is not changed. With a convolutional
     tower of timm it is transformers' FastVLM, which is LLaVA with such a tower."""
-    ours = {"model_type", "tasks", "task_token_ids", "has_predictors", "auto_map"}
-    ours |= {"architectures", "transformers_version"}
+    ours = {"model_type", "tasks", "task_token_ids", "has_predictors", "vocab_padding"}
+    ours |= {"auto_map", "architectures", "transformers_version"}
     fields = {name: value for name, value in model.config.to_dict().items() if name not in ours}
     if model.config.vision_config.model_type == "timm_wrapper":
         plain = FastVlmForConditionalGeneration(FastVlmConfig(**fields))

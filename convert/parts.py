@@ -3,10 +3,13 @@
 import contextlib
 import copy
 import dataclasses
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,11 +19,12 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..configuration_ola_vlm import OlaVlmConfig, normalize_task, task_token_strings
+from ..configuration_ola_vlm import VOCAB_MULTIPLE, OlaVlmConfig, normalize_task, task_token_strings
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ..processing_ola_vlm import OlaVlmProcessor
+from ..processing_ola_vlm import OlaVlmProcessor, added_ids
 from ..targets.encoders import OF_VISION_TOWER, has_preprocessing, load_vision_config, vision_preprocessing
-from ..targets.loading import load_whole
+from ..targets.loading import load_whole, loading_from
+from ..targets.weights import assemble
 from ..training.chat_template import IMAGE_TOKEN, default_template, fit_chat_template, taking_images
 
 
@@ -63,11 +67,26 @@ def build_processor(
     return processor
 
 
-def build_config(text_config, vision_config, tasks, token_ids: list[int], num_tokens: int, **fields) -> OlaVlmConfig:
-    """`token_ids`: of `<image>` and the task tokens; `num_tokens`: the vocabulary's least size."""
-    text_config, vision_config = copy.deepcopy(text_config), copy.deepcopy(vision_config)
-    text_config.name_or_path = vision_config.name_or_path = ""  # no paths of this machine in the checkpoint
-    text_config.vocab_size = max(num_tokens, text_config.vocab_size)
+def build_config(
+    text_config,
+    vision_config,
+    tasks,
+    token_ids: list[int],
+    num_tokens: int,
+    pad_vocab_to_multiple_of: int = VOCAB_MULTIPLE,
+    **fields,
+) -> OlaVlmConfig:
+    """`token_ids`: of `<image>` and the task tokens; `num_tokens`: the vocabulary's least size, that is the largest id
+    and one, which is rounded up."""
+    if pad_vocab_to_multiple_of < 1:
+        raise ValueError(f"pad_vocab_to_multiple_of is {pad_vocab_to_multiple_of}: give 1 for no padding, or more")
+    text_config = copy.deepcopy(text_config)
+    vision_config = copy.deepcopy(vision_config)
+    # No paths of this machine in the checkpoint.
+    text_config.name_or_path = ""
+    vision_config.name_or_path = ""
+    num_tokens = max(num_tokens, text_config.vocab_size)
+    text_config.vocab_size = math.ceil(num_tokens / pad_vocab_to_multiple_of) * pad_vocab_to_multiple_of
     return OlaVlmConfig(
         text_config=text_config,
         vision_config=vision_config,
@@ -76,26 +95,74 @@ def build_config(text_config, vision_config, tasks, token_ids: list[int], num_to
         tie_word_embeddings=text_config.tie_word_embeddings,
         tasks=tasks,
         task_token_ids=token_ids[1:],
+        vocab_padding=text_config.vocab_size - num_tokens,
         **fields,
     )
 
 
-def grow_table(weight: Tensor, known: int, total: int) -> Tensor:
-    """`weight` with rows `known` to `total` set to the mean of the known ones; padding rows beyond `total` stay."""
-    mean = weight[:known].float().mean(0, keepdim=True).to(weight.dtype)
-    return torch.cat([weight[:known], mean.expand(total - known, -1), weight[total:]])
+def resize_embedding(
+    weight: Tensor, known: Iterable[int], added: list[int], rows: int, stored: torch.dtype | None = None
+) -> Tensor:
+    """
+    A table of the vocabulary with `rows` rows: those of the ids `added`, and all beyond the end of `weight`, are the
+    mean of the `known` ids' rows; no other row changes. In place if `weight` has as many. The mean has no finer values
+    than those that were `stored`, if they had another type than `weight`.
+    """
+    known = sorted(i for i in known if i < len(weight))
+    contiguous = known == list(range(len(known)))  # a view is enough
+    of_tokens = weight[: len(known)] if contiguous else weight[known]
+    mean = of_tokens.mean(0, dtype=torch.float32).to(stored or weight.dtype).to(weight.dtype)
+    if rows == len(weight):
+        table = weight
+    else:
+        table = weight.new_empty(rows, weight.shape[1])
+        table[: len(weight)] = weight
+        table[len(weight) :] = mean
+    table[added] = mean
+    return table
+
+
+# Fields of language models that LLaVA knows nothing of, since they act outside of embeddings, blocks and head.
+SCALES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "embedding_multiplier",
+    "embedding_scale",
+    "scale_emb",
+)
 
 
 @torch.no_grad()
 def check_logits(language_model: PreTrainedModel):
-    """ValueError unless the logits are the head of the backbone's states, which is all that LLaVA computes."""
-    training, ids = language_model.training, torch.arange(4, device=language_model.device)[None]
-    own = language_model.eval()(input_ids=ids).logits
-    states = language_model.base_model(inputs_embeds=language_model.get_input_embeddings()(ids)).last_hidden_state
+    """ValueError unless the states are made of nothing but what the embedding module gives, and the logits are the
+    head of the states, which is all that LLaVA computes."""
+    name = type(language_model).__name__
+    config = language_model.config.to_dict()
+    scales = {field: config[field] for field in SCALES if config.get(field) not in (None, 1)}
+    because = f" (its configuration has {scales})" if scales else ""
+    training = language_model.training
+    language_model.eval()
+    head = language_model.get_output_embeddings()
+    ids = torch.arange(4, device=language_model.device)[None]
+    # A cap on logits shows only if they are large (too large for 16 bits).
+    enlarge = head.register_forward_hook(lambda module, args, logits: logits.float() * 1000)
+    with enlarge:
+        logits = language_model(input_ids=ids).logits
+        states = language_model.base_model(input_ids=ids).last_hidden_state
+        embeds = language_model.get_input_embeddings()(ids)
+        states_of_embeds = language_model.base_model(inputs_embeds=embeds).last_hidden_state
+        expected = head(states)
     language_model.train(training)
-    if not language_model.get_output_embeddings()(states).allclose(own, rtol=1e-4, atol=1e-4 * own.abs().max().item()):
-        name = type(language_model).__name__
-        raise ValueError(f"{name} computes its logits with more than a linear head: take another LLM.")
+    if not _close(states_of_embeds, states):
+        raise ValueError(f"{name} changes embeddings outside of their module{because}: LLaVA can't, take another LLM.")
+    if not _close(expected, logits):
+        raise ValueError(f"{name} computes its logits with more than a linear head{because}: take another LLM.")
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.allclose(theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
 @torch.no_grad()
@@ -120,6 +187,42 @@ def measure_tower(vision_tower: PreTrainedModel) -> tuple[PreTrainedConfig, int]
     return config, features.shape[1] - (side // config.patch_size) ** 2
 
 
+BACKBONE = "model.language_model."
+HEAD = "lm_head.weight"
+NEW_PARTS = ("model.multi_modal_projector.", "predictors.", "queries.", "logit_scales.")
+
+
+def table_name(language_model: PreTrainedModel) -> str:
+    """The input embeddings' name in the LLM's backbone."""
+    table = language_model.get_input_embeddings().weight
+    return next(name for name, parameter in language_model.base_model.named_parameters() if parameter is table)
+
+
+def check_head(language_model: PreTrainedModel) -> None:
+    """ValueError for a head that LLaVA has no place for: with a bias, or tied to a table of another name."""
+    name = type(language_model).__name__
+    if language_model.get_output_embeddings().bias is not None:
+        raise ValueError(f"{name}'s head has a bias, LLaVA's has none: take another LLM.")
+    table = table_name(language_model)
+    if language_model.config.tie_word_embeddings and table != "embed_tokens.weight":
+        raise ValueError(f"{name} ties its head to {table}, LLaVA can't: take another LLM.")
+
+
+def parts_weights(vision_tower: PreTrainedModel, language_model: PreTrainedModel, copied: tuple[bool, bool]) -> dict:
+    """All weights of the parts by OLA-VLM's names, those of a tied head left out."""
+    weights = {}
+    for part, prefix, copy_it in [
+        (vision_tower, "model.vision_tower.", copied[0]),
+        (language_model.base_model, BACKBONE, copied[1]),
+    ]:
+        for name, value in part.state_dict().items():
+            weights[prefix + name] = value.clone() if copy_it else value
+    if not language_model.config.tie_word_embeddings:
+        head = language_model.get_output_embeddings().weight.data
+        weights[HEAD] = head.clone() if copied[1] else head
+    return weights
+
+
 def build_ola_vlm(
     vision_tower: str | PreTrainedModel,
     language_model: str | PreTrainedModel,
@@ -128,58 +231,90 @@ def build_ola_vlm(
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
     geometry: str = "pad",
+    pad_vocab_to_multiple_of: int = VOCAB_MULTIPLE,
     **config_overrides,
 ) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
     """
     Model and processor from parts given as objects, folders or repositories (`tokenizer`: the LLM's by default).
 
-    The parts keep their weights; projector, predictors and query tables are new. The rows of `<image>` and of the task
-    tokens start as the mean of the known rows; the task tokens' input rows as the means of their query tables.
+    The parts keep their weights; projector, predictors and query tables are new. Only `<image>` and the task tokens
+    get new rows in the vocabulary's tables, the mean of the known rows; the task tokens' input rows make their lookup
+    the means of their query tables. The tables' length is a multiple of `pad_vocab_to_multiple_of`.
+    Parts from folders and repositories are read once and not copied; those given as objects are, so that training
+    doesn't change them.
     `dtype`: the LLM's by default. `geometry`: `build_processor`'s. `config_overrides`: more fields of `OlaVlmConfig`.
     Raises ValueError for tasks that don't fit the LLM (`normalize_task`), for checkpoints that lack weights, for
-    towers of another layout (`measure_tower`) and for an LLM whose logits LLaVA can't give.
+    towers of another layout (`measure_tower`), for an LLM whose logits LLaVA can't give (`check_logits`) and for a
+    tokenizer whose new tokens would take the rows of others (`added_ids`).
     """
     if unknown := config_overrides.keys() - {field.name for field in dataclasses.fields(OlaVlmConfig)}:
         raise ValueError(f"config_overrides has {sorted(unknown)}: no fields of OlaVlmConfig")
     statistics = None
-    if isinstance(vision_tower, str):
+    tower_is_ours = isinstance(vision_tower, str)
+    if tower_is_ours:
         vision_config = load_vision_config(vision_tower)
         if has_preprocessing(vision_tower, vision_config):
             _, *statistics = vision_preprocessing(vision_tower, vision_config)
         options = {"config": vision_config, "key_mapping": OF_VISION_TOWER, "unused": ["pooler."]}
         vision_tower = load_whole(AutoModel, vision_tower, **options)
-    if isinstance(language_model, str):
-        language_model = load_whole(AutoModelForCausalLM, language_model)
+    language_model_is_ours = isinstance(language_model, str)
+    if language_model_is_ours:
+        with loading_from(language_model):
+            stored = AutoConfig.from_pretrained(language_model).dtype
+        language_model = load_whole(AutoModelForCausalLM, language_model, dtype=dtype)
+    else:
+        stored = language_model.dtype
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer or language_model.name_or_path)
-    text_config, head = language_model.config, language_model.get_output_embeddings()
-    if head.bias is not None:
-        raise ValueError(f"{type(language_model).__name__}'s head has a bias, LLaVA's has none: take another LLM.")
-    embeddings, backbone = language_model.get_input_embeddings(), language_model.base_model
-    name = next(name for name, parameter in backbone.named_parameters() if parameter is embeddings.weight)
-    if text_config.tie_word_embeddings and name != "embed_tokens.weight":
-        raise ValueError(f"{type(language_model).__name__} ties its head to {name}, LLaVA can't: take another LLM.")
+    check_head(language_model)
     check_logits(language_model)
 
+    text_config = language_model.config
+    generation_config = language_model.generation_config
     tasks = [normalize_task(task, text_config.hidden_size, text_config.num_hidden_layers) for task in tasks]
     tokenizer = copy.deepcopy(tokenizer)  # the caller's doesn't change
-    known = min(len(tokenizer), text_config.vocab_size)
+    known = tokenizer.get_vocab()
     vision_config, class_tokens = measure_tower(vision_tower)
     config_overrides.setdefault("vision_feature_select_strategy", "default" if class_tokens else "full")
     if vision_config.model_type == "timm_wrapper":  # whose other stages have other widths and grids
         config_overrides.setdefault("vision_feature_layer", -1)
-    options = statistics, chat_template, class_tokens, config_overrides["vision_feature_select_strategy"], geometry
-    processor = build_processor(tokenizer, vision_config, tasks, *options)
-    ids = [processor.image_token_id, *processor.task_token_ids]
-    config = build_config(text_config, vision_config, tasks, ids, len(tokenizer), **config_overrides)
-    model = OlaVlmForConditionalGeneration(config).to(dtype or language_model.dtype)
-    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
-    grown = {name: grow_table(embeddings.weight.data, known, len(tokenizer))}
-    model.model.language_model.load_state_dict(backbone.state_dict() | grown)
-    if not config.tie_word_embeddings:
-        model.lm_head.weight.data.copy_(grow_table(head.weight.data, known, len(tokenizer)))
+    processor = build_processor(
+        tokenizer,
+        vision_config,
+        tasks,
+        statistics=statistics,
+        chat_template=chat_template,
+        class_tokens=class_tokens,
+        strategy=config_overrides["vision_feature_select_strategy"],
+        geometry=geometry,
+    )
+    added = added_ids(tokenizer, known)
+    config = build_config(
+        text_config,
+        vision_config,
+        tasks,
+        token_ids=[processor.image_token_id, *processor.task_token_ids],
+        num_tokens=max(tokenizer.get_vocab().values()) + 1,
+        pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
+        **config_overrides,
+    )
+    dtype = dtype or language_model.dtype
+    weights = parts_weights(vision_tower, language_model, copied=(not tower_is_ours, not language_model_is_ours))
+    tables = [BACKBONE + table_name(language_model), HEAD]
+    # From here on `weights` alone holds the parts, and a table is freed when a longer one takes its place.
+    del vision_tower, language_model
+    for name in tables:
+        if name in weights:
+            weights[name] = resize_embedding(
+                weights.pop(name),
+                known.values(),
+                added=added,
+                rows=config.text_config.vocab_size,
+                stored=stored,
+            )
+    model = assemble(OlaVlmForConditionalGeneration, config, weights, NEW_PARTS, dtype)
     model.write_task_tokens()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     for field in ["bos_token_id", "eos_token_id"]:
-        setattr(model.generation_config, field, getattr(language_model.generation_config, field))
+        setattr(model.generation_config, field, getattr(generation_config, field))
     return model.eval(), processor

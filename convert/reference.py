@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, TimmWrappe
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes
 from ..probing.states import PROMPT
+from ..processing_ola_vlm import added_ids
 from ..targets.encoders import load_vision_config
 from ..targets.loading import (
     SETTINGS,
@@ -32,7 +33,7 @@ from ..targets.loading import (
     read_safetensors,
     weight_files,
 )
-from .parts import build_config, build_processor, grow_table, measure_tower
+from .parts import build_config, build_processor, measure_tower, resize_embedding
 
 QUERIES = re.compile(r"model\.special_(gen|depth|seg)_tokens")
 LANGUAGE_MODELS = {"ola_llama": "llama", "llava_llama": "llama", "ola_phi3": "phi3", "llava_phi3": "phi3"}
@@ -264,18 +265,21 @@ def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: st
         converted |= {f"logit_scales.{name}": torch.full((1,), 2.0) for name in names}
 
     processor = None
-    known = text_config.vocab_size
-    num_tokens = known + 1 + sum(task["num_task_tokens"] for task in tasks)
-    ids = list(range(known, num_tokens))
+    known = range(text_config.vocab_size)
+    num_tokens = len(known) + 1 + sum(task["num_task_tokens"] for task in tasks)
+    ids = list(range(len(known), num_tokens))
+    added = ids
     if tokenizer is None and (folder / "tokenizer_config.json").is_file():
         tokenizer = str(folder)
     if tokenizer is not None:
         with loading_from(tokenizer, weights=False):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer, config=text_config, trust_remote_code=False)
-        known = min(len(tokenizer), known)
+        vocabulary = tokenizer.get_vocab()
+        known = vocabulary.values()
         processor = build_processor(tokenizer, vision_config, tasks, **tower)
         ids = [processor.image_token_id, *processor.task_token_ids]
-        num_tokens = len(tokenizer)
+        added = added_ids(tokenizer, vocabulary)
+        num_tokens = max(tokenizer.get_vocab().values()) + 1
     # A ConvNeXt's last map is taken, whatever layer the reference's configuration says.
     features = {"vision_feature_layer": fields["mm_vision_select_layer"] if tower["class_tokens"] else -1}
     features["vision_feature_select_strategy"] = tower["strategy"]
@@ -283,7 +287,7 @@ def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: st
     config = build_config(text_config, vision_config, tasks, ids, num_tokens, **features)
     dtype = converted.get("model.language_model.embed_tokens.weight", next(iter(converted.values()))).dtype
     for name in {"lm_head.weight", "model.language_model.embed_tokens.weight"} & converted.keys():
-        converted[name] = grow_table(converted[name], known, num_tokens)
+        converted[name] = resize_embedding(converted[name], known, added=added, rows=config.text_config.vocab_size)
     if config.tie_word_embeddings:
         converted["lm_head.weight"] = converted["model.language_model.embed_tokens.weight"]
     tables = {}

@@ -112,6 +112,8 @@ def pretrain(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
         | {
             "vision_tower": str(WEIGHTS / "vision_tower"),
             "language_model": str(WEIGHTS / "language_model"),
+            # As its published numbers were made; and there are no tensor cores to align rows for.
+            "model_overrides": {"pad_vocab_to_multiple_of": 1},
             "tasks": [dict(task) for task in TASKS] if method.startswith("ola_vlm") else [],
             "fusion": FUSIONS.get(method),
             "num_encoder_tokens": 1,

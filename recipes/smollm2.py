@@ -34,6 +34,7 @@ def pretrain(root: str | Path = "runs/smollm2") -> dict:
     return _common(root, "pretrain") | {
         "vision_tower": str(WEIGHTS / "vision_tower"),
         "language_model": str(Path(root) / "language_model"),
+        "model_overrides": {"pad_vocab_to_multiple_of": 1},  # as its published numbers were made
         "tasks": [task | {"layers": layers[task["name"]]} for task in TASKS],
         "teachers": TEACHERS,
         "target_cache": str(Path(root) / "targets"),

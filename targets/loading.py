@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .files import read_object
+from .weights import load_pretrained
 
 LFS_POINTER = b"version https://git-lfs"
 ZIP = b"PK\x03\x04"  # how a file of torch.save begins
@@ -237,14 +238,14 @@ def find_file(place: str | Path, name: str) -> Path | None:
 
 def load_whole(model_class, path, unused: Sequence[str] = (), hint: str = "", **kwargs) -> PreTrainedModel:
     """
-    The model of `model_class.from_pretrained(path, **kwargs)`, all of whose weights come from the checkpoint.
+    The model of `load_pretrained` (which see for `kwargs`), all of whose weights come from the checkpoint.
 
     `unused`: beginnings of names that checkpoints may lack, since features need none of them; they become 0.
     `hint`: what else to do if a weight is missing.
     Raises ValueError, one line, for missing weights (which would be random) and whatever `loading_from` finds.
     """
     with loading_from(path, kwargs.get("subfolder") or ""):
-        model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, report = load_pretrained(model_class, path, **kwargs)
     missing = sorted(report["missing_keys"])
     needed = [name for name in missing if not name.startswith(tuple(unused))]
     if needed:

@@ -8,15 +8,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from claimed_gpu import ClaimedGpu, move, on_gpu
-from conftest import encode, random_image, random_rows, tiny_tasks
+from conftest import encode, make_tokenizer, random_image, random_rows, tiny_tasks
 from tiny_teachers import GRID, save_depth_anything
-from tiny_vlms import FAMILIES
+from tiny_vlms import FAMILIES, TEXT, VISION, idefics3
+from tokenizers import Tokenizer
 from training_helpers import Interrupt, llava_sample, losses, target_source, weights, write_llava
-from transformers import LlavaForConditionalGeneration
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.attach import attach_predictors, detach_predictors, image_layout
@@ -232,6 +241,73 @@ def test_task_tokens_stay_frozen_in_fine_tuning(family, tmp_path):
     assert len(ids) == 8 and max(ids) < len(before[0])
     for table, weight in zip((model.get_input_embeddings(), model.get_output_embeddings()), before, strict=True):
         assert table.weight[ids].equal(weight[ids]) and not table.weight[word].equal(weight[word])
+
+
+def paligemma(**text):
+    vision = {"model_type": "siglip_vision_model", **VISION, "image_size": 32, "patch_size": 8, "projection_dim": 32}
+    text = {"model_type": "gemma", **TEXT, "head_dim": 8, **text}
+    return PaliGemmaForConditionalGeneration(PaliGemmaConfig(text_config=text, vision_config=vision))
+
+
+def gemma3(**text):
+    vision = {"model_type": "siglip_vision_model", **VISION, "image_size": 32, "patch_size": 8}
+    text = {"model_type": "gemma3_text", **TEXT, "head_dim": 8, **text}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [paligemma, gemma3, idefics3], ids=["paligemma", "gemma3", "idefics3"])
+@torch.no_grad()
+def test_task_tokens_are_written_where_the_lookup_finds_them(build):
+    """Into the model and into a state dict, also where embeddings are scaled and where the table has another name."""
+    if build is idefics3:
+        model, processor = build()
+    else:
+        tokenizer = make_tokenizer()
+        model = build(vocab_size=len(tokenizer))
+        processor = SimpleNamespace(tokenizer=tokenizer, image_token="<image>", chat_template="<image>")
+    known = len(processor.tokenizer)
+    before = model.get_input_embeddings().weight.clone()
+    attach_predictors(model, tasks_of(True), processor)
+    embeddings, ids = model.get_input_embeddings(), model.config.task_token_ids
+    rows = len(embeddings.weight)
+    assert ids == list(range(known, known + 8)) and rows % 64 == 0 and embeddings.weight[:known].equal(before)
+    assert model.config.vocab_padding == rows - known - 8
+    assert model.generation_config.suppress_tokens == list(range(known, rows))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.write_task_tokens(state)
+    model.write_task_tokens()
+    torch.testing.assert_close(embeddings(torch.tensor(ids)), model.task_token_embeddings(), rtol=1e-5, atol=1e-6)
+    assert embeddings.weight[:known].equal(before)
+    for name, value in model.state_dict().items():
+        assert state[name].equal(value), name
+
+
+def test_a_tokenizer_with_holes():
+    """New ids come after all others, however few tokens there are; no known row changes."""
+    tokenizer = make_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    last = sorted(vocabulary, key=vocabulary.get)[-2:]
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["model"]["vocab"].update({word: 60 + i for i, word in enumerate(last)})
+    holes = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
+    model = paligemma(vocab_size=62)
+    before = model.get_input_embeddings().weight.detach().clone()
+    processor = SimpleNamespace(tokenizer=holes, image_token="<image>", chat_template="<image>")
+    with pytest.raises(ValueError, match=f"tokens with ids up to 61, gives <.*> the id 6[01] of '({'|'.join(last)})'"):
+        attach_predictors(model, many_tokens(28), processor)
+    holes = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
+    holes.add_tokens(last)
+    processor = SimpleNamespace(tokenizer=holes, image_token="<image>", chat_template="<image>")
+    attach_predictors(model, many_tokens(28), processor)
+    assert model.config.task_token_ids == list(range(62, 90))
+    model.write_task_tokens()
+    assert len(model.get_input_embeddings().weight) == 128 and model.config.vocab_padding == 128 - 90
+    assert model.get_input_embeddings().weight[:62].equal(before)
+
+
+def many_tokens(count: int) -> list[dict]:
+    return [{**tiny_tasks()[0], "num_task_tokens": count}]
 
 
 @every_family

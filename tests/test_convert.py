@@ -15,7 +15,10 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPVisionModel,
+    CohereConfig,
+    FalconH1Config,
     Gemma2Config,
+    GemmaConfig,
     GPT2Config,
     GraniteConfig,
     LlavaForConditionalGeneration,
@@ -63,7 +66,8 @@ def test_parts_keep_their_weights(make_model, tiny_parts, tied_parts, tied):
         ours = model.model.language_model.state_dict()[name]
         assert (ours[: len(old)] if name == "embed_tokens.weight" else ours).equal(value)
     new = model.get_input_embeddings().weight.data
-    assert len(new) == len(processor.tokenizer) == len(old) + 9 == model.config.text_config.vocab_size
+    assert len(processor.tokenizer) == len(old) + 9 == 43
+    assert len(new) == model.config.text_config.vocab_size == 64 == 43 + model.config.vocab_padding
     torch.testing.assert_close(new[model.config.image_token_id], old.mean(0))
     assert new[model.config.task_token_ids].equal(model.task_token_embeddings().data)
     assert model.config.tie_word_embeddings == tied
@@ -71,7 +75,7 @@ def test_parts_keep_their_weights(make_model, tiny_parts, tied_parts, tied):
     head = model.lm_head.weight.data
     assert head[: len(old)].equal(llm.lm_head.weight.data)
     if not tied:
-        torch.testing.assert_close(head[len(old) :], llm.lm_head.weight.data.mean(0).expand(9, -1))
+        torch.testing.assert_close(head[len(old) :], llm.lm_head.weight.data.mean(0).expand(30, -1))
     # text goes through as through the LLM alone
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():
@@ -117,7 +121,10 @@ def test_parts_that_do_not_fit(make_model):
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
-GEMMA2 = {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 3.0, "initializer_range": 1.0}
+GEMMA2 = {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 30.0}  # of logits as small as 0.1
+COHERE = {"num_key_value_heads": 2, "logit_scale": 0.0625}
+FALCON_H1 = {"num_key_value_heads": 2, "embedding_multiplier": 5.0, "mamba_d_ssm": 32, "mamba_n_heads": 4}
+FALCON_H1 |= {"mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -125,8 +132,15 @@ GEMMA2 = {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 3.
     [
         (Qwen2Config(**SIZES, num_key_value_heads=2, vocab_size=64), None),
         (GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=64, tie_word_embeddings=False), None),
-        (GraniteConfig(**SIZES, vocab_size=64, logits_scaling=8.0), "Granite.* more than a linear head"),
-        (Gemma2Config(**SIZES, **GEMMA2, vocab_size=64), "Gemma2.* more than a linear head"),
+        (
+            GraniteConfig(**SIZES, vocab_size=64, logits_scaling=8.0),
+            "Granite.* more than a linear head .*'logits_scaling': 8.0",
+        ),
+        (GraniteConfig(**SIZES, vocab_size=64, embedding_multiplier=12.0, logits_scaling=1.0), None),
+        (CohereConfig(**SIZES, **COHERE, vocab_size=64), "Cohere.* more than a linear head .*'logit_scale': 0.0625"),
+        (Gemma2Config(**SIZES, **GEMMA2, vocab_size=64), "Gemma2.* linear head .*'final_logit_softcapping': 30.0"),
+        (FalconH1Config(**SIZES, **FALCON_H1, vocab_size=64), "FalconH1.* changes embeddings outside of their module"),
+        (GemmaConfig(**SIZES, head_dim=8, num_key_value_heads=2, vocab_size=64), None),
         (GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=64), r"GPT2.* ties its head to wte\.weight"),
         (PhiConfig(**SIZES, vocab_size=64), "Phi.* has a bias"),
     ],

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ola_vlm.miniature import ablations, components, study, world
 from ola_vlm.recipes import miniature as recipe
+from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
 
 
@@ -47,6 +48,17 @@ def test_methods_share_their_start_and_differ_after_it(run):
     of_depth = "depth/2/smooth_l1"
     assert losses["ola_vlm"][of_depth] != losses["ola_vlm_shuffled"][of_depth]
     assert losses["ola_vlm"]["ntp"][0] == pytest.approx(losses["ola_vlm_shuffled"]["ntp"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ola_vlm", "llava"])
+def test_runs_have_the_shapes_of_the_shipped_weights(method, tmp_path):
+    """The vocabulary's tables among them, which are not padded."""
+    fields = recipe.pretrain(method, root=tmp_path)
+    model, _ = load_model(OlaVlmArguments(**fields))
+    shipped = AutoModelForImageTextToText.from_pretrained(recipe.WEIGHTS / method, trust_remote_code=True)
+    shapes = {name: value.shape for name, value in shipped.state_dict().items()}
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    assert model.config.text_config.vocab_size == shipped.config.text_config.vocab_size
 
 
 def test_figures_and_report_are_there(run):

@@ -1,7 +1,10 @@
 """Vision towers and language models of several families: from their checkpoints to two stages of training and back."""
 
 import json
+import subprocess
+import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,13 +13,19 @@ from conftest import encode, make_tokenizer, random_image, random_rows, tiny_tas
 from safetensors.torch import save_file
 from test_data import byte_tokenizer
 from tiny_teachers import VISION_MODELS, save_clip_image, save_vision
+from tokenizers import Tokenizer, models, pre_tokenizers
 from training_helpers import llava_sample, losses, target_source, weights, write_llava
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionModel,
     FastVlmForConditionalGeneration,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     LlamaModel,
+    LlavaForConditionalGeneration,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SiglipConfig,
@@ -32,10 +41,12 @@ from ola_vlm.convert.parts import build_ola_vlm, measure_tower
 from ola_vlm.convert.tower import convert_tower
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.targets import weights as target_weights
 from ola_vlm.targets.encoders import ClipImageEncoder
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.data import OlaVlmCollator
 from ola_vlm.training.rows import load_rows
+from ola_vlm.training.stages import part_of
 
 SIZES = {
     "hidden_size": 32,
@@ -51,6 +62,9 @@ LANGUAGE_MODELS = {
     "phi3": Phi3Config(**SIZES),
     "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
+    # Their embedding modules multiply by the root of the width.
+    "gemma": GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=8),
+    "gemma3": Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=32),
 }
 CHATML = (  # as Qwen and SmolLM2 have it: text only, answers not marked
     "{% for message in messages %}{{ ' user : ' if message['role'] == 'user' else ' assistant : ' }}"
@@ -101,6 +115,224 @@ def test_any_causal_language_model(tiny_parts, tmp_path, monkeypatch, name):
     with torch.no_grad():
         answer = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert not set(answer[:, batch["input_ids"].shape[1] :].flatten().tolist()) & set(model.config.task_token_ids)
+    # What pre-training ended with is what the lookup gives, and the plain LLaVA's logits are the same.
+    with torch.no_grad():
+        found = model.get_input_embeddings()(torch.tensor(model.config.task_token_ids))
+        torch.testing.assert_close(found, model.task_token_embeddings(), rtol=1e-5, atol=1e-6)
+        assert export_llava(model)(**batch).logits.equal(model(**batch).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_task_tokens_come_back_from_a_lookup_that_scales(tiny_parts, tmp_path, dtype):
+    """Gemma's multiplies by the root of the width, in its own numeric type."""
+    model, processor = build_ola_vlm(
+        tiny_parts.vision_tower, save_language_model(tmp_path / "gemma", "gemma"), tasks=tiny_tasks(), dtype=dtype
+    )
+    embeddings, ids = model.get_input_embeddings(), torch.tensor(model.config.task_token_ids)
+    batch = encode(processor, random_rows(2)).to(dtype)
+    tolerance = {"rtol": 1e-2 if dtype is torch.bfloat16 else 1e-6, "atol": 1e-6}
+    for _ in range(2):  # as it is built, and with other tables
+        torch.testing.assert_close(embeddings(ids), model.task_token_embeddings(), **tolerance)
+        model.task_tokens_from_queries = True
+        from_queries = model(**batch).logits
+        model.task_tokens_from_queries = False
+        torch.testing.assert_close(model(**batch).logits, from_queries, rtol=0.05, atol=from_queries.std().item() / 20)
+        for table in model.queries.values():
+            table.normal_()
+        # As sharded training saves: into a gathered state dict, whose names of the tied head may be there or not.
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model.write_task_tokens(state)
+        untied = {name: value for name, value in state.items() if name != "lm_head.weight"}
+        model.write_task_tokens(untied)
+        model.write_task_tokens()
+        for saved in (state, untied):
+            assert saved["model.language_model.embed_tokens.weight"].equal(embeddings.weight)
+        assert state["lm_head.weight"].equal(embeddings.weight)
+    with pytest.raises(
+        KeyError, match=r"none of \['model\.language_model\.embed_tokens\.weight', 'lm_head\.weight'\]"
+    ):
+        model.write_task_tokens({"queries.gen": model.queries["gen"]})
+
+
+# Vocabularies
+
+
+def tokenizer_with_holes(in_the_middle: bool, added: bool = True):
+    """Of 37 words and marks; three more have ids from 40, of which `added` makes added tokens, as chat models do."""
+    marks = ["<|user|>", "<|assistant|>", "<|end|>"]
+    words = [*make_tokenizer().get_vocab()][:34]
+    ids = {word: i for i, word in enumerate(words)}
+    if in_the_middle:
+        del ids[words[12]]
+    ids.update({mark: 40 + i for i, mark in enumerate(marks)})
+    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    if added:
+        tokenizer.add_tokens(marks, special_tokens=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("in_the_middle", [False, True])
+@pytest.mark.parametrize("rows", [64, 43, 40])
+@torch.no_grad()
+def test_a_tokenizer_with_holes(tiny_parts, rows, in_the_middle):
+    """Only the added ids get new rows; a table that is too small for them grows."""
+    tokenizer = tokenizer_with_holes(in_the_middle)
+    assert max(tokenizer.get_vocab().values()) == 42 > len(tokenizer)
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "vocab_size": rows}))
+    model, processor = build_ola_vlm(tiny_parts.vision_tower, llm, tokenizer, tasks=tiny_tasks())
+    added = [model.config.image_token_id, *model.config.task_token_ids]
+    assert added == list(range(43, 52)) == [processor.image_token_id, *processor.task_token_ids]
+    kept = [i for i in range(rows) if i not in added]
+    known = [i for i in tokenizer.get_vocab().values() if i < rows]
+    pairs = [(model.get_input_embeddings(), llm.get_input_embeddings()), (model.lm_head, llm.lm_head)]
+    for ours, theirs in pairs:
+        assert len(ours.weight) == 64 and ours.weight[kept].equal(theirs.weight[kept])
+        torch.testing.assert_close(ours.weight[added[0]], theirs.weight[known].mean(0))
+    ids = torch.tensor([[2, 39, 5, 33]])
+    torch.testing.assert_close(model(input_ids=ids).logits[..., kept], llm(input_ids=ids).logits[..., kept])
+
+
+def test_tokens_that_would_take_the_rows_of_others_are_refused(tiny_parts):
+    """The library numbers new tokens by how many there are, unless its largest id is of an added one."""
+    tokenizer = tokenizer_with_holes(in_the_middle=False, added=False)
+    llm = AutoModelForCausalLM.from_config(LANGUAGE_MODELS["llama"])
+    with pytest.raises(ValueError, match=r"37 tokens with ids up to 42, gives <depth_0> the id 40 of '<\|user\|>'"):
+        build_ola_vlm(tiny_parts.vision_tower, llm, tokenizer, tasks=tiny_tasks())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_pad_the_vocabulary(make_model, tiny_parts, tied_parts, tied, tmp_path):
+    """The same model as without them: losses, predictions; they are never emitted, also not by the plain LLaVA."""
+    parts = tied_parts if tied else tiny_parts
+    model, processor = make_model(parts=parts)
+    plain, _ = make_model(parts=parts, pad_vocab_to_multiple_of=1)
+    assert (len(model.lm_head.weight), len(plain.lm_head.weight)) == (64, 43)
+    state = {name: value[:43] if len(value) == 64 else value for name, value in model.state_dict().items()}
+    plain.load_state_dict(state)
+    batch = encode(processor, random_rows(3))
+    labels = batch["input_ids"]
+    with torch.no_grad():
+        model.lm_head.weight[43:] *= 1e3  # would win everywhere
+    mine, other = (each(**batch, labels=labels, output_predictions=True) for each in (model, plain))
+    torch.testing.assert_close(mine.loss, other.loss)
+    torch.testing.assert_close(mine.logits[..., :43], other.logits)
+    assert mine.predictions["seg"][2].equal(other.predictions["seg"][2])
+    (gradient,) = torch.autograd.grad(mine.loss, model.lm_head.weight)
+    assert gradient[43:].eq(0).all()
+    model.save_pretrained(tmp_path / "ours")
+    export_llava(model).save_pretrained(tmp_path / "plain")
+    prompt = encode(processor, [{**row, "messages": row["messages"][:1]} for row in random_rows(2)], "left")
+    for model_class, folder in [(OlaVlmForConditionalGeneration, "ours"), (LlavaForConditionalGeneration, "plain")]:
+        again = model_class.from_pretrained(tmp_path / folder)
+        assert not hasattr(again.config, "vocab_padding") or folder == "ours"
+        answer = again.generate(**prompt, max_new_tokens=5, do_sample=False)[:, prompt["input_ids"].shape[1] :]
+        assert (answer < 34).all()
+
+
+def test_the_multiple_must_be_one(tiny_parts):
+    with pytest.raises(ValueError, match="pad_vocab_to_multiple_of is 0: give 1 for no padding, or more"):
+        build_ola_vlm(tiny_parts.vision_tower, tiny_parts.language_model, pad_vocab_to_multiple_of=0)
+
+
+# The start
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_only_new_parts_are_drawn(tiny_parts, monkeypatch, dtype):
+    """Of a large model; the parts' own weights are those of the files all the same."""
+    monkeypatch.setattr(target_weights, "DRAWN_WHOLE", 0)
+    drawn = []
+    for name in ("normal_", "uniform_"):
+        original = getattr(torch.Tensor, name)
+
+        def draw(tensor, *args, original=original, **kwargs):
+            if tensor.device.type != "meta":
+                drawn.append(tensor.numel())
+            return original(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, draw)
+    model, _ = build_ola_vlm(tiny_parts.vision_tower, tiny_parts.language_model, tasks=tiny_tasks(), dtype=dtype)
+    new = [
+        value for name, value in model.named_parameters() if part_of(name) not in ("language_model", "vision_tower")
+    ]
+    # LLaVA's own function draws linear layers before ours does.
+    assert 0 < sum(drawn) <= 2 * sum(value.numel() for value in new)
+    assert {value.dtype for value in model.parameters()} == {dtype or torch.float32}
+    tower = CLIPVisionModel.from_pretrained(tiny_parts.vision_tower).state_dict()
+    for name, value in model.model.vision_tower.state_dict().items():
+        assert value.equal(tower[name].to(value.dtype))
+    assert 0.8 < model.queries["depth"].std() < 1.2 and model.logit_scales["gen"].item() == 2.0
+    scale = model.predictors["depth"]["1"].proj_in.weight.float().std() * 3**0.5 * 32**0.5
+    assert 0.9 < scale < 1.1 and model.predictors["depth"]["1"].norm_out.weight.eq(1).all()
+    # It can be drawn anew, as `train.load_model` does with the projector.
+    before = model.model.multi_modal_projector.linear_1.weight.clone()
+    model.model.multi_modal_projector.apply(model._init_weights)
+    assert not model.model.multi_modal_projector.linear_1.weight.equal(before)
+
+
+def test_small_models_start_as_they_always_did(tiny_parts):
+    """Numbers in docs/ come out again: new parts get the values that they have in a model that is drawn as a whole."""
+    torch.manual_seed(0)
+    model, _ = build_ola_vlm(tiny_parts.vision_tower, tiny_parts.language_model, tasks=tiny_tasks())
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    whole = OlaVlmForConditionalGeneration(model.config).state_dict()
+    assert torch.get_rng_state().equal(after)
+    new = [name for name in whole if part_of(name) not in ("language_model", "vision_tower")]
+    assert len(new) > 50 and all(model.state_dict()[name].equal(whole[name]) for name in new)
+
+
+def test_parts_given_as_objects_stay_the_callers(tiny_parts):
+    llm = AutoModelForCausalLM.from_pretrained(tiny_parts.language_model)
+    tower = CLIPVisionModel.from_pretrained(tiny_parts.vision_tower)
+    tokenizer = make_tokenizer()
+    before = [value.clone() for part in (llm, tower) for value in part.parameters()]
+    model, _ = build_ola_vlm(tower, llm, tokenizer, tasks=tiny_tasks())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    after = [value for part in (llm, tower) for value in part.parameters()]
+    assert all(value.equal(old) for value, old in zip(after, before, strict=True))
+
+
+def test_files_of_another_numeric_type(tiny_parts, tmp_path, monkeypatch):
+    """They are read tensor by tensor, to the same weights as by transformers, whole files or shards."""
+    llm = AutoModelForCausalLM.from_pretrained(tiny_parts.language_model, dtype=torch.bfloat16)
+    for name, options in {"whole": {}, "shards": {"max_shard_size": "20KB"}}.items():
+        llm.save_pretrained(tmp_path / name, **options)
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        model, report = target_weights.load_pretrained(AutoModelForCausalLM, tmp_path / name, dtype=torch.float32)
+        assert target_weights.tensors_on_demand(tmp_path / name).keys() == llm.state_dict().keys()
+        assert type(model) is type(expected) and not report["missing_keys"]
+        assert model.dtype == torch.float32 and model.name_or_path == str(tmp_path / name)
+        assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+        for key, value in expected.state_dict().items():
+            assert model.state_dict()[key].equal(value)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+
+
+def test_new_rows_are_as_fine_as_the_stored_ones(tiny_parts, tmp_path):
+    """Whatever type they are kept in: the miniature's language model is stored in 16 bits."""
+    llm = AutoModelForCausalLM.from_pretrained(tiny_parts.language_model, dtype=torch.float16)
+    llm.save_pretrained(tmp_path)
+    build = {"tokenizer": make_tokenizer(), "tasks": tiny_tasks(), "dtype": torch.float32}
+    model, _ = build_ola_vlm(tiny_parts.vision_tower, str(tmp_path), **build)
+    mean = llm.lm_head.weight.float().mean(0).half().float()
+    assert model.lm_head.weight[model.config.image_token_id].equal(mean)
+
+
+@pytest.mark.slow
+def test_memory_at_the_start():
+    """The benchmark, of a third of its size: below 1.2 times the weights kept, whatever type they are kept in."""
+    script = Path(__file__).parents[1] / "benchmarks" / "start.py"
+    command = [sys.executable, str(script), "--layers", "5"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("parts", "checkpoint"))]
+    assert len(rows) == 4 and all(0.9 < float(row[-1]) < 1.2 for row in rows), done.stdout
 
 
 def test_the_documented_qwen3_command(tiny_parts, tmp_path):

@@ -2,19 +2,43 @@
 
 import json
 import re
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_tokenizer
 from tiny_teachers import save_clip_image, save_depth_anything, save_oneformer, timm_model
+from tokenizers import Tokenizer, models
 from training_helpers import llava_sample, write_llava
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OneFormerConfig,
+    OneFormerForUniversalSegmentation,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    SwinConfig,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
 
 from ola_vlm import cli, train
+from ola_vlm.baselines import build
+from ola_vlm.convert import parts
 from ola_vlm.recipes import RECIPES, RUNS, ablations, miniature, paper, show
 from ola_vlm.recipes.paper import FUSIONS, METHODS, WEIGHTS
-from ola_vlm.targets.encoders import ENCODERS
+from ola_vlm.targets.encoders import ENCODERS, ClipImageEncoder, DepthAnythingEncoder, OneFormerEncoder
 from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.data import OlaVlmCollator
@@ -281,3 +305,180 @@ def test_every_preset_says_its_licence_and_one_may_be_used_commercially():
         for task in tasks:
             (line,) = [line for line in page.splitlines() if f"`{recorded[task['name']]}`" in line]
             assert line.split("|")[4].strip() == str(task["target_dim"])
+
+
+# At their real sizes
+
+
+def on_meta(model_class, config):
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def convnext_config() -> TimmWrapperConfig:
+    seen = {"input_size": [3, 768, 768], "mean": [0.5] * 3, "std": [0.5] * 3}
+    return TimmWrapperConfig(architecture="convnext_xxlarge", do_pooling=False, pretrained_cfg=seen)
+
+
+# Name in the recipes -> class, configuration as published. Tokens of the tokenizers.
+REAL_PARTS = {
+    "meta-llama/Meta-Llama-3-8B-Instruct": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        ),
+    ),
+    "microsoft/Phi-3-mini-4k-instruct": (
+        Phi3ForCausalLM,
+        Phi3Config(
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            vocab_size=32064,
+            pad_token_id=32000,
+        ),
+    ),
+    "openai/clip-vit-large-patch14-336": (
+        CLIPVisionModel,
+        CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        ),
+    ),
+    "weights/clip_convnext_xxl": (TimmWrapperModel, convnext_config()),
+}
+NUM_TOKENS = {"meta-llama/Meta-Llama-3-8B-Instruct": 128256, "microsoft/Phi-3-mini-4k-instruct": 32011}
+# Millions of parameters, as published; a language model's without the rows that are new.
+MILLIONS = {
+    "meta-llama/Meta-Llama-3-8B-Instruct": 8030.261,
+    "microsoft/Phi-3-mini-4k-instruct": 3821.080,
+    "openai/clip-vit-large-patch14-336": 303.507,
+    "weights/clip_convnext_xxl": 843.4,
+    "gen": 7.9,  # predictors of a layer, for Llama-3
+    "depth": 58.8,
+    "seg": 14.2,
+}
+
+
+def real_encoders(entries: dict, length: int) -> dict:
+    """The paper's teachers without weights."""
+    clip_h = CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+        projection_dim=1024,
+    )
+    dinov2 = Dinov2Config(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=518,
+        patch_size=14,
+        out_indices=[5, 12, 18, 24],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+    depth = DepthAnythingConfig(backbone_config=dinov2, neck_hidden_sizes=[256, 512, 1024, 1024])
+    swin = SwinConfig(
+        embed_dim=192,
+        depths=[2, 2, 18, 2],
+        num_heads=[6, 12, 24, 48],
+        window_size=12,
+        image_size=384,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    grid = round(length**0.5)
+    statistics = ([0.5] * 3, [0.5] * 3)
+    return {
+        "gen": ClipImageEncoder(on_meta(CLIPVisionModelWithProjection, clip_h), 1024, 224, 1, *statistics),
+        "depth": DepthAnythingEncoder(on_meta(DepthAnythingForDepthEstimation, depth), grid, *statistics),
+        "seg": OneFormerEncoder(
+            on_meta(OneFormerForUniversalSegmentation, OneFormerConfig(backbone_config=swin)), 800, grid, *statistics
+        ),
+    }
+
+
+def millions(parameters) -> float:
+    return sum(parameter.numel() for parameter in parameters) / 1e6
+
+
+def assemble_on_meta(model_class, config, weights: dict, new: tuple, dtype):
+    """Without memory for a single weight; each has its place, and none is missing but the new ones."""
+    model = on_meta(model_class, config).to(dtype)
+    places = model.state_dict()
+    for name, weight in weights.items():
+        assert places[name].shape == weight.shape, name
+    assert all(name.startswith(new) for name in places.keys() - weights.keys())
+    return model
+
+
+@pytest.fixture
+def real_sizes(monkeypatch):
+    """What `train.load_model` loads has the published sizes, and no weights."""
+
+    @cache
+    def tokenizer(name):
+        words = {f"word{i}": i for i in range(NUM_TOKENS[name])}
+        backend = Tokenizer(models.WordLevel(words, unk_token="word0"))
+        return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="word0", eos_token="word1")
+
+    def load(model_class, path, **options):
+        model = on_meta(*REAL_PARTS[path])
+        model.name_or_path = path
+        return model
+
+    monkeypatch.setattr(parts, "load_whole", load)
+    monkeypatch.setattr(parts, "load_vision_config", lambda path: REAL_PARTS[path][1])
+    monkeypatch.setattr(parts, "has_preprocessing", lambda *tower: False)
+    monkeypatch.setattr(parts, "loading_from", lambda path: nullcontext())
+    monkeypatch.setattr(parts, "AutoConfig", SimpleNamespace(from_pretrained=lambda path: REAL_PARTS[path][1]))
+    monkeypatch.setattr(parts, "AutoTokenizer", SimpleNamespace(from_pretrained=tokenizer))
+    monkeypatch.setattr(parts, "check_logits", lambda language_model: None)  # looks at values
+    for module in (parts, build):
+        monkeypatch.setattr(module, "assemble", assemble_on_meta)
+    monkeypatch.setattr(train, "load_encoders", real_encoders)
+
+
+TABLE_1 = [name for name, recipe in RECIPES.items() if recipe.table is paper.table_1 and name.endswith("_pretrain")]
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_the_papers_models_have_their_sizes(name, real_sizes, tmp_path):
+    recipe = RECIPES[name]()
+    # Towers are measured by a forward pass; the mixed precision needs a GPU.
+    model, _ = load_model(OlaVlmArguments(**{**recipe, "output_dir": str(tmp_path), "bf16": False, "use_cpu": True}))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    found = by_part(model)
+    llm, tower = recipe["language_model"], recipe["vision_tower"]
+    tokens = 1 + sum(task["num_task_tokens"] for task in model.config.tasks)
+    rows = max(REAL_PARTS[llm][1].vocab_size, NUM_TOKENS[llm] + tokens)
+    rows = -(-rows // 64) * 64
+    assert model.config.text_config.vocab_size == len(model.lm_head.weight) == rows
+    new = (rows - REAL_PARTS[llm][1].vocab_size) * model.config.text_config.hidden_size * 2 / 1e6
+    assert millions(found.pop("language_model")) == pytest.approx(MILLIONS[llm] + new, abs=0.001)
+    assert millions(found.pop("vision_tower")) == pytest.approx(MILLIONS[tower], abs=0.05)
+    assert model.config.image_seq_length == 576
+    if recipe.get("fusion"):
+        assert found.keys() == {"encoders", "projector"}
+        # CLIP-H, Dinov2-L and Swin-L.
+        assert millions(found["encoders"]) == pytest.approx(632.1 + 304.4 + 195.2, abs=1.0)
+    elif not model.config.tasks:
+        assert found.keys() == {"projector"}
+    elif "llama3" in name and "commercial" not in name:
+        for task in model.config.tasks:
+            for layer in task["layers"]:
+                predictor = model.predictors[task["name"]][str(layer)]
+                assert millions(predictor.parameters()) == pytest.approx(MILLIONS[task["name"]], abs=0.05)

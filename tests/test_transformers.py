@@ -1,6 +1,7 @@
 """What users of transformers expect of any of its models and processors: of its common tests those that apply."""
 
 import inspect
+import json
 import threading
 from pathlib import Path
 
@@ -228,16 +229,16 @@ def test_embeddings_of_another_size(make_model, tiny_parts, tied_parts, tmp_path
     """Task token ids stay, and what they stand for; so do tied weights, also on disk."""
     model, processor = make_model(parts=tied_parts if tied else tiny_parts)
     batch = encode(processor, random_rows(2))
-    before, size, ids = (
-        model(**batch, output_predictions=True),
-        model.config.text_config.vocab_size,
-        [*model.never_emitted],
-    )
-    model.resize_token_embeddings(size + 7, mean_resizing=False)
+    before = model(**batch, output_predictions=True)
+    size = model.config.text_config.vocab_size
+    ids = [model.config.image_token_id, *model.config.task_token_ids]
+    assert model.never_emitted == [*ids, *range(max(ids) + 1, size)] and model.config.vocab_padding == 21
+    model.resize_token_embeddings(size + 7, mean_resizing=False)  # all of them tokens
     model.save_pretrained(tmp_path)
     for resized in (model, OlaVlmForConditionalGeneration.from_pretrained(tmp_path).eval()):
         assert resized.config.text_config.vocab_size == resized.lm_head.out_features == size + 7
         assert [resized.config.image_token_id, *resized.config.task_token_ids] == resized.never_emitted == ids
+        assert resized.generation_config.suppress_tokens == ids
         after = resized(**batch, output_predictions=True)
         torch.testing.assert_close(after.logits[..., :size], before.logits)
         torch.testing.assert_close(after.predictions["seg"][2], before.predictions["seg"][2])
@@ -245,10 +246,26 @@ def test_embeddings_of_another_size(make_model, tiny_parts, tied_parts, tmp_path
         assert resized(**batch, labels=word_labels(resized, batch)).loss.isfinite()
     names = load_file(tmp_path / "model.safetensors").keys()
     assert ("language_model.lm_head.weight" in names) != tied
-    model.resize_token_embeddings(ids[-1])  # the last task token's row is gone
-    model.save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match=f"give different ids within the {ids[-1]} embeddings"):
-        OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "small")
+    model.resize_token_embeddings(size + 8, pad_to_multiple_of=64, mean_resizing=False)
+    assert model.never_emitted == [*ids, *range(size + 8, 2 * size)]
+
+
+def test_task_tokens_keep_their_rows(make_model, tmp_path):
+    """A vocabulary that would lose one is refused before anything is lost, and as a checkpoint's configuration."""
+    model, _ = make_model()
+    last = model.config.task_token_ids[-1]
+    rows = model.get_input_embeddings().weight.detach().clone()
+    with pytest.raises(ValueError, match=f"new_num_tokens is {last}, .* ids up to {last}: keep at least {last + 1}"):
+        model.resize_token_embeddings(last)
+    assert model.get_input_embeddings().weight.equal(rows)
+    model.resize_token_embeddings(last + 1)
+    assert len(model.lm_head.weight) == last + 1 and model.config.vocab_padding == 0
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["vocab_size"] = last
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"give different ids within the {last} embeddings"):
+        OlaVlmForConditionalGeneration.from_pretrained(tmp_path)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..configuration_ola_vlm import normalize_task, task_token_strings
+from ..configuration_ola_vlm import VOCAB_MULTIPLE, normalize_task, task_token_strings
 from ..modeling_ola_vlm import (
     EmbeddingPredictor,
     ImageLayout,
@@ -23,6 +23,7 @@ from ..modeling_ola_vlm import (
     OlaVlmForConditionalGeneration,
     Parameters,
 )
+from ..processing_ola_vlm import added_ids
 from ..targets.loading import read_safetensors
 
 PREDICTORS_FILE = "predictors.safetensors"
@@ -36,6 +37,7 @@ class AttachedPredictors:
     accepts_loss_kwargs = True  # the loss is ours, so that accumulated micro-batches count by their tokens
     task_tokens_from_queries = task_tokens_frozen = False
     task_token_embeddings = OlaVlmForConditionalGeneration.task_token_embeddings
+    lookup_scale = OlaVlmForConditionalGeneration.lookup_scale
     write_task_tokens = OlaVlmForConditionalGeneration.write_task_tokens
     predict_embeddings = OlaVlmForConditionalGeneration.predict_embeddings
 
@@ -70,8 +72,10 @@ class AttachedPredictors:
             outputs = super().forward(*args, **kwargs)
         if labels is not None:
             candidates = outputs.logits
-            if never := self.config.task_token_ids:  # inputs only: their rows in the head neither learn nor disturb
-                never = torch.tensor(never, device=candidates.device)
+            if self.config.task_token_ids:  # inputs only: their rows in the head neither learn nor disturb
+                rows = candidates.shape[-1]
+                padding = range(rows - self.config.vocab_padding, rows)
+                never = torch.tensor([*self.config.task_token_ids, *padding], device=candidates.device)
                 candidates = candidates.index_fill(-1, never, torch.finfo(candidates.dtype).min)
             count = {"vocab_size": candidates.shape[-1], "num_items_in_batch": num_items_in_batch}
             outputs["loss"] = self.loss_function(logits=candidates, labels=labels, **count)
@@ -163,7 +167,8 @@ def attach_predictors(
     # looks up by it which states a model records and how its files' names are converted.
     place = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     model.__class__ = type(base.__name__, (AttachedPredictors, base), {**place, "forward": forward})
-    model.config.tasks, model.config.task_token_ids = tasks, token_ids
+    model.config.tasks = tasks
+    model.config.task_token_ids = token_ids
     return model
 
 
@@ -174,13 +179,17 @@ def detach_predictors(model: PreTrainedModel) -> PreTrainedModel:
     model.__class__ = type(model).__bases__[1]
     for name in OWN:
         delattr(model, name)
-    del model.config.tasks, model.config.task_token_ids
+    for field in ("tasks", "task_token_ids", "vocab_padding"):
+        delattr(model.config, field)
     return model
 
 
 def _add_task_tokens(model: PreTrainedModel, processor: ProcessorMixin | None, tokens: list[str]) -> list[int]:
     """Their ids. In the chat template they follow the image's placeholder: as ordinary text between the image's
-    tokens and what the template writes after it, so positions in several dimensions (M-RoPE) run on as for words."""
+    tokens and what the template writes after it, so positions in several dimensions (M-RoPE) run on as for words.
+    Sets `config.vocab_padding`: how many rows a vocabulary that had to grow has beyond its tokens."""
+    # A saved model that had predictors knows.
+    model.config.vocab_padding = getattr(model.config, "vocab_padding", 0)
     if not tokens:
         return []
     if processor is None:
@@ -191,11 +200,18 @@ def _add_task_tokens(model: PreTrainedModel, processor: ProcessorMixin | None, t
         if image not in template:
             raise ValueError(f"the chat template doesn't spell out {image}: write {joined} after each image in it")
         processor.chat_template = template.replace(image, image + joined)
+    known = processor.tokenizer.get_vocab()
     processor.tokenizer.add_tokens(tokens, special_tokens=True)
+    added_ids(processor.tokenizer, known)  # or stops: they would take the rows of other tokens
     ids = processor.tokenizer.convert_tokens_to_ids(tokens)
-    if max(ids) >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    never = {*(model.generation_config.suppress_tokens or []), *ids}
+    rows = model.get_input_embeddings().num_embeddings
+    if max(ids) >= rows:
+        num_tokens = max(ids) + 1
+        resized = model.resize_token_embeddings(num_tokens, pad_to_multiple_of=VOCAB_MULTIPLE, mean_resizing=False)
+        rows = resized.num_embeddings
+        model.config.vocab_padding = rows - num_tokens
+    padding = range(rows - model.config.vocab_padding, rows)
+    never = {*(model.generation_config.suppress_tokens or []), *ids, *padding}
     model.generation_config.suppress_tokens = sorted(never)
     return ids
 

@@ -1,6 +1,28 @@
 """Processor of OLA-VLM: LLaVA's, with the task tokens after each image's placeholders (paper, figure 4)."""
 
+from operator import itemgetter
+
 from transformers import LlavaProcessor, PreTrainedConfig
+
+
+def added_ids(tokenizer, before: dict[str, int]) -> list[int]:
+    """
+    Ids of the tokens that `tokenizer` has beyond those of `before` (its `get_vocab()` of then), in order.
+
+    Their number says nothing about ids: a tokenizer may have holes in them. Then the library may also give a new token
+    the id of another one, which is a ValueError.
+    """
+    owners = {token_id: token for token, token_id in before.items()}
+    ids = []
+    for token, token_id in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)):
+        if token in before:
+            continue
+        if token_id in owners:
+            holes = f"{len(before)} tokens with ids up to {max(owners)}"
+            what = f"the tokenizer, of {holes}, gives {token} the id {token_id} of {owners[token_id]!r}"
+            raise ValueError(f"{what}: add its tokens of the largest ids with add_tokens first, or close the holes")
+        ids.append(token_id)
+    return ids
 
 
 class OlaVlmProcessor(LlavaProcessor):
