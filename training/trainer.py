@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .attach import AttachedPredictors
 from .data import GroupedSampler
 from .losses import embedding_loss
+from .sharding import configure_fsdp2, original_class
 from .stages import find_stage
 
 logger = logging.get_logger(__name__)
@@ -34,6 +35,8 @@ class OlaVlmTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.n_gpu > 1:
             raise ValueError("several GPUs in one process are not supported: start with torchrun --nproc_per_node")
+        if self.is_fsdp_enabled:
+            configure_fsdp2(self.accelerator.state.fsdp_plugin, model)
         self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
         self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
@@ -188,9 +191,11 @@ class OlaVlmTrainer(Trainer):
         super().save_model(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
-        if self.writes_task_tokens and state_dict is not None:  # of sharded weights
+        """`state_dict`: the gathered weights of a sharded run, which the first rank alone has."""
+        if self.writes_task_tokens and self.args.should_save and state_dict is not None:
             self.accelerator.unwrap_model(self.model).write_task_tokens(state_dict)
-        super()._save(output_dir, state_dict)
+        with original_class(self.model):
+            super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own."""
