@@ -215,8 +215,9 @@ class OlaVlmModel(LlavaModel):
     ):
         """`task_token_embeds` (all tasks' K, H) replace the vocabulary's rows of `config.task_token_ids`;
         `freeze_task_tokens` gives these rows no gradient."""
-        trains_with_others = self.training and distributed.is_available() and distributed.is_initialized()
-        if trains_with_others and pixel_values is None and input_ids is not None:  # as some collators leave them out
+        no_images = pixel_values is None and input_ids is not None and kwargs.get("mm_encoder_outputs") is None
+        if no_images and self.training and distributed.is_available() and distributed.is_initialized():
+            # Others' collators leave pixels out; other ranks may have some.
             side = self.config.vision_config.image_size
             pixel_values = self.multi_modal_projector.linear_1.weight.new_zeros(0, 3, side, side)
         if input_ids is None or (task_token_embeds is None and not freeze_task_tokens):

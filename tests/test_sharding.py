@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_rows
 from safetensors.torch import load_file
-from sharded_worker import KINDS, make_all_parts, run
+from sharded_worker import KINDS, make_all_parts, prepare, run
 from test_remote_code import run_without_the_package
 
 from ola_vlm.publish import find_files
@@ -79,6 +80,52 @@ def test_the_blocks_of_every_kind_are_named(parts, kind):
     make, _ = KINDS[kind]
     model, _ = make(parts)
     assert block_classes(model) == BLOCKS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_modules_run_whatever_the_rows_hold(parts, tmp_path, kind):
+    """Sharded, each of them gathers its weights from all ranks: one that a rank leaves out makes others wait."""
+    trainer = prepare(kind, parts, tmp_path, ranks=1)
+    model = trainer.model.train()
+    called = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: called.append(name))
+    orders, gradients = [], []
+    for images in (1, 0):
+        called.clear()
+        model.zero_grad()
+        loss = trainer.compute_loss(model, trainer.data_collator(random_rows(2, images)))
+        loss.backward()
+        assert loss.isfinite()
+        orders.append(list(called))
+        gradients.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert orders[0] == orders[1]
+    assert gradients[0] == gradients[1]
+
+
+def test_gathered_weights_get_the_task_tokens_whatever_the_table_is_called(parts):
+    for kind in ("ola_vlm", "tied", "qwen2_5_vl", "idefics3"):
+        make, _ = KINDS[kind]
+        model, _ = make(parts)
+        for table in model.queries.values():  # as if trained
+            torch.nn.init.normal_(table)
+        gathered = {name: value.clone() for name, value in model.state_dict().items()}
+        ids, expected = model.config.task_token_ids, model.task_token_embeddings().detach()
+        names = [name for name, value in gathered.items() if name.endswith("embed_tokens.weight")]
+        assert len(names) == 1
+        assert not gathered[names[0]][ids].equal(expected)
+        model.write_task_tokens(gathered)
+        assert gathered[names[0]][ids].equal(expected)
+        if kind in ("tied", "idefics3"):
+            assert gathered["lm_head.weight"].equal(gathered[names[0]])
+
+
+def test_a_checkpoint_without_shards_is_refused(parts, tmp_path):
+    trainer = prepare("llava", parts, tmp_path, ranks=1, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="checkpoint-2 was written without FSDP: resume it without, or"):
+        trainer._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ are known before the step begins, so they are collected where the Trainer collec
 """
 
 from collections import defaultdict
+from pathlib import Path
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -45,6 +47,11 @@ class OlaVlmTrainer(Trainer):
         self._dropped = DroppedRows()
         self.add_callback(self._dropped)
         self._grouped: GroupedSampler | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights may be spread over ranks: a checkpoint's are gathered, the model's own are shards."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def bad_rows(self) -> int:
@@ -186,7 +193,7 @@ class OlaVlmTrainer(Trainer):
 
     def save_model(self, *args, **kwargs):
         """Every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
-        if self.writes_task_tokens and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.writes_task_tokens and not self.is_sharded:
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)
 
@@ -198,7 +205,11 @@ class OlaVlmTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own."""
+        """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own.
+        ValueError if this run is sharded by FSDP and the interrupted one wasn't."""
+        if self.is_fsdp_enabled and not any(Path(resume_from_checkpoint).glob(f"{FSDP_MODEL_NAME}*")):
+            remedy = "resume it without, or give it as --checkpoint, which starts anew from its weights"
+            raise ValueError(f"{resume_from_checkpoint} was written without FSDP: {remedy}")
         if isinstance(self.model, AttachedPredictors) and not self.is_fsdp_enabled:
             self.model.load_checkpoint(resume_from_checkpoint)
         else:
