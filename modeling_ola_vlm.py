@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from transformers import (
     GenerationConfig,
@@ -219,10 +219,11 @@ class OlaVlmModel(LlavaModel):
             kwargs = {name: value for name, value in kwargs.items() if name in own}
         if pixel_values.shape[0] > 0:
             return super().get_image_features(pixel_values=pixel_values, **kwargs)
-        # No image in the batch: the projector runs on no rows, so that its gradients are zeros, not None (DDP).
-        weight = self.multi_modal_projector.linear_1.weight
-        features = self.multi_modal_projector(weight.new_zeros(0, weight.shape[1]))
-        return BaseModelOutputWithPooling(pooler_output=[features])
+        # No image in the batch: a blank one, of which nothing is taken. Every rank of a training run gathers the same
+        # sharded weights, whatever its rows hold, and has gradients, of zeros, for the same parameters.
+        blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+        features = super().get_image_features(pixel_values=blank, **kwargs).pooler_output[0]
+        return BaseModelOutputWithPooling(pooler_output=[features[:0]])
 
     @can_return_tuple
     def forward(
@@ -236,6 +237,11 @@ class OlaVlmModel(LlavaModel):
     ):
         """`task_token_embeds` (all tasks' K, H) replace the vocabulary's rows of `config.task_token_ids`;
         `freeze_task_tokens` gives these rows no gradient."""
+        no_images = pixel_values is None and input_ids is not None and kwargs.get("mm_encoder_outputs") is None
+        if no_images and self.training and distributed.is_available() and distributed.is_initialized():
+            # Others' collators leave pixels out; other ranks may have some.
+            side = self.config.vision_config.image_size
+            pixel_values = self.multi_modal_projector.linear_1.weight.new_zeros(0, 3, side, side)
         if input_ids is None or (task_token_embeds is None and not freeze_task_tokens):
             return super().forward(
                 input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs

@@ -135,7 +135,8 @@ def run_stage(
         write_run(args.output_dir, {**record, "finished_steps": trainer.state.global_step})
     if trainer.bad_rows:
         logger.warning(f"{trainer.bad_rows} bad rows were dropped in training; they are named above")
-    model.task_tokens_from_queries = False  # save_model has just written them into the vocabulary
+    if not trainer.is_sharded:
+        model.task_tokens_from_queries = False  # save_model has just written them into the vocabulary
     return trainer
 
 

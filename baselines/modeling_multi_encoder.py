@@ -58,8 +58,6 @@ class FrozenEncoder(nn.Module):
     def forward(self, pixels_N3SS: Tensor) -> Tensor:
         """(N, Q, E): what `targets.encoders` gives for the same pixels."""
         pixels = pixels_N3SS.to(self.model.dtype)
-        if len(pixels) == 0:  # not every encoder takes none
-            return pixels.new_zeros(0, 1 if self.features == "embedding" else self.grid**2, self.dim)
         if self.features == "embedding":
             return self.model(pixels).image_embeds[:, None]
         maps = self.model(pixels).feature_maps
@@ -122,15 +120,16 @@ class MultiEncoderLlavaModel(LlavaModel):
         **kwargs,
     ):
         """The vision tower's output; in its `pooler_output` each image's tokens for the LLM, a list of (T, H)."""
+        num_images = len(pixel_values)
+        if num_images == 0:
+            # A blank one, of which nothing is taken: every rank of a training run gathers the same sharded weights,
+            # whatever its rows hold, and has gradients, of zeros, for the same parameters.
+            pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         base, *views = self.views(pixel_values)
-        if len(base) > 0:
-            layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-            outputs = self.vision_tower(base, output_hidden_states=layers, return_dict=True)
-            first = 1 if vision_feature_select_strategy == "default" else 0  # without the class token
-            features_NVC = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
-        else:  # the projectors run on no rows, so that their gradients are zeros, not None (DDP)
-            outputs, weight = BaseModelOutputWithPooling(), self.multi_modal_projector.linear_1.weight
-            features_NVC = weight.new_zeros(0, self.config.image_seq_length, self.base_dim)
+        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+        outputs = self.vision_tower(base, output_hidden_states=layers, return_dict=True)
+        first = 1 if vision_feature_select_strategy == "default" else 0  # without the class token
+        features_NVC = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
         others = {name: self.encoders[name](view) for name, view in zip(self.encoders, views, strict=True)}
         if self.config.fusion == "feature":
             repeated = [other_NQE.expand(-1, features_NVC.shape[1], -1) for other_NQE in others.values()]
@@ -141,7 +140,9 @@ class MultiEncoderLlavaModel(LlavaModel):
                 pooled = F.adaptive_avg_pool1d(other_NQE.transpose(1, 2), self.config.num_encoder_tokens)
                 tokens.append(self.encoder_projectors[name](pooled.transpose(1, 2)))
             tokens_NTH = torch.cat(tokens, dim=1)
-        outputs.pooler_output = list(tokens_NTH) if len(base) > 0 else [tokens_NTH]
+        if num_images == 0:
+            return BaseModelOutputWithPooling(pooler_output=[tokens_NTH[:0]])
+        outputs.pooler_output = list(tokens_NTH)
         return outputs
 
 

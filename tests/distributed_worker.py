@@ -17,6 +17,7 @@ from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.training.check import check_rows
 from ola_vlm.training.data import OlaVlmCollator
 from ola_vlm.training.rows import BadRow, StreamRows
+from ola_vlm.training.sharding import block_classes
 
 RUNS = [("pretrain", 1), ("pretrain", 2), ("finetune", 1)]  # stage, accumulated micro-batches
 
@@ -108,8 +109,8 @@ def run_sharded(parts: Path, out: Path, ranks: int, stage: str):
     model.train()
     if ranks > 1:
         mesh = init_device_mesh("cpu", (ranks,))
-        predictors = [predictor for layers in model.predictors.values() for predictor in layers.values()]
-        for block in [*model.model.language_model.layers, *predictors]:
+        names = block_classes(model)  # the tower's as well, which a rank without an image must run
+        for block in [module for module in model.modules() if type(module).__name__ in names]:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.lora import add_adapters
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.trainer import OlaVlmTrainer
 
@@ -39,6 +40,8 @@ def make_trainer(
     args = OlaVlmArguments(output_dir=str(output_dir), **(defaults | arguments))
     stage = apply_stage(model, args.stage, args.embedding_losses, args.task_tokens)
     tasks = model.config.tasks if stage.embedding_losses else []
+    if args.lora_rank:
+        model = add_adapters(model, args)
     if sources is None:
         sources = {task["name"]: target_source(task) for task in tasks}
     return OlaVlmTrainer(
@@ -46,6 +49,7 @@ def make_trainer(
         args,
         data_collator=OlaVlmCollator(processor, sources, tasks, drop_bad_rows=drop_bad_rows),
         train_dataset=random_rows(16, IMAGES) if rows is None else rows,
+        eval_dataset=random_rows(8, IMAGES[:8]),
         processing_class=processor,
         callbacks=list(callbacks),
     )

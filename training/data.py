@@ -19,6 +19,7 @@ from .chat_template import PROBE, fit_chat_template
 from .rows import BadRow, open_source
 
 IGNORE_INDEX = -100
+BLANK = Image.new("RGB", (64, 64))
 
 TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E)
 
@@ -237,26 +238,33 @@ class AttachedCollator(OlaVlmCollator):
 
     What the processor returns goes to the model as it is (`image_grid_thw`, `pixel_attention_mask`, `image_sizes`,
     ...), with `labels` and `image_owner` (B, T): the images are found where the processor says that it put them, so it
-    does not matter how many runs of tokens, tags and tiles it makes of one. A batch without images has no
-    `pixel_values`. `square`: pad each image to a square with the processor's mean colour before it is given to it, the
-    square that the teachers see. The other arguments and results are `OlaVlmCollator`'s; `max_length` counts image
+    does not matter how many runs of tokens, tags and tiles it makes of one. A batch without images has one more row,
+    the last, of a blank image and without labels, so that all ranks run the same graph, vision tower included.
+    `square`: pad each image to a square with the processor's mean colour before it is given to it, the square that the
+    teachers see. The other arguments and results are `OlaVlmCollator`'s; `max_length` counts image
     tokens, but `check_text`, before images are opened, counts each image as one.
     """
 
     def __init__(self, processor, target_sources=None, tasks=(), max_length=None, square=True, **options):
         super().__init__(processor, target_sources, tasks, max_length, **options)
         self.square = square
+        self.blank_text, _ = self._render(PROBE)
+        for token in task_token_strings(tasks):  # they go with images that have targets
+            self.blank_text = self.blank_text.replace(token, "")
 
     def _expand_image(self) -> np.ndarray:
         return np.array([self.processor.image_token_id])
 
     def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, BadRow]]:
         tokenizer, encoded = self.processor.tokenizer, [sample.encoded for sample in samples]
-        texts = [row.text for row in encoded] or [tokenizer.pad_token * 2]
+        texts = [row.text for row in encoded]
         images = [[self._view(image) for image in sample.images] for sample in samples]
+        if not any(images):
+            texts.append(self.blank_text)
+            images.append([BLANK])
         batch = self.processor(
             text=texts,
-            images=images if any(images) else None,
+            images=images,
             padding=True,
             add_special_tokens=not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)),
             return_offsets_mapping=True,

@@ -10,15 +10,18 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..targets.files import write_whole
 from .attach import AttachedPredictors
 from .data import GroupedSampler
 from .losses import embedding_loss
+from .sharding import configure_fsdp2, original_class
 from .stages import find_stage, upcast_trained
 
 logger = logging.get_logger(__name__)
@@ -46,6 +49,8 @@ class OlaVlmTrainer(Trainer):
             raise ValueError("several GPUs in one process are not supported: start with torchrun --nproc_per_node")
         if (args.bf16 or args.fp16) and not self.is_deepspeed_enabled:  # which keeps float32 copies of its own
             upcast_trained(model)
+        if self.is_fsdp_enabled:
+            configure_fsdp2(self.accelerator.state.fsdp_plugin, model)
         self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
         self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
@@ -54,6 +59,11 @@ class OlaVlmTrainer(Trainer):
         self._dropped = DroppedRows()
         self.add_callback(self._dropped)
         self._grouped: GroupedSampler | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights may be spread over ranks: a checkpoint's are gathered, the model's own are shards."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def bad_rows(self) -> int:
@@ -204,31 +214,36 @@ class OlaVlmTrainer(Trainer):
 
     def save_model(self, *args, **kwargs):
         """Every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
-        if self.writes_task_tokens and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.writes_task_tokens and not self.is_sharded:
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
-        if self.writes_task_tokens and state_dict is not None:  # of sharded weights
+        """`state_dict`: the gathered weights of a sharded run, which the first rank alone has."""
+        if self.writes_task_tokens and self.args.should_save and state_dict is not None:
             self.accelerator.unwrap_model(self.model).write_task_tokens(state_dict)
         output_dir = self.args.output_dir if output_dir is None else output_dir
         is_to_resume = Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
         dtype = self.args.torch_dtype
         is_cast = dtype is not torch.float32 and not is_to_resume and not self.args.lora_rank and state_dict != {}
-        if not is_cast:
+        if is_cast:
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = cast_floats(state_dict, dtype)
+        with original_class(self.model):
             super()._save(output_dir, state_dict)
-            return
-        state_dict = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, cast_floats(state_dict, dtype))
-        if self.args.should_save:
+        if is_cast and self.args.should_save:
             # `save_pretrained` names the type of a parameter in memory, and "auto" would load in that.
             file = Path(output_dir) / "config.json"
             config = json.loads(file.read_text(encoding="utf-8"))
             config["dtype"] = str(dtype).removeprefix("torch.")
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_whole(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own."""
+        """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own.
+        ValueError if this run is sharded by FSDP and the interrupted one wasn't."""
+        if self.is_fsdp_enabled and not any(Path(resume_from_checkpoint).glob(f"{FSDP_MODEL_NAME}*")):
+            remedy = "resume it without, or give it as --checkpoint, which starts anew from its weights"
+            raise ValueError(f"{resume_from_checkpoint} was written without FSDP: {remedy}")
         if isinstance(self.model, AttachedPredictors) and not self.is_fsdp_enabled:
             self.model.load_checkpoint(resume_from_checkpoint)
         else:

@@ -1,0 +1,198 @@
+"""FSDP2 by recipes/accelerate/fsdp2.yaml: what it makes of every kind of model is what one process makes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_rows
+from safetensors.torch import load_file
+from sharded_worker import KINDS, make_all_parts, prepare, run
+from test_remote_code import run_without_the_package
+
+from ola_vlm.publish import find_files
+from ola_vlm.training.sharding import block_classes
+
+ROOT = Path(__file__).parents[1]
+RESUMED = ("ola_vlm", "idefics3", "adapters")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """Folders of the parts that `sharded_worker.KINDS` are built of."""
+    folder = tmp_path_factory.mktemp("parts")
+    make_all_parts(folder)
+    return folder
+
+
+def launch(parts: Path, out: Path, *kinds: str, precision: str) -> Path:
+    """Two ranks by the configuration that is shipped; "bf16" is its own precision."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "--num_processes", "2"]
+    command += ["--mixed_precision", precision, "--main_process_port", "0"]
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command += [str(ROOT / "tests" / "sharded_worker.py"), str(parts), str(out), *kinds]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def sharded(parts, tmp_path_factory) -> Path:
+    """The folder of all kinds' models and losses, in fp32, so that they can be compared."""
+    return launch(parts, tmp_path_factory.mktemp("sharded"), *KINDS, precision="no")
+
+
+@pytest.fixture(scope="module")
+def resumed(parts, tmp_path_factory) -> Path:
+    kinds = [f"resumed:{kind}" for kind in RESUMED]
+    return launch(parts, tmp_path_factory.mktemp("resumed"), *kinds, precision="no")
+
+
+@pytest.fixture(scope="module")
+def sharded_bf16(parts, tmp_path_factory) -> Path:
+    return launch(parts, tmp_path_factory.mktemp("bf16"), "ola_vlm", precision="bf16")
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        weights |= load_file(path)
+    return weights
+
+
+BLOCKS = {
+    "ola_vlm": ["CLIPEncoderLayer", "EmbeddingPredictor", "LlamaDecoderLayer"],
+    "llava": ["CLIPEncoderLayer", "LlamaDecoderLayer"],
+    "convnext": ["ConvNeXtStage", "EmbeddingPredictor", "LlamaDecoderLayer"],
+    "phi3": ["CLIPEncoderLayer", "EmbeddingPredictor", "Phi3DecoderLayer"],
+    "qwen3": ["CLIPEncoderLayer", "EmbeddingPredictor", "Qwen3DecoderLayer"],
+    "token": ["CLIPEncoderLayer", "Dinov2Layer", "LlamaDecoderLayer", "SwinStage"],
+    "qwen2_5_vl": ["EmbeddingPredictor", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"],
+    "idefics3": ["EmbeddingPredictor", "Idefics3EncoderLayer", "LlamaDecoderLayer"],
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_the_blocks_of_every_kind_are_named(parts, kind):
+    make, _ = KINDS[kind]
+    model, _ = make(parts)
+    assert block_classes(model) == BLOCKS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_modules_run_whatever_the_rows_hold(parts, tmp_path, kind):
+    """Sharded, each of them gathers its weights from all ranks: one that a rank leaves out makes others wait."""
+    trainer = prepare(kind, parts, tmp_path, ranks=1)
+    model = trainer.model.train()
+    called = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: called.append(name))
+    orders, gradients = [], []
+    for images in (1, 0):
+        called.clear()
+        model.zero_grad()
+        loss = trainer.compute_loss(model, trainer.data_collator(random_rows(2, images)))
+        loss.backward()
+        assert loss.isfinite()
+        orders.append(list(called))
+        gradients.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert orders[0] == orders[1]
+    assert gradients[0] == gradients[1]
+
+
+def test_gathered_weights_get_the_task_tokens_whatever_the_table_is_called(parts):
+    for kind in ("ola_vlm", "tied", "qwen2_5_vl", "idefics3"):
+        make, _ = KINDS[kind]
+        model, _ = make(parts)
+        for table in model.queries.values():  # as if trained
+            torch.nn.init.normal_(table)
+        gathered = {name: value.clone() for name, value in model.state_dict().items()}
+        ids, expected = model.config.task_token_ids, model.task_token_embeddings().detach()
+        names = [name for name, value in gathered.items() if name.endswith("embed_tokens.weight")]
+        assert len(names) == 1
+        assert not gathered[names[0]][ids].equal(expected)
+        model.write_task_tokens(gathered)
+        assert gathered[names[0]][ids].equal(expected)
+        if kind in ("tied", "idefics3"):
+            assert gathered["lm_head.weight"].equal(gathered[names[0]])
+
+
+def test_a_checkpoint_without_shards_is_refused(parts, tmp_path):
+    trainer = prepare("llava", parts, tmp_path, ranks=1, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="checkpoint-2 was written without FSDP: resume it without, or"):
+        trainer._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_write_what_one_process_writes(parts, sharded, tmp_path, kind):
+    run(kind, parts, tmp_path, ranks=1)
+    expected, logged = (torch.load(folder / f"{kind}.pt") for folder in (tmp_path, sharded))
+    assert len(logged["train"]) == 2
+    for step, expected_step in zip(logged["train"], expected["train"], strict=True):
+        assert step == pytest.approx(expected_step, rel=1e-4, abs=1e-5)
+    assert logged["eval"] == pytest.approx(expected["eval"], rel=1e-4, abs=1e-5)
+
+    assert files_of(sharded / kind) == files_of(tmp_path / kind)
+    for name in files_of(tmp_path / kind):
+        if name.endswith((".json", ".py", ".jinja")):
+            assert (sharded / kind / name).read_text() == (tmp_path / kind / name).read_text(), name
+    weights, expected_weights = weights_of(sharded / kind), weights_of(tmp_path / kind)
+    assert weights.keys() == expected_weights.keys()
+    for name, value in expected_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(resumed, kind):
+    whole, again = (weights_of(resumed / f"{kind}_{name}") for name in ("whole", "resumed"))
+    assert whole.keys() == again.keys()
+    for name, value in whole.items():
+        assert again[name].equal(value), name
+    for folder in (resumed / f"{kind}_whole").glob("checkpoint-*"):
+        assert not list(folder.glob("_fsdp*.py")), "torch's code, not the model's"
+        assert weights_of(folder).keys() == whole.keys()
+
+
+LOAD = """
+import torch
+from transformers import AutoModel, AutoModelForImageTextToText, pipeline
+
+folder = sys.argv[1]
+assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "OlaVlmForConditionalGeneration"
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+ids = model.config.task_token_ids
+assert model.get_input_embeddings().weight[ids].equal(model.task_token_embeddings())
+ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+messages = [{"role": "user", "content": [{"type": "text", "text": " what is this ?"}]}]
+assert isinstance(ask(messages, max_new_tokens=2, return_full_text=False)[0]["generated_text"], str)
+print("loaded")
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_shipped_configuration_is_whole(parts, sharded_bf16, tmp_path):
+    """It is loaded where the package isn't, and can be pushed; in bf16 its weights are kept in fp32, as its losses
+    are, which are one process's."""
+    folder = sharded_bf16 / "ola_vlm"
+    assert run_without_the_package(LOAD, tmp_path, folder) == "loaded"
+    assert {"config.json", "model.safetensors", "modeling_ola_vlm.py"} <= find_files(folder).keys()
+    assert {value.dtype for value in weights_of(folder).values()} == {torch.float32}
+
+    run("ola_vlm", parts, tmp_path, ranks=1)
+    expected, logged = (torch.load(path / "ola_vlm.pt") for path in (tmp_path, sharded_bf16))
+    for step, expected_step in zip(logged["train"], expected["train"], strict=True):
+        assert step == pytest.approx(expected_step, rel=0.02, abs=0.01)
+        for name, value in step.items():
+            assert torch.tensor(value).bfloat16().item() != value, f"{name} is rounded"
