@@ -147,11 +147,12 @@ def build_ola_vlm(
         if has_preprocessing(vision_tower, vision_config):
             _, *statistics = vision_preprocessing(vision_tower, vision_config)
         options = {"config": vision_config, "key_mapping": OF_VISION_TOWER, "unused": ["pooler."]}
-        vision_tower = load_whole(AutoModel, vision_tower, **options)
+        vision_tower = load_whole(AutoModel, vision_tower, trust_remote_code=False, **options)
     if isinstance(language_model, str):
-        language_model = load_whole(AutoModelForCausalLM, language_model)
+        language_model = load_whole(AutoModelForCausalLM, language_model, trust_remote_code=False)
     if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or language_model.name_or_path)
+        words = tokenizer or language_model.name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     text_config, head = language_model.config, language_model.get_output_embeddings()
     if head.bias is not None:
         raise ValueError(f"{type(language_model).__name__}'s head has a bias, LLaVA's has none: take another LLM.")
