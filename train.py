@@ -99,7 +99,6 @@ def run_stage(
         model = add_adapters(model, args)
     if (args.bf16 or args.fp16) and not args.deepspeed:
         upcast_trained(model)  # the trainer would do it, too late for the plan
-
     lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
     decode = args.check_images and not (tasks and args.target_cache)  # filling the cache opens them all
     parts = [part for part in (rows, eval_rows) if part is not None]

@@ -19,6 +19,7 @@ from transformers import __version__
 from transformers.utils import logging
 
 from ola_vlm.inference.checkpoints import load_checkpoint, processes, weights_state
+from ola_vlm.targets.escapes import terminal
 from ola_vlm.targets.files import only_one, whole_file
 
 from .benchmarks import BENCHMARKS, evenly, find_benchmark, find_variant, load_questions, locate

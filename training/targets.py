@@ -116,8 +116,8 @@ def target_sources(
 
 
 def no_targets(args: OlaVlmArguments) -> dict[str, TargetSource]:
-    """Of a run without embedding losses. Its predictors are those of the checkpoint that it begins with, and so are the
-    statistics that decode what they predict: they go along, into the run's folder."""
+    """Of a run without embedding losses. Its predictors are those of the checkpoint that it begins with, and so are
+    the statistics that decode what they predict: they go along, into the run's folder."""
     if args.should_save and args.checkpoint and not args.lora_rank:
         for file in own_statistics(args.checkpoint):
             write_whole(Path(args.output_dir) / "target_statistics" / file.name, file.read_bytes())
