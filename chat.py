@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import TextIteratorStreamer
 
 from .inference.checkpoints import load_checkpoint
+from .targets.escapes import terminal
 from .targets.images import open_image
 from .training.rows import brief
 
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loading = {name: vars(args)[name] for name in ("dtype", "device_map", "trust_remote_code")}
 
     def write(text: str) -> None:
-        print(text, end="", flush=True)
+        print(terminal(text), end="", flush=True)  # the model's words, too, are a stranger's
 
     try:
         images = [open_image(args.image)] if args.image else []

@@ -6,7 +6,6 @@ max_length. No weights are loaded. Ends with status 1 if there are bad rows, unl
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from ola_vlm.convert.parts import build_processor, measure_tower
 from ola_vlm.inference.checkpoints import read_processor
 from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
 from ola_vlm.targets.encoders import load_vision_config
+from ola_vlm.targets.escapes import one_line
+from ola_vlm.targets.files import write_json
 from ola_vlm.targets.loading import loading_from
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import check_rows
@@ -33,14 +34,14 @@ def load_processor(args: OlaVlmArguments) -> LlavaProcessor | None:
     if not args.language_model:
         return None
     with loading_from(args.language_model, weights=False):
-        text_config = AutoConfig.from_pretrained(args.language_model)
+        text_config = AutoConfig.from_pretrained(args.language_model, trust_remote_code=False)
     with torch.device("meta"):
         tower = AutoModel.from_config(load_vision_config(args.vision_tower))
         vision_config, class_tokens = measure_tower(tower)
     width, layers = text_config.hidden_size, text_config.num_hidden_layers
     words = args.tokenizer or args.language_model
     with loading_from(words, weights=False):
-        tokenizer = AutoTokenizer.from_pretrained(words)
+        tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     overrides = args.model_overrides or {}
     processor = build_processor(
         tokenizer,
@@ -83,13 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = check_rows(rows, collator, not options.no_decode, args.dataloader_num_workers)
     report = facts.report() | {"named": facts.named}
     if options.out is not None and args.process_index == 0:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, report, indent=1)
     if args.process_index == 0:
         print(table(report, collator is not None, not options.no_decode))
         if collator is None:
             print("answers' tokens and lengths: give --recipe or --checkpoint, whose tokenizer they need")
         for bad in facts.named[:20]:
-            print(f"row {bad['row']}: {bad['reason']}")
+            print(one_line(f"row {bad['row']}: {bad['reason']}"))
         if len(facts.named) > 20:
             print(f"... and {len(facts.named) - 20} more: --out FILE names all")
     if args.on_bad_rows == "stop" and any(bad["problem"] != "too_long" for bad in facts.named):

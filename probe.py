@@ -28,7 +28,8 @@ from ola_vlm.probing.probes import load_probes, score
 from ola_vlm.probing.resampler import ResamplerFit
 from ola_vlm.probing.ridge import STRENGTHS, RidgeFit, choose_strength
 from ola_vlm.probing.states import PROMPT, StateReader
-from ola_vlm.targets.files import write_json
+from ola_vlm.targets.escapes import one_line, terminal
+from ola_vlm.targets.files import only_one, read_finished, write_json
 from ola_vlm.targets.fill import make_teachers
 from ola_vlm.targets.images import IMAGE_ENDINGS, image_files
 from ola_vlm.train import parse_arguments
@@ -260,8 +261,9 @@ class Run:
         """Scores on the test images of the probes with these strengths, which are saved."""
         folder = self.folder(model)
         done = folder / "scores.json"
-        if done.exists() and (scores := read_json(done))["strengths"] == strengths:
-            return scores
+        known = read_finished(done) or {}
+        if known.get("strengths") == strengths:
+            return known
         if strengths:
             about = read_json(folder / "model.json")
             fitter = self.fitter(about)
@@ -315,7 +317,8 @@ def table(results: dict) -> str:
             both = np.array([[layer[kind], layer[f"{kind}_plain"]] for layer in layers.values()])
             best = int(both[:, 0].argmax())
             cells = [f"{a:.3f} ({b:.3f})" for a, b in (both.mean(0), both[best], both[-1])]
-            line = f"{one['name']:<28}{task:<8}{cells[0]:>20}{f'{best}: {cells[1]}':>24}{cells[2]:>18}"
+            name = one_line(one["name"])
+            line = f"{name:<28}{one_line(task):<8}{cells[0]:>20}{f'{best}: {cells[1]}':>24}{cells[2]:>18}"
             lines.append(line)
     return "\n".join(lines)
 
@@ -338,9 +341,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("ola-vlm probe: it runs in one process; give --device_map auto for a model on several GPUs")
     own.models = list(dict.fromkeys(own.models))
     try:
-        results = Run(own, args).results()
-        write_json(own.out / "probes.json", results)
-        curves_figure(own.out / "probes.png", results)
-        print(table(results))
+        run = Run(own, args)
+        with only_one(own.out):
+            results = run.results()
+            write_json(own.out / "probes.json", results)
+            curves_figure(own.out / "probes.png", results)
+        print(terminal(table(results)))
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm probe: {error}") from error

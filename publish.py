@@ -6,6 +6,8 @@ targets, and a README.md. Stays here: run.json (it has paths of this machine), c
 
 import argparse
 import json
+import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +16,16 @@ from statistics import mean, stdev
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever it has
 
-from .targets.cache import statistics_files
+from .targets.cache import own_statistics, statistics_files
+from .targets.escapes import code, markdown, terminal
+from .targets.files import inside, read_object
 from .targets.loading import check_folder
+from .training.run_record import read_run
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent
+OUR_CODE = {f"{kind}_ola_vlm.py" for kind in ("configuration", "modeling", "processing")}
 PARTS = ("vision_tower", "language_model")
 PUSHED = [
     *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
@@ -84,40 +92,44 @@ def is_repository(name: str | None) -> bool:
 
 def shown(path: str | None) -> str:
     """A name on the Hub as it is; of a path its end alone, since the rest is this machine's."""
-    return "" if not path else f"`{path if is_repository(path) else Path(path).name}`"
+    if not path:
+        return ""
+    return code(path if is_repository(path) else Path(path).name)
 
 
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path} is not there")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold an object")
-    return found
+def without_paths(fields):
+    """JSON content whose paths of this machine are their ends alone."""
+    if isinstance(fields, dict):
+        return {name: without_paths(value) for name, value in fields.items()}
+    if isinstance(fields, list):
+        return [without_paths(value) for value in fields]
+    is_path = isinstance(fields, str) and (os.path.isabs(fields) or os.path.exists(fields))
+    return Path(fields).name if is_path else fields
 
 
-def find_files(checkpoint: Path) -> dict[str, Path]:
-    """Name in the repository -> file. ValueError for a folder that others couldn't load."""
+def find_files(checkpoint: Path, statistics: Path | None = None) -> dict[str, Path]:
+    """Name in the repository -> file: those of the folder, our code if it lacks it, and the targets' `statistics`, if
+    they lie elsewhere. ValueError for a folder that others couldn't load, or with a link to what lies elsewhere: a
+    file of a checkpoint must not choose what of this machine is published."""
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is no folder: give that of a checkpoint or an adapter")
-    files = {str(path.relative_to(checkpoint)): path for pattern in PUSHED for path in checkpoint.glob(pattern)}
+    names = [path.relative_to(checkpoint) for pattern in PUSHED for path in checkpoint.glob(pattern)]
+    files = {str(name): inside(checkpoint, name) for name in names}
     if "adapter_config.json" in files:
         needed = ["adapter_model.safetensors"]
     elif "config.json" in files:
-        index = checkpoint / "model.safetensors.index.json"
-        needed = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        own = read_json(files["config.json"]).get("auto_map", {}).values()
-        for module in {str(name).split("--")[-1].split(".")[0] + ".py" for name in own}:
-            if (ROOT / module).is_file():  # of a checkpoint that was saved without its code
+        index = "model.safetensors.index.json"
+        needed = ["model.safetensors"]
+        if index in files:
+            needed = sorted(set(map(str, read_object(files[index])["weight_map"].values())))
+        for module in code_files(read_object(files["config.json"])):
+            if module in OUR_CODE:  # of a checkpoint that was saved without its code
                 files.setdefault(module, ROOT / module)
             needed.append(module)
     else:
         raise ValueError(f"{checkpoint} has no config.json and no adapter_config.json: it is no checkpoint")
-    if "config.json" in files:  # of the stage before, if this one left the predictors as they are
-        files |= {f"target_statistics/{path.name}": path for path in statistics_files(checkpoint)}
+    if "config.json" in files:
+        files |= {f"target_statistics/{path.name}": path for path in find_statistics(checkpoint, statistics)}
     needed += ["processor_config.json", "tokenizer_config.json"]
     if lacking := [name for name in needed if name not in files]:
         raise ValueError(f"{checkpoint} lacks {', '.join(lacking)}: save model and processor there by save_pretrained")
@@ -125,11 +137,36 @@ def find_files(checkpoint: Path) -> dict[str, Path]:
     return files
 
 
+def code_files(config: dict) -> set[str]:
+    """The modules that a configuration's auto_map names. ValueError for what is no name of one."""
+    classes = (config.get("auto_map") or {}).values()
+    modules = {str(name).split("--")[-1].split(".")[0] for name in classes}
+    if strange := [module for module in modules if not module.isidentifier()]:
+        raise ValueError(f"config.json: its auto_map names the file {strange[0]!r}, which is no module")
+    return {f"{module}.py" for module in modules}
+
+
+def find_statistics(checkpoint: Path, folder: Path | None) -> list[Path]:
+    """The checkpoint's own or, of one that was trained before stages took them along, those of a user's `folder`: that
+    of the stage before, which run.json names, but a file has no say in it."""
+    if folder is not None:
+        return [inside(folder, path.relative_to(folder)) for path in sorted(folder.glob("*.safetensors"))]
+    if found := own_statistics(checkpoint):
+        return [inside(path.parent, path.name) for path in found]
+    if elsewhere := statistics_files(checkpoint):
+        place = elsewhere[0].parent
+        logger.warning(
+            f"without the targets' statistics, which run.json says are in {place}: give --statistics {place}"
+        )
+    return []
+
+
 def history(checkpoint: Path) -> list[dict]:
     """What `ola-vlm train` wrote of the run and of those that it began at, the first one first; none if unknown."""
-    runs, run = [], read_json(checkpoint / "run.json") if (checkpoint / "run.json").exists() else None
+    runs = []
+    run = read_run(checkpoint)
     if run and (checkpoint / "trainer_state.json").exists():
-        run["max_steps"] = read_json(checkpoint / "trainer_state.json")["global_step"]
+        run["max_steps"] = read_object(checkpoint / "trainer_state.json")["global_step"]
     while run:
         runs.insert(0, run)
         run = run.get("started_from")
@@ -147,11 +184,11 @@ def training_text(runs: list[dict], config: dict) -> str:
     rows, texts = [], []
     for run in runs:
         batch = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"] * run.get("processes", 1)
-        steps = run["max_steps"] if run["max_steps"] > 0 else f"{run['num_train_epochs']:g} epochs"
-        method = f"adapters of rank {run['lora_rank']}" if run.get("lora_rank") else "all of the stage's weights"
+        steps = f"{run['max_steps']:d}" if run["max_steps"] > 0 else f"{run['num_train_epochs']:g} epochs"
+        method = f"adapters of rank {run['lora_rank']:d}" if run.get("lora_rank") else "all of the stage's weights"
         method += ", 4-bit language model" if run.get("load_in_4bit") else ""
-        what = [run["stage"], run["recipe"] or "none", shown(run["data"]), steps, batch, f"{run['learning_rate']:g}"]
-        rows.append([*what, run["seed"], method])
+        what = [markdown(run["stage"]), markdown(run["recipe"] or "none"), shown(run["data"]), steps, f"{batch:d}"]
+        rows.append([*what, f"{run['learning_rate']:g}", f"{run['seed']:d}", method])
     heads = ["stage", "recipe", "data", "steps", "batch", "learning rate", "seed", "trained"]
     texts.append(table(heads, rows))
     if parts := [f"{name.replace('_', ' ')} {shown(runs[0].get(name))}" for name in PARTS if runs[0].get(name)]:
@@ -161,9 +198,11 @@ def training_text(runs: list[dict], config: dict) -> str:
     if taught := teachers(runs):
         texts.append("Teachers of the embedding losses, which are no part of this repository:")
         layers = {task["name"]: ", ".join(map(str, task["layers"])) for task in config.get("tasks") or []}
-        rows = [
-            [task, layers.get(task, ""), kind, shown(path), licence] for task, (kind, path, licence) in taught.items()
-        ]
+        rows = []
+        for task, (kind, path, licence) in taught.items():
+            rows.append(
+                [markdown(task), markdown(layers.get(task, "")), markdown(kind), shown(path), markdown(licence)]
+            )
         texts.append(table(["task", "layers of the LLM", "encoder", "weights", "their licence"], rows))
     return "\n\n".join(texts)
 
@@ -182,8 +221,10 @@ def evaluation(paths: Sequence[str]) -> tuple[str, list[EvalResult]]:
     """Text and metadata from results.json (`ola-vlm eval`) and report.json (`ola-vlm miniature`), or their folders."""
     texts, metadata = [], []
     for path in map(Path, paths):
-        inside = [path / name for name in ("results.json", "report.json") if (path / name).exists()]
-        found = read_json(inside[0] if inside else path)
+        there = [path / name for name in ("results.json", "report.json") if (path / name).exists()]
+        if not path.exists():
+            raise ValueError(f"{path} is not there")
+        found = read_object(there[0] if there else path)
         if "scores" in found and "run" in found:
             text, entries = _of_benchmark(found)
             metadata += entries
@@ -198,8 +239,9 @@ def evaluation(paths: Sequence[str]) -> tuple[str, list[EvalResult]]:
 def _of_benchmark(results: dict) -> tuple[str, list[EvalResult]]:
     run, scores = results["run"], results["scores"]
     percent = {name: (100 * one["score"], 100 * one["standard_error"], one["n"]) for name, one in scores.items()}
-    rows = [[name, f"{score:.1f} ± {error:.1f}", n] for name, (score, error, n) in percent.items()]
-    text = f"{run['benchmark']} ({run['variant']}): per cent ± standard error over questions, number of questions.\n\n"
+    rows = [[markdown(name), f"{score:.1f} ± {error:.1f}", f"{n:d}"] for name, (score, error, n) in percent.items()]
+    title = f"{markdown(run['benchmark'])} ({markdown(run['variant'])})"
+    text = f"{title}: per cent ± standard error over questions, number of questions.\n\n"
     of = {"task_type": "image-text-to-text", "dataset_name": run["benchmark"], "metric_type": "accuracy"}
     of["dataset_type"] = run["data"] if is_repository(run["data"]) else run["benchmark"]
     headline = [
@@ -216,15 +258,19 @@ def _of_study(report: dict) -> str:
         accuracies = [seed["accuracy"] for seed in of_method["seeds"]]
         values = {task: [100 * accuracy[task] for accuracy in accuracies] for task in accuracies[0]}
         spread = [f"{mean(v):.1f} ± {stdev(v):.1f}" if len(v) > 1 else f"{v[0]:.1f}" for v in values.values()]
-        rows.append([method, len(accuracies), *spread])
-    head = ["method", "training seeds", *values]
+        rows.append([markdown(method), len(accuracies), *spread])
+    head = ["method", "training seeds", *map(markdown, values)]
     text = "The study in miniature: per cent, mean ± standard deviation over training seeds."
     return f"{text}\n\n{table(head, rows)}"
 
 
 def limits(runs: list[dict], results: Sequence[str], is_adapter: bool) -> Iterator[str]:
     licences = {task: licence for task, (_, _, licence) in teachers(runs).items()}
-    if restricted := [f"{task} ({one})" for task, one in licences.items() if re.search(r"\bNC\b", one, re.IGNORECASE)]:
+    if restricted := [
+        f"{markdown(task)} ({markdown(one)})"
+        for task, one in licences.items()
+        if re.search(r"\bNC\b", one, re.IGNORECASE)
+    ]:
         yield f"**Not for commercial use**, for its teachers' licences: {', '.join(restricted)}."
     if "not recorded" in licences.values():
         yield "A teacher's licence was not recorded: see its own page before use."
@@ -242,7 +288,7 @@ def make_card(
     """Of a checkpoint's folder; `base`: repository of an adapter's base model. ValueError for wrong `results`."""
     runs, (measured, entries) = history(checkpoint), evaluation(results)
     is_adapter = (checkpoint / "adapter_config.json").exists()
-    config = {} if is_adapter else read_json(checkpoint / "config.json")
+    config = {} if is_adapter else read_object(checkpoint / "config.json")
     began = [base] if is_adapter else [runs[0].get(name) for name in (*PARTS, "checkpoint")] if runs else []
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
@@ -255,15 +301,18 @@ def make_card(
         eval_results=entries or None,
     )
     tasks = [task["name"] for task in config.get("tasks") or []]
-    kind = f"An adapter (LoRA) for `{base}`" if is_adapter else f"A vision-language model (`{config['model_type']}`)"
-    taught = f", whose language model's layers were taught to predict the features of {', '.join(tasks)} encoders"
-    code = ", trust_remote_code=True" if config.get("auto_map") else ""
+    kind = (
+        f"An adapter (LoRA) for `{base}`" if is_adapter else f"A vision-language model ({code(config['model_type'])})"
+    )
+    names = ", ".join(map(markdown, tasks))
+    taught = f", whose language model's layers were taught to predict the features of {names} encoders"
+    trust = ", trust_remote_code=True" if config.get("auto_map") else ""
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=repo.split("/")[-1],
         summary=f"{kind}{taught if tasks else ''}. Made with OLA-VLM ({PAPER}).",
-        usage=USE_ADAPTER.format(base=base, repo=repo) if is_adapter else USE_MODEL.format(repo=repo, code=code),
+        usage=USE_ADAPTER.format(base=base, repo=repo) if is_adapter else USE_MODEL.format(repo=repo, code=trust),
         training=training_text(runs, config),
         evaluation=measured,
         limits="\n".join(f"- {line}" for line in limits(runs, results, is_adapter)),
@@ -284,15 +333,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--licence", metavar="ID", help="of this repository, such as apache-2.0; none is stated otherwise"
     )
+    statistics = "folder of the targets' statistics, if they are not in CHECKPOINT but with the stage before"
+    parser.add_argument("--statistics", type=Path, metavar="DIR", help=statistics)
     parser.add_argument("--dry-run", action="store_true", help="print the card and the files, and send nothing")
     args = parser.parse_args(argv)
     try:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
             raise ValueError(f"REPO is {args.repo!r}: give owner/name")
-        files, base = find_files(args.checkpoint), None
+        files, base = find_files(args.checkpoint, args.statistics), None
         content = {name: str(path) for name, path in files.items()}
+        if "probes/probes.json" in files:  # which names the model that they were fitted to
+            fields = without_paths(read_object(files["probes/probes.json"]))
+            content["probes/probes.json"] = json.dumps(fields, indent=2).encode()
         if "adapter_config.json" in files:
-            fields = read_json(files["adapter_config.json"])
+            fields = read_object(files["adapter_config.json"])
             base = args.base or fields["base_model_name_or_path"]
             if not is_repository(base):
                 raise ValueError(
@@ -301,9 +355,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             content["adapter_config.json"] = json.dumps(fields | {"base_model_name_or_path": base}, indent=2).encode()
         elif args.base:
             raise ValueError("--base is for adapters, and CHECKPOINT is a whole model")
-        card = make_card(args.checkpoint, args.repo, args.results, base, args.licence)
+        try:
+            card = make_card(args.checkpoint, args.repo, args.results, base, args.licence)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"run.json or the results are not as our commands write them ({what})") from error
         if args.dry_run:
-            print(card, *sorted(content), sep="\n")
+            print(*map(terminal, (card, *sorted(content))), sep="\n")
             return
         content["README.md"] = str(card).encode()
         api, added = HfApi(), [CommitOperationAdd(name, content[name]) for name in sorted(content)]

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
 from ola_vlm.baselines.build import build_multi_encoder, load_encoders
+from ola_vlm.cli import as_command
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.eval.during_training import answering_callbacks
 from ola_vlm.inference.checkpoints import adapter_base, read_checkpoint
@@ -33,7 +34,7 @@ from ola_vlm.training.run_record import (
     write_run,
 )
 from ola_vlm.training.stages import apply_stage, upcast_trained
-from ola_vlm.training.targets import target_sources
+from ola_vlm.training.targets import no_targets, target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer
 
 logger = logging.getLogger("ola_vlm.train")  # as a script the module is "__main__"
@@ -98,7 +99,6 @@ def run_stage(
         model = add_adapters(model, args)
     if (args.bf16 or args.fp16) and not args.deepspeed:
         upcast_trained(model)  # the trainer would do it, too late for the plan
-
     lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
     decode = args.check_images and not (tasks and args.target_cache)  # filling the cache opens them all
     parts = [part for part in (rows, eval_rows) if part is not None]
@@ -106,7 +106,7 @@ def run_stage(
         if isinstance(part, Rows):  # a stream's are checked as they come
             collator = OlaVlmCollator(processor, **lengths)
             drop_bad_rows(part, collator, args.on_bad_rows, args.dataloader_num_workers, decode)
-    sources = target_sources(args, tasks, *parts) if tasks else {}
+    sources = target_sources(args, tasks, *parts) if tasks else no_targets(args)
     if tasks and args.shuffle_targets:
         rows.shuffle_targets(args.seed)
     plan = Plan.make(args, rows)
@@ -147,4 +147,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command("train", main, start="python train.py")

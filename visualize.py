@@ -41,7 +41,8 @@ from .targets.encoders import (
     OneFormerEncoder,
     TargetEncoder,
 )
-from .targets.files import read_object, save_figure, teachers_of_file, write_whole
+from .targets.escapes import mathtext, one_line, terminal
+from .targets.files import inside, read_object, save_figure, teachers_of_file, write_whole
 from .targets.fill import BATCH, make_teachers
 from .targets.images import image_files, open_image
 from .targets.loading import loading_from
@@ -363,18 +364,18 @@ def pictures_figure(path: str | Path, columns: Pictures, title: str, legend: Map
     figure = Figure(figsize=(cell * wide + 0.1, height), layout="constrained")
     axes = figure.subplots(rows, wide, squeeze=False)
     for place, (name, column) in enumerate(columns.items()):
-        axes[0, place].set_title(name, fontsize=10)
+        axes[0, place].set_title(mathtext(name), fontsize=10)
         for row, picture in zip(axes, column, strict=True):
             row[place].imshow(square(picture, GREY), interpolation="nearest")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    figure.suptitle("\n".join(lines), fontsize=11)
+    figure.suptitle(mathtext("\n".join(lines)), fontsize=11)
     if legend:
         pixels = [np.asarray(one).reshape(-1, 3) for name, of in columns.items() if name != "image" for one in of]
         drawn = set(map(tuple, np.unique(np.concatenate(pixels), axis=0).tolist()))
         shown = {name: color for name, color in legend.items() if color in drawn}
-        patches = [Patch(color=np.divide(color, 255), label=name) for name, color in shown.items()]
+        patches = [Patch(color=np.divide(color, 255), label=mathtext(name)) for name, color in shown.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=2 * wide, fontsize=8, frameon=False)
     save_figure(figure, path, dpi=150)
 
@@ -436,6 +437,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options |= {"images_for_gen": bank, "unclip": args.unclip}
         viewer = LayerViewer.load(args.checkpoint, model, processor, fields, **options)
         shown = viewer.pictures(images)
+        files = {task: inside(args.out, f"{task}.png") for task in shown}  # whose names are of the checkpoint
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm visualize: {error}") from error
     if not shown:
@@ -443,15 +445,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"ola-vlm visualize: nothing can be shown: {reasons}")
     for task, columns in shown.items():
         painter = viewer.painters[task]
-        pictures_figure(
-            args.out / f"{task}.png", columns, f"{task}, by {viewer.by}: {painter.caption}", painter.legend
-        )
-        print(args.out / f"{task}.png")
+        pictures_figure(files[task], columns, f"{task}, by {viewer.by}: {painter.caption}", painter.legend)
+        print(terminal(files[task]))
     html = page(viewer, shown, f"What the layers of {args.checkpoint} see, by {viewer.by}")
     write_whole(args.out / "layers.html", html)
     print(args.out / "layers.html")
     for task, why in viewer.left_out.items():
-        print(f"{task} is left out: {why}")
+        print(one_line(f"{task} is left out: {why}"))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,11 @@ class FrozenEncoder(nn.Module):
         super().__init__()
         self.features, self.dim, self.grid = fields["features"], fields["dim"], grid
         config, embeds = AutoConfig.for_model(**fields["config"]), self.features == "embedding"
-        self.model = CLIPVisionModelWithProjection(config) if embeds else AutoBackbone.from_config(config)
+        self.model = (
+            CLIPVisionModelWithProjection(config)
+            if embeds
+            else AutoBackbone.from_config(config, trust_remote_code=False)
+        )
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         return super().train(False)  # some drop paths at random in training

@@ -256,16 +256,17 @@ def build_ola_vlm(
         if has_preprocessing(vision_tower, vision_config):
             _, *statistics = vision_preprocessing(vision_tower, vision_config)
         options = {"config": vision_config, "key_mapping": OF_VISION_TOWER, "unused": ["pooler."]}
-        vision_tower = load_whole(AutoModel, vision_tower, **options)
+        vision_tower = load_whole(AutoModel, vision_tower, trust_remote_code=False, **options)
     language_model_is_ours = isinstance(language_model, str)
     if language_model_is_ours:
         with loading_from(language_model):
-            stored = AutoConfig.from_pretrained(language_model).dtype
-        language_model = load_whole(AutoModelForCausalLM, language_model, dtype=dtype)
+            stored = AutoConfig.from_pretrained(language_model, trust_remote_code=False).dtype
+        language_model = load_whole(AutoModelForCausalLM, language_model, dtype=dtype, trust_remote_code=False)
     else:
         stored = language_model.dtype
     if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or language_model.name_or_path)
+        words = tokenizer or language_model.name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     check_head(language_model)
     check_logits(language_model)
 

@@ -22,6 +22,7 @@ from ..probing.probes import Probes
 from ..probing.states import PROMPT
 from ..processing_ola_vlm import added_ids
 from ..targets.encoders import load_vision_config
+from ..targets.escapes import terminal
 from ..targets.loading import (
     SETTINGS,
     TEXTS,
@@ -359,12 +360,14 @@ def main(argv: list[str] | None = None):
         if "probe_mode" in read_json_object(folder / "config.json"):
             probes, became = convert_probes(folder)
             probes.save(args.out)
-            print(f"{became}\nWrote probes to {args.out}: for `ola-vlm visualize --probes` and `load_probes`.")
+            print(
+                f"{terminal(became)}\nWrote probes to {args.out}: for `ola-vlm visualize --probes` and `load_probes`."
+            )
             return
         model, processor, became = convert_reference(folder, args.vision_tower, args.tokenizer)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"ola-vlm convert: {one_line(error)}") from error
-    print(became)
+    print(terminal(became))
     model.save_pretrained(args.out)
     if processor is None:
         print(f"Wrote the model alone to {args.out}: without --tokenizer there is no processor.")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ola_vlm.targets.escapes import one_line
 from ola_vlm.targets.files import write_json, write_whole
 from ola_vlm.targets.images import open_image
 
@@ -144,7 +145,7 @@ def page(
         for a, b, score_a, score_b in (pairs[i] for i in places):
             texts = {"id": a["id"], "question": a["question"].strip(), "truth": _truth(a)}
             texts |= {"a": a["output"] or "(nothing)", "b": b["output"] or "(nothing)"}
-            texts = {name: escape(text) for name, text in texts.items()}
+            texts = {name: escape(str(text)) for name, text in texts.items()}
             classes = {"class_a": "right" if score_a > score_b else "wrong"}
             classes["class_b"] = "right" if score_b > score_a else "wrong"
             parts.append(CARD.format(image=_thumbnail(read_image(a)), **texts, **classes))
@@ -184,5 +185,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     for note in notes:
         print(f"they differ in more than the model: {note}")
     for name, *cells, test in describe(compared):
-        print(f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells) + f"   {test}")
+        print(f"{one_line(name):<28}" + "".join(f"{cell:>16}" for cell in cells) + f"   {test}")
     print(f"disagreements: {args.out / 'disagreements.html'}")

@@ -6,7 +6,6 @@ they tell little below a handful of checkpoints, and nothing about causes.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,18 +15,20 @@ from matplotlib.figure import Figure
 from scipy.stats import pearsonr
 
 from ola_vlm.probing.figures import STYLE
+from ola_vlm.targets.escapes import mathtext, one_line, terminal
+from ola_vlm.targets.files import read_object, save_figure
 
 
 def read_points(out: Path, folders: Sequence[Path], score: str, plain: bool) -> tuple[dict, str]:
     """{task: [(name, probe score, benchmark score, its standard error)]}, in checkpoints' order, and the benchmark's
     name. A checkpoint is found in both by the state of its weights. ValueError for fewer than 3, or several
     benchmarks."""
-    probed = json.loads((out / "probes.json").read_text(encoding="utf-8"))
+    probed = read_object(out / "probes.json")
     by_weights = {one["weights"]: one for one in probed["models"].values()}
     metric = probed["run"]["probe"] + ("_plain" if plain else "")
     points, benchmarks, unknown = {}, set(), []
     for folder in folders:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = read_object(folder / "results.json")
         run, model = results["run"], by_weights.get(results["run"]["weights"])
         if model is None:
             unknown.append(f"{folder} ({run['model']})")
@@ -61,18 +62,17 @@ def draw(path: Path, points: dict, benchmark: str, plain: bool) -> dict[str, dic
             found[task] = {"r": float(r), "p": float(p), "n": len(rows)}
             for i, row in enumerate(rows):
                 style = {"color": f"C{i % 10}", "marker": "osD^v"[i // 10 % 5], "markersize": 8, "linestyle": ""}
-                axis.errorbar(row[1], 100 * row[2], yerr=100 * row[3], label=row[0], capsize=3, **style)
+                axis.errorbar(row[1], 100 * row[2], yerr=100 * row[3], label=mathtext(row[0]), capsize=3, **style)
             if varies:
                 slope, level = np.polyfit(x, y, 1)
                 ends = np.array([x.min(), x.max()])
                 axis.plot(ends, slope * ends + level, color="0.5", linestyle="--", linewidth=1)
-            axis.set_title(f"{task}: r = {r:+.2f} (p = {p:.2g}), n = {len(rows)}")
+            axis.set_title(f"{mathtext(task)}: r = {r:+.2f} (p = {p:.2g}), n = {len(rows)}")
             axis.set_xlabel(f"probes, mean over layers:\n{'plain' if plain else 'mean-centred'} cosine")
-        axes[0].set_ylabel(f"{benchmark} (%)\nbars: standard error")
+        axes[0].set_ylabel(f"{mathtext(benchmark)} (%)\nbars: standard error")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, dpi=110)
     return found
 
 
@@ -93,4 +93,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm correlation: {error}") from error
     for task, one in found.items():
-        print(f"{task:<8} r = {one['r']:+.2f}, p = {one['p']:.2g}, n = {one['n']} checkpoints; {benchmark}")
+        line = f"{one_line(task):<8} r = {one['r']:+.2f}, p = {one['p']:.2g}, n = {one['n']} checkpoints; {benchmark}"
+        print(terminal(line))

@@ -8,10 +8,9 @@ eval ...`.
 
 import argparse
 import json
-import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from transformers import __version__
 from transformers.utils import logging
 
 from ola_vlm.inference.checkpoints import load_checkpoint, processes, weights_state
+from ola_vlm.targets.escapes import terminal
+from ola_vlm.targets.files import only_one, whole_file
 
 from .benchmarks import BENCHMARKS, evenly, find_benchmark, find_variant, load_questions, locate
 from .multiple_choice import generate_answers
@@ -96,10 +97,8 @@ def answer(
             named = ", ".join(left[:5]) + ", ..." * (len(left) > 5)
             remedy = "mend the files and run this again, or add --count_unreadable to count them as wrong"
             raise ValueError(f"{len(left)} questions have no image that can be opened ({named}): {remedy}")
-        unfinished = out / "answers.tmp"
-        with unfinished.open("w", encoding="utf-8") as file:
+        with whole_file(out / "answers.jsonl") as unfinished, unfinished.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(done[question["id"]]) + "\n" for question in questions)
-        os.replace(unfinished, out / "answers.jsonl")
         for part in out.glob("answers.*.part"):
             part.unlink()
 
@@ -130,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         for results in _evaluate(args):
-            print(table(results))
+            print(terminal(table(results)))
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm eval: {error}") from error
 
@@ -172,7 +171,9 @@ def _evaluate(args: argparse.Namespace) -> Iterator[dict]:
         }
         if args.limit is not None:
             run["limit"] = args.limit
-        answer(load, questions, read_image, folders[name], run, args.batch_size, args.count_unreadable)
+        folders[name].mkdir(parents=True, exist_ok=True)
+        with only_one(folders[name]) if state.is_main_process else nullcontext():
+            answer(load, questions, read_image, folders[name], run, args.batch_size, args.count_unreadable)
         if state.is_main_process:
             yield write_results(folders[name])
 

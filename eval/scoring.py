@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ola_vlm.targets.escapes import one_line, terminal
 from ola_vlm.targets.files import write_json
 
 from .benchmarks import BENCHMARKS, MEAN_OF_TASKS
@@ -145,7 +146,9 @@ def table(results: dict) -> str:
     run, lines = results["run"], []
     lines.append(f"{run['benchmark']} ({run['variant']}), {run['model']}: per cent, standard error, questions")
     for name, one in results["scores"].items():
-        lines.append(f"{name:<28} {100 * one['score']:6.1f} ± {100 * one['standard_error']:4.1f} {one['n']:>7,}")
+        lines.append(
+            f"{one_line(name):<28} {100 * one['score']:6.1f} ± {100 * one['standard_error']:4.1f} {one['n']:>7,}"
+        )
     lines.append(f"{results['unreadable_choices']} answers named no option, or several: wrong")
     if results["unanswered"]:
         lines.append(f"{len(results['unanswered'])} questions without a readable image: unanswered, wrong")
@@ -157,6 +160,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ola-vlm score", description=__doc__, formatter_class=layout)
     parser.add_argument("answers", help="answers.jsonl, or the folder with it")
     try:
-        print(table(write_results(parser.parse_args(argv).answers)))
+        print(terminal(table(write_results(parser.parse_args(argv).answers))))
     except ValueError as error:
         raise SystemExit(f"ola-vlm score: {error}") from error

@@ -40,7 +40,8 @@ from ola_vlm.targets.encoders import (
     OneFormerEncoder,
     TargetEncoder,
 )
-from ola_vlm.targets.files import inside, read_finished, read_object, teachers_of_file, write_json
+from ola_vlm.targets.escapes import one_line, terminal
+from ola_vlm.targets.files import inside, only_one, read_finished, read_object, teachers_of_file, write_json
 from ola_vlm.targets.fill import make_teachers
 from ola_vlm.targets.images import image_files, open_image
 from ola_vlm.visualize import predicted_tasks, predictor_features, probe_features, statistics_of
@@ -179,7 +180,7 @@ def scores_of(
     """{task: {row: scores}} over `items`, of tasks for which these have truth. `embeddings(images)` gives task, row
     and embeddings (N, Q, E), None for the teacher's own map."""
     sums, features, real = defaultdict(dict), defaultdict(list), []
-    for start in tqdm(range(0, len(items), batch_size), desc=describe, unit="batch"):
+    for start in tqdm(range(0, len(items), batch_size), desc=one_line(describe), unit="batch"):
         batch = items[start : start + batch_size]
         images = [open_image(item["image"]) for item in batch]
         if gallery is not None:
@@ -246,7 +247,9 @@ def table(results: dict) -> str:
                         shown[kind] = (row, score, value, scores["n"])
                 for row, score, value, n in shown.values():
                     value = f"{value:.3f}" if score == "Frechet distance" else f"{100 * value:.1f}%"
-                    lines.append(f"{name:<36}{task:<8}{data_name:<12}{row:<26}{score} {value} (n = {n:,})")
+                    lines.append(
+                        f"{one_line(name):<36}{one_line(task):<8}{data_name:<12}{row:<26}{score} {value} (n = {n:,})"
+                    )
     return "\n".join(lines)
 
 
@@ -270,11 +273,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help=trust)
     args = parser.parse_args(argv)
     try:
-        results = run(args)
+        with only_one(args.out):
+            results = run(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm target-tasks: {error}") from error
-    print(table(results))
-    print(f"Frechet features: {results['features']}; seg is teacher-assisted: finer stages are the teacher's own")
+    print(terminal(table(results)))
+    features = one_line(results["features"])
+    print(f"Frechet features: {features}; seg is teacher-assisted: finer stages are the teacher's own")
 
 
 def run(args: argparse.Namespace) -> dict:

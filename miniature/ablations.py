@@ -7,7 +7,6 @@ written of all that is done so far: ablations.md, ablations.json and a figure a 
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from ola_vlm.miniature.report import STAGES as WHEN
 from ola_vlm.miniature.report import STYLE, table
 from ola_vlm.miniature.study import FULL, SHRUNK, prepare, read_arms, run_arms
 from ola_vlm.recipes.miniature import ABLATIONS, TASKS, ablation_run
+from ola_vlm.targets.files import save_figure, write_json, write_whole
 
 TITLES = {
     "layers": ("Table 3", "layers with embedding losses"),
@@ -97,7 +97,7 @@ def draw_table(path: Path, name: str, rows: dict[str, list[dict]]) -> None:
     probes[-1].legend(fontsize=9, loc="best")
     where, what = TITLES[name]
     figure.suptitle(f"{what} ({where} in the paper); dots: seeds, bars: means")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def write_report(root: Path, names: Sequence[str], arms: list[tuple[str, int]]) -> str:
@@ -119,8 +119,8 @@ def write_report(root: Path, names: Sequence[str], arms: list[tuple[str, int]]) 
             lines += ["", f"## {where}: {what}", "", *table_text(name, rows), "", f"![{what}](ablation_{name}.png)"]
             if missing := [row for row in ABLATIONS[name] if row not in rows]:
                 lines += ["", f"Not done yet: {', '.join(missing)}."]
-    (root / "ablations.json").write_text(json.dumps({"tables": found, "ridge_strength": strengths}, indent=1) + "\n")
-    (root / "ablations.md").write_text("\n".join(lines) + "\n")
+    write_json(root / "ablations.json", {"tables": found, "ridge_strength": strengths}, indent=1)
+    write_whole(root / "ablations.md", "\n".join(lines) + "\n")
     return "\n".join(lines)
 
 

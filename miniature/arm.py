@@ -20,6 +20,7 @@ from ola_vlm.probing.probes import score as score_probes
 from ola_vlm.probing.ridge import STRENGTHS, RidgeFit
 from ola_vlm.probing.states import StateReader
 from ola_vlm.recipes import miniature as recipe
+from ola_vlm.targets.files import write_whole
 from ola_vlm.targets.fill import make_teachers, open_caches
 from ola_vlm.train import load_model, train
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -52,7 +53,7 @@ class Clock:
     def lap(self, name: str) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.time() - self.last
         self.last = time.time()
-        self.path.write_text(json.dumps(self.seconds))
+        write_whole(self.path, json.dumps(self.seconds))
 
 
 def fit_ridge(root: Path, model, processor, splits: dict[str, int], describe: str | None = None):
@@ -81,13 +82,14 @@ class Arm(TrainerCallback):
     def on_step_end(self, args, state, control, model, processing_class, **kwargs):
         """Says how far the arm is (0 to 1) and, at CURVE_POINTS steps of fine-tuning, answers the test questions."""
         share = state.global_step / state.max_steps
-        (self.folder / "progress").write_text(str(0.3 * share if args.stage == "pretrain" else 0.3 + 0.7 * share))
+        done = 0.3 * share if args.stage == "pretrain" else 0.3 + 0.7 * share
+        write_whole(self.folder / "progress", str(done))
         at_point = state.global_step % max(1, state.max_steps // CURVE_POINTS) == 0 or share == 1
         if args.stage == "finetune" and at_point:
             self.clock.lap("finetune")
             images = self.root / "data" / "images"
             answers = generate_answers(model, processing_class, self.questions, images, batch_size=100)
-            (self.folder / f"answers_{state.global_step}.json").write_text(json.dumps(answers))
+            write_whole(self.folder / f"answers_{state.global_step}.json", json.dumps(answers))
             self.clock.lap("answering")
 
     def train(self, stage: str) -> list[dict]:
@@ -96,7 +98,7 @@ class Arm(TrainerCallback):
         if not path.exists():
             train(self.arguments(stage, resume_from_checkpoint="true"), callbacks=[self])
             state = read_json(self.folder / stage / "trainer_state.json")  # also where the run had finished
-            path.write_text(json.dumps(state["log_history"]))
+            write_whole(path, json.dumps(state["log_history"]))
             self.clock.lap(stage)
         return read_json(path)
 
@@ -112,7 +114,7 @@ class Arm(TrainerCallback):
         probes = {strength: fitter.solve(dict.fromkeys(targets, strength)) for strength in STRENGTHS}
         parts = {split: batches(reader, targets, paths[split], PROBE_BATCH) for split in ("validation", "test")}
         scores = {split: score_probes(part, probes)[0] for split, part in parts.items()}
-        path.write_text(json.dumps(scores))
+        write_whole(path, json.dumps(scores))
         self.clock.lap("probing")
 
     def run(self) -> None:
@@ -138,7 +140,7 @@ class Arm(TrainerCallback):
             "seconds": self.clock.seconds,
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        (self.folder / "result.json").write_text(json.dumps(result))
+        write_whole(self.folder / "result.json", json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from transformers import (
 
 from ola_vlm.miniature import world
 from ola_vlm.targets.encoders import OneFormerEncoder
+from ola_vlm.targets.files import write_whole
 
 WEIGHTS = Path(__file__).parent / "weights"
 GRID, PATCH = world.GRID, world.SIZE // world.GRID
@@ -419,7 +420,7 @@ def main(argv=None) -> int:
         print(f"{name}: {shown}; {time.time() - start:.0f} s; {verdict}", flush=True)
         path = args.out / "quality.json"
         quality = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**quality, name: figures}, indent=2, sort_keys=True) + "\n")
+        write_whole(path, json.dumps({**quality, name: figures}, indent=2, sort_keys=True) + "\n")
     return 1 if failed else 0
 
 

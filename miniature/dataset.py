@@ -16,6 +16,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
 from ola_vlm.miniature import world
+from ola_vlm.targets.files import save_figure, write_json, write_whole
 from ola_vlm.targets.images import open_image
 
 SIZES = {"train": 6000, "validation": 600, "test": 1400}
@@ -60,15 +61,15 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
             for name, turns in (("pretrain", captions), ("finetune", chats)):
                 names = [f"{split}_{i:05d}" for i in range(count)]
                 rows = [llava_row(name, row, f"{name}.png") for name, row in zip(names, turns, strict=True)]
-                (folder / f"{name}.json").write_text(json.dumps(rows))
+                write_whole(folder / f"{name}.json", json.dumps(rows))
         elif split in questions:
             rows = world.balanced(scenes[split], questions[split], SEEDS[split])
             for n, row in enumerate(rows):
                 row.update(id=f"{split}_{n:05d}", image=f"{split}_{row['scene']:05d}.png")
-            (folder / f"{split}_questions.json").write_text(json.dumps(rows))
+            write_whole(folder / f"{split}_questions.json", json.dumps(rows))
     checks = {"asked": asked, **check(folder, scenes)}
     contact_sheet(folder)
-    done.write_text(json.dumps(checks, indent=2) + "\n")
+    write_json(done, checks)
     return checks
 
 
@@ -140,7 +141,7 @@ def contact_sheet(folder: Path, count: int = 6) -> None:
     figure.colorbar(depth, ax=axes[1, :], label="metres (20: sky)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PALETTE]
     figure.legend(handles, world.CLASSES, loc="outside lower center", ncols=len(PALETTE), fontsize=10)
-    figure.savefig(folder / "contact_sheet.png", dpi=75)
+    save_figure(figure, folder / "contact_sheet.png", dpi=75)
     plt.close(figure)
 
 
@@ -166,4 +167,4 @@ def write_questions(folder: Path, scenes: int = SIZES["test"], per_task: int = Q
         }
         for n, row in enumerate(asked)
     ]
-    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(folder / "test.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

@@ -17,6 +17,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ola_vlm.targets.files import save_figure, write_whole
+
 BASELINE, OURS, CONTROL = "llava", "ola_vlm", "ola_vlm_shuffled"
 # label, color, line style; any other method gets its name and the next color
 DRAWN = {
@@ -48,11 +50,11 @@ ALPHA = 0.05
 def write_report(out_dir: Path, results: dict | None = None) -> Path:
     """Write report.json (if `results` are given), figures and report.md into `out_dir`; returns report.md's path."""
     if results is not None:
-        (out_dir / "report.json").write_text(json.dumps(results, indent=1))
+        write_whole(out_dir / "report.json", json.dumps(results, indent=1))
     results = json.loads((out_dir / "report.json").read_text())
     draw_figures(results, out_dir)
     report = out_dir / "report.md"
-    report.write_text(report_text(results, [name for name in CAPTIONS if (out_dir / name).exists()]))
+    write_whole(report, report_text(results, [name for name in CAPTIONS if (out_dir / name).exists()]))
     return report
 
 
@@ -241,7 +243,7 @@ def save_grid(path: Path, columns: int, panels: list[Callable[[Axes], None]], **
     for ax, panel in zip_longest(axes, panels, fillvalue=Axes.set_axis_off):
         panel(ax)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def draw_methods(ax, results: dict, read: Reader) -> None:

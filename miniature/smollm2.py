@@ -28,6 +28,7 @@ from ola_vlm.miniature.arm import Clock, read_json
 from ola_vlm.miniature.dataset import SEEDS, llava_row
 from ola_vlm.miniature.report import STYLE
 from ola_vlm.recipes import smollm2 as recipe
+from ola_vlm.targets.files import save_figure, write_json, write_whole
 from ola_vlm.targets.images import open_image
 from ola_vlm.train import load_model, train
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -135,7 +136,7 @@ def write_data(folder: Path, photographs: list[dict], rehearsal: list[tuple[str,
         arrays["test"][row["scene"]].save(images / row["image"])
     rows["finetune"] += [llava_row(f"text_{r}_{n}", [t]) for r in range(REPEATS) for n, t in enumerate(rehearsal)]
     for name, found in {**rows, "test_questions": questions}.items():
-        (folder / f"{name}.json").write_text(json.dumps(found, indent=1))
+        write_whole(folder / f"{name}.json", json.dumps(found, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------------- measurements
@@ -262,7 +263,7 @@ class Run:
         if not path.exists():
             found = json.dumps(compute(), indent=1)
             self.clock.lap(name)
-            path.write_text(found + "\n")
+            write_whole(path, found + "\n")
         return read_json(path)
 
     def arguments(self, stage: str, **changes) -> OlaVlmArguments:
@@ -391,7 +392,7 @@ def draw_losses(results: dict, path: Path) -> None:
         for axis, title in zip(axes.values(), ("next-token loss", "smooth L1, PT", "contrastive, PT"), strict=True):
             axis.set(title=title, xlabel="step")
             axis.legend(fontsize=10)
-        figure.savefig(path, dpi=90)
+        save_figure(figure, path, dpi=90)
 
 
 def main(argv=None) -> dict:
@@ -402,9 +403,9 @@ def main(argv=None) -> dict:
     parser.add_argument("--shrunk", action="store_true", help="2 steps a stage on a few rows: checks the chain only")
     args = parser.parse_args(argv)
     results = Run(args.out, args.language_model, args.shrunk).results()
-    (args.out / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.out / "report.json", results, indent=1)
     draw_losses(results, args.out / "losses.png")
-    (args.out / "report.md").write_text(report_text(results))
+    write_whole(args.out / "report.md", report_text(results))
     print(report_text(results))
     return results
 

@@ -30,6 +30,7 @@ from ola_vlm.probing.probes import Probes
 from ola_vlm.probing.ridge import choose_strength
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import miniature as recipe
+from ola_vlm.targets.files import write_whole
 from ola_vlm.targets.fill import fill, make_teachers, open_caches
 from ola_vlm.visualize import LayerViewer, find_run, pictures_figure
 
@@ -89,6 +90,8 @@ def run_arms(
         bar.close()
         for process in running.values():
             process.terminate()
+        for process in running.values():
+            process.wait()
 
 
 def read_arms(root: Path, arms: list[tuple[str, int]]) -> tuple[dict[str, list[dict]], dict[str, float]]:
@@ -192,7 +195,7 @@ def prepare(root: Path, size: dict, settings: dict) -> tuple[Clock, dict]:
             f"{name} {former.get(name)}" for name in former.keys() | settings if former.get(name) != settings.get(name)
         ]
         raise ValueError(f"{root} was begun with {', '.join(how)}: choose another --out, or the same options")
-    begun.write_text(json.dumps(settings))
+    write_whole(begun, json.dumps(settings))
     logging.set_verbosity_error()
     clock = Clock(root / "seconds.json")
     checks = dataset.write_world(root / "data", size["sizes"], size["questions"])

@@ -15,6 +15,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from ola_vlm.targets.files import whole_file
+
 SIZE = 64  # pixels
 SLOTS = 5
 GRID = 8  # patches a side
@@ -70,7 +72,8 @@ class Scenes:
 def save_scenes(path, scenes: Scenes, arrays: dict[str, np.ndarray]) -> None:
     """One safetensors file: the arrays under their names, the scenes' parameters as ``scene.<name>``."""
     parameters = {f"scene.{name}": np.ascontiguousarray(value) for name, value in vars(scenes).items()}
-    save_file({**arrays, **parameters}, path)
+    with whole_file(path) as unfinished:
+        save_file({**arrays, **parameters}, unfinished)
 
 
 def load_scenes(path) -> tuple[Scenes, dict[str, np.ndarray]]:

@@ -5,6 +5,9 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ..targets.escapes import mathtext
+from ..targets.files import save_figure
+
 STYLE = {"font.size": 12, "axes.titlesize": 13, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2}
 LINES = ("-", "--", "-.", ":")
@@ -25,16 +28,16 @@ def curves_figure(path: str | Path, results: dict) -> None:
                 for i, model in enumerate(models):
                     curve = {int(layer): one[score] for layer, one in model["scores"][task].items()}
                     line = {"color": f"C{i % 10}", "linestyle": LINES[i // 10 % 4], "marker": "o", "markersize": 4}
-                    axis.plot(curve.keys(), curve.values(), label=model["name"], **line)
+                    axis.plot(curve.keys(), curve.values(), label=mathtext(model["name"]), **line)
                 zero = 0.0 if score == kind else results["zero"][task]
                 axis.axhline(zero, color="0.35", linestyle=":", label="the mean target (nothing seen)")
                 axis.xaxis.get_major_locator().set_params(integer=True)
         for axis, task in zip(axes[0], tasks, strict=True):
-            axis.set_title(task)
+            axis.set_title(mathtext(task))
         for axis in axes[1]:
             axis.set_xlabel("LLM layer (0: its input)")
         counts = results["image_counts"]
         figure.suptitle(f"{kind} probes: {counts['train']:,} images to fit, {counts['test']:,} held out to score")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(handles)))
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, dpi=110)

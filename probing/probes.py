@@ -3,8 +3,6 @@
 N images, Q positions of the target, H LLM width, E target width.
 """
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch.nn import functional as F
 from ..configuration_ola_vlm import normalize_task
 from ..modeling_ola_vlm import EmbeddingPredictor
 from ..targets.cache import TargetStatistics
+from ..targets.files import read_object, whole_file, write_json
 from ..targets.loading import read_safetensors
 from .states import ImageStates, StateReader
 
@@ -133,7 +132,7 @@ class Probes:
         fields = {"kind": self.kind, "num_layers": self.num_layers, "hidden_size": self.hidden_size}
         fields |= {"first_layer": self.layers[0]}
         fields |= {"tasks": list(self.tasks.values()), "about": self.about}
-        (Path(folder) / "probes.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(folder) / "probes.json", fields)
 
 
 def load_probes(folder: str | Path) -> Probes:
@@ -144,8 +143,10 @@ def load_probes(folder: str | Path) -> Probes:
     if len(found) != 1:
         names = ", ".join(sorted(one.name for one in found)) or "none"
         raise ValueError(f"{folder} should have the probes of one model, it has those of {names}: give its folder")
-    fields = json.loads((found[0] / "probes.json").read_text(encoding="utf-8"))
-    probes, tensors = Probes(**fields), read_safetensors(found[0] / "probes.safetensors")
+    fields = read_object(found[0] / "probes.json")
+    known = ("kind", "tasks", "num_layers", "hidden_size", "about", "first_layer")
+    probes = Probes(**{name: fields[name] for name in known if name in fields})
+    tensors = read_safetensors(found[0] / "probes.safetensors")
     split = {part: {} for part in ("probes", "means", "statistics")}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
@@ -162,10 +163,8 @@ def load_probes(folder: str | Path) -> Probes:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """As a whole or not at all; not by `write_whole`, which would hold a copy in memory."""
-    unfinished = path.with_suffix(".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, metadata)
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, metadata)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from ..targets.escapes import log_to_terminal
 from ..training.arguments import OlaVlmArguments
 from . import MAKES_DATA, RECIPES
 
@@ -24,7 +25,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str, *parents: argparse.Ar
     if unknown := [*unknown, *(f"{own.recipe}.{name}" for name in vars(rest) if name not in vars(own))]:
         raise SystemExit(f"unknown field {', '.join(unknown)}: `{prog} --help` lists all")
     args.teachers = args.teachers or {}  # of a command, tasks need some
-    logging.basicConfig(format="%(message)s")
+    log_to_terminal()
     logging.getLogger("ola_vlm").setLevel("INFO" if args.should_log else "WARNING")
     return args, own
 

@@ -31,7 +31,7 @@ from PIL import Image
 
 from ola_vlm.chat import Chat
 from ola_vlm.miniature import world
-from ola_vlm.targets.images import open_image
+from ola_vlm.targets.images import DamagedImage, ImageError, open_image
 from ola_vlm.visualize import LayerViewer, find_teachers
 
 WEIGHTS = Path(world.__file__).parent / "weights"
@@ -92,16 +92,15 @@ def read_image(path: str) -> Image.Image:
                 size = f"{file.width} x {file.height} pixels, more than {MAX_PIXELS // 10**6} million"
                 raise ValueError(f"{name} has {size}: shrink it first")
             file.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a large JPEG is decoded small
-            try:
-                image = open_image(file)
-            except ValueError as error:
-                raise ValueError(str(error).replace(str(file), name)) from error
+            image = open_image(file)
     except FileNotFoundError as error:
         raise ValueError(f"{name} is gone: images are kept for an hour. Clear the chat and send it again") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has far too many pixels: shrink it first") from error
-    except (OSError, SyntaxError, EOFError) as error:
+    except (DamagedImage, OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"{name} can't be read as an image: send a whole {', '.join(FORMATS)} file") from error
+    except ImageError as error:  # without the folder, which is no visitor's business
+        raise ValueError(f"{name}: {error.reason}") from error
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
 

@@ -6,15 +6,14 @@ whole shards only. Of two rows for one image the newer one counts. <random>.json
 encoder has no usable target for, and why. checked/<random>.txt: shards that were found right, their size and date.
 """
 
-import errno
 import json
 import math
-import os
+import re
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 from transformers.utils import logging
 
+from .files import as_hint, read_object, whole_file, write_whole
 from .images import open_image
 from .loading import read_safetensors
 
@@ -43,30 +43,6 @@ def image_key(image: Image.Image) -> str:
     """A hash of what the encoders see of an image: its size and RGB values."""
     image = open_image(image)
     return blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file is there as a whole or not at all. OSError names it and says what helps."""
-    unfinished = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "; what was written before stays good: make room and start again" if is_full else ""
-        raise OSError(error.errno, f"{error.strerror}: not written{remedy}", str(path)) from error
-
-
-@contextmanager
-def as_hint() -> Iterator[None]:
-    """What is written here only spares work later: on a full or read-only disk one goes on without."""
-    try:
-        yield
-    except OSError as error:
-        logger.warning_once(f"{error}: it will be found out again next time")
 
 
 def _image_keys(images: list[Image.Image]) -> list[str]:
@@ -106,6 +82,8 @@ class TargetCache:
         shard_size: int = 64,
         batch_keys: OncePerBatch | None = None,
     ):
+        if re.fullmatch(r"\w[\w.-]*", fingerprint) is None:
+            raise ValueError(f"{fingerprint!r} is no encoder's fingerprint, which names a folder in {folder}")
         self.folder, self.fingerprint = Path(folder) / f"{fingerprint}-{storage}", fingerprint
         self.dtype, self.shard_size, self.batch_keys = STORAGE[storage], shard_size, batch_keys or OncePerBatch()
         self._notes = self.folder / "checked" / f"{uuid.uuid4().hex}.txt"  # of this process
@@ -113,32 +91,44 @@ class TargetCache:
         self.reload()
 
     def reload(self) -> None:
-        """Reads the shards' headers. What is damaged is logged, and missing. OSError for what can't be opened."""
+        """Reads the shards' headers. What is damaged is logged, and missing. OSError for a shard that can't be
+        opened."""
         self._pending: list[tuple[str, dict[str, Tensor]]] = []
         self._new: set[str] = set()  # keys stored since
-        self._shards, self._unreadable = sorted(self.folder.glob("*.safetensors")), []
+        self._shards = sorted(self.folder.glob("*.safetensors"), key=_stamp)
+        self._last = max(map(_stamp, self._shards), default=0)
+        self._unreadable: list[Path] = []
         self.refused: dict[str, str] = {}  # key -> why its target can't be used
         for path in self.folder.glob("*.json"):
-            with suppress(ValueError):  # damaged: they are tried again
-                self.refused |= json.loads(path.read_text(encoding="utf-8"))
+            self.refused.update(self._read_refused(path))
         keys, places = [], []
         for shard, path in enumerate(self._shards):
             try:
-                with _open(path) as file:
-                    header = file.metadata()
-                if zlib.crc32(header["rows"].encode()) != int(header["checksum"]):
-                    raise ValueError("its keys were changed")
-            except (SafetensorError, FileNotFoundError, TypeError, KeyError, ValueError) as error:
+                rows = _read_header(path)
+            except (SafetensorError, FileNotFoundError, TypeError, KeyError, ValueError, AttributeError) as error:
                 logger.warning(f"{path} is damaged or truncated ({error}): its targets count as missing")
                 if not isinstance(error, FileNotFoundError):  # removed by another process
                     self._unreadable.append(path)
                 continue
-            rows = json.loads(header["rows"])
             keys += rows
             places += [(shard, row, checksum) for row, checksum in enumerate(rows.values())]
         # Arrays, not a dict: a loader's workers share them without copying.
         self._keys, newest = np.unique(np.array(keys[::-1], "S32"), return_index=True)
         self._places = np.array(places[::-1], np.int64).reshape(-1, 3)[newest]
+
+    def _read_refused(self, path: Path) -> dict[str, str]:
+        """A list of refused keys, which is a hint: without it they are tried again."""
+        try:
+            listed = read_object(path)
+            if not all(is_key(key) and isinstance(reason, str) for key, reason in listed.items()):
+                raise ValueError(f"{path} holds no keys and reasons")
+            return listed
+        except ValueError as error:
+            self._unreadable.append(path)
+            logger.warning(f"{error}: its images are tried again")
+        except OSError as error:
+            logger.warning(f"{error}: its images are tried again")
+        return {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -162,9 +152,11 @@ class TargetCache:
         """The same if it is what was written, else None."""
         try:
             stored = self._stored(at)
-        except (SafetensorError, FileNotFoundError):
+        except (SafetensorError, FileNotFoundError, IndexError):  # the last: fewer rows than its header says
             return None
-        return stored if _checksum(self._keys[at].decode(), stored) == self._places[at, 2] else None
+        if not stored or _checksum(self._keys[at].decode(), stored) != self._places[at, 2]:
+            return None
+        return stored
 
     def missing(self, keys: Collection[str]) -> set[str]:
         """Those keys that have no target, not even one that waits to be written, and weren't refused one."""
@@ -208,7 +200,7 @@ class TargetCache:
                 file.writelines(f"{state}\n" for state in states)
 
     def remove_remains(self) -> None:
-        """Deletes damaged shards, and what processes left that were killed while writing an hour ago."""
+        """Deletes damaged shards and lists, and what processes left that were killed while writing an hour ago."""
         for path in self._unreadable:
             path.unlink(missing_ok=True)
         for path in [*self.folder.rglob("*.tmp"), *self.folder.parent.glob("*-*.*.tmp")]:  # of shards and notes
@@ -252,7 +244,9 @@ class TargetCache:
     def _write(self, rows: list[tuple[str, dict[str, Tensor]]]) -> None:
         header = json.dumps({key: _checksum(key, stored) for key, stored in rows})
         tensors = {name: torch.stack([stored[name] for _, stored in rows]) for name in rows[0][1]}
-        path = self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.safetensors"
+        # Later than all that is there, whatever the clock says: the newer one of two rows counts.
+        self._last = max(time.time_ns(), self._last + 1)
+        path = self.folder / f"{self._last:020d}-{uuid.uuid4().hex[:8]}.safetensors"
         write_whole(path, save(tensors, {"rows": header, "checksum": str(zlib.crc32(header.encode()))}))
         self._written.append(path)
 
@@ -266,7 +260,9 @@ class TargetCache:
                 f"(If a file was changed but not its size and date, delete {self.folder.parent / 'images'} first.)"
             )
         for i, at in enumerate(places):
-            if (stored := self._row(at)) is None:
+            stored = self._row(at)
+            is_whole = stored is not None and "targets" in stored
+            if not is_whole or (targets is not None and stored["targets"].shape != targets.shape[1:]):
                 path = self._shards[self._places[at, 0]]
                 remedy = "delete it and run `ola-vlm targets`, which computes its targets anew"
                 raise LookupError(f"{path} is damaged: {remedy}")
@@ -289,7 +285,8 @@ class TargetCache:
         kept = TargetCache(self.folder, "statistics")
         name = blake2b("".join(keys).encode(), digest_size=16).hexdigest()
         (at,) = kept._find([name])
-        if at >= 0 and (stored := kept._row(at)):
+        stored = kept._row(at) if at >= 0 else None
+        if stored is not None and stored.keys() == set(TargetStatistics._fields):
             return TargetStatistics(**stored)
         found = TargetStatistics.fit(self.read(keys[i : i + 32]) for i in range(0, len(keys), 32))
         with as_hint():
@@ -310,12 +307,36 @@ def _open(path: Path) -> safe_open:
     return safe_open(path, "pt")
 
 
+def _stamp(path: Path) -> int:
+    """When a shard was written (nanoseconds), from its name; 0 for a name that says nothing."""
+    digits = path.name.partition("-")[0]
+    return int(digits) if digits.isascii() and digits.isdigit() else 0
+
+
+def is_key(key: object) -> bool:
+    """Whether it may be an image's or a list's: at most 32 letters of ASCII."""
+    return isinstance(key, str) and key.isascii() and 0 < len(key) <= 32
+
+
+def _read_header(path: Path) -> dict[str, int]:
+    """A shard's keys and their rows' checksums. ValueError, TypeError or KeyError if they are none."""
+    with _open(path) as file:
+        header = file.metadata()
+    if zlib.crc32(header["rows"].encode()) != int(header["checksum"]):
+        raise ValueError("its keys were changed")
+    rows = json.loads(header["rows"])
+    is_checksum = (type(checksum) is int and 0 <= checksum < 2**32 for checksum in rows.values())
+    if not all(map(is_key, rows)) or not all(is_checksum):
+        raise ValueError("its keys are none")
+    return rows
+
+
 def _checksum(key: str, stored: dict[str, Tensor]) -> int:
     """Of a row's key, numeric types, shapes and bytes."""
     value = zlib.crc32(key.encode())
     for name, part in sorted(stored.items()):
         value = zlib.crc32(f"{name} {part.dtype} {tuple(part.shape)}".encode(), value)
-        value = zlib.crc32(part.contiguous().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(part.contiguous().flatten().view(torch.uint8).numpy(), value)
     return value
 
 
@@ -375,8 +396,8 @@ class TargetStatistics(NamedTuple):
         return targets_NQE * self.std + self.mean
 
     def save(self, path: str | Path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(self._asdict(), path)
+        with whole_file(path) as unfinished:
+            save_file(self._asdict(), unfinished)
 
     @classmethod
     def load(cls, path: str | Path) -> "TargetStatistics":
@@ -388,9 +409,18 @@ def load_statistics(checkpoint: str | Path) -> dict[str, TargetStatistics]:
     return {file.stem: TargetStatistics.load(file) for file in statistics_files(checkpoint)}
 
 
+def own_statistics(checkpoint: str | Path) -> list[Path]:
+    """Those that lie in a checkpoint's folder or, of a run's checkpoint-1000, in the run's."""
+    for place in (Path(checkpoint), Path(checkpoint).parent):
+        if files := sorted((place / "target_statistics").glob("*.safetensors")):
+            return files
+    return []
+
+
 def statistics_files(checkpoint: str | Path) -> list[Path]:
     """They lie in the folder of the run that trained the predictors: the checkpoint's own or, as fine-tuning leaves
-    predictors as they are, that of the first stage before it that had teachers."""
+    predictors as they are, that of the first stage before it that had teachers (runs since take them along). To look
+    at only: it follows what a run.json says, so that nothing that is found by it may be given to others."""
     folder, seen = Path(checkpoint), set()
     while folder.resolve() not in seen:
         seen.add(folder.resolve())
@@ -398,7 +428,7 @@ def statistics_files(checkpoint: str | Path) -> list[Path]:
             if files := sorted((place / "target_statistics").glob("*.safetensors")):
                 return files
             if (place / "run.json").exists():
-                run = json.loads((place / "run.json").read_text(encoding="utf-8"))
+                run = read_object(place / "run.json")
                 if run.get("teachers") or not run.get("checkpoint"):
                     return []
                 folder = Path(run["checkpoint"])

@@ -9,7 +9,7 @@ import re
 
 # Control characters but for tab and new line (ESC moves the cursor and renames the window), and those that turn the
 # direction of what follows.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def _code(found: re.Match) -> str:
@@ -30,7 +30,8 @@ def one_line(text: object) -> str:
 def markdown(text: object) -> str:
     """For a card: one line, which neither ends a table's cell nor opens a tag, a link, a heading or a code block."""
     plain = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", plain)
+    plain = re.sub(r"([\\`*\[\]|~$])", r"\\\1", plain)
+    return re.sub(r"(?<!\w)_|_(?!\w)|^[#>+-]", r"\\\g<0>", plain)  # within a word "_" is a letter
 
 
 def code(text: object) -> str:

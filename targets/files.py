@@ -16,6 +16,11 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 logger = logging.get_logger(__name__)
 
 
@@ -56,6 +61,26 @@ def save_figure(figure, path: str | Path, **options) -> None:
     """matplotlib's `savefig`; the file's ending says its format."""
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, format=Path(path).suffix[1:] or None, **options)
+
+
+@contextmanager
+def only_one(folder: str | Path) -> Iterator[None]:
+    """While the block runs no other process may run one on this folder: ValueError there. It ends with the process,
+    however that ends. Without a folder, or on a file system or system that can't lock, there is no lock."""
+    if fcntl is None or not Path(folder).is_dir():
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                what = f"another process is writing to {folder}"
+                raise ValueError(f"{what}: wait for it, or choose another folder") from error
+        yield
+    finally:
+        os.close(opened)
 
 
 @contextmanager
@@ -103,12 +128,17 @@ def inside(folder: str | Path, name: str | Path) -> Path:
             homes.append(str(parent.parent / "blobs"))
     is_inside = _is_below(lexical, outer) and any(_is_below(real, home) for home in homes)
     if not is_inside:
-        raise ValueError(f"{str(name)!r} lies outside {folder}: a file may name only what lies in its own folder")
+        what = f"{str(name)!r} lies outside {folder} (by '..', an absolute path or a symbolic link)"
+        raise ValueError(f"{what}: only what lies in the folder is taken from it")
     return path
 
 
 def _is_below(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
 
 
 def _is_number(value) -> bool:
@@ -140,21 +170,21 @@ def _is_view(value) -> bool:
 
 # Field of a teacher -> whether a value is one that a stranger's file may give.
 TEACHER_FIELDS = {
-    "encoder": lambda value: isinstance(value, str),
-    "path": lambda value: isinstance(value, str),
-    "licence": lambda value: isinstance(value, str),
-    "license": lambda value: isinstance(value, str),
+    "encoder": _is_text,
+    "path": _is_text,
+    "licence": _is_text,
+    "license": _is_text,
     "motion": lambda value: isinstance(value, bool),
-    "features": lambda value: isinstance(value, str),
-    "geometry": lambda value: isinstance(value, str),
-    "resize_mode": lambda value: isinstance(value, str),
+    "features": _is_text,
+    "geometry": _is_text,
+    "resize_mode": _is_text,
     "batch_size": _is_number,
     "grid": _is_number,
     "size": _is_number,
     "dtype": lambda value: value in ("auto", "float32", "float16", "bfloat16"),
-    "attn_implementation": lambda value: value in ("eager", "sdpa"),
-    "task_inputs": lambda value: isinstance(value, list) and all(isinstance(one, int) for one in value),
-    "unused": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    "attn_implementation": lambda value: value in ("eager", "sdpa"),  # others are fetched and run
+    "task_inputs": lambda value: isinstance(value, list) and all(type(number) is int for number in value),
+    "unused": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "revision": _is_plain_path,
     "subfolder": _is_plain_path,
     "config": _is_view,

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import extract_commit_hash, logging
 
-from .cache import OncePerBatch, TargetCache, as_hint, image_key, write_whole
+from .cache import OncePerBatch, TargetCache, image_key, is_key
 from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder
+from .files import as_hint, read_finished, write_json, write_whole
 from .images import ImageError, open_image, source_name
 from .loading import loading_from
 
@@ -79,13 +82,12 @@ class Teacher:
         believed."""
         note = self._note(folder)
         files = self._files()
-        with suppress(FileNotFoundError, ValueError, KeyError):  # no note yet, or a damaged one
-            known = json.loads(note.read_text(encoding="utf-8"))
-            if files is None or known["files"] == files:
-                return known["fingerprint"]
+        known = _read_note(note)
+        if known is not None and (files is None or known.get("files") == files):
+            return known["fingerprint"]
         known = {"teacher": self.entry, "files": files, "fingerprint": self.encoder.fingerprint}
         with as_hint():
-            write_whole(note, (json.dumps(known, indent=2) + "\n").encode())
+            write_json(note, known)
         return known["fingerprint"]
 
     def _note(self, folder: str | Path) -> Path:
@@ -105,6 +107,23 @@ class Teacher:
             found = try_to_load_from_cache(path, config, revision=self.entry.get("revision"))
             return extract_commit_hash(found if isinstance(found, str) else None, None)
         return None
+
+
+def _read_note(note: Path) -> dict | None:
+    """A note with a fingerprint, or None. It is a hint: what is damaged is found out anew. A fingerprint names a
+    folder, in which damaged files are deleted: a path isn't believed."""
+    try:
+        known = read_finished(note)
+    except OSError as error:
+        logger.warning(f"{error}: the teacher's fingerprint is computed anew")
+        return None
+    if known is None:
+        return None
+    fingerprint = known.get("fingerprint")
+    if isinstance(fingerprint, str) and re.fullmatch(r"\w[\w.-]*", fingerprint):
+        return known
+    logger.warning(f"{note} holds no fingerprint: it is computed anew")
+    return None
 
 
 def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu") -> dict[str, Teacher]:
@@ -145,11 +164,38 @@ def known_keys(folder: str | Path, sources: Sequence[str | dict]) -> list[str | 
     """
     seen = {}
     for file in (Path(folder) / "images").glob("*.jsonl"):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # the last line of a process that was killed
-                *state, key = json.loads(line)
-                seen[tuple(state)] = key
+        seen.update(_read_index(file))
     return [seen.get(source_state(source)) for source in sources]
+
+
+def _read_index(file: Path) -> dict[tuple[str, int, int], str]:
+    """`source_state` -> key, from the lines that say so. The others are a process's that was killed, or damage: their
+    number is logged, and they are taken out of a file that no process has written to for an hour."""
+    seen = {}
+    good = []
+    bad = 0
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+        is_old = time.time() - file.stat().st_mtime > 3600
+    except OSError as error:
+        logger.warning(f"{error}: its images are decoded again")
+        return {}
+    for line in lines:
+        try:
+            path, size, date, key = json.loads(line)
+            if not isinstance(path, str) or type(size) is not int or type(date) is not int or not is_key(key):
+                raise ValueError("no state and key of an image")
+        except (ValueError, TypeError, RecursionError):
+            bad += 1
+            continue
+        seen[path, size, date] = key
+        good.append(line)
+    if bad:
+        logger.warning(f"{file} has {bad} damaged lines: their images are decoded again")
+    if bad and is_old:
+        with as_hint():
+            write_whole(file, b"".join(good))
+    return seen
 
 
 class _Images(Dataset):

@@ -25,6 +25,10 @@ class ImageError(ValueError):
         return f"{self.name}: {self.reason}"
 
 
+class DamagedImage(ImageError):
+    """A file that can't be decoded: damaged, cut off, no picture at all, or of another format."""
+
+
 def image_files(folder: str | Path, pattern: str = "**/*") -> list[str]:
     """Those of a folder and the folders in it, by their endings, in one order; none if there is no such folder."""
     return sorted(str(path) for path in Path(folder).glob(pattern) if path.suffix.lower() in IMAGE_ENDINGS)
@@ -61,7 +65,7 @@ def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
         if isinstance(error, OSError) and error.errno is not None:  # not there, no permission, a folder
             raise
         formats = ", ".join(FORMATS)
-        raise ImageError(name, f"{type(error).__name__}: {error}: give a whole file of {formats}") from error
+        raise DamagedImage(name, f"{type(error).__name__}: {error}: give a whole file of {formats}") from error
 
 
 def _opened(source: Image.Image | str | Path | dict):

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_teachers import GRID, random_images, save_depth_anything
 from torch.utils.data import DataLoader
 
@@ -324,6 +326,91 @@ def test_each_shard_is_checked_once(paths, folder, monkeypatch):
         assert cache.missing(damaged) == set(damaged) and len(cache) == len(paths) - 1
 
 
+def test_a_damaged_shard_of_the_future_is_mended(paths, folder):
+    """A clock went back: what is computed anew must count as the newer one."""
+    cache = fill_with(FakeEncoder(), folder, paths)
+    shard = shards(cache)[1]
+    later = shard.with_name(f"{time.time_ns() + 10**18:020d}-00000000.safetensors")
+    shard.rename(later)
+    flip(later, -5)
+    encoder = FakeEncoder()
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 1
+    last = max(shards(cache))
+    last.rename(last.with_name(f"{'9' * 20}-ffffffff.safetensors"))  # one digit more comes after it
+    flip(max(shards(cache)), -5)
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 2
+
+
+ODD_HEADERS = [
+    [1, 2],
+    {"key": "text"},
+    {"key": True},
+    {"key": -1},
+    {"key": 2**64},
+    {"k\u00e9y": 1},
+    {"": 1},
+    "text",
+    None,
+]
+
+
+@pytest.mark.parametrize("rows", ODD_HEADERS)
+def test_a_shard_that_is_valid_but_odd(paths, folder, caplog, rows):
+    cache = fill_with(FakeEncoder(), folder, paths)
+    text = json.dumps(rows)
+    odd = cache.folder / "odd.safetensors"
+    save_file({"targets": torch.zeros(1)}, odd, {"rows": text, "checksum": str(zlib.crc32(text.encode()))})
+    encoder = FakeEncoder()
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 0 and f"{odd} is damaged" in caplog.text and not odd.exists()
+
+
+@pytest.mark.parametrize("tensors", [{}, {"targets": torch.zeros(0, 16, 8)}, {"other": torch.zeros(3)}])
+def test_a_shard_without_the_rows_that_it_names(paths, folder, tensors):
+    cache = fill_with(FakeEncoder(), folder, paths)
+    text = json.dumps({image_key(Image.open(paths[0])): 1})
+    odd = cache.folder / f"{time.time_ns() + 10**18:020d}-0.safetensors"
+    save_file(tensors, odd, {"rows": text, "checksum": str(zlib.crc32(text.encode()))})
+    with pytest.raises(LookupError, match="is damaged"):
+        TargetCache(folder, "fake").read([image_key(Image.open(paths[0]))])
+    assert_right(fill_with(FakeEncoder(), folder, paths), paths)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"5", b"{", b"\xff", b'{"key": 1}', b'{"k": null}', b"[" * 100_000])
+def test_odd_hints_are_noticed_and_mended(paths, folder, caplog, content):
+    """A list of refused images, the index of images."""
+    cache = fill_with(FakeEncoder(), folder, paths)
+    listed, index = cache.folder / "0.json", folder / "images" / "0.jsonl"
+    (written,) = folder.glob("images/*.jsonl")
+    listed.write_bytes(content)
+    index.write_bytes(written.read_bytes() + content + b'\n[[1], 2, 3, "key"]\n["a", 1, 2, "k\\u00e9y"]\n')
+    os.utime(index, (1, 1))
+    written.unlink()
+    encoder = FakeEncoder()
+    assert_right(fill_with(encoder, folder, paths), paths)
+    assert encoder.encoded == 0 and str(listed) in caplog.text and f"{index} has 3 damaged lines" in caplog.text
+    caplog.clear()
+    fill_with(encoder, folder, paths)
+    assert not listed.exists() and len(index.read_bytes().splitlines()) == 10 and "damaged" not in caplog.text
+
+
+def test_hints_that_cannot_be_read(paths, folder, caplog):
+    cache = fill_with(FakeEncoder(), folder, paths)
+    (cache.folder / "0.json").mkdir()
+    (folder / "images" / "0.jsonl").mkdir()
+    assert_right(fill_with(FakeEncoder(), folder, paths), paths)
+    assert "0.json" in caplog.text and "0.jsonl" in caplog.text and (cache.folder / "0.json").exists()
+
+
+@pytest.mark.parametrize("fingerprint", ["../elsewhere", "/tmp/x", "a/b", "", ".hidden"])
+def test_a_cache_lies_in_its_folder(folder, fingerprint):
+    with pytest.raises(ValueError, match="is no encoder's fingerprint"):
+        TargetCache(folder, fingerprint)
+
+
 def test_changed_images_are_noticed(paths, folder):
     cache, encoder = fill_with(FakeEncoder(), folder, paths), FakeEncoder()
     stat = os.stat(paths[3])
@@ -550,6 +637,16 @@ class TestTeacher:
         (note,) = folder.glob("*.json")
         note.write_text(note.read_text()[:-5])
         assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
+
+    @pytest.mark.parametrize("fingerprint", ["../elsewhere", "/elsewhere", "", 5, None])
+    def test_odd_note(self, entry, known, loads, folder, fingerprint):
+        """A fingerprint names a folder, in which damaged files are deleted."""
+        (note,) = folder.glob("*.json")
+        content = json.loads(note.read_text())
+        for odd in ({**content, "fingerprint": fingerprint}, [fingerprint]):
+            note.write_text(json.dumps(odd))
+            assert Teacher(TASK, entry).fingerprint(folder) == known
+        assert len(loads) == 2
 
     def test_other_weights(self, entry, known, loads, folder):
         torch.manual_seed(1)

@@ -177,7 +177,7 @@ def test_an_unreachable_hub_is_said_so(runs, monkeypatch):
         publish.main([str(runs / "finetune"), "me/x"])
 
 
-def test_code_that_was_not_saved_is_added(runs, tmp_path):
+def test_code_that_was_not_saved_is_added(runs, tmp_path, caplog):
     """And the statistics of the stage before, without which the predictions can't be decoded."""
     shutil.copytree(runs / "finetune", tmp_path / "whole")
     (tmp_path / "before").mkdir()
@@ -188,4 +188,8 @@ def test_code_that_was_not_saved_is_added(runs, tmp_path):
         path.unlink()
     files = publish.find_files(tmp_path / "whole")
     assert all(files[f"{kind}_ola_vlm.py"].is_file() for kind in ("configuration", "modeling"))
-    assert files["target_statistics/gen.safetensors"].is_relative_to(tmp_path / "before")
+    statistics = tmp_path / "before" / "target_statistics"
+    assert not any("statistics" in name for name in files)  # run.json doesn't choose what is published
+    assert f"give --statistics {statistics}" in caplog.text
+    files = publish.find_files(tmp_path / "whole", statistics)
+    assert files["target_statistics/gen.safetensors"].is_relative_to(statistics)

@@ -1,20 +1,33 @@
 """Invariant 13: no file of a checkpoint, data set, benchmark or cache makes a command run code or leave its folder."""
 
 import json
+import logging
 import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.numpy import save_file
 from tiny_teachers import GRID, save_depth_anything
+from training_helpers import llava_sample, write_llava
 from transformers import ViTConfig, ViTModel
 
-from ola_vlm import visualize
+from ola_vlm import publish, visualize
 from ola_vlm.eval.benchmarks import load_questions, locate
 from ola_vlm.eval.dense import load_da2k
-from ola_vlm.eval.target_tasks import coco_items
-from ola_vlm.targets.files import inside, read_finished, teachers_of_file, whole_file, write_whole
+from ola_vlm.eval.target_tasks import coco_items, miniature_items
+from ola_vlm.miniature import world
+from ola_vlm.probing.figures import curves_figure
+from ola_vlm.targets.escapes import TerminalFormatter, code, markdown, mathtext, one_line, terminal
+from ola_vlm.targets.files import inside, only_one, read_finished, teachers_of_file, whole_file, write_whole
 from ola_vlm.targets.fill import Teacher
 from ola_vlm.targets.images import ImageError, open_image
 from ola_vlm.visualize import find_run, find_teachers
@@ -256,6 +269,16 @@ def test_whole_files(tmp_path):
     assert os.listdir(tmp_path / "new") == ["x.json"]
 
 
+def test_one_process_a_folder(tmp_path):
+    with only_one(tmp_path):
+        with pytest.raises(ValueError, match="another process is writing to"), only_one(tmp_path):
+            pass
+        with only_one(tmp_path / "nowhere"):
+            assert not list(tmp_path.iterdir())
+    with only_one(tmp_path):
+        pass
+
+
 def test_exists_is_not_done(tmp_path, caplog):
     assert read_finished(tmp_path / "x.json") is None and not caplog.text
     (tmp_path / "x.json").write_text('{"a": ')
@@ -268,3 +291,210 @@ def test_a_tiny_teacher_of_a_file_is_loaded(tmp_path):
     write_run(tmp_path, {"depth": {"encoder": "depth_anything", "path": str(tmp_path / "teacher")}})
     entry = find_run(tmp_path)["teachers"]["depth"]
     assert Teacher(TASK, entry).encoder.target_dim == 32
+
+
+def test_pushed_files_lie_in_the_checkpoint(checkpoint, tmp_path):
+    """Not where a link, an auto_map or run.json leads."""
+    secret = tmp_path / "secret"
+    (secret / "target_statistics").mkdir(parents=True)
+    (secret / "target_statistics" / "private.safetensors").write_bytes(b"private")
+    run = json.loads((checkpoint / "run.json").read_text()) | {"teachers": None, "checkpoint": str(secret)}
+    (checkpoint / "run.json").write_text(json.dumps(run))
+    assert all(path.is_relative_to(checkpoint) for path in publish.find_files(checkpoint).values())
+
+    (secret / "notes.py").write_text("private")
+    config = json.loads((checkpoint / "config.json").read_text())
+    for module in (str(secret / "notes"), "../secret/notes", ""):
+        (checkpoint / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": f"{module}.X"}}))
+        with pytest.raises(ValueError, match="which is no module"):
+            publish.find_files(checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "cli.X"}}))
+    with pytest.raises(ValueError, match=r"lacks cli\.py"):
+        publish.find_files(checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+    for name in ("vocab.json", "model-2.safetensors", "target_statistics/depth.safetensors", "probes/probes.json"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).symlink_to(secret / "notes.py")
+        with pytest.raises(ValueError, match=f"{name}' lies outside"):
+            publish.find_files(checkpoint)
+        (checkpoint / name).unlink()
+    (checkpoint / "probes").rmdir()
+    (checkpoint / "probes").symlink_to(secret)
+    (secret / "probes.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"probes\.json' lies outside"):
+        publish.find_files(checkpoint)
+
+
+def test_paths_of_this_machine_are_not_pushed(tmp_path):
+    about = {"model": str(tmp_path / "mine"), "prompt": "what / is this", "base": "org/name"}
+    expected = {"model": "mine", "prompt": "what / is this", "base": "org/name"}
+    assert publish.without_paths({"about": [about], "seed": 0}) == {"about": [expected], "seed": 0}
+
+
+NASTY = "a|b\nc <img src=x onerror=alert(1)> `d` [e](http://f) $x$ *g* \x1b]0;h\x07 _i"
+
+
+def test_a_card_shows_texts_as_they_are(checkpoint, tmp_path):
+    entry = {"encoder": NASTY, "path": NASTY, "licence": NASTY}
+    fields = {"stage": NASTY, "recipe": NASTY, "data": NASTY, "learning_rate": 0.1, "seed": 0, "max_steps": 1}
+    fields |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "language_model": NASTY}
+    write_run(checkpoint, {NASTY: entry}, **fields)
+    run = {"benchmark": NASTY, "variant": NASTY, "data": NASTY}
+    scores = {f"task/{NASTY}": {"score": 0.5, "standard_error": 0.1, "n": 3}}
+    (tmp_path / "results.json").write_text(json.dumps({"run": run, "scores": scores}))
+    report = {"methods": {NASTY: {"seeds": [{"accuracy": {NASTY: 0.5}}]}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    results = [str(tmp_path / name) for name in ("results.json", "report.json")]
+    text = publish.make_card(checkpoint, "me/x", results).text
+    assert "<img" not in text and "\x1b" not in text and "](http" not in text.replace("\\](", "")
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    heads = {line.replace("\\|", "").count("|") for line in tables}
+    assert heads == {9, 6, 4} and not any(line.strip() == "c" for line in text.splitlines())
+    (checkpoint / "run.json").write_text(json.dumps({"stage": 1}))
+    with pytest.raises(SystemExit, match=r"run\.json or the results are not as our commands write them"):
+        publish.main([str(checkpoint), "me/x", "--dry-run"])
+
+
+def test_escapes():
+    assert terminal("a\x1b[2Jb\u202ec\td\ne\x9b") == "a\\x1b[2Jb\\u202ec\td\ne\\x9b"
+    assert terminal("Größe 東京 🙂") == "Größe 東京 🙂"
+    assert one_line("a\n b\x1b") == "a b\\x1b"
+    assert markdown("snake_case 61.4 ± 1.2, a.b-c/d (x)") == "snake_case 61.4 ± 1.2, a.b-c/d (x)"
+    assert markdown("# _a_ <b>|`c`") == "\\# \\_a\\_ &lt;b&gt;\\|\\`c\\`"
+    assert code("a`b|c\n") == "`a'b¦c`"
+
+
+def test_a_figure_shows_texts_as_they_are(tmp_path):
+    """ "$" opens no formula (of a wrong one matplotlib raises an error), and "_" hides no entry of a legend."""
+    figure = Figure()
+    axis = figure.subplots()
+    for name in ("_hidden", r"$\frac{$", "$a$"):
+        axis.plot([0, 1], label=mathtext(name))
+    legend = axis.legend()
+    axis.set_title(mathtext("$_$ $^"))
+    figure.savefig(tmp_path / "x.png")
+    assert len(legend.get_texts()) == 3
+    pictures = {"image": [Image.new("RGB", (8, 8))], r"$\frac{$": [Image.new("RGB", (8, 8), "red")]}
+    visualize.pictures_figure(tmp_path / "y.png", pictures, r"$\frac{$ \x1b", {"_red $_$": (255, 0, 0)})
+    results = {"run": {"probe": "ridge", "tasks": [{"name": "$_$"}]}, "image_counts": {"train": 1, "test": 1}}
+    scores = {"$_$": {"0": {"ridge": 0.5, "ridge_plain": 0.5}}}
+    results |= {"models": {"m": {"name": r"_$\frac{$", "scores": scores}}, "zero": {"$_$": 0.1}}
+    curves_figure(tmp_path / "z.png", results)
+
+
+def test_logs_are_escaped(capsys):
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(TerminalFormatter("%(message)s"))
+    handler.handle(logging.LogRecord("x", logging.WARNING, "", 1, "row %s", ("a\x1b[2J",), None))
+    assert capsys.readouterr().err == "row a\\x1b[2J\n"
+
+
+def test_point_pairs_of_flat_depth(tmp_path):
+    (tmp_path / "data").mkdir()
+    depth = np.full((3, world.SIZE, world.SIZE), 2, np.float16)
+    depth[1, : world.SIZE // 2] = 1
+    depth[2] = np.nan
+    mask = np.zeros((3, world.SIZE, world.SIZE), np.uint8)
+    save_file({"depth": depth, "mask": mask}, tmp_path / "data" / "test.safetensors")
+    assert [len(item["pairs"]) for item in miniature_items(tmp_path)] == [0, 8, 0]
+
+
+def as_process(body: str, *arguments: str, environment: dict | None = None, wait_for: str = "") -> subprocess.Popen:
+    """`ola-vlm train ARGUMENTS` in a process, with a module in train's place that does `body`."""
+    program = f"""
+import os, sys, time, types
+from ola_vlm import cli
+def main(argv):
+{textwrap.indent(textwrap.dedent(body), "    ")}
+sys.modules["stand_in"] = types.SimpleNamespace(main=main)
+cli.COMMANDS["train"] = cli.COMMANDS["chat"] = ("stand_in", "")
+cli.main()
+"""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_WORLD_SIZE")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], env={**clean, **(environment or {})}, **options
+    )
+    if wait_for:
+        assert process.stdout.readline().strip() == wait_for
+    return process
+
+
+WAIT = """
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_is_one_line_that_says_how_to_go_on(number, status):
+    process = as_process(WAIT, "train", "--output_dir", "a b", wait_for="ready")
+    process.send_signal(number)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == status
+    command = "ola-vlm train --output_dir 'a b' --resume_from_checkpoint true"
+    assert err == f"ola-vlm train: interrupted; go on by {command}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "line"),
+    [
+        (["train", "--resume_from_checkpoint=x"], {}, "go on by ola-vlm train --resume_from_checkpoint=x\n"),
+        (["chat", "x"], {}, "ola-vlm chat: interrupted\n"),
+        (["train"], {"RANK": "1", "LOCAL_WORLD_SIZE": "2"}, ""),
+        (["train"], {"RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node 2 -m ola_vlm.cli train --res"),
+    ],
+)
+def test_how_to_go_on(arguments, environment, line):
+    process = as_process("raise KeyboardInterrupt", *arguments, environment=environment)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and line in err and err.count("\n") == bool(line)
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        ("ValueError('a\\n b \\x1b[2J')", "ola-vlm train: a b \\x1b[2J\n"),
+        ("FileNotFoundError(2, 'not there', 'x')", "ola-vlm train: [Errno 2] not there: 'x'\n"),
+        ("LookupError('run ola-vlm targets')", "ola-vlm train: run ola-vlm targets\n"),
+        ("__import__('safetensors').SafetensorError('cut')", "ola-vlm train: cut\n"),
+        ("SystemExit('ola-vlm train: \\x1b')", "ola-vlm train: \\x1b\n"),
+    ],
+)
+def test_a_mistake_is_one_line(raised, line):
+    process = as_process(f"raise {raised}", "train")
+    assert process.communicate(timeout=30)[1] == line and process.returncode == 1
+    process = as_process(f"raise {raised} from OSError('why')", "train", environment={"OLA_VLM_TRACEBACK": "1"})
+    assert "OSError: why" in process.communicate(timeout=30)[1] and process.returncode == 1
+
+
+def test_a_fault_has_its_traceback():
+    process = as_process("{}['x']", "train")
+    assert "KeyError: 'x'" in process.communicate(timeout=30)[1] and process.returncode == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_by_the_command_that_it_says(tiny_parts, tmp_path, number):
+    """With a loader's workers, which a terminal's Ctrl-C reaches, too."""
+    data = write_llava(tmp_path, [llava_sample(i) for i in range(8)], ["a.png"])
+    fields = {"vision_tower": tiny_parts.vision_tower, "language_model": tiny_parts.language_model, "data": data}
+    fields |= {"output_dir": tmp_path / "my run", "max_steps": 100_000, "save_steps": 2, "save_total_limit": 2}
+    fields |= {"dataloader_num_workers": 2, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2}
+    options = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "ola_vlm.cli", "train", *options]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    while not list(tmp_path.glob("my run/checkpoint-*/trainer_state.json")) and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 128 + number
+    text = (tmp_path / "log").read_text()
+    assert "Traceback" not in text and text.count("interrupted; go on by") == 1
+    said = shlex.split(text.rpartition("go on by ola-vlm ")[2])
+    assert said == ["train", *options, "--resume_from_checkpoint", "true"]
+    step = max(int(folder.name.split("-")[1]) for folder in tmp_path.glob("my run/checkpoint-*"))
+    said[said.index("100000")] = str(step + 2)
+    done = subprocess.run([sys.executable, "-m", "ola_vlm.cli", *said], capture_output=True, text=True, check=True)
+    assert "resuming from" in done.stderr and (tmp_path / "my run" / "model.safetensors").exists()

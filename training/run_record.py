@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..targets.cache import write_whole
+from ..targets.files import read_object, write_whole
 from .arguments import OlaVlmArguments
 from .rows import JsonRows, Rows, StreamRows
 
@@ -90,7 +90,7 @@ def read_run(folder: str | Path) -> dict | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it") from error
 

@@ -10,8 +10,9 @@ import torch
 from torch import distributed
 from transformers.utils import logging
 
-from ..targets.cache import OncePerBatch, TargetCache, TargetStatistics
+from ..targets.cache import OncePerBatch, TargetCache, TargetStatistics, own_statistics
 from ..targets.encoders import Motion
+from ..targets.files import inside, write_whole
 from ..targets.fill import Teacher, fill, make_teachers, open_caches
 from .arguments import OlaVlmArguments
 from .data import TargetSource
@@ -107,10 +108,20 @@ def target_sources(
             sources[name] = partial(_standardized, sources[name], statistics)
             if args.should_save:
                 zero = {"mean": torch.zeros_like(statistics.mean)} if is_motion else {}  # of differences
-                statistics._replace(**zero).save(Path(args.output_dir) / "target_statistics" / f"{name}.safetensors")
+                folder = Path(args.output_dir) / "target_statistics"
+                statistics._replace(**zero).save(inside(folder, f"{name}.safetensors"))
         if is_motion:
             sources[name] = Motion(sources[name])
     return sources
+
+
+def no_targets(args: OlaVlmArguments) -> dict[str, TargetSource]:
+    """Of a run without embedding losses. Its predictors are those of the checkpoint that it begins with, and so are
+    the statistics that decode what they predict: they go along, into the run's folder."""
+    if args.should_save and args.checkpoint and not args.lora_rank:
+        for file in own_statistics(args.checkpoint):
+            write_whole(Path(args.output_dir) / "target_statistics" / file.name, file.read_bytes())
+    return {}
 
 
 def _standardized(source: TargetSource, statistics: TargetStatistics, images: list) -> torch.Tensor:
