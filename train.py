@@ -16,6 +16,7 @@ from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.eval.during_training import answering_callbacks
 from ola_vlm.inference.checkpoints import adapter_base, read_checkpoint
 from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
+from ola_vlm.training import run_record
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import drop_bad_rows
 from ola_vlm.training.data import OlaVlmCollator
@@ -23,16 +24,6 @@ from ola_vlm.training.lora import add_adapters, four_bits
 from ola_vlm.training.plan import Plan
 from ola_vlm.training.preflight import check_run
 from ola_vlm.training.rows import Rows, StreamRows
-from ola_vlm.training.run_record import (
-    RunIdentity,
-    check_start,
-    describe_run,
-    is_finished,
-    last_checkpoint,
-    run_identity,
-    run_lock,
-    write_run,
-)
 from ola_vlm.training.stages import apply_stage, upcast_trained
 from ola_vlm.training.targets import no_targets, target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer
@@ -66,20 +57,20 @@ def train(
     is to be resumed has finished already."""
     check_run(args)
     callbacks = [*callbacks, *answering_callbacks(args)]
-    with run_lock(args.output_dir) if args.process_index == 0 else nullcontext():
+    with run_record.run_lock(args.output_dir) if args.process_index == 0 else nullcontext():
         rows = args.load_rows()
-        identity = run_identity(args, rows)
-        if args.resume_from_checkpoint and is_finished(args.output_dir, identity):
+        identity = run_record.run_identity(args, rows)
+        if args.resume_from_checkpoint and run_record.is_finished(args.output_dir, identity):
             logger.warning(f"{args.output_dir}: this run has finished, nothing is left to do")
             return None
         checkpoint = args.resume_from_checkpoint
         if checkpoint == "true":
-            checkpoint = last_checkpoint(args.output_dir)
-        check_start(args, checkpoint, identity)
+            checkpoint = run_record.last_checkpoint(args.output_dir)
+        run_record.check_start(args, checkpoint, identity)
         rows, eval_rows = args.split_eval_rows(rows)
         Plan.make(args, rows)  # before the model is loaded: rows may be too few
-        record = describe_run(args, identity, recipe)
-        return run_stage(args, rows, eval_rows, checkpoint, record, [*callbacks, RunIdentity(identity)])
+        record = run_record.describe_run(args, identity, recipe)
+        return run_stage(args, rows, eval_rows, checkpoint, record, [*callbacks, run_record.RunIdentity(identity)])
 
 
 def run_stage(
@@ -127,12 +118,12 @@ def run_stage(
         callbacks=list(callbacks),
     )
     if args.should_save:
-        write_run(args.output_dir, record)
+        run_record.write_run(args.output_dir, record)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     if args.should_save:
-        write_run(args.output_dir, {**record, "finished_steps": trainer.state.global_step})
+        run_record.write_run(args.output_dir, {**record, "finished_steps": trainer.state.global_step})
     if trainer.bad_rows:
         logger.warning(f"{trainer.bad_rows} bad rows were dropped in training; they are named above")
     if not trainer.is_sharded:
