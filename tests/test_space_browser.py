@@ -186,7 +186,7 @@ def test_nothing_yet(browser, url):
     visitor.leave()
 
 
-TARGETS = "button:not(.toast-close), a, textarea, input:not([type=checkbox]), .checkbox-container"
+TARGETS = "button, a, textarea, input:not([type=checkbox]), .checkbox-container"
 SMALL_TARGETS = f"""() => [...document.querySelectorAll('{TARGETS}')]
     .map(one => [one.getBoundingClientRect(), one.className, one.innerText])
     .filter(([box]) => box.width > 0 && (box.width < 39.5 || box.height < 39.5))
