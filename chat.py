@@ -6,17 +6,21 @@ talks through the same `Chat`.
 """
 
 import argparse
+import math
+import numbers
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from jinja2 import TemplateError
 from transformers import TextIteratorStreamer
 
+from .eval.question_files import read_options
 from .inference.checkpoints import load_checkpoint
 from .targets.escapes import terminal
 from .targets.images import open_image
@@ -27,6 +31,59 @@ HELP = """\
 /reset        forgets the conversation and its images
 /help         says this
 /quit         ends (so does Ctrl-D); Ctrl-C stops an answer"""
+
+NO_IMAGE = "no image yet: a guess from the words alone"
+GREEDY_BELOW = 0.01  # a smaller temperature makes logits infinite and changes no answer
+
+
+def check_number(name: str, value: float) -> None:
+    """ValueError for what is no finite number: text, NaN, True, ..."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}: give a number")
+
+
+def sampling_options(temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 256) -> dict:
+    """Options of `generate`, greedy below GREEDY_BELOW. ValueError for what can't be sampled with."""
+    check_number("temperature", temperature)
+    check_number("top_p", top_p)
+    check_number("max_new_tokens", max_new_tokens)
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}: choose 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: choose more than 0 and at most 1")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: choose at least 1")
+    options = {"do_sample": temperature >= GREEDY_BELOW, "max_new_tokens": int(max_new_tokens)}
+    if options["do_sample"]:
+        # transformers takes floats only
+        options["temperature"] = float(temperature)
+        options["top_p"] = float(top_p)
+    return options
+
+
+def option_words(question: str, answer: str) -> str:
+    """The words of the option that an answer names by its letter alone ("(B)"), behind which they can be written:
+    " blue object". Empty for any other answer."""
+    letter = re.fullmatch(r"\W*([A-Z])\W*", answer)
+    options = dict(zip(ascii_uppercase, read_options(question), strict=False))
+    if not letter or letter[1] not in options:
+        return ""
+    is_bare = answer.endswith(letter[1])
+    return f"{': ' if is_bare else ' '}{options[letter[1]]}"
+
+
+def without_option_words(question: str, shown: str) -> str:
+    """An answer as the model gave it, whether `option_words` were written behind it or not."""
+    for option in read_options(question):
+        answer = shown.removesuffix(option).rstrip(": ")
+        if answer != shown and answer + option_words(question, answer) == shown:
+            return answer
+    return shown
+
+
+def has_image(messages: list[dict]) -> bool:
+    return any(part["type"] == "image" for message in messages for part in message["content"])
 
 
 class Chat:
@@ -96,24 +153,23 @@ class Chat:
     def stream(
         self, messages: list[dict], temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 256
     ) -> Iterator[str]:
-        """The answer, piece by piece. `temperature` 0 is greedy. To close the iterator stops the model.
+        """The answer, piece by piece. To close the iterator stops the model.
 
-        ValueError as of `inputs`; what the model raises is raised here.
+        ValueError as of `sampling_options` and `inputs`; what the model raises is raised here.
         """
+        options = sampling_options(temperature, top_p, max_new_tokens)
         inputs = self.inputs(messages).to(self.model.device, self.model.dtype)
         if self.context_length is not None:
-            max_new_tokens = min(max_new_tokens, self.context_length - inputs["input_ids"].shape[1])
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+            room = self.context_length - inputs["input_ids"].shape[1]
+            options["max_new_tokens"] = min(options["max_new_tokens"], room)
         pad = self.tokenizer.pad_token_id
         stop = threading.Event()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options = {
-            "max_new_tokens": max_new_tokens,
-            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
-            "streamer": streamer,
-            "stopping_criteria": [lambda ids, _, **kw: torch.full(ids.shape[:1], stop.is_set(), device=ids.device)],
-            **(sampling or {"do_sample": False}),
-        }
+        options["pad_token_id"] = self.tokenizer.eos_token_id if pad is None else pad
+        options["streamer"] = streamer
+        options["stopping_criteria"] = [
+            lambda ids, _, **kw: torch.full(ids.shape[:1], stop.is_set(), device=ids.device)
+        ]
         with ThreadPoolExecutor(1) as thread:
             answer = thread.submit(self.model.generate, **inputs, **options)
             answer.add_done_callback(lambda _: streamer.end())  # also after an error
@@ -146,14 +202,20 @@ def converse(chat: Chat, read: Callable[[str], str], write: Callable[[str], obje
         elif line.startswith("/"):
             write(f"{HELP}\n")
         elif line:
-            write("".join(f"! {remark}\n" for remark in chat.remarks(line)))
-            content = [{"type": "image", "image": image} for image in shown] + [{"type": "text", "text": line}]
-            asked, answer = [*messages, {"role": "user", "content": content}], ""
+            content = [{"type": "image", "image": image} for image in shown]
+            content.append({"type": "text", "text": line})
+            asked = [*messages, {"role": "user", "content": content}]
+            remarks = chat.remarks(line)
+            if not has_image(asked):
+                remarks.append(f"{NO_IMAGE} (/image PATH shows one)")
+            write("".join(f"! {remark}\n" for remark in remarks))
+            answer = ""
             try:
                 with closing(chat.stream(asked, **sampling)) as pieces:
                     for piece in pieces:
                         answer += piece
                         write(piece)
+                write(option_words(line, answer))
             except KeyboardInterrupt:
                 write(" (stopped)")
             except ValueError as error:
@@ -179,9 +241,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device_map", help="auto, cuda:1, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     args = parser.parse_args(argv)
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        parser.error("choose --temperature >= 0, 0 < --top_p <= 1 and --max_new_tokens >= 1")
     sampling = {name: vars(args)[name] for name in ("temperature", "top_p", "max_new_tokens")}
+    try:
+        sampling_options(**sampling)
+    except ValueError:
+        parser.error("choose --temperature >= 0, 0 < --top_p <= 1 and --max_new_tokens >= 1")
     loading = {name: vars(args)[name] for name in ("dtype", "device_map", "trust_remote_code")}
 
     def write(text: str) -> None:
@@ -193,8 +257,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.question is not None:
             write("".join(f"! {remark}\n" for remark in chat.remarks(args.question)))
             content = [{"type": "image", "image": images[0]}, {"type": "text", "text": args.question}]
+            answer = ""
             for piece in chat.stream([{"role": "user", "content": content}], **sampling):
+                answer += piece
                 write(piece)
+            write(option_words(args.question, answer))
             write("\n")
             return
     except (OSError, ValueError) as error:

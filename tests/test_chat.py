@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_image
@@ -11,7 +12,7 @@ from tiny_vlms import FAMILIES
 from tokenizers.processors import TemplateProcessing
 
 from ola_vlm import chat, cli
-from ola_vlm.chat import Chat, converse
+from ola_vlm.chat import NO_IMAGE, Chat, converse, option_words, sampling_options, without_option_words
 
 ROOT = Path(__file__).parents[1]
 MINIATURE, SCENE = str(ROOT / "miniature" / "weights" / "ola_vlm"), str(ROOT / "docs" / "scene.png")
@@ -123,6 +124,52 @@ def test_errors_arrive(tiny, monkeypatch):
         Chat(tiny.model, tiny.processor)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-45, 1e-300, 0.0099])
+def test_hardly_any_temperature_is_none(temperature, tiny):
+    assert sampling_options(temperature, 1, 7) == {"do_sample": False, "max_new_tokens": 7}
+    messages = said([random_image(0), "what is this ?"])
+    assert "".join(tiny.stream(messages, temperature, max_new_tokens=4)) == generated(tiny, messages, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("temperature", [2, 0.01, 1, 100, np.float32(0.5), np.int64(1), 1e30])
+@pytest.mark.parametrize("top_p", [1, 0.05, 1e-45, np.float64(0.5)])
+def test_numbers_of_every_kind_sample(temperature, top_p, tiny):
+    options = sampling_options(temperature, top_p, 2.0)
+    assert [type(options[name]) for name in ("temperature", "top_p", "max_new_tokens")] == [float, float, int]
+    assert "".join(tiny.stream(said("what is this ?"), temperature, top_p, 2)) is not None
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), "1", None, True, [1], -1, -1e-45])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "max_new_tokens"])
+def test_what_is_no_such_number_is_refused_before_anything_is_read(name, wrong, tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "inputs", None)
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        next(tiny.stream(said("what"), **{name: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "shown"),
+    [
+        (CLOSER, "(B)", "(B) blue object"),
+        (CLOSER, " (A)", " (A) red object"),
+        ("Which ?\nA. a cat\nB. a dog\nAnswer with the letter.", "B", "B: a dog"),
+        ("Which ?\nA. a cat\nB. a dog\nAnswer with the letter.", "A.", "A. a cat"),
+        (CLOSER, "(C)", "(C)"),
+        (CLOSER, "(A) or (B)", "(A) or (B)"),
+        (CLOSER, "(A) red object", "(A) red object"),
+        (CLOSER, "A red object", "A red object"),
+        (CLOSER, "", ""),
+        ("where is it ?", "(A)", "(A)"),
+        ("", "(A)", "(A)"),
+    ],
+)
+def test_an_option_is_called_by_its_words(question, answer, shown):
+    assert answer + option_words(question, answer) == shown
+    if shown != answer:
+        assert without_option_words(question, shown) == answer
+    assert without_option_words("where is it ?", shown) == shown
+
+
 def test_a_conversation_in_the_terminal(miniature, monkeypatch):
     lines = ["/image nowhere.png", f"/image '{SCENE}'", "where is the red object ?", "what shape is <image> ?", ""]
     lines = iter([*lines, "/reset", "/what", "many " * 2000, CLOSER, "/quit", "never read"])
@@ -140,6 +187,8 @@ def test_a_conversation_in_the_terminal(miniature, monkeypatch):
     text = "".join(written)
     assert "no image" in text and "<image> is read as plain text" in text and "start anew" in text
     assert text.count(chat.HELP) == 2 and next(lines) == "never read"
+    assert text.count(NO_IMAGE) == 2, "after /reset"
+    assert text.endswith(("(A) red object\n", "(B) blue object\n")) and text.index(NO_IMAGE) < text.rindex("(")
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_it(tiny):
@@ -163,7 +212,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_it(tiny):
 
 def test_one_shot(capsys, tmp_path):
     cli.main(["chat", MINIATURE, SCENE, CLOSER])
-    assert capsys.readouterr().out.strip() in ("(A)", "(B)")
+    assert capsys.readouterr().out.strip() in ("(A) red object", "(B) blue object")
     (tmp_path / "text.png").write_text("no image")
     for arguments, match in {
         (MINIATURE, str(tmp_path / "text.png"), "what"): "cannot identify image",
