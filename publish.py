@@ -9,16 +9,26 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever it has
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+from huggingface_hub.errors import HFValidationError, HTTPError  # the latter of httpx or httpx2, whichever it has
+from huggingface_hub.utils import validate_repo_id
 
 from .targets.cache import own_statistics, statistics_files
 from .targets.escapes import code, markdown, terminal
-from .targets.files import inside, read_object
+from .targets.files import inside, read_object, write_whole
 from .targets.loading import check_folder
 from .training.run_record import read_run
 
@@ -34,6 +44,7 @@ PUSHED = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "merges.txt"),
 ]
+SHARD = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
 PAPER = "arXiv:2412.09585"
 TEMPLATE = """---
 {{ card_data }}
@@ -85,16 +96,32 @@ model = PeftModel.from_pretrained(base, "{repo}")
 processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)"""
 
 
-def is_repository(name: str | None) -> bool:
-    """Whether it may be a repository's name: not a folder of this machine."""
-    return bool(name) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+def is_repository(name: str | None, local: Collection[str] = ()) -> bool:
+    """Whether it is a repository's name, by the Hub's own rules: not a folder of this machine, nor one of the `local`
+    paths of the machine that it was trained on."""
+    if not name or name in local or name.count("/") != 1 or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
-def shown(path: str | None) -> str:
-    """A name on the Hub as it is; of a path its end alone, since the rest is this machine's."""
+def local_paths(runs: Sequence[dict]) -> set[str]:
+    """What was a path where the runs trained: as they recorded it, and each one's own folder."""
+    paths = set()
+    for run in runs:
+        paths.update(run.get("local_paths", []))
+        paths.add(run.get("output_dir"))
+    return paths
+
+
+def shown(path: str | None, local: Collection[str] = ()) -> str:
+    """A name on the Hub as it is; of a path its end alone, since the rest is a machine's own."""
     if not path:
         return ""
-    return code(path if is_repository(path) else Path(path).name)
+    return code(path if is_repository(path, local) else Path(path).name)
 
 
 def without_paths(fields):
@@ -130,6 +157,10 @@ def find_files(checkpoint: Path, statistics: Path | None = None) -> dict[str, Pa
         raise ValueError(f"{checkpoint} has no config.json and no adapter_config.json: it is no checkpoint")
     if "config.json" in files:
         files |= {f"target_statistics/{path.name}": path for path in find_statistics(checkpoint, statistics)}
+    shards = [name for name in files if SHARD.fullmatch(name)]
+    if stale := [name for name in shards if name not in needed]:
+        left = f"{', '.join(stale)} of an earlier save, which the checkpoint's own weights don't use"
+        raise ValueError(f"{checkpoint} has {left}: delete what is old")
     needed += ["processor_config.json", "tokenizer_config.json"]
     if lacking := [name for name in needed if name not in files]:
         raise ValueError(f"{checkpoint} lacks {', '.join(lacking)}: save model and processor there by save_pretrained")
@@ -181,28 +212,34 @@ def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
 def training_text(runs: list[dict], config: dict) -> str:
     if not runs:
         return "Not recorded: there was no run.json beside the checkpoint (`ola-vlm train` writes one)."
+    local = local_paths(runs)
     rows, texts = [], []
     for run in runs:
         batch = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"] * run.get("processes", 1)
         steps = f"{run['max_steps']:d}" if run["max_steps"] > 0 else f"{run['num_train_epochs']:g} epochs"
         method = f"adapters of rank {run['lora_rank']:d}" if run.get("lora_rank") else "all of the stage's weights"
         method += ", 4-bit language model" if run.get("load_in_4bit") else ""
-        what = [markdown(run["stage"]), markdown(run["recipe"] or "none"), shown(run["data"]), steps, f"{batch:d}"]
+        what = [
+            markdown(run["stage"]),
+            markdown(run["recipe"] or "none"),
+            shown(run["data"], local),
+            steps,
+            f"{batch:d}",
+        ]
         rows.append([*what, f"{run['learning_rate']:g}", f"{run['seed']:d}", method])
     heads = ["stage", "recipe", "data", "steps", "batch", "learning rate", "seed", "trained"]
     texts.append(table(heads, rows))
-    if parts := [f"{name.replace('_', ' ')} {shown(runs[0].get(name))}" for name in PARTS if runs[0].get(name)]:
+    if parts := [f"{name.replace('_', ' ')} {shown(runs[0].get(name), local)}" for name in PARTS if runs[0].get(name)]:
         texts.append(f"Built from {' and '.join(parts)}.")
     elif runs[0].get("checkpoint"):
-        texts.append(f"The first of these stages began at {shown(runs[0]['checkpoint'])}.")
+        texts.append(f"The first of these stages began at {shown(runs[0]['checkpoint'], local)}.")
     if taught := teachers(runs):
         texts.append("Teachers of the embedding losses, which are no part of this repository:")
         layers = {task["name"]: ", ".join(map(str, task["layers"])) for task in config.get("tasks") or []}
         rows = []
         for task, (kind, path, licence) in taught.items():
-            rows.append(
-                [markdown(task), markdown(layers.get(task, "")), markdown(kind), shown(path), markdown(licence)]
-            )
+            weights = shown(path, local)
+            rows.append([markdown(task), markdown(layers.get(task, "")), markdown(kind), weights, markdown(licence)])
         texts.append(table(["task", "layers of the LLM", "encoder", "weights", "their licence"], rows))
     return "\n\n".join(texts)
 
@@ -217,9 +254,11 @@ def teachers(runs: list[dict]) -> dict[str, tuple[str, str, str]]:
     }
 
 
-def evaluation(paths: Sequence[str]) -> tuple[str, list[EvalResult]]:
-    """Text and metadata from results.json (`ola-vlm eval`) and report.json (`ola-vlm miniature`), or their folders."""
+def evaluation(paths: Sequence[str]) -> tuple[str, list[EvalResult], dict[str, bytes]]:
+    """Text, metadata (the model-index) and files for `.eval_results`, by name, from results.json (`ola-vlm eval`) and
+    report.json (`ola-vlm miniature`), or their folders."""
     texts, metadata = [], []
+    files = {}
     for path in map(Path, paths):
         there = [path / name for name in ("results.json", "report.json") if (path / name).exists()]
         if not path.exists():
@@ -228,12 +267,40 @@ def evaluation(paths: Sequence[str]) -> tuple[str, list[EvalResult]]:
         if "scores" in found and "run" in found:
             text, entries = _of_benchmark(found)
             metadata += entries
+            files |= _eval_results(found)
         elif "methods" in found:
             text = _of_study(found)
         else:
             raise ValueError(f"{path} is neither results.json of `ola-vlm eval` nor a study's report.json")
         texts.append(text)
-    return "\n\n".join(texts) or "No results were given.", metadata
+    return "\n\n".join(texts) or "No results were given.", metadata, files
+
+
+def _is_of_the_hub(run: dict) -> bool:
+    """Whether a benchmark's data came from the Hub: a local copy's revision is a hash of its files."""
+    return is_repository(run["data"]) and not str(run.get("revision", "")).startswith("sha256:")
+
+
+def _eval_results(results: dict) -> dict[str, bytes]:
+    """The file that the Hub makes a benchmark's leaderboard of; none for data that it doesn't have."""
+    run = results["run"]
+    if not _is_of_the_hub(run):
+        return {}
+    entries = []
+    for name, score in results["scores"].items():
+        if "/" in name:  # a task's or a source's
+            continue
+        error = 100 * score["standard_error"]
+        entry = EvalResultEntry(
+            dataset_id=run["data"],
+            task_id=name,
+            value=round(100 * score["score"], 1),
+            dataset_revision=run.get("revision"),
+            notes=f"variant {run['variant']}, greedy, standard error {error:.1f} over {score['n']} questions",
+        )
+        entries.append(entry)
+    content = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+    return {f".eval_results/{run['benchmark']}.yaml": content.encode()}
 
 
 def _of_benchmark(results: dict) -> tuple[str, list[EvalResult]]:
@@ -243,7 +310,7 @@ def _of_benchmark(results: dict) -> tuple[str, list[EvalResult]]:
     title = f"{markdown(run['benchmark'])} ({markdown(run['variant'])})"
     text = f"{title}: per cent ± standard error over questions, number of questions.\n\n"
     of = {"task_type": "image-text-to-text", "dataset_name": run["benchmark"], "metric_type": "accuracy"}
-    of["dataset_type"] = run["data"] if is_repository(run["data"]) else run["benchmark"]
+    of["dataset_type"] = run["data"] if _is_of_the_hub(run) else run["benchmark"]
     headline = [
         EvalResult(**of, metric_name=f"{name} (standard error {error:.1f})", metric_value=round(score, 1))
         for name, (score, error, _) in percent.items()
@@ -286,7 +353,9 @@ def make_card(
     checkpoint: Path, repo: str, results: Sequence[str] = (), base: str | None = None, licence: str | None = None
 ) -> ModelCard:
     """Of a checkpoint's folder; `base`: repository of an adapter's base model. ValueError for wrong `results`."""
-    runs, (measured, entries) = history(checkpoint), evaluation(results)
+    runs = history(checkpoint)
+    local = local_paths(runs)
+    measured, entries, _ = evaluation(results)
     is_adapter = (checkpoint / "adapter_config.json").exists()
     config = {} if is_adapter else read_object(checkpoint / "config.json")
     began = [base] if is_adapter else [runs[0].get(name) for name in (*PARTS, "checkpoint")] if runs else []
@@ -295,8 +364,8 @@ def make_card(
         pipeline_tag="image-text-to-text",
         tags=["ola-vlm", *(["lora"] if is_adapter else []), PAPER.lower()],
         license=licence,
-        base_model=[name for name in began if is_repository(name)] or None,
-        datasets=sorted({run["data"] for run in runs if is_repository(run["data"])}) or None,
+        base_model=[name for name in began if is_repository(name, local)] or None,
+        datasets=sorted({run["data"] for run in runs if is_repository(run["data"], local)}) or None,
         model_name=repo.split("/")[-1],
         eval_results=entries or None,
     )
@@ -319,6 +388,15 @@ def make_card(
     )
 
 
+def write_adapter_card(folder: str | Path) -> None:
+    """README.md of an adapter's folder: ours in place of peft's, which knows nothing of the run."""
+    folder = Path(folder)
+    base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
+    if not is_repository(base, local_paths(history(folder))):
+        base = Path(base).name
+    write_whole(folder / "README.md", str(make_card(folder, folder.name, base=base)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="ola-vlm push", description=__doc__, formatter_class=layout)
@@ -338,8 +416,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the card and the files, and send nothing")
     args = parser.parse_args(argv)
     try:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
+        if args.repo.count("/") != 1:
             raise ValueError(f"REPO is {args.repo!r}: give owner/name")
+        validate_repo_id(args.repo)
         files, base = find_files(args.checkpoint, args.statistics), None
         content = {name: str(path) for name, path in files.items()}
         if "probes/probes.json" in files:  # which names the model that they were fitted to
@@ -348,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "adapter_config.json" in files:
             fields = read_object(files["adapter_config.json"])
             base = args.base or fields["base_model_name_or_path"]
-            if not is_repository(base):
+            if not is_repository(base, local_paths(history(args.checkpoint))):
                 raise ValueError(
                     f"the adapter's base model is the folder {base}: push that, then give its --base REPO"
                 )
@@ -360,6 +439,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"run.json or the results are not as our commands write them ({what})") from error
+        content |= evaluation(args.results)[2]
         if args.dry_run:
             print(*map(terminal, (card, *sorted(content))), sep="\n")
             return

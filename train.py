@@ -15,6 +15,7 @@ from ola_vlm.cli import as_command
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.eval.during_training import answering_callbacks
 from ola_vlm.inference.checkpoints import adapter_base, read_checkpoint
+from ola_vlm.publish import write_adapter_card
 from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
 from ola_vlm.training import run_record
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -24,6 +25,7 @@ from ola_vlm.training.lora import add_adapters, four_bits
 from ola_vlm.training.plan import Plan
 from ola_vlm.training.preflight import check_run
 from ola_vlm.training.rows import Rows, StreamRows
+from ola_vlm.training.run_record import last_checkpoint
 from ola_vlm.training.stages import apply_stage, upcast_trained
 from ola_vlm.training.targets import no_targets, target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer
@@ -65,7 +67,7 @@ def train(
             return None
         checkpoint = args.resume_from_checkpoint
         if checkpoint == "true":
-            checkpoint = run_record.last_checkpoint(args.output_dir)
+            checkpoint = last_checkpoint(args.output_dir)
         run_record.check_start(args, checkpoint, identity)
         rows, eval_rows = args.split_eval_rows(rows)
         Plan.make(args, rows)  # before the model is loaded: rows may be too few
@@ -124,6 +126,8 @@ def run_stage(
     trainer.save_state()
     if args.should_save:
         run_record.write_run(args.output_dir, {**record, "finished_steps": trainer.state.global_step})
+        if args.lora_rank:
+            write_adapter_card(args.output_dir)
     if trainer.bad_rows:
         logger.warning(f"{trainer.bad_rows} bad rows were dropped in training; they are named above")
     if not trainer.is_sharded:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hub_server import serve
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
@@ -82,10 +83,11 @@ def test_pushed_and_loaded_by_name(runs, hub, tmp_path, capsys):
     """A model, then an adapter on it; a fresh process without the package gets the same logits."""
     publish.main([str(runs / "finetune"), "me/x", "--private", "--results", str(results(tmp_path))])
     out, repo = capsys.readouterr().out, hub.repos["me/x"]
-    assert repo["private"] and f"{hub.url}/me/x: 12 files, revision {repo['sha']}" in out
+    assert repo["private"] and f"{hub.url}/me/x: 13 files, revision {repo['sha']}" in out
     code = {f"{kind}_ola_vlm.py" for kind in ("configuration", "modeling", "processing")}
     more = {"README.md", "config.json", "generation_config.json", "model.safetensors", "processor_config.json"}
     more |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "target_statistics/gen.safetensors"}
+    more.add(".eval_results/cvbench.yaml")
     assert set(repo["files"]) == code | more
     assert not [name for name, body in repo["files"].items() if str(runs).encode() in body]  # no path of this machine
 
@@ -169,6 +171,52 @@ def test_wrong_input_is_refused_before_anything_is_sent(runs, tmp_path, monkeypa
     refused(tmp_path / "whole", "me/x", match=r"whole lacks model\.safetensors, processor_config\.json: save")
     (tmp_path / "whole" / "config.json").write_text("{")
     refused(tmp_path / "whole", "me/x", match="is no JSON")
+
+
+def test_what_was_a_path_in_training_is_no_repository(runs, tmp_path, monkeypatch):
+    record = json.loads((runs / "finetune" / "run.json").read_text())
+    assert record["local_paths"] == sorted([str(runs / "data.json"), str(runs / "pretrain")])
+    shutil.copytree(runs / "finetune", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)  # where the relative paths of the training machine don't exist
+    before = record["started_from"] | {"language_model": "org/llm", "vision_tower": "parts/tower"}
+    record |= {"data": "data/rows", "local_paths": ["data/rows", "parts/tower"], "started_from": before}
+    (tmp_path / "moved" / "run.json").write_text(json.dumps(record))
+    card = publish.make_card(tmp_path / "moved", "me/x")
+    assert card.data.base_model == ["org/llm"] and card.data.datasets is None
+    assert "vision tower `tower`" in card.text and "| `rows` |" in card.text
+    before = {**before, "output_dir": "runs/first", "language_model": None, "vision_tower": None, "checkpoint": None}
+    record |= {"checkpoint": "runs/first", "started_from": None, "output_dir": "runs/first"}
+    (tmp_path / "moved" / "run.json").write_text(json.dumps(record))
+    assert publish.make_card(tmp_path / "moved", "me/x").data.base_model is None
+
+
+def test_results_go_to_the_hubs_leaderboards(runs, tmp_path, hub, capsys):
+    publish.main([str(runs / "finetune"), "me/x", "--results", str(results(tmp_path))])
+    (entry,) = yaml.safe_load(hub.repos["me/x"]["files"][".eval_results/cvbench.yaml"])
+    assert entry["dataset"] == {"id": "nyu-visionx/CV-Bench", "task_id": "overall"} and entry["value"] == 61.4
+    assert "standard error 1.2 over 2638 questions" in entry["notes"]
+    record = json.loads((tmp_path / "results.json").read_text())
+    record["run"] |= {"revision": "sha256:0", "data": "runs/cvbench"}  # of a local copy
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    _, (entry,), files = publish.evaluation([str(tmp_path)])
+    assert files == {} and entry.dataset_type == "cvbench"
+
+
+def test_names_are_the_hubs_and_shards_the_checkpoints(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "HfApi", None)
+    for name in ("me/x--y", "me/x..y", "me/" + "x" * 97, "me/.x", "me/a/b"):
+        with pytest.raises(SystemExit, match="ola-vlm push: "):
+            publish.main([str(runs / "finetune"), name])
+    shutil.copytree(runs / "finetune", tmp_path / "stale")
+    shutil.copy(runs / "finetune" / "model.safetensors", tmp_path / "stale" / "model-00001-of-00002.safetensors")
+    with pytest.raises(SystemExit, match=r"has model-00001-of-00002\.safetensors of an earlier save.*delete"):
+        publish.main([str(tmp_path / "stale"), "me/x"])
+
+
+def test_an_adapters_folder_has_our_card(runs):
+    card = ModelCard((runs / "adapter" / "README.md").read_text())
+    assert card.data.library_name == "peft" and "ola-vlm" in card.data.tags
+    assert "adapters of rank 2" in card.text and str(runs) not in card.text
 
 
 def test_an_unreachable_hub_is_said_so(runs, monkeypatch):

@@ -225,10 +225,18 @@ def describe_run(args: OlaVlmArguments, identity: dict, recipe: str | None) -> d
         "processes": args.world_size,
         **args.to_dict(),
         "identity": identity,
+        "local_paths": local_paths(args),
         "finished_steps": None,
         # Model cards tell the whole history.
         "started_from": read_run(args.checkpoint) if args.checkpoint else None,
     }
+
+
+def local_paths(args: OlaVlmArguments) -> list[str]:
+    """What of the run's fields is a path of this machine: somewhere else it would look like a name on the Hub."""
+    values = [args.data, args.image_folder, args.target_cache, *(getattr(args, name) for name in PLACES)]
+    values += [teacher.get("path") for teacher in (args.teachers or {}).values()]
+    return sorted({value for value in values if value and Path(value).exists()})
 
 
 _held: set[Path] = set()  # a process's own locks don't stop itself
