@@ -1,11 +1,15 @@
 """What each layer sees: `ola-vlm visualize CHECKPOINT IMAGE... --out DIR` (the paper's Figures 6 and VI).
 
-A layer's predicted embeddings are decoded by the teachers: depth maps, segmentations, and for gen either images that
-unCLIP makes of them or the nearest of a set of images. DIR gets a PNG for each task (a row an image: the image,
-the teacher's own output, its target decoded the same way: the best a layer can look like, then a column a layer) and
-layers.html with all of them in one file. The predictions are those of probes, which `ola-vlm probe` fits to every
-layer of any vision-language model (`--probes`, or a checkpoint's own folder "probes"), else of the checkpoint's
-predictors, which learnt to read the states of pre-training: fine-tuning has changed these.
+A layer's predicted embeddings are decoded by the teachers: depth maps, and for gen either images that unCLIP makes of
+them or the nearest of a set of images; of segmentation features the difference to the mean target is drawn. DIR gets a
+PNG for each task and layers.html with all of them in one file. A row is an image: the image, the teacher's own output,
+its target decoded as the layers are (the best that one of them can look like), the mean target (what one sees who sees
+nothing), then a column a layer, each with its score. With `--compare` other checkpoints' rows stand above, such as a
+LLaVA's above an OLA-VLM's.
+
+The predictions are those of probes, which `ola-vlm probe` fits to every layer of any vision-language model
+(`--probes`, or a checkpoint's own folder "probes"), else of the checkpoint's predictors, which learnt to read the
+states of pre-training: fine-tuning has changed these.
 
 N images, Q positions, E width, S side of the teacher's square in pixels.
 """
@@ -13,8 +17,10 @@ N images, Q positions, E width, S side of the teacher's square in pixels.
 import argparse
 import base64
 import io
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -31,8 +37,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .inference.checkpoints import ADAPTER, adapter_base, load_checkpoint
-from .probing.probes import Probes, load_probes
-from .probing.states import PROMPT
+from .probing.figures import METHODS
+from .probing.probes import Familiarity, Probes, centred_cosine, flat_cosine, load_probes
+from .probing.states import PROMPT, StateReader
 from .recipes import RECIPES
 from .targets.cache import TargetStatistics, load_statistics
 from .targets.encoders import (
@@ -49,7 +56,10 @@ from .targets.loading import loading_from
 from .training.rows import load_rows
 
 Features = dict[str, dict[int, Tensor]]  # task -> layer -> (N, Q, E) in the teacher's own units
-Pictures = dict[str, list[Image.Image]]  # heading -> N pictures
+# heading -> N pictures. What belongs under one, such as its score, is its `info["note"]`; None: there is no picture.
+Pictures = dict[str, list[Image.Image | None]]
+TARGET, NOTHING_SEEN = "decoded target", "mean target (nothing seen)"  # headings
+OUTSIDE = "outside of what the\nprobes were fitted on"
 GREY = 217  # around a picture that is not square
 DRAWN_LAYERS, BANK = 8, 2000  # at most, unless asked otherwise
 
@@ -62,8 +72,19 @@ def square(image: Image.Image, fill: int = 128) -> Image.Image:
     return padded
 
 
+def add_note(picture: Image.Image, text: str) -> None:
+    """Under those it has."""
+    notes = [note for note in (picture.info.get("note"), text) if note]
+    picture.info["note"] = "\n".join(notes)
+
+
+def signed(score: float) -> str:
+    """Two digits; no -0.00."""
+    return f"{round(score, 2) + 0.0:+.2f}"
+
+
 def class_color(index: int, name: str) -> tuple[int, int, int]:
-    """A class that is called after a colour has it; others take hues far apart."""
+    """A class that is called after a color has it; others take hues far apart."""
     hue, saturation, value = (index + 4) * 0.618034 % 1, (0.35, 0.75)[index % 2], (0.95, 0.7, 0.85)[index % 3]
     color = to_rgb(name) if is_color_like(name) else hsv_to_rgb([hue, saturation, value])
     return tuple(round(255 * float(part)) for part in color)
@@ -76,7 +97,8 @@ class NearestImages:
     def __init__(self, images: Sequence, encoder: ClipImageEncoder):
         if not images:
             raise ValueError("no images to look up the nearest of")
-        self.images, self.caption = images, f"the nearest of {len(images):,} images by embedding, none is generated"
+        self.images = images
+        self.caption = f"the nearest of {len(images):,} images by embedding, none is generated; nearest: its cosine"
         batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
         bar = tqdm(batches, desc="images for gen", unit="batch")
         embeddings = torch.cat([encoder.encode(list(map(open_image, batch))) for batch in bar])[:, 0]
@@ -84,8 +106,13 @@ class NearestImages:
         self.directions = F.normalize(embeddings - self.mean, dim=-1)
 
     def __call__(self, embeddings_NE: Tensor) -> list[Image.Image]:
-        nearest = (F.normalize(embeddings_NE - self.mean, dim=-1) @ self.directions.T).argmax(-1)
-        return [square(open_image(self.images[i])) for i in nearest.tolist()]
+        similarities = F.normalize(embeddings_NE - self.mean, dim=-1) @ self.directions.T
+        pictures = []
+        for nearness, i in zip(*(part.tolist() for part in similarities.max(-1)), strict=True):
+            picture = square(open_image(self.images[i]))
+            add_note(picture, f"nearest {signed(nearness)}")
+            pictures.append(picture)
+        return pictures
 
 
 class UnclipImages:
@@ -219,14 +246,39 @@ def draw_depth(inverse_depth: np.ndarray) -> Image.Image:
     return Image.fromarray(matplotlib.colormaps["inferno"](shares, bytes=True)[..., :3].copy())
 
 
+def draw_difference(features_QE: Tensor, target_QE: Tensor, mean_QE: Tensor, size: int) -> Image.Image:
+    """What features have of the difference between an image's target and the mean target, `size` pixels a side.
+
+    The difference's three main directions in this image are red, green and blue, each in units of its own root mean
+    square over positions. Gray is no difference: who sees nothing sees gray everywhere.
+    """
+    difference = target_QE - mean_QE
+    directions = torch.linalg.svd(difference, full_matrices=False)[2][:3]
+    # A direction has no sign of its own: its largest part is made positive.
+    largest = directions.abs().argmax(1, keepdim=True)
+    directions = directions * directions.gather(1, largest).sign()
+    spread = (difference @ directions.T).square().mean(0).sqrt().clamp(min=1e-6)
+    values = (features_QE - mean_QE) @ directions.T / spread
+    values = F.pad(values, (0, 3 - values.shape[1]))
+    side = math.isqrt(len(values))
+    colors = (255 * (0.5 + values / 5).clamp(0, 1)).round().byte().reshape(side, side, 3)
+    picture = Image.fromarray(colors.numpy()).resize((size, size), Image.Resampling.NEAREST)
+    picture.info["has_classes"] = False
+    return picture
+
+
 class Painter:
     """How a task's features are shown.
 
     Args:
         encoder: the task's teacher, whose own decoder makes the maps.
         decode_gen: see `LayerViewer`.
-    `caption` says what must be said of the pictures, `legend` each class's colour. ValueError for a teacher that can't
+    `caption` says what must be said of the pictures, `legend` each class's color. ValueError for a teacher that can't
     be decoded.
+
+    Segmentation features are not decoded: OneFormer's decoder takes the finer stages from the image itself, and with
+    them draws the objects whatever the features are (mean target or random model). `draw_difference` shows what the
+    features alone hold.
     """
 
     def __init__(self, encoder: TargetEncoder, decode_gen: Callable | None = None):
@@ -234,7 +286,9 @@ class Painter:
         if isinstance(encoder, DepthAnythingEncoder):
             self.caption = "inverse depth, bright is close; every picture has its own range"
         elif isinstance(encoder, OneFormerEncoder):
-            self.caption = "teacher-assisted: only the last stage is decoded, finer ones are the teacher's own"
+            self.caption = (
+                "the teacher's classes; of features, not teacher-assisted, the difference to the mean target"
+            )
             names = sorted(encoder.model.config.id2label.items())
             palette = np.array([class_color(i, name) for i, name in names], np.uint8)
             self.legend = {name: class_color(i, name) for i, name in names}
@@ -247,11 +301,28 @@ class Painter:
             self.caption = decode_gen.caption
 
     @torch.no_grad()
-    def __call__(self, features_NQE: Tensor | None, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """N pictures of features, or (None) of the teacher's own output, for N images."""
+    def __call__(
+        self,
+        features_NQE: Tensor | None,
+        images: Sequence[Image.Image],
+        targets_NQE: Tensor | None = None,
+        mean_QE: Tensor | None = None,
+    ) -> list[Image.Image]:
+        """N pictures of features, or (None) of the teacher's own output, for N images.
+
+        `targets_NQE`: the images' own, `mean_QE`: the mean target (by default the targets' mean over positions). Both
+        are for segmentation only.
+        """
         if isinstance(self.encoder, ClipImageEncoder):
             return self.decode_gen((self.encoder.encode(images) if features_NQE is None else features_NQE)[:, 0])
-        return list(map(self.draw, self.encoder.decode(features_NQE, images).numpy()))
+        if features_NQE is None or not isinstance(self.encoder, OneFormerEncoder):
+            return list(map(self.draw, self.encoder.decode(features_NQE, images).numpy()))
+        targets_NQE = self.encoder.encode(images) if targets_NQE is None else targets_NQE
+        pictures = []
+        for features, target in zip(features_NQE, targets_NQE, strict=True):
+            mean = target.mean(0, keepdim=True) if mean_QE is None else mean_QE
+            pictures.append(draw_difference(features, target, mean, self.encoder.size))
+        return pictures
 
 
 class LayerViewer:
@@ -263,6 +334,9 @@ class LayerViewer:
         decode_gen: embeddings (N, E) -> N images, with a `caption`: `NearestImages` or `UnclipImages`.
         layers: those to show; by default all, or DRAWN_LAYERS of them, evenly spaced.
         by: what the features come from, for captions.
+        means: task -> the training images' mean target (Q, E), which is what one predicts who sees nothing.
+        is_outside: a function of N images that gives (N,) bool: whether each is unlike those that the features were
+            fitted on; None if that is not known.
     """
 
     def __init__(
@@ -272,8 +346,12 @@ class LayerViewer:
         decode_gen: NearestImages | UnclipImages | None = None,
         layers: Sequence[int] | None = None,
         by: str = "",
+        means: Mapping[str, Tensor] | None = None,
+        is_outside: Callable[[Sequence[Image.Image]], Tensor] | None = None,
     ):
         self.features, self.layers, self.by = features, layers, by
+        self.means, self.is_outside = means or {}, is_outside
+        self.encoders, self.decode_gen = encoders, decode_gen
         self.painters, self.left_out = {}, {}
         for task, encoder in encoders.items():
             try:
@@ -293,6 +371,7 @@ class LayerViewer:
         probes: str | Path | None = None,
         images_for_gen: Sequence | None = None,
         unclip: str | None = None,
+        like: "LayerViewer | None" = None,
     ) -> "LayerViewer":
         """Of a checkpoint, which is loaded as `model` and `processor`, by the teachers of `run` (`find_teachers`).
         ValueError if it has neither probes nor predictors.
@@ -302,6 +381,7 @@ class LayerViewer:
         `images_for_gen`: for `NearestImages`; by default BANK of the run's training images, if `run` names them and
         they are there.
         `unclip`: instead, a pipeline's folder or name.
+        `like`: take the teachers, the images for gen and the layers of this one, to be compared with it.
         """
         place = checkpoint
         checkpoint = local_folder(place)
@@ -313,71 +393,210 @@ class LayerViewer:
             raise ValueError(f"{checkpoint} has no predictors: fit probes with `ola-vlm probe`, give --probes")
         if lacking := [task["name"] for task in tasks if task["name"] not in run["teachers"]]:
             raise ValueError(f"no teacher decodes {', '.join(lacking)}: give a --recipe that has one")
-        entries = {task["name"]: run["teachers"][task["name"]] for task in tasks}
-        encoders = {name: one.encoder for name, one in make_teachers(tasks, entries, model.device).items()}
-        decode_gen = UnclipImages(unclip, device=model.device) if unclip else None
-        of_images = [one for one in encoders.values() if isinstance(one, ClipImageEncoder)]
-        if of_images and not unclip:
-            if images_for_gen is None:
-                images_for_gen = images_of_run(run)
-            decode_gen = NearestImages(images_for_gen, of_images[0]) if images_for_gen else None
+        if like is None:
+            encoders, decode_gen = load_decoders(tasks, run, model.device, images_for_gen, unclip)
+        else:
+            encoders, decode_gen, layers = like.encoders, like.decode_gen, like.layers
+        for task in tasks:
+            encoder = encoders.get(task["name"])
+            shape = (task["target_length"], task["target_dim"])
+            if encoder is not None and shape != (encoder.target_length, encoder.target_dim):
+                other = (encoder.target_length, encoder.target_dim)
+                raise ValueError(
+                    f"{checkpoint} has {task['name']} targets of {shape}, what it is compared with {other}"
+                )
+        is_outside = None
         if fitted:
             features, by = probe_features(fitted, model, processor), f"{fitted.kind} probes of every layer"
             of = fitted.about.get("model")
             if of and Path(of).resolve() != checkpoint.resolve():
                 by += f", fitted to {of}"
+            # The reference's runs don't record their mean target: probes converted from them have zeros.
+            means = {task: mean.cpu() for task, mean in fitted.means.items() if mean.any()}
+            if fitted.familiarity is not None:
+                is_outside = partial(outside, fitted.familiarity, fitted.reader(model, processor))
         else:
-            features = predictor_features(model, processor, statistics_of(place), prompt)
+            statistics = statistics_of(place)
+            features = predictor_features(model, processor, statistics, prompt)
+            means = {task: of_task.mean for task, of_task in statistics.items()}
             by = "the predictors of pre-training"
-        return cls(features, encoders, decode_gen, layers, by)
+        return cls(features, encoders, decode_gen, layers, by, means, is_outside)
 
     def pictures(self, images: Sequence[Image.Image]) -> dict[str, Pictures]:
-        """task -> heading ("image", "teacher", "decoded target", "layer 2", ...) -> N pictures."""
+        """task -> heading ("image", "teacher", TARGET, NOTHING_SEEN, "layer 2", ...) -> N pictures, with notes: their
+        scores, and whether the image lies outside of what the probes were fitted on."""
         images, shown = list(map(open_image, images)), {}
         features = self.features(images)
         for layer in self.layers or ():
             if not any(layer in of_layers for of_layers in features.values()):
                 known = {task: sorted(of_layers) for task, of_layers in features.items()}
                 raise ValueError(f"no task has layer {layer}: choose from {known}")
+        are_outside = self.are_outside(images)
         for task, of_layers in features.items():
             if task not in self.painters:
                 continue
             layers = sorted(of_layers) if self.layers is None else [one for one in self.layers if one in of_layers]
             if self.layers is None and len(layers) > DRAWN_LAYERS:
                 layers = [layers[i] for i in np.linspace(0, len(layers) - 1, DRAWN_LAYERS).round().astype(int)]
-            paint, encoder = self.painters[task], self.painters[task].encoder
-            shown[task] = {"image": list(map(square, images)), "teacher": paint(None, images)}
-            if not isinstance(encoder, ClipImageEncoder):  # whose own output is just that
-                shown[task]["decoded target"] = paint(encoder.encode(images), images)
-            shown[task] |= {f"layer {layer}": paint(of_layers[layer], images) for layer in layers}
+            squares = list(map(square, images))
+            for picture, is_outside in zip(squares, are_outside, strict=True):
+                if is_outside:
+                    add_note(picture, OUTSIDE)
+            of_layers = {f"layer {layer}": of_layers[layer] for layer in layers}
+            shown[task] = {"image": squares, **self._decoded(task, of_layers, images)}
         return shown
 
+    def are_outside(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Which of the images are unlike those that the probes were fitted on; none where that is not known."""
+        if self.is_outside is None:
+            return [False] * len(images)
+        return self.is_outside(images).tolist()
 
-def pictures_figure(path: str | Path, columns: Pictures, title: str, legend: Mapping[str, tuple]) -> None:
-    """Saves a grid of pictures (.png, .pdf, ...): a row an image, a column for each entry of `columns`.
+    def _decoded(self, task: str, of_layers: Mapping[str, Tensor], images: Sequence[Image.Image]) -> Pictures:
+        """The task's columns but the image: the teacher's, and everything that is decoded from features."""
+        paint = self.painters[task]
+        targets = paint.encoder.encode(images)
+        mean = self.means.get(task)
+        features = {}
+        if not isinstance(paint.encoder, ClipImageEncoder):  # whose own output is just that
+            features[TARGET] = targets
+        if mean is not None:
+            features[NOTHING_SEEN] = mean.expand_as(targets)
+        features.update(of_layers)
+        columns = {"teacher": paint(None, images)}
+        for heading, predicted in features.items():
+            columns[heading] = paint(predicted, images, targets, mean)
+            cosines = flat_cosine(predicted, targets) if mean is None else centred_cosine(predicted, targets, mean)
+            for n, cosine in enumerate(cosines.tolist()):
+                kind = "plain cosine" if mean is None else "cosine"
+                add_note(columns[heading][n], f"{kind} {signed(cosine)}")
+        return columns
 
-    `legend`: class -> colour; only colours that occur in a picture are listed.
+    def caption(self, task: str) -> str:
+        """What must be said of a task's pictures and of the notes below them."""
+        if task in self.means:
+            score = "cosine: mean-centered, to the image's target: 0 is nothing seen, 1 all of it"
+        else:
+            score = "no mean target is known: plain cosines are high even where nothing is seen"
+        return f"{self.painters[task].caption}; {score}"
+
+    @property
+    def remark(self) -> str:
+        """What can't be said of the images; "" if nothing."""
+        if self.is_outside is not None:
+            return ""
+        return "whether an image is like those that this was fitted on is not known: `ola-vlm probe` keeps that"
+
+
+def outside(familiarity: Familiarity, reader: StateReader, images: Sequence[Image.Image]) -> Tensor:
+    """(N,) bool: whether each image is outside of what probes were fitted on."""
+    familiarity = Familiarity(*(part.to(reader.model.device) for part in familiarity))
+    return familiarity.is_outside(reader(images)).cpu()
+
+
+def load_decoders(
+    tasks: list[dict], run: Mapping, device, images_for_gen: Sequence | None, unclip: str | None
+) -> tuple[dict[str, TargetEncoder], NearestImages | UnclipImages | None]:
+    """The teachers of `tasks`, and what shows gen; see `LayerViewer.load`."""
+    entries = {task["name"]: run["teachers"][task["name"]] for task in tasks}
+    encoders = {name: teacher.encoder for name, teacher in make_teachers(tasks, entries, device).items()}
+    if unclip:
+        return encoders, UnclipImages(unclip, device=device)
+    of_images = [encoder for encoder in encoders.values() if isinstance(encoder, ClipImageEncoder)]
+    if not of_images:
+        return encoders, None
+    if images_for_gen is None:
+        images_for_gen = images_of_run(run)
+    return encoders, NearestImages(images_for_gen, of_images[0]) if images_for_gen else None
+
+
+def display_names(checkpoints: Sequence[str]) -> list[str]:
+    """Methods by their name, others by their folder's or repository's, if that tells them apart."""
+    names = [Path(checkpoint).name for checkpoint in checkpoints]
+    if len(set(names)) == len(names):
+        return [METHODS[name][0] if name in METHODS else name for name in names]
+    if len(set(checkpoints)) == len(checkpoints):
+        return list(checkpoints)
+    # One checkpoint by several probes.
+    return [f"{checkpoint} ({number})" for number, checkpoint in enumerate(checkpoints, start=1)]
+
+
+def heading_order(heading: str) -> int:
+    """Layers come last, by their number; the others stay in their order."""
+    return 1 + int(heading.removeprefix("layer ")) if heading.startswith("layer ") else 0
+
+
+def compared(shown: Mapping[str, dict[str, Pictures]]) -> dict[str, tuple[Pictures, list[str]]]:
+    """Several models' pictures in one: task -> columns and the rows' labels. All models' rows of an image stand
+    together, in the order of `shown` (label -> its `LayerViewer.pictures`); a layer that a model lacks stays empty."""
+    together = {}
+    for task in dict.fromkeys(task for pictures in shown.values() for task in pictures):
+        of_models = {label: pictures[task] for label, pictures in shown.items() if task in pictures}
+        headings = dict.fromkeys(heading for columns in of_models.values() for heading in columns)
+        columns = {heading: [] for heading in sorted(headings, key=heading_order)}
+        labels = []
+        for n in range(len(next(iter(of_models.values()))["image"])):
+            for label, pictures in of_models.items():
+                labels.append(label)
+                for heading, column in columns.items():
+                    column.append(pictures[heading][n] if heading in pictures else None)
+        together[task] = (columns, labels)
+    return together
+
+
+def pictures_figure(
+    path: str | Path, columns: Pictures, title: str, legend: Mapping[str, tuple], labels: Sequence[str] = ()
+) -> None:
+    """Saves a grid of pictures (.png, .pdf, ...) with their notes: a row an image, a column for each entry of
+    `columns`.
+
+    `legend`: class -> color; only colors that occur in a picture are listed. `labels`: the rows' names.
     """
     (rows,) = {len(column) for column in columns.values()}
     cell, wide, lines = 1.5, len(columns), textwrap.wrap(title, 16 * len(columns))
-    height = cell * rows + 0.4 + 0.2 * len(lines) + 0.35 * bool(legend)
-    figure = Figure(figsize=(cell * wide + 0.1, height), layout="constrained")
+    notes = [note_of(picture) for column in columns.values() for picture in column]
+    below = 0.17 * max(note.count("\n") + bool(note) for note in notes)
+    height = (cell + below) * rows + 0.5 + 0.2 * len(lines) + 0.35 * bool(legend)
+    figure = Figure(figsize=(cell * wide + 0.1 + 0.3 * bool(labels), height), layout="constrained")
     axes = figure.subplots(rows, wide, squeeze=False)
     for place, (name, column) in enumerate(columns.items()):
-        axes[0, place].set_title(mathtext(name), fontsize=10)
+        axes[0, place].set_title(mathtext(textwrap.fill(name, 16)), fontsize=10)
         for row, picture in zip(axes, column, strict=True):
-            row[place].imshow(square(picture, GREY), interpolation="nearest")
+            if picture is not None:
+                row[place].imshow(square(picture, GREY), interpolation="nearest")
+            row[place].set_xlabel(note_of(picture), fontsize=8)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
+    for row, label in zip(axes, labels, strict=False):
+        row[0].set_ylabel(mathtext(label), fontsize=10)
     figure.suptitle(mathtext("\n".join(lines)), fontsize=11)
     if legend:
-        pixels = [np.asarray(one).reshape(-1, 3) for name, of in columns.items() if name != "image" for one in of]
-        drawn = set(map(tuple, np.unique(np.concatenate(pixels), axis=0).tolist()))
+        drawn = drawn_colors(columns)
         shown = {name: color for name, color in legend.items() if color in drawn}
         patches = [Patch(color=np.divide(color, 255), label=mathtext(name)) for name, color in shown.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=2 * wide, fontsize=8, frameon=False)
     save_figure(figure, path, dpi=150)
+
+
+def note_of(picture: Image.Image | None) -> str:
+    return "" if picture is None else picture.info.get("note", "")
+
+
+def has_classes(picture: Image.Image | None) -> bool:
+    """Whether a legend's colors mean classes in it."""
+    return picture is not None and picture.info.get("has_classes", True)
+
+
+def drawn_colors(columns: Pictures) -> set[tuple[int, int, int]]:
+    """Those of all pictures of classes."""
+    colors: set[tuple[int, int, int]] = set()
+    for heading, column in columns.items():
+        for picture in column:
+            if heading != "image" and has_classes(picture):
+                pixels = np.asarray(picture).reshape(-1, 3)
+                colors.update(map(tuple, np.unique(pixels, axis=0).tolist()))
+    return colors
 
 
 STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:1.5em;color:#222;background:#fff}h2{margin:1.2em 0 0}
@@ -387,24 +606,45 @@ img{width:128px;height:128px;display:block;image-rendering:pixelated}figcaption{
 """
 
 
-def page(viewer: LayerViewer, shown: Mapping[str, Pictures], title: str) -> str:
-    """One HTML file with all pictures inside."""
+def html_figure(heading: str, picture: Image.Image | None) -> str:
+    if picture is None:
+        return ""
+    picture.save(buffer := io.BytesIO(), "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    image = f'<img alt="" src="data:image/png;base64,{data}">'
+    note = escape(note_of(picture)).replace("\n", "<br>")
+    return f"<figure>{image}<figcaption>{escape(heading)}<br><small>{note}</small></figcaption></figure>"
+
+
+def page(
+    viewer: LayerViewer, shown: Mapping[str, Pictures], title: str, labels: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """One HTML file with all pictures inside. `labels`: task -> its rows' names."""
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"]
     parts.append(f"<h1>{escape(title)}</h1>")
+    if viewer.remark:
+        parts.append(f"<p>{escape(viewer.remark)}</p>")
     for task, columns in shown.items():
         painter = viewer.painters[task]
         swatches = [f"<i style='background:rgb{color}'></i>{escape(name)} " for name, color in painter.legend.items()]
-        parts.append(f"<h2>{escape(task)}</h2><p>{escape(painter.caption)}<br>{''.join(swatches)}</p>")
-        for row in zip(*columns.values(), strict=True):
-            figures = []
-            for name, picture in zip(columns, row, strict=True):
-                picture.save(buffer := io.BytesIO(), "PNG")
-                data = base64.b64encode(buffer.getvalue()).decode()
-                image = f'<img alt="" src="data:image/png;base64,{data}">'
-                figures.append(f"<figure>{image}<figcaption>{escape(name)}</figcaption></figure>")
-            parts.append(f"<div class=row>{''.join(figures)}</div>")
+        parts.append(f"<h2>{escape(task)}</h2><p>{escape(viewer.caption(task))}<br>{''.join(swatches)}</p>")
+        for n, row in enumerate(zip(*columns.values(), strict=True)):
+            label = f"<b>{escape(labels[task][n])}</b>" if labels else ""
+            figures = [html_figure(heading, picture) for heading, picture in zip(columns, row, strict=True)]
+            parts.append(f"{label}<div class=row>{''.join(figures)}</div>")
     parts += [f"<p>{escape(task)} is left out: {escape(why)}</p>" for task, why in viewer.left_out.items()]
     return "\n".join(parts) + "\n"
+
+
+def load_compared(args: argparse.Namespace, viewer: LayerViewer, run: Mapping) -> list[LayerViewer]:
+    """Those of --compare, by the teachers of `viewer`."""
+    folders = args.compare_probes or [None] * len(args.compare)
+    viewers = []
+    for checkpoint, probes in zip(args.compare, folders, strict=True):
+        model, processor = load_checkpoint(checkpoint, args.dtype)
+        options = {"prompt": args.prompt, "probes": probes, "like": viewer}
+        viewers.append(LayerViewer.load(checkpoint, model, processor, run, **options))
+    return viewers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -417,6 +657,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", choices=list(RECIPES), metavar="NAME", help=teachers)
     probes = "folder of `ola-vlm probe`, or none (default: the checkpoint's own probes, else its predictors)"
     parser.add_argument("--probes", metavar="DIR", help=probes)
+    compare = "other checkpoints, whose rows stand above, by their own probes or --compare_probes"
+    parser.add_argument("--compare", nargs="+", default=[], metavar="CHECKPOINT", help=compare)
+    of_compared = "folders of `ola-vlm probe`, one for each of --compare"
+    parser.add_argument("--compare_probes", nargs="+", metavar="DIR", help=of_compared)
     parser.add_argument("--layers", type=int, nargs="+", help=f"default: all, or {DRAWN_LAYERS} of them")
     bank = "gen: show the nearest image of this folder (default: of the recipe's training images)"
     parser.add_argument("--images_for_gen", metavar="DIR", help=bank)
@@ -426,6 +670,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     trust = "believe all of the checkpoint's run.json: its teachers' code runs, its training images are shown for gen"
     parser.add_argument("--trust_run", action="store_true", help=trust)
     args = parser.parse_args(argv)
+    count = len(args.compare_probes or args.compare)
+    if count != len(args.compare):
+        parser.error(f"{count} --compare_probes for {len(args.compare)} --compare: give one for each")
     try:
         images = [open_image(path) for path in args.images]
         fields = find_teachers(args.recipe, args.probes, args.checkpoint, trust=args.trust_run)
@@ -436,22 +683,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"layers": args.layers, "prompt": args.prompt, "probes": args.probes}
         options |= {"images_for_gen": bank, "unclip": args.unclip}
         viewer = LayerViewer.load(args.checkpoint, model, processor, fields, **options)
-        shown = viewer.pictures(images)
-        files = {task: inside(args.out, f"{task}.png") for task in shown}  # whose names are of the checkpoint
+        viewers = [*load_compared(args, viewer, fields), viewer]
+        checkpoints = [*args.compare, args.checkpoint]
+        names = display_names(checkpoints)
+        of_models = {name: of.pictures(images) for name, of in zip(names, viewers, strict=True)}
+        shown = compared(of_models)
+        # Their names are of the checkpoint.
+        files = {task: inside(args.out, f"{task}.png") for task in shown}
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm visualize: {error}") from error
     if not shown:
         reasons = "; ".join(f"{task}: {why}" for task, why in viewer.left_out.items())
         raise SystemExit(f"ola-vlm visualize: nothing can be shown: {reasons}")
-    for task, columns in shown.items():
-        painter = viewer.painters[task]
-        pictures_figure(files[task], columns, f"{task}, by {viewer.by}: {painter.caption}", painter.legend)
+    by = "; ".join(dict.fromkeys(of.by for of in viewers))
+    remarks = dict.fromkeys(of.remark for of in viewers if of.remark)
+    labels = {}
+    for task, (columns, names_of_rows) in shown.items():
+        if args.compare:
+            labels[task] = names_of_rows
+        title = f"{task}, by {by}: {viewer.caption(task)}"
+        pictures_figure(files[task], columns, title, viewer.painters[task].legend, labels.get(task, ()))
         print(terminal(files[task]))
-    html = page(viewer, shown, f"What the layers of {args.checkpoint} see, by {viewer.by}")
+    columns_of = {task: columns for task, (columns, _) in shown.items()}
+    seen_by = " and ".join(map(str, checkpoints))
+    html = page(viewer, columns_of, f"What the layers of {seen_by} see, by {by}", labels)
     write_whole(args.out / "layers.html", html)
     print(args.out / "layers.html")
     for task, why in viewer.left_out.items():
         print(one_line(f"{task} is left out: {why}"))
+    for remark in remarks:
+        print(remark)
+    for name, pictures in of_models.items():
+        squares = next((columns["image"] for columns in pictures.values()), [])
+        for path, picture in zip(args.images, squares, strict=False):
+            if note_of(picture):
+                print(one_line(f"{path} is {' '.join(OUTSIDE.split())} of {name}"))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
 """Do better probes go with better answers (paper, Figure 2)? `ola-vlm correlation OUT EVAL_DIR... --figure FILE`.
 
 OUT: of `ola-vlm probe`, with several checkpoints. EVAL_DIRs: of `ola-vlm eval`, one a checkpoint, all of one
-benchmark. A checkpoint's probe score is the mean over its layers. Prints Pearson's r by task and draws the points;
-they tell little below a handful of checkpoints, and nothing about causes.
+benchmark. A checkpoint's probe score is the mean over its layers. Prints Pearson's r by task, with the range that is
+left of it when any two checkpoints are taken out, and draws the points; they tell nothing about causes.
 """
 
 import argparse
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from scipy.stats import pearsonr
 
-from ola_vlm.probing.figures import STYLE
+from ola_vlm.probing.figures import STYLE, method_styles
 from ola_vlm.targets.escapes import mathtext, one_line, terminal
 from ola_vlm.targets.files import read_object, save_figure
+
+MIN_LEFT = 4  # checkpoints, for a correlation to be looked at
 
 
 def read_points(out: Path, folders: Sequence[Path], score: str, plain: bool) -> tuple[dict, str]:
@@ -49,27 +51,59 @@ def read_points(out: Path, folders: Sequence[Path], score: str, plain: bool) -> 
     return points, benchmarks.pop()
 
 
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's r; NaN where one of the two is the same for all."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def range_without_two(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
+    """The lowest and the highest r that are left when any two checkpoints are taken out; None if fewer than
+    MIN_LEFT would remain. A range that crosses 0 says that one or two points make the correlation."""
+    if len(x) - 2 < MIN_LEFT:
+        return None
+    left = []
+    for pair in combinations(range(len(x)), 2):
+        r = correlation(np.delete(x, pair), np.delete(y, pair))
+        if not np.isnan(r):
+            left.append(r)
+    return (min(left), max(left)) if left else None
+
+
+def describe(found: dict) -> str:
+    """r, how many checkpoints it is of, and how far it hangs on two of them."""
+    text = f"r = {found['r']:+.2f} (n = {found['n']})"
+    if found["without_two"] is None:
+        return f"{text}, too few to say more"
+    low, high = found["without_two"]
+    return f"{text}, without any two: {low:+.2f} to {high:+.2f}"
+
+
 def draw(path: Path, points: dict, benchmark: str, plain: bool) -> dict[str, dict]:
-    """Saves the figure; {task: {"r", "p", "n"}}. A score that is the same for all has no correlation: NaN."""
-    found, names = {}, [name for name, *_ in next(iter(points.values()))]
+    """Saves the figure; {task: {"r", "n", "without_two"}}. There is no p-value: it takes each checkpoint for a fair
+    draw, and those of a study are not. A line is drawn only where r keeps its sign without any two points."""
+    found = {}
+    names = [name for name, *_ in next(iter(points.values()))]
+    styles = method_styles(names)
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.4 * len(points) + 0.6, 4.6 + 0.3 * (len(names) // 3)), layout="constrained")
+        figure = Figure(figsize=(4.4 * len(points) + 0.6, 4.8 + 0.3 * (len(names) // 3)), layout="constrained")
         axes = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
         for axis, (task, rows) in zip(axes, points.items(), strict=True):
-            x, y = np.array([row[1] for row in rows]), 100 * np.array([row[2] for row in rows])
-            varies = np.ptp(x) > 0 and np.ptp(y) > 0
-            r, p = pearsonr(x, y) if varies else (np.nan, np.nan)
-            found[task] = {"r": float(r), "p": float(p), "n": len(rows)}
-            for i, row in enumerate(rows):
-                style = {"color": f"C{i % 10}", "marker": "osD^v"[i // 10 % 5], "markersize": 8, "linestyle": ""}
-                axis.errorbar(row[1], 100 * row[2], yerr=100 * row[3], label=mathtext(row[0]), capsize=3, **style)
-            if varies:
+            x = np.array([row[1] for row in rows])
+            y = 100 * np.array([row[2] for row in rows])
+            found[task] = {"r": correlation(x, y), "n": len(rows), "without_two": range_without_two(x, y)}
+            for name, score, accuracy, error in rows:
+                style = styles[name] | {"linestyle": ""}
+                axis.errorbar(score, 100 * accuracy, yerr=100 * error, markersize=8, capsize=3, **style)
+            left = found[task]["without_two"]
+            if left is not None and left[0] * left[1] > 0:
                 slope, level = np.polyfit(x, y, 1)
                 ends = np.array([x.min(), x.max()])
                 axis.plot(ends, slope * ends + level, color="0.5", linestyle="--", linewidth=1)
-            axis.set_title(f"{mathtext(task)}: r = {r:+.2f} (p = {p:.2g}), n = {len(rows)}")
-            axis.set_xlabel(f"probes, mean over layers:\n{'plain' if plain else 'mean-centred'} cosine")
-        axes[0].set_ylabel(f"{mathtext(benchmark)} (%)\nbars: standard error")
+            axis.set_title(f"{mathtext(task)}: {describe(found[task])}".replace(", ", ",\n", 1), fontsize=12)
+            axis.set_xlabel(f"probes, mean over layers:\n{'plain' if plain else 'mean-centered'} cosine")
+        axes[0].set_ylabel(f"{mathtext(benchmark)} (%)\nbars: ± one standard error")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         save_figure(figure, path, dpi=110)
@@ -84,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, required=True, help="the .png to write")
     parser.add_argument("--score", default="overall", help="of results.json")
     parser.add_argument(
-        "--plain", action="store_true", help="the paper's plain cosine instead of the mean-centred one"
+        "--plain", action="store_true", help="the paper's plain cosine instead of the mean-centered one"
     )
     args = parser.parse_args(argv)
     try:
@@ -93,5 +127,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm correlation: {error}") from error
     for task, one in found.items():
-        line = f"{one_line(task):<8} r = {one['r']:+.2f}, p = {one['p']:.2g}, n = {one['n']} checkpoints; {benchmark}"
-        print(terminal(line))
+        print(terminal(f"{one_line(task):<8} {describe(one)}; {benchmark}"))

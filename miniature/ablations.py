@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from ola_vlm.miniature import world
 from ola_vlm.miniature.arm import STAGES, read_json
 from ola_vlm.miniature.report import STAGES as WHEN
-from ola_vlm.miniature.report import STYLE, table
+from ola_vlm.miniature.report import table
 from ola_vlm.miniature.study import FULL, SHRUNK, prepare, read_arms, run_arms
+from ola_vlm.probing.figures import METHODS, STYLE, TASK_COLORS
 from ola_vlm.recipes.miniature import ABLATIONS, TASKS, ablation_run
 from ola_vlm.targets.files import save_figure, write_json, write_whole
 
@@ -40,7 +41,7 @@ PROBES = [(task["name"], stage) for stage in STAGES for task in TASKS]
 
 
 def numbers(seed: dict) -> dict[str, float]:
-    """Of one arm: accuracies in per cent at its last IFT step; probes' mean-centred cosines, means over LLM layers."""
+    """An arm's: accuracies in per cent at the last IFT step; probes' mean-centered cosines, means over LLM layers."""
     found = {task: 100 * seed["accuracy"][task] for task in ACCURACIES}
     for task, stage in PROBES:
         layers = seed["probes"][stage][task]
@@ -69,13 +70,25 @@ def table_text(name: str, rows: dict[str, list[dict]]) -> list[str]:
     return table([name, "seeds", *columns], lines)
 
 
+def row_label(name: str, row: str) -> str:
+    """A row as a figure names it: a method by its own name, else what differs from OLA-VLM."""
+    method = ablation_run(name, row)
+    words = row.replace("_", " ")
+    if method not in METHODS:
+        return words
+    label = METHODS[method][0]
+    if method == "ola_vlm":
+        return f"{words} ({label})"
+    return label
+
+
 @rc_context(STYLE)
 def draw_table(path: Path, name: str, rows: dict[str, list[dict]]) -> None:
     """Rows from top to bottom; left accuracy, right probes: a dot a seed, a line for the mean."""
     figure = Figure(figsize=(11, 1.9 + 0.42 * len(rows)), layout="constrained")
     accuracy, *probes = figure.subplots(1, 1 + len(STAGES), sharey=True)
     places = np.arange(len(rows))[::-1]
-    accuracy.set_yticks(places, list(rows))
+    accuracy.set_yticks(places, [row_label(name, row) for row in rows])
 
     def draw(axis, column: str, color, label: str, shift: float):
         for place, seeds in zip(places + shift, rows.values(), strict=True):
@@ -84,19 +97,17 @@ def draw_table(path: Path, name: str, rows: dict[str, list[dict]]) -> None:
             axis.plot([np.mean(values)], [place], "|", color=color, markersize=14, markeredgewidth=2.5)
         axis.plot([], [], "o", color=color, label=label)
 
-    draw(accuracy, "average", "#d1495b", "mean of the tasks", 0)
+    draw(accuracy, "average", "0.25", "mean of the tasks", 0)
     accuracy.axvline(100 * world.CHANCE["average"], color="black", linestyle=":", label="chance")
     accuracy.set(xlabel="accuracy after IFT (%)", title="answers", ylim=(-0.6, len(rows) - 0.4))
     for axis, stage in zip(probes, STAGES, strict=True):
-        for i, (task, color) in enumerate(
-            zip([t["name"] for t in TASKS], ("#55a868", "#4c72b0", "#dd8452"), strict=True)
-        ):
-            draw(axis, f"{task}, {WHEN[stage]}", color, task, 0.2 * (1 - i))
-        axis.set(xlabel="mean-centred cosine", title=f"probes {WHEN[stage]}, layers 1 to 4")
+        for i, task in enumerate(task["name"] for task in TASKS):
+            draw(axis, f"{task}, {WHEN[stage]}", TASK_COLORS[task], task, 0.2 * (1 - i))
+        axis.set(xlabel="mean-centered cosine", title=f"probes {WHEN[stage]}, layers 1 to 4")
     accuracy.legend(fontsize=9, loc="best")
     probes[-1].legend(fontsize=9, loc="best")
     where, what = TITLES[name]
-    figure.suptitle(f"{what} ({where} in the paper); dots: seeds, bars: means")
+    figure.suptitle(f"{what} ({where} in the paper); dots: seeds, vertical bars: their means")
     save_figure(figure, path, dpi=130)
 
 
@@ -105,7 +116,7 @@ def write_report(root: Path, names: Sequence[str], arms: list[tuple[str, int]]) 
     results, strengths = read_arms(root, arms)
     done = sum(map(len, results.values()))
     lines = ["# Ablations in miniature", "", f"{done} of {len(arms)} arms done. Accuracies in per cent after IFT; "]
-    lines[-1] += "probes: mean-centred cosine, mean over LLM layers 1 to 4; ± sd over seeds."
+    lines[-1] += "probes: mean-centered cosine, mean over LLM layers 1 to 4; ± sd over seeds."
     settings = read_json(root / "settings.json")
     if settings["shrunk"]:
         lines += ["", "**Shrunken to check the chain: the numbers mean nothing.**"]

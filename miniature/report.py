@@ -17,31 +17,22 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ola_vlm.probing.figures import METHODS, STYLE, method_styles
 from ola_vlm.targets.files import save_figure, write_whole
 
 BASELINE, OURS, CONTROL = "llava", "ola_vlm", "ola_vlm_shuffled"
-# label, color, line style; any other method gets its name and the next color
-DRAWN = {
-    BASELINE: ("LLaVA", "#4c72b0", "-"),
-    OURS: ("OLA-VLM", "#d1495b", "-"),
-    CONTROL: ("OLA-VLM, shuffled targets", "#8d8d8d", "--"),
-    "feature_concat": ("LLaVA, feature concat", "#55a868", "-."),
-    "token_concat": ("LLaVA, token concat", "#dd8452", "-."),
-}
 STAGES = {"pretrain": "after PT", "finetune": "after IFT"}
-METRICS = {"ridge": "mean-centred cosine", "ridge_plain": "plain cosine"}
-# fonts that survive the width of a README
-STYLE = {"font.size": 12, "axes.titlesize": 13, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2}
+METRICS = {"ridge": "mean-centered cosine", "ridge_plain": "plain cosine"}
 CAPTIONS = {
-    "summary.png": "Accuracy, its gain at the last IFT step (95% over questions), mean-centred cosine of the probes.",
+    "summary.png": "Accuracy, its gain at the last IFT step (bars: 95% over questions), mean-centered "
+    "cosine of the probes. Bands: sd over seeds.",
     "accuracy.png": "Accuracy on the test questions over IFT steps; bands: sd over seeds; dotted: chance.",
-    "probes.png": "Ridge probes by layer, mean-centred cosine: predicting the mean scores 0. Bands: sd over seeds.",
+    "probes.png": "Ridge probes by layer, mean-centered cosine: predicting the mean scores 0. Bands: sd over seeds.",
     "probes_plain.png": "The same probes, plain cosine as in the paper: predicting the mean scores high too.",
     "losses.png": "Embedding losses during PT by task, layer and part. Bands: sd over seeds.",
     # drawn by the study, shown if they are there
     "decoded_depth.png": "Depth decoded from the predictions after PT, beside the truth and the teacher's own.",
-    "decoded_seg.png": "Segmentation decoded from the predictions after PT (the teacher's earlier stages help).",
+    "decoded_seg.png": "Segmentation features predicted after PT, as difference to the mean target (gray).",
     "world.png": "Scenes of the miniature world: image, depth, masks and questions.",
 }
 ALPHA = 0.05
@@ -166,7 +157,7 @@ def speed_and_probes(results: dict) -> list[str]:
     for name in (name for name in results["methods"] if name not in (BASELINE, CONTROL)):
         lines += ["", f"**{name} - {BASELINE}** along IFT, mean of the tasks, points by step:", ""]
         lines += ["- " + gains(name, accuracy_curve("average"), 1)]
-        lines += ["", f"**{name} - {BASELINE}**, probes (mean-centred cosine), by layer:", ""]
+        lines += ["", f"**{name} - {BASELINE}**, probes (mean-centered cosine), by layer:", ""]
         for stage, when in STAGES.items():
             lines += [f"- {task} {when}: {gains(name, probe_curve(stage, task), 3)}" for task in probed_tasks(results)]
     return lines
@@ -223,37 +214,52 @@ def inline(value) -> str:
 def draw_figures(results: dict, out_dir: Path) -> None:
     """Draw into `out_dir` what `results` hold data for."""
     accuracy, probe, loss = (partial(panel, results) for panel in (accuracy_panel, probe_panel, loss_panel))
-    tasks = probed_tasks(results)
-    save_grid(out_dir / "accuracy.png", 3, [partial(accuracy, task) for task in chance_of(results)])
+    tasks, bands = probed_tasks(results), bands_of(results)
+    save_grid(out_dir / "accuracy.png", 3, [partial(accuracy, task) for task in chance_of(results)], bands)
     if count := len(tasks):
-        centred, plain = ([partial(probe, stage, t, metric) for stage in STAGES for t in tasks] for metric in METRICS)
-        save_grid(out_dir / "probes.png", count, centred, sharey="col")
-        save_grid(out_dir / "probes_plain.png", count, plain, sharey="col")
-        summary = [partial(accuracy, "average"), *centred[:count], partial(gain_panel, results), *centred[count:]]
-        save_grid(out_dir / "summary.png", 1 + count, summary)
+        centered, plain = ([partial(probe, stage, t, metric) for stage in STAGES for t in tasks] for metric in METRICS)
+        save_grid(out_dir / "probes.png", count, centered, bands, sharey="col")
+        save_grid(out_dir / "probes_plain.png", count, plain, bands, sharey="col")
+        summary = [partial(accuracy, "average"), *centered[:count], partial(gain_panel, results), *centered[count:]]
+        note = f"{bands}; gain, bars: 95% intervals over questions"
+        save_grid(out_dir / "summary.png", 1 + count, summary, note)
     if keys := distinct(results, lambda seed: [key for key in seed["losses"] if key.count("/") == 2]):
-        save_grid(out_dir / "losses.png", 2, [partial(loss, key) for key in keys])
+        save_grid(out_dir / "losses.png", 2, [partial(loss, key) for key in keys], bands)
 
 
-def save_grid(path: Path, columns: int, panels: list[Callable[[Axes], None]], **shared) -> None:
-    """Save panels row by row, 10 inches wide, the first one's legend above them all."""
+def save_grid(path: Path, columns: int, panels: list[Callable[[Axes], None]], note: str, **shared) -> None:
+    """Save panels row by row, 10 inches wide, the first one's legend above them all, `note` below."""
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(10, 2.9 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **shared).flat
     for ax, panel in zip_longest(axes, panels, fillvalue=Axes.set_axis_off):
         panel(ax)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    # On the figure itself: it is also shown where its caption isn't.
+    figure.supxlabel(note, fontsize=11, color="0.3")
     save_figure(figure, path, dpi=130)
+
+
+def bands_of(results: dict) -> str:
+    """What a line and its band are."""
+    counts = {len(method["seeds"]) for method in results["methods"].values()}
+    if max(counts) == 1:
+        return "lines: one seed"
+    seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return f"lines: means over {seeds} seeds, bands: ± one standard deviation"
 
 
 def draw_methods(ax, results: dict, read: Reader) -> None:
     """For each method a line of means over seeds with a band of one sd."""
+    styles = method_styles(results["methods"])
     for name, method in results["methods"].items():
-        if curve := over_seeds(method, read):
-            label, color, linestyle = DRAWN.get(name, (name, None, "-"))
-            xs, (mean, sd) = list(curve), np.transpose(list(curve.values()))
-            (line,) = ax.plot(xs, mean, linestyle, marker=".", color=color, label=label)
-            ax.fill_between(xs, mean - sd, mean + sd, color=line.get_color(), alpha=0.15, linewidth=0)
+        curve = over_seeds(method, read)
+        if not curve:
+            continue
+        steps = list(curve)
+        mean, sd = np.transpose(list(curve.values()))
+        ax.plot(steps, mean, markersize=4, **styles[name])
+        ax.fill_between(steps, mean - sd, mean + sd, color=styles[name]["color"], alpha=0.15, linewidth=0)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -278,9 +284,9 @@ def gain_panel(results: dict, ax) -> None:
     """OLA-VLM minus LLaVA with its interval, for every task."""
     if compared := results.get("comparison"):
         gain, low, high = 100 * np.array([[c["difference"], *c["ci95"]] for c in compared.values()]).T
-        ax.errorbar(gain, list(compared), xerr=[gain - low, high - gain], fmt="o", color=DRAWN[OURS][1], capsize=3)
+        ax.errorbar(gain, list(compared), xerr=[gain - low, high - gain], fmt="o", color=METHODS[OURS][1], capsize=3)
         ax.invert_yaxis()
-        ax.set(title="gain (points)", xlabel=f"{OURS} - {BASELINE}")
+        ax.set(title="gain (points)", xlabel=f"{METHODS[OURS][0]} minus {METHODS[BASELINE][0]}")
     ax.axvline(0, color="black", linewidth=1)
 
 

@@ -26,7 +26,7 @@ from ola_vlm.eval.multiple_choice import generate_answers, score
 from ola_vlm.miniature import world
 from ola_vlm.miniature.arm import Clock, read_json
 from ola_vlm.miniature.dataset import SEEDS, llava_row
-from ola_vlm.miniature.report import STYLE
+from ola_vlm.probing.figures import STYLE, TASK_COLORS
 from ola_vlm.recipes import smollm2 as recipe
 from ola_vlm.targets.files import save_figure, write_json, write_whole
 from ola_vlm.targets.images import open_image
@@ -386,7 +386,7 @@ def draw_losses(results: dict, path: Path) -> None:
             axes["ntp"].plot([start + step for step in steps], values, label=stage.removeprefix("after "))
             start += results[stage]["steps"]
         for (task, layer, part), curve in embedding_losses(results).items():
-            color, seen = lines.setdefault(task, (f"C{len(lines) + 2}", layer))
+            color, seen = lines.setdefault(task, (TASK_COLORS.get(task, f"C{len(lines) + 2}"), layer))
             look = {"color": color, "linestyle": "-" if seen == layer else "--", "label": f"{task}, layer {layer}"}
             axes[part].plot(*zip(*curve, strict=True), **look)
         for axis, title in zip(axes.values(), ("next-token loss", "smooth L1, PT", "contrastive, PT"), strict=True):

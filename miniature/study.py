@@ -152,7 +152,7 @@ def decoded_figures(root: Path, count: int = 4) -> None:
         painter = viewer.painters[task]
         truth = {"truth": list(map(painter.draw, truths[task]))} if task in truths else {}
         columns = {"image": columns.pop("image"), **truth, **columns}
-        title = f"{task}, right after pre-training: {painter.caption}"
+        title = f"{task}, right after pre-training: {viewer.caption(task)}"
         pictures_figure(root / f"decoded_{task}.png", columns, title, painter.legend)
 
 

@@ -1,5 +1,6 @@
-"""Probe scores as pictures."""
+"""Probe scores as pictures, and what all figures share: their fonts, and one color and name for each method."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -8,27 +9,80 @@ from matplotlib.figure import Figure
 from ..targets.escapes import mathtext
 from ..targets.files import save_figure
 
-STYLE = {"font.size": 12, "axes.titlesize": 13, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2}
-LINES = ("-", "--", "-.", ":")
+# fonts that survive the width of a README
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 2,
+}
+# A run's folder -> the method's name, color and line style in every figure.
+METHODS = {
+    "llava": ("LLaVA", "#4c72b0", "-"),
+    "ola_vlm": ("OLA-VLM", "#d1495b", "-"),
+    "ola_vlm_shuffled": ("OLA-VLM, shuffled targets", "#8d8d8d", "--"),
+    "feature_concat": ("LLaVA, feature concat", "#55a868", "-."),
+    "token_concat": ("LLaVA, token concat", "#dd8452", "-."),
+    "ola_vlm_losses_none": ("OLA-VLM, task tokens without losses", "#8172b3", ":"),
+    "ola_vlm_losses_pt_ift": ("OLA-VLM, losses in IFT, too", "#937860", ":"),
+}
+# For models that are none of these, in their order.
+OTHER_COLORS = ("#17becf", "#bcbd22", "#e377c2", "#1b4d3e", "#f0b400", "#6a0dad", "#a0522d", "#00a2ff")
+# Tasks take colors that no method has.
+TASK_COLORS = {"depth": "#2f9e9e", "seg": "#b5651d", "gen": "#7a4fb5"}
+LINE_STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "D", "^", "v")
+
+
+def method_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Label, color, line style and marker of each model, for matplotlib.
+
+    A name is a method's, or a path with the method's folder in it ("llava/seed1"). Several of one method have its
+    color and differ in line style and marker.
+    """
+    styles: dict[str, dict[str, str]] = {}
+    others = 0
+    for name in names:
+        parts = name.split("/")
+        method = next((part for part in parts if part in METHODS), None)
+        if method is not None:
+            label, color, line_style = METHODS[method]
+            rest = [part for part in parts if part != method]
+            label = ", ".join([label, *rest])
+        else:
+            label = name
+            color = OTHER_COLORS[others % len(OTHER_COLORS)]
+            line_style = LINE_STYLES[others // len(OTHER_COLORS) % len(LINE_STYLES)]
+            others += 1
+        same_color = sum(style["color"] == color for style in styles.values())
+        if method is not None and same_color:
+            line_style = LINE_STYLES[same_color % len(LINE_STYLES)]
+        marker = MARKERS[same_color % len(MARKERS)]
+        styles[name] = {"label": mathtext(label), "color": color, "linestyle": line_style, "marker": marker}
+    return styles
 
 
 def curves_figure(path: str | Path, results: dict) -> None:
-    """All models' curves over the LLM's layers, a column a task; above the mean-centred cosine, below the plain one.
+    """All models' curves over the LLM's layers, a column a task; above the mean-centered cosine, below the plain one.
     `results`: probes.json's content. The dotted line is what the training images' mean target scores."""
-    kind, tasks = results["run"]["probe"], [task["name"] for task in results["run"]["tasks"]]
+    kind = results["run"]["probe"]
+    tasks = [task["name"] for task in results["run"]["tasks"]]
     models = list(results["models"].values())
-    rows = {kind: "cosine similarity,\nmean-centred", f"{kind}_plain": "cosine similarity,\nplain (the paper's)"}
+    styles = method_styles(model["name"] for model in models)
+    rows = {kind: "cosine similarity,\nmean-centered", f"{kind}_plain": "cosine similarity,\nplain (the paper's)"}
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(tasks) + 0.8, 7.2 + 0.3 * (len(models) // 3)), layout="constrained")
         axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
         for row, (score, label) in zip(axes, rows.items(), strict=True):
             row[0].set_ylabel(label)
             for axis, task in zip(row, tasks, strict=True):
-                for i, model in enumerate(models):
-                    curve = {int(layer): one[score] for layer, one in model["scores"][task].items()}
-                    line = {"color": f"C{i % 10}", "linestyle": LINES[i // 10 % 4], "marker": "o", "markersize": 4}
-                    axis.plot(curve.keys(), curve.values(), label=mathtext(model["name"]), **line)
+                for model in models:
+                    curve = {int(layer): scores[score] for layer, scores in model["scores"][task].items()}
+                    axis.plot(curve.keys(), curve.values(), markersize=4, **styles[model["name"]])
                 zero = 0.0 if score == kind else results["zero"][task]
                 axis.axhline(zero, color="0.35", linestyle=":", label="the mean target (nothing seen)")
                 axis.xaxis.get_major_locator().set_params(integer=True)

@@ -6,6 +6,7 @@ N images, Q positions of the target, H LLM width, E target width.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from .states import ImageStates, StateReader
 
 # The paper's probe, as its predictor without task tokens; depth's has no further MLP either.
 RESAMPLER = {"layers": [1], "num_task_tokens": 0, "predictor_dim": None, "predictor_depth": 1, "output_mlp": False}
+SAMPLE = 1000  # images whose mean states tell which others are like them
 Scores = dict[str, dict[str, dict[str, float]]]  # task -> layer -> {kind: centred cosine, kind_plain: the paper's}
 
 
@@ -34,6 +36,78 @@ def centred_cosine(prediction_NQE: Tensor, target_NQE: Tensor, mean_QE: Tensor) 
 
     Plain cosines are high for any prediction near the mean (.93 for the mean itself); this one is 0 on average."""
     return F.cosine_similarity(prediction_NQE - mean_QE, target_NQE - mean_QE, dim=-1).mean(-1)
+
+
+class Familiarity(NamedTuple):
+    """How the images that probes were fitted on look to the model: by each image's mean state at layer 0, where the
+    LLM gets it. Mean and standard deviation over the images (H,), and the `limit` (): 99 in 100 of them are nearer to
+    the mean than that.
+
+    What probes read from an image that lies farther out is not to be trusted: none was there to fit them on.
+    """
+
+    mean: Tensor
+    std: Tensor
+    limit: Tensor
+
+    @classmethod
+    def fit(cls, states_NH: Tensor) -> "Familiarity":
+        """From the images' mean states."""
+        mean = states_NH.mean(0)
+        std = (states_NH - mean).square().mean(0).sqrt()
+        std = torch.where(std > 1e-6, std, 1)
+        unfinished = cls(mean, std, torch.zeros(()))
+        limit = torch.quantile(unfinished.distance(states_NH), 0.99, interpolation="higher")
+        return cls(mean, std, limit)
+
+    def distance(self, states_NH: Tensor) -> Tensor:
+        """(N,): root mean square over channels, in standard deviations; about 1 for an image like the others."""
+        return ((states_NH - self.mean) / self.std).square().mean(-1).sqrt()
+
+    def is_outside(self, states: ImageStates) -> Tensor:
+        """(N,) bool."""
+        return self.distance(mean_states(states)) > self.limit
+
+
+def mean_states(states: ImageStates) -> Tensor:
+    """(N, H), fp32: each image's tokens at layer 0, averaged."""
+    return states.positions(0, 1)[:, 0]
+
+
+class StateSample:
+    """Mean states of at most `SAMPLE` of the images that a fit sees, evenly spaced over the first `count`."""
+
+    def __init__(self):
+        self.rows: dict[int, Tensor] = {}  # number of an image -> (H,)
+        self.chosen: set[int] = set()
+
+    def plan(self, count: int) -> None:
+        self.chosen = set(torch.linspace(0, count - 1, min(SAMPLE, count)).round().int().tolist())
+
+    def update(self, states: ImageStates, start: int) -> None:
+        """`start`: how many images came before."""
+        numbers = range(start, start + len(states.grids))
+        if self.chosen.isdisjoint(numbers):
+            return
+        for number, row in zip(numbers, mean_states(states).cpu(), strict=True):
+            if number in self.chosen:
+                self.rows[number] = row
+
+    def familiarity(self) -> Familiarity | None:
+        return Familiarity.fit(torch.stack(list(self.rows.values()))) if self.rows else None
+
+    def state(self) -> dict[str, Tensor]:
+        """What an interrupted fit goes on from; empty before the first image."""
+        if not self.rows:
+            return {}
+        numbers = torch.tensor(list(self.rows))
+        return {"sample.numbers": numbers, "sample.rows": torch.stack(list(self.rows.values()))}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Of a fit that was begun before there was a sample: the images that are still to come."""
+        if "sample.numbers" in tensors:
+            rows = tensors["sample.rows"].cpu()
+            self.rows = dict(zip(tensors["sample.numbers"].tolist(), rows, strict=True))
 
 
 class LinearProbe(nn.Module):
@@ -77,6 +151,7 @@ class Probes:
         self.kind, self.num_layers, self.hidden_size, self.about = kind, num_layers, hidden_size, about or {}
         self.tasks = {task["name"]: normalize_task({**task, **RESAMPLER}, hidden_size, 1) for task in tasks}
         self.means: dict[str, Tensor] = {}  # task -> training images' mean target (Q, E)
+        self.familiarity: Familiarity | None = None  # None: of probes from before it was kept
         self.statistics: dict[str, TargetStatistics] = {}  # of standardised targets, which are what a probe predicts
 
         def make(task: dict) -> nn.Module:
@@ -114,6 +189,8 @@ class Probes:
     def to(self, device) -> "Probes":
         self.modules.to(device)
         self.means = {name: mean.to(device) for name, mean in self.means.items()}
+        if self.familiarity is not None:
+            self.familiarity = Familiarity(*(part.to(device) for part in self.familiarity))
         moved = ((name, (part.to(device) for part in parts)) for name, parts in self.statistics.items())
         self.statistics = {name: TargetStatistics(*parts) for name, parts in moved}
         return self
@@ -126,6 +203,8 @@ class Probes:
         """probes.safetensors and probes.json."""
         tensors = {f"probes.{name}": value for name, value in self.modules.state_dict().items()}
         tensors |= {f"means.{name}": mean for name, mean in self.means.items()}
+        if self.familiarity is not None:
+            tensors |= {f"familiarity.{part}": value for part, value in self.familiarity._asdict().items()}
         for name, statistics in self.statistics.items():
             tensors |= {f"statistics.{name}.{part}": value for part, value in statistics._asdict().items()}
         save_tensors(tensors, Path(folder) / "probes.safetensors")
@@ -147,12 +226,14 @@ def load_probes(folder: str | Path) -> Probes:
     known = ("kind", "tasks", "num_layers", "hidden_size", "about", "first_layer")
     probes = Probes(**{name: fields[name] for name in known if name in fields})
     tensors = read_safetensors(found[0] / "probes.safetensors")
-    split = {part: {} for part in ("probes", "means", "statistics")}
+    split = {part: {} for part in ("probes", "means", "familiarity", "statistics")}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         split[part][rest] = value
     probes.modules.load_state_dict(split["probes"])
     probes.means = split["means"]
+    if split["familiarity"]:
+        probes.familiarity = Familiarity(**split["familiarity"])
     tasks = {name.partition(".")[0] for name in split["statistics"]}
     probes.statistics = {
         task: TargetStatistics(*(split["statistics"][f"{task}.{part}"] for part in TargetStatistics._fields))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..targets.cache import TargetStatistics
-from .probes import Probes
+from .probes import Probes, StateSample
 from .states import ImageStates
 
 
@@ -47,12 +47,14 @@ class ResamplerFit:
         self.probes.to(device)
         self.optimizer = torch.optim.AdamW(self.probes.modules.parameters(), lr=learning_rate, weight_decay=0.0)
         self.step, self.seen = 0, 0  # optimiser steps, and images seen in all epochs
+        self.sample = StateSample()
         self.totals: dict[str, Tensor] = {}  # task -> sum of the first epoch's targets (Q, E)
         self.losses: dict[str, float] = {}  # task -> mean over layers, of the last batch
 
     def plan(self, count: int, batch_size: int) -> list[Tensor]:
         """The batches of all epochs, as indices of `count` images; another order in each epoch."""
         assert count == self.images
+        self.sample.plan(count)
         batches = []
         for epoch in range(self.epochs):
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch))
@@ -69,6 +71,8 @@ class ResamplerFit:
         one's is made."""
         start = self.seen % self.images // self.step_images * self.step_images
         share = len(states.grids) / min(self.step_images, self.images - start)
+        # The second epoch's numbers are beyond those that are sampled.
+        self.sample.update(states, self.seen)
         for name, target in targets.items():
             if self.seen < self.images:
                 self.totals[name] = self.totals.get(name, 0.0) + target.double().sum(0)
@@ -97,6 +101,7 @@ class ResamplerFit:
     def finish(self) -> Probes:
         """The probes, with the means of what they were trained on."""
         self.probes.means = {name: (total / self.images).float() for name, total in self.totals.items()}
+        self.probes.familiarity = self.sample.familiarity()
         return self.probes
 
     def state(self) -> dict[str, Tensor]:
@@ -105,11 +110,15 @@ class ResamplerFit:
         for name, parameter in self.probes.modules.named_parameters():
             tensors[f"weight.{name}"] = parameter.detach()
             tensors |= {f"optimizer.{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
-        return tensors | {"step": torch.tensor(self.step), "seen": torch.tensor(self.seen)}
+        tensors.update(self.sample.state())
+        tensors["step"] = torch.tensor(self.step)
+        tensors["seen"] = torch.tensor(self.seen)
+        return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.step, self.seen = int(tensors["step"]), int(tensors["seen"])
+        self.sample.load_state(tensors)
         parameters = dict(self.probes.modules.named_parameters())
         device = next(iter(parameters.values())).device
         for key, value in tensors.items():

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .probes import Probes, Scores
+from .probes import Probes, Scores, StateSample
 from .states import ImageStates
 
 STRENGTHS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -69,14 +69,17 @@ class RidgeFit:
         for task in tasks:
             self.groups[task["target_length"]].append(task["name"])
         self.probes = {(length, layer): RidgeProbe() for length in self.groups for layer in range(num_layers)}
+        self.sample = StateSample()
         self.count, self.totals = 0, {}  # images, and their targets' sums (Q, E) by task
         self.can_stop = True  # after any batch
 
     def plan(self, count: int, batch_size: int) -> list[Tensor]:
         """The batches, as indices of `count` images."""
+        self.sample.plan(count)
         return list(torch.arange(count).split(batch_size))
 
     def update(self, states: ImageStates, targets: Mapping[str, Tensor]) -> None:
+        self.sample.update(states, self.count)
         self.count += len(states.grids)
         for name, target in targets.items():
             total = target.double().sum(0)
@@ -94,6 +97,7 @@ class RidgeFit:
         probes = Probes("ridge", *self.args)
         probes.about["strengths"] = dict(strengths)
         probes.means = {name: (total / self.count).float() for name, total in self.totals.items()}
+        probes.familiarity = self.sample.familiarity()
         for (length, layer), ridge in self.probes.items():
             solved = {
                 strength: ridge.solve(strength) for strength in {strengths[name] for name in self.groups[length]}
@@ -111,12 +115,17 @@ class RidgeFit:
         tensors = {f"total.{name}": total for name, total in self.totals.items()}
         for (length, layer), ridge in self.probes.items():
             tensors |= {f"{length}.{layer}.mean": ridge.mean, f"{length}.{layer}.scatter": ridge.scatter}
-        return tensors | {"count": torch.tensor(self.count)}
+        tensors.update(self.sample.state())
+        tensors["count"] = torch.tensor(self.count)
+        return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.count = int(tensors["count"])
+        self.sample.load_state(tensors)
         for name, value in tensors.items():
             match name.split("."):
+                case ["sample", _]:
+                    pass
                 case ["total", task]:
                     self.totals[task] = value
                 case [length, layer, part]:

@@ -39,7 +39,8 @@ from PIL import Image
 from ola_vlm.chat import NO_IMAGE, Chat, has_image, option_words, without_option_words
 from ola_vlm.miniature import world
 from ola_vlm.targets.images import LONGEST_STRIP, DamagedImage, ImageError, open_image
-from ola_vlm.visualize import LayerViewer, find_teachers
+from ola_vlm.visualize import NOTHING_SEEN as MEAN
+from ola_vlm.visualize import OUTSIDE, TARGET, LayerViewer, find_teachers, has_classes, note_of
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 MAX_FILE = "10mb"
@@ -55,7 +56,7 @@ PICTURES_KEPT = 16  # decoded, of MAX_SIDE at most: 200 MB
 KEPT = 3600  # seconds that uploads stay on the disk
 QUEUE = 256  # events that wait
 SESSIONS = 64  # pages of which Gradio remembers what they sent last
-HEADINGS = {"decoded target": "decoded"}  # as short as a phone needs it
+HEADINGS = {TARGET: "decoded", MEAN: "nothing seen"}  # as short as a phone needs it
 TASKS = {"depth": "Depth", "seg": "Segmentation", "gen": "Image embedding (gen)"}
 EXAMPLES = ("depth", "relation", "count", "distance")  # kinds of the miniature's questions, the surest first
 LEGEND = 12  # classes
@@ -75,8 +76,9 @@ does (guessing: 44 in 100), and nonsense to all else. What is better is what its
 SEEN = """\
 ### What each layer sees
 of the image sent last, read by {by}. **teacher**: its own output. **decoded**: the teacher's features, drawn as
-a layer's are: the best a layer can look like. **layer 0**: the image as it enters the language model, before its first
-layer."""
+a layer's are: the best a layer can look like. **nothing seen**: the mean of the training images' features.
+**layer 0**: the image as it enters the language model. The number: cosine to the image's own features, 0 for nothing
+seen, 1 for all."""
 NOTHING_SEEN = """\
 ### What each layer sees
 can't be shown: {reason}."""
@@ -98,12 +100,12 @@ CSS = """
 #layers .task:not(:has(.grid-wrap img)), #layers:has(.grid-wrap img) #not-yet {display: none}
 #layers .heading, #layers .heading .html-container {padding: 0 !important} #layers .heading .prose {font-size: .8rem}
 #compare input:not(:checked) {border-color: var(--body-text-color-subdued) !important}
-.layers .grid-container {grid-template-columns: repeat(7, minmax(0, 1fr)) !important; gap: .3rem !important}
+.layers .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)) !important; gap: .3rem !important}
 .layers .gallery-item, .layers .grid-wrap {min-height: 0 !important} .layers .grid-wrap {padding: 0 !important}
 .layers .thumbnail-item {display: flex; flex-direction: column; height: auto !important; aspect-ratio: auto !important}
 .layers .thumbnail-item img {width: 100% !important; height: auto !important; aspect-ratio: 1}
 .layers .thumbnail-item .caption-label {position: static; width: 100%; max-width: 100%; font-size: .75rem; padding: 0;
-  text-align: center; border: 0; border-radius: 0; box-shadow: none}
+  text-align: center; white-space: pre-line; line-height: 1.2; border: 0; border-radius: 0; box-shadow: none}
 .scale, .swatch {display: inline-block; height: .8em; border: 1px solid gray; vertical-align: -.05em; margin: 0 .4em}
 .scale {width: 8em} .swatch {width: .8em; margin: 0 .3em 0 .7em}
 
@@ -374,10 +376,17 @@ class Handlers:
     """What each event of the page does; for the arguments see `build`. `histories`: the chats on the page, a model
     each. All of these can be called by anybody, with anything."""
 
-    def __init__(self, chats: dict[str, Chat], examples: Sequence[dict], viewer: LayerViewer | str):
+    def __init__(
+        self,
+        chats: dict[str, Chat],
+        examples: Sequence[dict],
+        viewer: LayerViewer | str,
+        other: LayerViewer | None = None,
+    ):
         self.chats = chats
         self.examples = examples
         self.viewer = viewer
+        self.other = other
         self.painters = {} if isinstance(viewer, str) else viewer.painters
         self.tasks = [task for task in TASKS if task in self.painters]
         # a painter's colors: class -> color
@@ -478,15 +487,29 @@ class Handlers:
             pictures = self.viewer.pictures([read_image(files[-1])])
         except ValueError as error:
             raise refuse(error) from error
-        galleries = []
-        for task in self.tasks:
-            columns = {heading: column[0] for heading, column in pictures[task].items() if heading != "image"}
-            galleries.append([(picture, HEADINGS.get(heading, heading)) for heading, picture in columns.items()])
+        (image, *_) = next(iter(pictures.values()))["image"]
+        if note_of(image):
+            gr.Info(f"This image is {' '.join(OUTSIDE.split())}: don't trust its layers.", title="Note")
         legends = []
         for task, colors in self.legends.items():
             drawn = [column[0] for heading, column in pictures[task].items() if heading != "image"]
-            legends.append(legend(colors, drawn))
-        return [*galleries, *legends]
+            legends.append(legend(colors, list(filter(has_classes, drawn))))
+        return [*(gallery(pictures[task]) for task in self.tasks), *legends]
+
+    def layers_of_other(self, compare: bool, history: list[dict]) -> list:
+        """The second model's galleries, for the image sent last; hidden unless it is compared."""
+        hidden = [gr.update(value=[], visible=False)] * len(self.tasks)
+        if not compare:
+            return hidden
+        content = [part for message in history for part in message["content"]]
+        files = [part["file"]["path"] for part in content if part["type"] == "file"]
+        if not files:
+            return hidden
+        try:
+            pictures = self.other.pictures([read_image(files[-1])])
+        except ValueError as error:
+            raise refuse(error) from error
+        return [gr.update(value=gallery(pictures.get(task, {})), visible=task in pictures) for task in self.tasks]
 
     def compared(self, compare: bool, *histories: list[dict]) -> list:
         """Shows or hides the second chat. One that was not asked all along takes over the conversation so far."""
@@ -497,6 +520,9 @@ class Handlers:
                 history = taken_over(first, next(iter(self.chats)))
             chatbots.append(gr.update(value=history, visible=compare))
         return [*chatbots, gr.update(**READY)]
+
+    def other_emptied(self) -> list:
+        return [gr.update(value=[], visible=False) for _ in self.tasks]
 
     def emptied(self, compare: bool) -> list:
         chatbots = [gr.update(value=[], visible=i == 0 or compare) for i in range(len(self.chats))]
@@ -517,6 +543,16 @@ def taken_over(history: list[dict], name: str) -> list[dict]:
             content = [note_part(f"{name}'s answer"), *content]
         copied.append({"role": message["role"], "content": content})
     return copied
+
+
+def gallery(columns: Mapping[str, list]) -> list[tuple[Image.Image, str]]:
+    """One image's pictures, each with its heading and note."""
+    captioned = []
+    for heading, (picture, *_) in columns.items():
+        if heading != "image":
+            note = note_of(picture).replace("cosine ", "")
+            captioned.append((picture, f"{HEADINGS.get(heading, heading)}\n{note}".strip()))
+    return captioned
 
 
 def legend(colors: Mapping[str, tuple], pictures: Sequence[Image.Image]) -> str:
@@ -559,6 +595,7 @@ def build(
     about: str = "",
     viewer: LayerViewer | str = "there are no teachers",
     links: Mapping[str, str] | None = None,
+    other: LayerViewer | None = None,
 ) -> gr.Blocks:
     """The page.
 
@@ -569,8 +606,9 @@ def build(
         about: what to say about the model, Markdown.
         viewer: of the first model's layers, or why there is none.
         links: title -> address.
+        other: of the second model's layers, shown above the first one's while both are compared.
     """
-    handlers = Handlers(chats, examples, viewer)
+    handlers = Handlers(chats, examples, viewer, other)
     with gr.Blocks(title="OLA-VLM", analytics_enabled=False, delete_cache=(600, KEPT)) as page:
         with gr.Row():
             listed = " ".join(f"[{title}]({address})" for title, address in (links or {}).items())
@@ -581,8 +619,8 @@ def build(
             with gr.Column(scale=6, min_width=320):
                 parts = chat_column(chats, examples)
             with gr.Column(scale=7, min_width=320, elem_id="layers"):
-                galleries, legends = layers_column(handlers)
-        connect(handlers, parts, galleries, legends)
+                galleries, legends, galleries_of_other = layers_column(handlers)
+        connect(handlers, parts, galleries, legends, galleries_of_other)
     # the REST routes, too, wait in the queue
     return page.queue(max_size=QUEUE, api_open=False)
 
@@ -628,8 +666,9 @@ def card(example: dict) -> dict:
     return {name: deepcopy(example[name]) for name in ("text", "files", "display_text") if name in example}
 
 
-def layers_column(handlers: Handlers) -> tuple[list[gr.Gallery], list[gr.HTML]]:
+def layers_column(handlers: Handlers) -> tuple[list[gr.Gallery], list[gr.HTML], list[gr.Gallery]]:
     galleries = []
+    galleries_of_other = []
     legends = {}
     if not handlers.tasks:
         gr.Markdown(NOTHING_SEEN.format(reason=escape(str(handlers.viewer))), elem_id="seen")
@@ -643,21 +682,30 @@ def layers_column(handlers: Handlers) -> tuple[list[gr.Gallery], list[gr.HTML]]:
             gr.HTML(heading, padding=False, elem_classes="heading")
             if task in handlers.legends:
                 legends[task] = gr.HTML(padding=False, elem_classes="heading")
-            gallery = gr.Gallery(
-                columns=7,
-                height="auto",
-                interactive=False,
-                buttons=[],
-                object_fit="contain",
-                fit_columns=False,
-                show_label=False,
-                elem_classes="layers",
-            )
-            galleries.append(gallery)
-    return galleries, [legends[task] for task in handlers.legends]
+            options = {
+                "columns": 8,
+                "height": "auto",
+                "interactive": False,
+                "buttons": [],
+                "object_fit": "contain",
+                "fit_columns": False,
+            }
+            if handlers.other is not None:
+                name = f"{list(handlers.chats)[-1]}, and below {next(iter(handlers.chats))}"
+                galleries_of_other.append(
+                    gr.Gallery(label=name, visible=False, elem_classes="layers other", **options)
+                )
+            galleries.append(gr.Gallery(show_label=False, elem_classes="layers", **options))
+    return galleries, [legends[task] for task in handlers.legends], galleries_of_other
 
 
-def connect(handlers: Handlers, parts: Parts, galleries: list[gr.Gallery], legends: list[gr.HTML]) -> None:
+def connect(
+    handlers: Handlers,
+    parts: Parts,
+    galleries: list[gr.Gallery],
+    legends: list[gr.HTML],
+    galleries_of_other: list[gr.Gallery],
+) -> None:
     """The events. An error covers the outputs of its event: what checks has none."""
     chatbots, box = parts.chatbots, parts.box
     quiet = {"queue": False, "show_progress": "hidden"}
@@ -683,6 +731,13 @@ def connect(handlers: Handlers, parts: Parts, galleries: list[gr.Gallery], legen
         for event in asked:
             outputs = [*galleries, *legends]
             event.success(on_gpu(handlers.layers), chatbots[0], outputs, concurrency_limit=1, show_progress="minimal")
+    if galleries_of_other:
+        for event in (*(event.success for event in asked), parts.compare.change):
+            inputs = [parts.compare, chatbots[0]]
+            of_other = on_gpu(handlers.layers_of_other)
+            event(of_other, inputs, galleries_of_other, concurrency_limit=1, show_progress="minimal")
+        for trigger in (parts.clear.click, *(chatbot.clear for chatbot in chatbots)):
+            trigger(handlers.other_emptied, None, galleries_of_other, **quiet)
 
     box.stop(ready, None, box, cancels=answers, **quiet)
     for trigger in (parts.clear.click, *(chatbot.clear for chatbot in chatbots)):
@@ -762,14 +817,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     talker = next(iter(chats.values()))
     of_gen = {"images_for_gen": images[4:] if own else None, "unclip": args.unclip}
     try:
-        viewer = LayerViewer.load(first, talker.model, talker.processor, find_teachers(recipe, first), **of_gen)
+        run = find_teachers(recipe, first)
+        viewer = LayerViewer.load(first, talker.model, talker.processor, run, **of_gen)
     except (OSError, ValueError) as error:
         viewer = str(error).replace(first, Path(first).name)  # no visitor's business where it lies
+    other = None
+    if second and not isinstance(viewer, str):
+        compared = list(chats.values())[-1]
+        try:
+            other = LayerViewer.load(second, compared.model, compared.processor, run, like=viewer)
+        except (OSError, ValueError) as error:
+            print(f"app.py: the layers of {second} can't be compared: {error}")
     about = MINIATURE if own else f"Here you talk to {escape(Path(first).name)}."
     links = make_links(args.checkpoint, args.code or code_address())
     with tempfile.TemporaryDirectory() as folder:
         examples = make_examples(drawn[:4], images[:4], Path(folder), own)
-        launch(build(chats, examples, about, viewer, links))
+        launch(build(chats, examples, about, viewer, links, other))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
-from ola_vlm.miniature.report import CAPTIONS, CONTROL, holm, report_text, write_report
+from ola_vlm.eval.correlation import describe, draw, range_without_two
+from ola_vlm.miniature.ablations import row_label
+from ola_vlm.miniature.report import (
+    CAPTIONS,
+    CONTROL,
+    bands_of,
+    draw_methods,
+    gain_panel,
+    holm,
+    report_text,
+    write_report,
+)
+from ola_vlm.probing.figures import METHODS, OTHER_COLORS, TASK_COLORS, method_styles
 
 TASKS = ["count", "relation", "depth", "distance"]
 
@@ -121,3 +136,42 @@ def test_a_run_of_one_method_without_probes_or_losses_still_reports(results, tmp
     seed = {**results["methods"]["llava"]["seeds"][0], "probes": {}, "losses": {}}
     text = write_report(tmp_path, {"methods": {"mine": {"seeds": [seed]}}, "chance": results["chance"]}).read_text()
     assert "| mine | 70.0 |" in text and "(accuracy.png)" in text and "probes.png" not in text
+
+
+def test_a_method_has_one_color_and_name_in_all_figures(results):
+    colors = [color for _, color, _ in METHODS.values()]
+    assert len({to_rgb(color) for color in (*colors, *OTHER_COLORS, *TASK_COLORS.values())}) == 18
+    styles = method_styles(["mine", "ola_vlm/seed0", "llava", "ola_vlm/seed1"])
+    assert styles["llava"] == method_styles(["llava"])["llava"] and styles["llava"]["label"] == "LLaVA"
+    assert styles["ola_vlm/seed0"]["color"] == styles["ola_vlm/seed1"]["color"] == METHODS["ola_vlm"][1]
+    assert styles["ola_vlm/seed0"]["linestyle"] != styles["ola_vlm/seed1"]["linestyle"]
+    assert styles["ola_vlm/seed1"]["label"] == "OLA-VLM, seed1" and styles["mine"]["label"] == "mine"
+    axis = Figure().subplots()
+    draw_methods(axis, results, lambda seed: {1: seed["accuracy"]["count"], 2: 0.5})
+    drawn = {line.get_label(): line.get_color() for line in axis.get_lines()}
+    assert drawn == {METHODS[name][0]: METHODS[name][1] for name in results["methods"]}
+    gain_panel(results, axis)
+    assert axis.get_xlabel() == "OLA-VLM minus LLaVA"
+    assert row_label("losses", "pt") == "pt (OLA-VLM)" and row_label("losses", "llava") == "LLaVA"
+    assert row_label("tasks", "gen_depth") == "gen depth"
+
+
+def test_bands_are_explained(results):
+    assert bands_of(results) == "lines: means over 2 seeds, bands: ± one standard deviation"
+    results["methods"]["llava"]["seeds"].pop()
+    assert "means over 1 to 2 seeds" in bands_of(results)
+
+
+def test_two_of_seven_points_make_no_correlation(tmp_path):
+    x, y = np.array([0.1, 0.11, 0.12, 0.13, 0.14, 0.8, 0.9]), np.array([76, 77, 75, 77, 76.5, 73, 72]) / 100
+    low, high = range_without_two(x, y)
+    assert low < -0.9 and high > 0
+    clear = np.linspace(0, 1, 7)
+    assert range_without_two(clear, 1 - clear) == pytest.approx((-1, -1))
+    assert range_without_two(x[:5], y[:5]) is None  # too few are left
+    assert range_without_two(clear, np.ones(7)) is None  # no correlation at all
+    rows = [(f"model {i}", x[i], y[i], 0.01) for i in range(7)]
+    found = draw(tmp_path / "figure.png", {"depth": rows}, "a benchmark", plain=False)
+    assert found["depth"]["r"] == pytest.approx(np.corrcoef(x, y)[0, 1]) and "p" not in found["depth"]
+    text = describe(found["depth"])
+    assert text.startswith("r = -0.9") and f"without any two: {low:+.2f} to {high:+.2f}" in text

@@ -553,6 +553,26 @@ def test_the_layers_of_the_last_image(page, tmp_path):
     assert len(skipped) == 2 and all(value["__type__"] == "update" for value in skipped)
 
 
+def test_the_layers_of_two_models(page, tmp_path):
+    """Those of the second stand above while they are compared; scores and headings below; what can't be trusted is
+    said."""
+    Image.new("RGB", (9, 9), "blue").save(tmp_path / "blue.png")
+    viewer, other = FakeViewer(), FakeViewer()
+    handlers = app.Handlers({}, [], viewer, other)
+    asked = [app.turn("user", "what", [str(tmp_path / "blue.png")]), app.turn("user", "and now")]
+    depth, _ = handlers.layers_of_other(True, asked)
+    assert depth["visible"] and [heading for _, heading in depth["value"]] == ["teacher", "layer 2"]
+    for hidden in (handlers.layers_of_other(False, asked), handlers.layers_of_other(True, asked[1:])):
+        assert not hidden[0]["visible"] and hidden[1]["value"] == []
+    picture = Image.new("RGB", (8, 8))
+    picture.info["note"] = "nearest +0.90\ncosine +0.25"
+    columns = {"image": [picture], app.MEAN: [picture], "layer 2": [picture]}
+    assert [text for _, text in app.gallery(columns)] == [
+        "nothing seen\nnearest +0.90\n+0.25",
+        "layer 2\nnearest +0.90\n+0.25",
+    ]
+
+
 def test_examples_come_from_the_miniatures_world(tmp_path):
     drawn, images = app.render_scenes(4)
     examples = app.make_examples(drawn, images, tmp_path, own_words=True)

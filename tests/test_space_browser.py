@@ -146,15 +146,15 @@ def test_a_visit(browser, url, tmp_path):
     ]
     visitor.page.locator(".example").first.click()
     assert visitor.answers(1) == ["(A) blue object\n\u2139 right: the truth is (A) blue object"]
-    # depth and segmentation: teacher, decoded, five layers; gen: teacher, five layers
-    first = visitor.pictures(20)
-    for picture in (0, 7, 19):  # of each gallery
+    # depth and segmentation: teacher, decoded, nothing seen, five layers; gen: without decoded
+    first = visitor.pictures(23)
+    for picture in (0, 8, 22):  # of each gallery
         assert visitor.is_on_screen(visitor.page.locator("#layers .grid-wrap img").nth(picture))
     assert visitor.page.locator("#layers .swatch").count() >= 5 and visitor.page.locator("#layers .scale").is_visible()
     visitor.send("where is the red object ?")
     told = visitor.answers(2)
     assert re.fullmatch(r"x\d+ y\d+", told[1])
-    assert visitor.pictures(20) == first  # no new image
+    assert visitor.pictures(23) == first  # no new image
     visitor.show(folder / "space_laptop.png")
     visitor.page.get_by_role("button", name="Regenerate").click()
     visitor.page.wait_for_timeout(1000)
@@ -206,7 +206,7 @@ def test_on_a_phone(browser, url, tmp_path):
     visitor.page.locator(".toast-close").click()
     visitor.page.locator(".example").first.click()
     visitor.answers(1)
-    visitor.pictures(20)
+    visitor.pictures(23)
     visitor.page.evaluate("window.scrollTo(0, 0)")
     for part in (".user.message img", ".bot.message"):
         assert visitor.is_on_screen(visitor.page.locator(part).first)

@@ -17,19 +17,26 @@ from transformers import (
 
 from ola_vlm import visualize
 from ola_vlm.probing.fit import fit
+from ola_vlm.probing.probes import centred_cosine, load_probes
 from ola_vlm.probing.ridge import RidgeFit
 from ola_vlm.probing.states import StateReader
 from ola_vlm.targets.cache import TargetStatistics, load_statistics
 from ola_vlm.targets.encoders import ENCODERS, open_image
 from ola_vlm.visualize import (
+    NOTHING_SEEN,
+    TARGET,
     LayerViewer,
     NearestImages,
     Painter,
     UnclipImages,
     class_color,
+    compared,
+    display_names,
     draw_depth,
     find_teachers,
     main,
+    note_of,
+    page,
     pictures_figure,
     square,
 )
@@ -109,12 +116,73 @@ def test_painters_show_what_the_teachers_decode(encoders):
     assert "teacher-assisted" in seg.caption
 
 
+def test_segmentation_is_drawn_from_the_features_alone(encoders):
+    """OneFormer's decoder draws the objects whatever the features are; these pictures are gray for who sees nothing,
+    the same for every image, and as colorful as the target only for the target."""
+    images = random_images(2)
+    seg = Painter(encoders["seg"])
+    targets = encoders["seg"].encode(images)
+    mean = targets.mean(0) + 0.1
+    nothing = seg(mean.expand_as(targets), images, targets, mean)
+    assert same(nothing[0], nothing[1]) and set(np.asarray(nothing[0]).ravel().tolist()) == {128}
+    best = seg(targets, images, targets, mean)
+    assert not same(best[0], best[1]) and np.asarray(best[0]).std() > 20
+    half = seg(mean + (targets - mean) / 2, images, targets, mean)
+    assert abs(np.asarray(half[0]).std() / np.asarray(best[0]).std() - 0.5) < 0.1
+    assert same(best[0], seg(targets, images[::-1], targets, mean)[0])  # nothing of the image itself
+    assert same(seg(targets, images)[0], seg(targets, images, targets)[0])  # no mean target is known
+
+
+def test_scores_are_under_the_pictures(encoders):
+    images = random_images(2)
+    targets = {task: encoder.encode(images) for task, encoder in encoders.items()}
+    means = {task: target.mean(0) + 0.1 for task, target in targets.items()}
+    noise = torch.Generator().manual_seed(0)
+    guesses = {task: target + torch.randn(target.shape, generator=noise) for task, target in targets.items()}
+    layers = {task: {2: guess} for task, guess in guesses.items()}
+    viewer = LayerViewer(lambda images: layers, encoders, NearestImages(images, encoders["gen"]), means=means)
+    shown = viewer.pictures(images)
+    for task, columns in shown.items():
+        cosines = centred_cosine(guesses[task], targets[task], means[task]).tolist()
+        for n, cosine in enumerate(cosines):
+            assert note_of(columns["layer 2"][n]).endswith(f"cosine {cosine:+.2f}")
+            assert note_of(columns[NOTHING_SEEN][n]).endswith("cosine +0.00")
+    assert list(shown["seg"]) == ["image", "teacher", TARGET, NOTHING_SEEN, "layer 2"]
+    assert note_of(shown["depth"][TARGET][0]) == "cosine +1.00" and note_of(shown["depth"]["teacher"][0]) == ""
+    assert note_of(shown["gen"]["teacher"][0]) == "nearest +1.00"  # the images themselves are among those
+    assert "nothing seen" in viewer.caption("depth")
+    unknown = LayerViewer(lambda images: layers, encoders)
+    assert note_of(unknown.pictures(images)["depth"]["layer 2"][0]).startswith("plain cosine ")
+    assert "no mean target is known" in unknown.caption("depth") and "not known" in unknown.remark
+
+
+def test_rows_of_several_models():
+    def picture(n):
+        return Image.new("L", (1, 1), n)
+
+    shown = {
+        "LLaVA": {"depth": {"image": [picture(1), picture(2)], "layer 2": [picture(3), picture(4)]}},
+        "OLA-VLM": {"depth": {"image": [picture(1), picture(2)], "layer 10": [picture(5), picture(6)]}},
+    }
+    columns, labels = compared(shown)["depth"]
+    assert list(columns) == ["image", "layer 2", "layer 10"]
+    assert labels == ["LLaVA", "OLA-VLM"] * 2
+    values = {name: [one and one.getpixel((0, 0)) for one in column] for name, column in columns.items()}
+    assert values == {"image": [1, 1, 2, 2], "layer 2": [3, None, 4, None], "layer 10": [None, 5, None, 6]}
+    assert display_names(["a/llava", "b/ola_vlm/"]) == ["LLaVA", "OLA-VLM"]
+    assert display_names(["a/run", "b/run"]) == ["a/run", "b/run"]
+    assert display_names(["a", "a"]) == ["a (1)", "a (2)"]
+
+
 def test_nearest_images(encoders):
     images = random_images(6)
     nearest = NearestImages(images, encoders["gen"])
     embeddings = encoders["gen"].encode(images)[:, 0]
     found = nearest(nearest.mean + 3 * (embeddings[[4, 1]] - nearest.mean))  # the length does not matter
     assert same(found[0], images[4]) and same(found[1], images[1])
+    assert note_of(found[0]) == "nearest +1.00"
+    away = nearest(2 * nearest.mean - embeddings[:1])  # nothing near it
+    assert float(note_of(away[0]).split()[1]) < 0.9
     with pytest.raises(ValueError, match="no images"):
         NearestImages([], encoders["gen"])
 
@@ -228,7 +296,8 @@ def test_command(checkpoint, tmp_path, capsys):
     main([str(checkpoint), *images, "--out", str(tmp_path), "--images_for_gen", str(checkpoint / "images")])
     assert {file.name for file in tmp_path.iterdir()} == {"gen.png", "depth.png", "seg.png", "layers.html"}
     text = (tmp_path / "layers.html").read_text()
-    assert text.count("data:image/png;base64,") == 2 * (3 + 5 + 4)
+    assert text.count("data:image/png;base64,") == 2 * (4 + 6 + 5)
+    assert text.count("mean target (nothing seen)<br><small>") == 2 * 3 and "cosine +1.00" in text
     assert "the nearest of 5 images by embedding" in text and "teacher-assisted" in text
     assert np.asarray(open_image(tmp_path / "depth.png")).std() > 20
     main([str(checkpoint), images[0], "--out", str(tmp_path / "two")])
@@ -249,18 +318,28 @@ def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, cap
     fit(fitter, StateReader(model, processor, "what is this"), encoders, images, batch_size=2)
     probes = fitter.solve(dict.fromkeys(encoders, 1e-3))
     probes.save(tmp_path / "llava" / "probes")
+    kept = load_probes(tmp_path / "llava" / "probes").familiarity
+    assert all(torch.equal(a, b) for a, b in zip(kept, probes.familiarity, strict=True))
     viewer = LayerViewer.load(
         tmp_path / "llava", model, processor, find_teachers(None, checkpoint), images_for_gen=images
     )
     shown = viewer.pictures(images[:1])
     assert [name for name in shown["depth"] if name.startswith("layer")] == [f"layer {i}" for i in range(5)]
     assert viewer.by == "ridge probes of every layer"
+    assert NOTHING_SEEN in shown["depth"] and viewer.remark == ""
+    blue = Image.new("RGB", (300, 200), (40, 90, 200))
+    shown = viewer.pictures([images[0], blue])
+    assert note_of(shown["seg"]["image"][0]) == "" and note_of(shown["seg"]["image"][1]).startswith("outside of what")
+    assert "outside of what the<br>probes" in page(viewer, shown, "a title")
+    shown = viewer.pictures(images[:1])
+    probes.familiarity = None  # of older probes
     probes.about["model"] = "another/model"
     probes.save(tmp_path / "others")
     others = LayerViewer.load(
         tmp_path / "llava", model, processor, find_teachers(None, checkpoint), probes=tmp_path / "others"
     )
     assert others.by == "ridge probes of every layer, fitted to another/model"
+    assert others.are_outside([blue]) == [False] and "not known" in others.remark
     expected = {(task, layer): one for task, layer, one in probes.predict(probes.reader(model, processor)(images[:1]))}
     torch.testing.assert_close(viewer.features(images[:1])["seg"][3], expected["seg", 3])
     assert same(shown["depth"]["layer 3"][0], viewer.painters["depth"](expected["depth", 3], images[:1])[0])
@@ -268,8 +347,43 @@ def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, cap
     (tmp_path / "llava" / "run.json").write_text((checkpoint / "run.json").read_text())
     main([str(tmp_path / "llava"), image, "--out", out])  # by the probes beside it
     assert "depth.png" in capsys.readouterr().out
+    blue.save(tmp_path / "blue.png")
+    other = [str(tmp_path / "blue.png"), "--compare", str(tmp_path / "llava"), "--out", out]
+    main([str(checkpoint), image, *other])
+    told = capsys.readouterr().out
+    assert f"{tmp_path / 'blue.png'} is outside of what the probes were fitted on of LLaVA" in told
+    text = (tmp_path / "out" / "layers.html").read_text()
+    rows = [text.index(f"<b>{label}</b>") for label in ("LLaVA", checkpoint.name)]
+    assert rows[0] < rows[1] and text.count("<b>LLaVA</b>") == 2 * 2  # depth and seg of two images
+    with pytest.raises(SystemExit):
+        main([str(checkpoint), image, *other, "--compare_probes", out, out])
+    assert "2 --compare_probes for 1 --compare" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="has no predictors"):
         main([str(tmp_path / "llava"), image, "--out", out, "--probes", "none"])
+
+
+def test_what_probes_were_fitted_on_is_kept_through_an_interruption(make_model, encoders):
+    """Evenly spaced images stand for all; a fit that goes on has the same ones."""
+    model, processor = make_model([])
+    reader = StateReader(model, processor)
+    tasks = [{"name": "gen", "target_length": 1, "target_dim": encoders["gen"].target_dim}]
+    images = random_images(6, seed=3)
+    whole, begun, resumed = (RidgeFit(tasks, 5, 32, {}) for _ in range(3))
+    for fitter in (whole, begun, resumed):
+        fitter.plan(6, 2)
+    for start in (0, 2, 4):
+        states, targets = reader(images[start : start + 2]), {"gen": encoders["gen"].encode(images[start : start + 2])}
+        whole.update(states, targets)
+        if start == 0:
+            begun.update(states, targets)
+            resumed.load_state(begun.state())
+        else:
+            resumed.update(states, targets)
+    familiarity = whole.solve({"gen": 1e-3}).familiarity
+    for part, other in zip(familiarity, resumed.solve({"gen": 1e-3}).familiarity, strict=True):
+        torch.testing.assert_close(part, other)
+    assert not familiarity.is_outside(reader(images)).any()
+    assert familiarity.is_outside(reader([Image.new("RGB", (64, 64), "blue")])).all()
 
 
 def test_nothing_to_show_is_said(checkpoint, tmp_path, monkeypatch):
