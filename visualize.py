@@ -287,7 +287,7 @@ class Painter:
             self.caption = "inverse depth, bright is close; every picture has its own range"
         elif isinstance(encoder, OneFormerEncoder):
             self.caption = (
-                "the teacher's classes; of features, not teacher-assisted, the difference to the mean target"
+                "the teacher's classes; of features (not teacher-assisted) the difference to the mean, which is gray"
             )
             names = sorted(encoder.model.config.id2label.items())
             palette = np.array([class_color(i, name) for i, name in names], np.uint8)
