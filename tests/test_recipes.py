@@ -455,7 +455,12 @@ def real_sizes(monkeypatch):
 TABLE_1 = [name for name, recipe in RECIPES.items() if recipe.table is paper.table_1 and name.endswith("_pretrain")]
 
 
-@pytest.mark.parametrize("name", TABLE_1)
+# The vocabularies are as large as the real ones: one model in the fast tests, all in the slow ones.
+FAST = "phi3_vit_pretrain"
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TABLE_1 if name != FAST]
+
+
+@pytest.mark.parametrize("name", [FAST, *SLOW])
 def test_the_papers_models_have_their_sizes(name, real_sizes, tmp_path):
     recipe = RECIPES[name]()
     # Towers are measured by a forward pass; the mixed precision needs a GPU.

@@ -57,7 +57,8 @@ def _tasks_of_checkpoint(checkpoint: str) -> list[dict]:
 
 def _tasks_of_parts(args: OlaVlmArguments) -> list[dict]:
     overrides = args.model_overrides or {}
-    known = {"chat_template", "geometry", "dtype", *(field.name for field in fields(OlaVlmConfig))}
+    arguments = {"chat_template", "geometry", "dtype", "pad_vocab_to_multiple_of"}
+    known = {*arguments, *(field.name for field in fields(OlaVlmConfig))}
     unknown = sorted(overrides.keys() - known)
     if unknown:
         raise ValueError(f"model_overrides has {unknown}: no arguments of build_ola_vlm and no fields of OlaVlmConfig")
