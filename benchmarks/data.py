@@ -160,6 +160,12 @@ def main() -> None:
             read = seconds(lambda made=made: [made[i] for i in range(0, len(made), 37)]) / len(made) * 37
             print(f"  {name:<24} {size:6.0f} MB, read in {spent:.1f} s, {1e6 * read:.0f} us a row")
             del made
+        text_rows = load_rows(str(path))
+        for name in ("first", "second"):
+            start = time.process_time()
+            text_rows.sources()
+            spent = time.process_time() - start
+            print(f"  {name} pass for its images: {1e6 * spent / len(text_rows):.0f} us a row of processor time")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor, added_ids
 from ..targets.encoders import OF_VISION_TOWER, has_preprocessing, load_vision_config, vision_preprocessing
 from ..targets.loading import load_whole, loading_from
-from ..targets.weights import assemble
+from ..targets.weights import assemble, not_mapped
 from ..training.chat_template import IMAGE_TOKEN, default_template, fit_chat_template, taking_images
 
 
@@ -208,6 +208,20 @@ def check_head(language_model: PreTrainedModel) -> None:
         raise ValueError(f"{name} ties its head to {table}, LLaVA can't: take another LLM.")
 
 
+def vocabulary_tables(language_model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """The tables with a row for each token, by OLA-VLM's names: the embeddings and, unless it is tied, the head."""
+    tables = {BACKBONE + table_name(language_model): language_model.get_input_embeddings().weight}
+    if not language_model.config.tie_word_embeddings:
+        tables[HEAD] = language_model.get_output_embeddings().weight
+    return tables
+
+
+def names_of(language_model: PreTrainedModel, parameter: torch.nn.Parameter) -> list[str]:
+    """The names that a parameter has in the LLM."""
+    named = language_model.named_parameters(remove_duplicate=False)
+    return [name for name, candidate in named if candidate is parameter]
+
+
 def parts_weights(vision_tower: PreTrainedModel, language_model: PreTrainedModel, copied: tuple[bool, bool]) -> dict:
     """All weights of the parts by OLA-VLM's names, those of a tied head left out."""
     weights = {}
@@ -268,7 +282,6 @@ def build_ola_vlm(
         words = tokenizer or language_model.name_or_path
         tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     check_head(language_model)
-    check_logits(language_model)
 
     text_config = language_model.config
     generation_config = language_model.generation_config
@@ -300,19 +313,29 @@ def build_ola_vlm(
         **config_overrides,
     )
     dtype = dtype or language_model.dtype
+    tables = {}
+    for name, parameter in vocabulary_tables(language_model).items():
+        weight = parameter.data
+        if language_model_is_ours:
+            weight = not_mapped(weight, language_model.name_or_path, names_of(language_model, parameter))
+        else:
+            weight = weight.clone()
+        tables[name] = resize_embedding(
+            weight,
+            known.values(),
+            added=added,
+            rows=config.text_config.vocab_size,
+            stored=stored,
+        )
+        del weight
+        if language_model_is_ours:
+            # The LLM looks at the longer table from here on, so that each is in memory once.
+            parameter.data = tables[name][: len(parameter)]
+    check_logits(language_model)
     weights = parts_weights(vision_tower, language_model, copied=(not tower_is_ours, not language_model_is_ours))
-    tables = [BACKBONE + table_name(language_model), HEAD]
-    # From here on `weights` alone holds the parts, and a table is freed when a longer one takes its place.
-    del vision_tower, language_model
-    for name in tables:
-        if name in weights:
-            weights[name] = resize_embedding(
-                weights.pop(name),
-                known.values(),
-                added=added,
-                rows=config.text_config.vocab_size,
-                stored=stored,
-            )
+    weights.update(tables)
+    # From here on `weights` alone holds the parts.
+    del vision_tower, language_model, parameter, tables
     model = assemble(OlaVlmForConditionalGeneration, config, weights, NEW_PARTS, dtype)
     model.write_task_tokens()
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -34,6 +34,21 @@ def tensors_on_demand(path: str | Path) -> dict:
     return tensors
 
 
+def not_mapped(weight: Tensor, path: str | Path, names: list[str]) -> Tensor:
+    """
+    A loaded tensor that is to be replaced, read once more into memory of its own, which is given back; where it is
+    mapped from its file, its pages would stay. The same `weight` if no file of `path` has it by one of `names`.
+    """
+    if weight.is_meta:
+        return weight
+    tensors = tensors_on_demand(path)
+    for name in names:
+        stored = tensors.get(name)
+        if stored is not None and stored.get_dtype() == SAFETENSORS_NAMES.get(weight.dtype):
+            return stored[:].to(weight.device)
+    return weight
+
+
 def load_pretrained(model_class, path, dtype: torch.dtype | str | None = None, **kwargs) -> tuple:
     """
     `from_pretrained`'s model and its report of what was loaded.

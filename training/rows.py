@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import orjson
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
@@ -90,15 +91,23 @@ class JsonRows(Sequence):
 
     def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict | None]:
         """Those rows, one after the other, with the file opened once; None for one that can't be parsed."""
-        parse = json.JSONDecoder().raw_decode  # `json.loads` would look for the encoding first
-        with open(self.path, "rb") as file:
+        # No buffer: a row is read by one call, and the next one asked for may lie anywhere.
+        with open(self.path, "rb", buffering=0) as file:
             for start, stop in self.spans[indices].tolist():
                 file.seek(start)
-                try:
-                    row, _ = parse(file.read(stop - start).decode())
-                except (RecursionError, ValueError):  # nested too deeply, a number of too many digits
-                    row = None
-                yield row
+                yield _parsed(file.read(stop - start))
+
+
+def _parsed(text: bytes) -> dict | None:
+    """A row; None if it can't be parsed."""
+    try:
+        return orjson.loads(text)  # three times as fast as `json`
+    except ValueError:
+        pass
+    try:
+        return json.loads(text)  # which takes NaN and half a surrogate pair
+    except (RecursionError, ValueError):  # nested too deeply, a number of too many digits
+        return None
 
 
 def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
@@ -404,9 +413,10 @@ def row_images(sample: dict, image_folder: str) -> list[str | dict | Image.Image
 
 def _source(image, folder: str) -> str | dict | Image.Image:
     """The image as a row holds it: a path is checked, and made absolute."""
-    if isinstance(image, Image.Image) or (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
-        return image
-    image = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(image, str):
+        if isinstance(image, Image.Image) or (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
+            return image
+        image = image.get("path") if isinstance(image, dict) else image
     if not isinstance(image, str):
         raise BadRow("malformed", f"an image is {image!r:.50}: give its path, or its bytes in a data set")
     path = os.path.join(folder, image) if image.startswith("/") else f"{folder}/{image}"
