@@ -218,16 +218,14 @@ def training_memory(strategy: str, gpus: int, sizes: Sizes) -> dict[str, float]:
 
 def checkpoint_bytes(strategy: str, sizes: Sizes) -> dict[str, float]:
     """On disk: the "model" of a run's end in bf16; a checkpoint to "resume" from, which has fp32 of what trains and
-    the optimizer's moments; and one with `save_only_model`. Of sharded runs the former has the weights twice, as
-    transformers writes it: for `from_pretrained` and for the resumed run.
+    the optimizer's moments; and one with `save_only_model`. DeepSpeed's has the weights twice: for `from_pretrained`
+    and for the resumed run.
     """
     whole = sizes.trained + sizes.frozen
     if strategy.startswith("ZeRO"):
         weights, state = 2 * whole, 2 * whole + 12 * sizes.trained
     else:
         weights, state = 4 * sizes.trained + 2 * sizes.frozen, 8 * sizes.trained
-    if strategy == "FSDP2":
-        state += weights
     return {"model": 2 * whole, "resume": weights + state, "save_only_model": weights}
 
 

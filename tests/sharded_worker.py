@@ -83,12 +83,18 @@ KINDS = {
     "llava_next": (lambda parts: make_attached("llava_next"), "visual_pretrain"),
     "adapters": (build, "finetune"),
 }
+# As the paper's recipes load them: what is frozen stays bf16 beside what trains, in the same blocks (LoRA) or others.
+MIXED = {
+    "bf16": (lambda parts: build(parts, dtype=torch.bfloat16), "pretrain"),
+    "bf16_finetune": (lambda parts: build(parts, dtype=torch.bfloat16), "finetune"),
+    "bf16_adapters": (lambda parts: build(parts, dtype=torch.bfloat16), "finetune"),
+}
 ATTACHED = ("qwen2_5_vl", "idefics3", "llava_next")
 
 
 def prepare(kind: str, parts: Path, out: Path, ranks: int, **options):
     """The trainer of two SGD steps of 8 rows, in the first of which the second of two ranks has no image."""
-    make, stage = KINDS[kind]
+    make, stage = {**KINDS, **MIXED}[kind]
     model, processor = make(parts)
     defaults = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": 8 // ranks}
     defaults |= {"per_device_eval_batch_size": 8 // ranks, "train_sampling_strategy": "sequential", "stage": stage}
@@ -96,7 +102,10 @@ def prepare(kind: str, parts: Path, out: Path, ranks: int, **options):
     if kind in ATTACHED:
         apply_stage(model, stage)
         return make_attached_trainer(model, processor, out, images=IMAGES, **options)
-    if kind == "adapters":
+    if kind in MIXED:
+        options["bf16"] = True
+        options["dtype"] = "bfloat16"
+    if kind.endswith("adapters"):
         options["lora_rank"] = 4
     return make_trainer(model, processor, out, rows=random_rows(16, IMAGES), **options)
 
@@ -112,16 +121,25 @@ def run(kind: str, parts: Path, out: Path, ranks: int):
         torch.save({"train": losses(trainer), "eval": evaluated}, out / f"{kind}.pt")
 
 
-def run_resumed(kind: str, parts: Path, out: Path, ranks: int):
-    """Four steps, and the last two of them again from the checkpoint between them; the best checkpoint is loaded."""
-    options = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 0.01, "save_strategy": "steps"}
+def prepare_resumed(kind: str, parts: Path, out: Path, ranks: int):
+    """The trainer of four steps with a checkpoint in the middle; the best checkpoint is loaded. Adam's large epsilon
+    keeps its steps in proportion to gradients, so that those of other numbers of ranks can be compared."""
+    options = {"max_steps": 4, "optim": "adamw_torch", "adam_epsilon": 0.1, "save_strategy": "steps"}
     options |= {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    whole = prepare(kind, parts, out / f"{kind}_whole", ranks, **options)
-    whole.train()
-    whole.save_model()
-    resumed = prepare(kind, parts, out / f"{kind}_resumed", ranks, **options)
-    resumed.train(resume_from_checkpoint=str(out / f"{kind}_whole" / "checkpoint-2"))
-    resumed.save_model()
+    return prepare(kind, parts, out, ranks, **options)
+
+
+def run_whole(kind: str, parts: Path, out: Path, ranks: int):
+    trainer = prepare_resumed(kind, parts, out, ranks)
+    trainer.train()
+    trainer.save_model()
+
+
+def run_resumed(kind: str, parts: Path, out: Path, ranks: int, checkpoint: Path):
+    """The last two of the steps again, from the checkpoint between them."""
+    trainer = prepare_resumed(kind, parts, out, ranks)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    trainer.save_model()
 
 
 if __name__ == "__main__":
@@ -129,7 +147,11 @@ if __name__ == "__main__":
     shard_on_cpus()
     for kind in sys.argv[3:]:
         if kind.startswith("resumed:"):
-            run_resumed(kind.removeprefix("resumed:"), parts, out, ranks=2)
+            kind = kind.removeprefix("resumed:")
+            run_whole(kind, parts, out / f"{kind}_whole", ranks=2)
+            for before in ("whole", "alone"):
+                checkpoint = out / f"{kind}_{before}" / "checkpoint-2"
+                run_resumed(kind, parts, out / f"{kind}_resumed_{before}", ranks=2, checkpoint=checkpoint)
         else:
             run(kind, parts, out, ranks=2)
     torch.distributed.destroy_process_group()

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from conftest import random_rows
 from safetensors.torch import load_file
-from sharded_worker import KINDS, make_all_parts, prepare, run
+from sharded_worker import KINDS, MIXED, make_all_parts, prepare, run, run_resumed, run_whole
 from test_remote_code import run_without_the_package
+from torch import nn
 
 from ola_vlm.publish import find_files
-from ola_vlm.training.sharding import block_classes
+from ola_vlm.training.sharding import block_classes, configure_fsdp2
 
 ROOT = Path(__file__).parents[1]
-RESUMED = ("ola_vlm", "idefics3", "adapters")
+RESUMED = ("ola_vlm", "ola_vlm_finetune", "ola_vlm_visual", "tied", "idefics3", "adapters")
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +50,16 @@ def sharded(parts, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(parts, tmp_path_factory) -> Path:
-    kinds = [f"resumed:{kind}" for kind in RESUMED]
-    return launch(parts, tmp_path_factory.mktemp("resumed"), *kinds, precision="no")
+    """The folder of runs by two ranks and alone ("whole", "alone"), and of those resumed by two ranks from either."""
+    out = tmp_path_factory.mktemp("resumed")
+    for kind in RESUMED:
+        run_whole(kind, parts, out / f"{kind}_alone", ranks=1)
+    return launch(parts, out, *[f"resumed:{kind}" for kind in RESUMED], precision="no")
 
 
 @pytest.fixture(scope="module")
 def sharded_bf16(parts, tmp_path_factory) -> Path:
-    return launch(parts, tmp_path_factory.mktemp("bf16"), "ola_vlm", precision="bf16")
+    return launch(parts, tmp_path_factory.mktemp("bf16"), "ola_vlm", *MIXED, precision="bf16")
 
 
 def files_of(folder: Path) -> list[str]:
@@ -66,6 +71,12 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     for path in folder.glob("*.safetensors"):
         weights |= load_file(path)
     return weights
+
+
+def assert_close(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 BLOCKS = {
@@ -125,12 +136,20 @@ def test_gathered_weights_get_the_task_tokens_whatever_the_table_is_called(parts
             assert gathered["lm_head.weight"].equal(gathered[names[0]])
 
 
-def test_a_checkpoint_without_shards_is_refused(parts, tmp_path):
+def test_a_checkpoint_without_its_optimizer_is_refused(parts, tmp_path):
+    """As those of DeepSpeed are, whose runs have it in files of another form."""
     trainer = prepare("llava", parts, tmp_path, ranks=1, save_strategy="steps", save_steps=2)
     trainer.train()
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="checkpoint-2 was written without FSDP: resume it without, or"):
-        trainer._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-2 has no optimizer\.pt: resume it with the --deepspeed"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(("version", "state_dict"), [(1, "FULL_STATE_DICT"), (2, "SHARDED_STATE_DICT")])
+def test_settings_whose_checkpoints_are_no_models_are_refused(parts, version, state_dict):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=state_dict)
+    with pytest.raises(ValueError, match=f"fsdp_version {version} with {state_dict} is not supported: take recipes/"):
+        configure_fsdp2(plugin, nn.Linear(1, 1))
 
 
 @pytest.mark.slow
@@ -147,22 +166,39 @@ def test_two_ranks_write_what_one_process_writes(parts, sharded, tmp_path, kind)
     for name in files_of(tmp_path / kind):
         if name.endswith((".json", ".py", ".jinja")):
             assert (sharded / kind / name).read_text() == (tmp_path / kind / name).read_text(), name
-    weights, expected_weights = weights_of(sharded / kind), weights_of(tmp_path / kind)
-    assert weights.keys() == expected_weights.keys()
-    for name, value in expected_weights.items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    assert_close(weights_of(sharded / kind), weights_of(tmp_path / kind))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_resumed_run_ends_as_an_uninterrupted_one(resumed, kind):
-    whole, again = (weights_of(resumed / f"{kind}_{name}") for name in ("whole", "resumed"))
+    whole, again = (weights_of(resumed / f"{kind}_{name}") for name in ("whole", "resumed_whole"))
     assert whole.keys() == again.keys()
     for name, value in whole.items():
         assert again[name].equal(value), name
-    for folder in (resumed / f"{kind}_whole").glob("checkpoint-*"):
-        assert not list(folder.glob("_fsdp*.py")), "torch's code, not the model's"
-        assert weights_of(folder).keys() == whole.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RESUMED)
+def test_ranks_go_on_from_what_one_process_left_and_it_from_what_they_left(parts, resumed, tmp_path, kind):
+    whole = weights_of(resumed / f"{kind}_whole")
+    run_resumed(kind, parts, tmp_path, ranks=1, checkpoint=resumed / f"{kind}_whole" / "checkpoint-2")
+    for folder in (resumed / f"{kind}_alone", resumed / f"{kind}_resumed_alone", tmp_path):
+        assert_close(weights_of(folder), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_checkpoint_to_resume_from_is_an_unsharded_ones(resumed, kind):
+    folder, expected_folder = (resumed / f"{kind}_{name}" / "checkpoint-2" for name in ("whole", "alone"))
+    ranks_states = {"rng_state.pth", "rng_state_0.pth", "rng_state_1.pth"}
+    assert {*files_of(folder)} - ranks_states == {*files_of(expected_folder)} - ranks_states
+    assert_close(weights_of(folder), weights_of(expected_folder))
+    state, expected = (torch.load(path / "optimizer.pt", weights_only=True) for path in (folder, expected_folder))
+    assert state["param_groups"] == expected["param_groups"]
+    assert state["state"].keys() == expected["state"].keys()
+    for place, values in expected["state"].items():
+        assert_close(state["state"][place], values)
 
 
 LOAD = """
@@ -196,3 +232,17 @@ def test_a_checkpoint_of_the_shipped_configuration_is_whole(parts, sharded_bf16,
         assert step == pytest.approx(expected_step, rel=0.02, abs=0.01)
         for name, value in step.items():
             assert torch.tensor(value).bfloat16().item() != value, f"{name} is rounded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MIXED)
+def test_bf16_weights_are_sharded_beside_those_that_train(parts, sharded_bf16, tmp_path, kind):
+    run(kind, parts, tmp_path, ranks=1)
+    expected, logged = (torch.load(path / f"{kind}.pt") for path in (tmp_path, sharded_bf16))
+    for step, expected_step in zip(logged["train"], expected["train"], strict=True):
+        assert step == pytest.approx(expected_step, rel=0.02, abs=0.01)
+    assert files_of(sharded_bf16 / kind) == files_of(tmp_path / kind)
+    weights, expected_weights = weights_of(sharded_bf16 / kind), weights_of(tmp_path / kind)
+    assert {name: value.dtype for name, value in weights.items()} == {
+        name: value.dtype for name, value in expected_weights.items()
+    }

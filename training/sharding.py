@@ -1,14 +1,18 @@
-"""FSDP2 for any model by one configuration, recipes/accelerate/fsdp2.yaml."""
+"""FSDP2 for any model by one configuration, recipes/accelerate/fsdp2.yaml; its checkpoints are an unsharded run's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from accelerate.utils import disable_fsdp_ram_efficient_loading
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from ..modeling_ola_vlm import EmbeddingPredictor
 
@@ -41,10 +45,13 @@ def repeats_blocks(module: nn.Module) -> bool:
 def configure_fsdp2(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
     """Completes a run's settings by what depends on the model, and mends accelerate's numeric types.
 
-    Blocks of a user's own choice (`fsdp_transformer_layer_cls_to_wrap`) stay.
+    Blocks of a user's own choice (`fsdp_transformer_layer_cls_to_wrap`) stay. ValueError for settings whose
+    checkpoints nothing but such a run can read.
     """
-    if plugin.fsdp_version != 2:
-        return
+    if plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        settings = f"fsdp_version {plugin.fsdp_version} with {plugin.state_dict_type.name}"
+        raise ValueError(f"{settings} is not supported: take recipes/accelerate/fsdp2.yaml (2, FULL_STATE_DICT)")
+    disable_fsdp_ram_efficient_loading()  # the model is there; from now on each rank reads checkpoints by itself
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = block_classes(model)
     if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
@@ -67,3 +74,65 @@ def original_class(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.__class__ = sharded
+
+
+def retie(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Weights that the model ties are one tensor again: gathered, each name has one of its own, and a checkpoint would
+    hold both."""
+    tensors = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state_dict:
+            state_dict[name] = tensors.setdefault(id(parameter), state_dict[name])
+
+
+def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of `whole`, if the parameter is sharded; no rank is waited for."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@contextmanager
+def takes_whole_weights(model: nn.Module) -> Iterator[None]:
+    """`load_state_dict` of a sharded model takes the weights of an unsharded one, whoever calls it."""
+
+    def shard_entries(module, state_dict, prefix, *unused):
+        for name, parameter in module.named_parameters(recurse=False):
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = shard_like(state_dict[prefix + name], parameter)
+
+    handles = [module.register_load_state_dict_pre_hook(shard_entries) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gather_optimizer(optimizer: Optimizer) -> dict:
+    """The `state_dict` that it would have unsharded, on CPUs. All ranks call it together; the first one alone gets the
+    tensors."""
+    is_first = distributed.get_rank() == 0
+    state = optimizer.state_dict()
+    gathered = {}
+    for place, values in state["state"].items():
+        gathered[place] = {}
+        for name, value in values.items():
+            if isinstance(value, DTensor):
+                # Offloaded to CPUs, a shard goes back to the device that ranks exchange tensors on.
+                value = value.to(value.device_mesh.device_type).full_tensor()
+            if is_first:
+                gathered[place][name] = value.cpu() if isinstance(value, Tensor) else value
+    return {**state, "state": gathered}
+
+
+def load_optimizer(optimizer: Optimizer, file: Path) -> None:
+    """From the file of an unsharded run, of which each rank reads its part."""
+    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, values in state["state"].items():
+        parameter = parameters[place]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:  # not the number of steps
+                values[name] = shard_like(value, parameter)
+    optimizer.load_state_dict(state)

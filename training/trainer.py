@@ -7,12 +7,14 @@ are known before the step begins, so they are collected where the Trainer collec
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -21,7 +23,7 @@ from ..targets.files import write_whole
 from .attach import AttachedPredictors
 from .data import GroupedSampler
 from .losses import embedding_loss
-from .sharding import configure_fsdp2, original_class
+from .sharding import configure_fsdp2, gather_optimizer, load_optimizer, original_class, retie, takes_whole_weights
 from .stages import find_stage, upcast_trained
 
 logger = logging.get_logger(__name__)
@@ -222,6 +224,8 @@ class OlaVlmTrainer(Trainer):
         """`state_dict`: the gathered weights of a sharded run, which the first rank alone has."""
         if self.writes_task_tokens and self.args.should_save and state_dict is not None:
             self.accelerator.unwrap_model(self.model).write_task_tokens(state_dict)
+        if state_dict is not None:
+            retie(self.model, state_dict)
         output_dir = self.args.output_dir if output_dir is None else output_dir
         is_to_resume = Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
         dtype = self.args.torch_dtype
@@ -238,22 +242,52 @@ class OlaVlmTrainer(Trainer):
             config["dtype"] = str(dtype).removeprefix("torch.")
             write_whole(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
+    @contextmanager
+    def _reads_as_unsharded(self) -> Iterator[None]:
+        """A run that FSDP2 shards reads the files of an unsharded one, as it writes no others."""
+        is_fsdp_enabled = self.is_fsdp_enabled
+        self.is_fsdp_enabled = False
+        try:
+            with original_class(self.model), takes_whole_weights(self.model):
+                yield
+        finally:
+            self.is_fsdp_enabled = is_fsdp_enabled
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own.
-        ValueError if this run is sharded by FSDP and the interrupted one wasn't."""
-        if self.is_fsdp_enabled and not any(Path(resume_from_checkpoint).glob(f"{FSDP_MODEL_NAME}*")):
-            remedy = "resume it without, or give it as --checkpoint, which starts anew from its weights"
-            raise ValueError(f"{resume_from_checkpoint} was written without FSDP: {remedy}")
-        if isinstance(self.model, AttachedPredictors) and not self.is_fsdp_enabled:
-            self.model.load_checkpoint(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        ValueError if DeepSpeed wrote it, whose optimizer states no other run can read."""
+        if not (Path(resume_from_checkpoint) / OPTIMIZER_NAME).exists():
+            remedy = "resume it with the --deepspeed it had, or start anew from its weights: --checkpoint"
+            raise ValueError(f"{resume_from_checkpoint} has no {OPTIMIZER_NAME}: {remedy}")
+        with self._reads_as_unsharded():
+            if isinstance(self.model, AttachedPredictors):
+                self.model.load_checkpoint(resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if isinstance(self.model, AttachedPredictors) and not self.is_fsdp_enabled:
-            self.model.load_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+        with self._reads_as_unsharded():
+            if isinstance(self.model, AttachedPredictors) and not self.is_deepspeed_enabled:
+                self.model.load_checkpoint(self.state.best_model_checkpoint)
+            else:
+                super()._load_best_model()
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """Of FSDP2, transformers would write the weights a second time, and states that no unsharded run can read."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer_state = gather_optimizer(self.optimizer)
+        if self.args.should_save:
+            torch.save(optimizer_state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
 def _target_dtype(batches: list[dict], name: str) -> int:
