@@ -126,7 +126,9 @@ def prepare_resumed(kind: str, parts: Path, out: Path, ranks: int):
     keeps its steps in proportion to gradients, so that those of other numbers of ranks can be compared."""
     options = {"max_steps": 4, "optim": "adamw_torch", "adam_epsilon": 0.1, "save_strategy": "steps"}
     options |= {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    return prepare(kind, parts, out, ranks, **options)
+    trainer = prepare(kind, parts, out, ranks, **options)
+    trainer.eval_dataset = trainer.train_dataset[:8]  # as many on each rank: else some count twice, and may choose
+    return trainer
 
 
 def run_whole(kind: str, parts: Path, out: Path, ranks: int):
