@@ -112,6 +112,8 @@ def as_command(
     # Here what the command had open is closed: its bars are drawn, its workers have ended.
     if status != 1:
         message = f"ola-vlm {name}: {how_to_go_on(name, argv, start)}"
+        # The same Ctrl-C ended the loader's workers, of which torch complains as this process ends.
+        sys.unraisablehook = lambda unraisable: None
     if os.environ.get("RANK", "0") == "0" or status == 1:
         print(message, file=sys.stderr)
     sys.exit(status)

@@ -430,7 +430,7 @@ def real_sizes(monkeypatch):
     """What `train.load_model` loads has the published sizes, and no weights."""
 
     @cache
-    def tokenizer(name):
+    def tokenizer(name, **options):
         words = {f"word{i}": i for i in range(NUM_TOKENS[name])}
         backend = Tokenizer(models.WordLevel(words, unk_token="word0"))
         return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="word0", eos_token="word1")
@@ -444,7 +444,9 @@ def real_sizes(monkeypatch):
     monkeypatch.setattr(parts, "load_vision_config", lambda path: REAL_PARTS[path][1])
     monkeypatch.setattr(parts, "has_preprocessing", lambda *tower: False)
     monkeypatch.setattr(parts, "loading_from", lambda path: nullcontext())
-    monkeypatch.setattr(parts, "AutoConfig", SimpleNamespace(from_pretrained=lambda path: REAL_PARTS[path][1]))
+    monkeypatch.setattr(
+        parts, "AutoConfig", SimpleNamespace(from_pretrained=lambda path, **options: REAL_PARTS[path][1])
+    )
     monkeypatch.setattr(parts, "AutoTokenizer", SimpleNamespace(from_pretrained=tokenizer))
     monkeypatch.setattr(parts, "check_logits", lambda language_model: None)  # looks at values
     for module in (parts, build):
