@@ -8,6 +8,7 @@ import copy
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import random
 import re
@@ -91,11 +92,13 @@ class JsonRows(Sequence):
 
     def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict | None]:
         """Those rows, one after the other, with the file opened once; None for one that can't be parsed."""
-        # No buffer: a row is read by one call, and the next one asked for may lie anywhere.
-        with open(self.path, "rb", buffering=0) as file:
-            for start, stop in self.spans[indices].tolist():
-                file.seek(start)
-                yield _parsed(file.read(stop - start))
+        spans = self.spans[indices].tolist()
+        if not spans:  # an empty file can't be mapped
+            return
+        # Mapped, a row is taken without a call to the system; the next one asked for may lie anywhere.
+        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), length=0, access=mmap.ACCESS_READ) as text:
+            for start, stop in spans:
+                yield _parsed(text[start:stop])
 
 
 def _parsed(text: bytes) -> dict | None:
