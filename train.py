@@ -11,16 +11,16 @@ from contextlib import nullcontext
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
 from ola_vlm.baselines.build import build_multi_encoder, load_encoders
-from ola_vlm.cli import as_command
 from ola_vlm.convert.parts import build_ola_vlm
+from ola_vlm.convert.push import write_adapter_card
 from ola_vlm.eval.during_training import answering_callbacks
 from ola_vlm.inference.checkpoints import adapter_base, read_checkpoint
-from ola_vlm.publish import write_adapter_card
+from ola_vlm.recipes.command import as_command
 from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
 from ola_vlm.training import run_record
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import drop_bad_rows
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.lora import add_adapters, four_bits
 from ola_vlm.training.plan import Plan
 from ola_vlm.training.preflight import check_run

@@ -21,10 +21,10 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader
 
 from ola_vlm.configuration_ola_vlm import default_tasks
-from ola_vlm.miniature import world
 from ola_vlm.recipes import miniature as recipe
 from ola_vlm.targets.cache import STORAGE, OncePerBatch, TargetCache, _decode, _empty, image_key
 from ola_vlm.targets.fill import make_teachers
+from ola_vlm.world import render
 
 LLAVA_558K = 558_128  # images
 BATCH, WORKERS = 16, 2
@@ -110,7 +110,7 @@ def main() -> None:
             print(f"{storage:10}{pairs[0]:>14}{pairs[1]:>14}{ratio:7.2f}{size:13.0f}{total:9.0f} GB")
 
     print("\n1 - cosine of stored and exact targets, mean over positions (after taking the mean target off)")
-    scenes = [Image.fromarray(image) for image in world.render(world.sample_scenes(64, seed=0))["image"]]
+    scenes = [Image.fromarray(image) for image in render.render_scenes(render.sample_scenes(64, seed=0))["image"]]
     keys = list(map(image_key, scenes))
     for task, teacher in make_teachers(recipe.TASKS, recipe.TEACHERS).items():
         exact = teacher.encoder.encode(scenes).double()

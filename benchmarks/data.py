@@ -29,7 +29,7 @@ from ola_vlm.convert.parts import build_processor
 from ola_vlm.recipes.miniature import WEIGHTS
 from ola_vlm.recipes.paper import CHAT_TEMPLATES
 from ola_vlm.training.check import check_rows
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.rows import JsonRows, load_rows, open_source
 
 BATCH = 16

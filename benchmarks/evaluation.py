@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from ola_vlm.eval.benchmarks import load_questions
-from ola_vlm.eval.multiple_choice import generate_answers
 from ola_vlm.inference.checkpoints import load_checkpoint
-from ola_vlm.miniature.dataset import write_questions
+from ola_vlm.inference.generate import generate_answers
 from ola_vlm.recipes.miniature import WEIGHTS
+from ola_vlm.world.dataset import write_questions
 
 
 def main() -> None:

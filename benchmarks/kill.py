@@ -17,8 +17,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ola_vlm.miniature.dataset import write_world
 from ola_vlm.miniature.study import SHRUNK
+from ola_vlm.world.dataset import write_world
 
 
 def command(folder: Path, name: str, steps: int) -> list[str]:

@@ -22,8 +22,8 @@ import httpx
 import psutil
 from PIL import Image
 
-from ola_vlm.chat import Chat, option_words
-from ola_vlm.miniature import world
+from ola_vlm.inference.chat import Chat, option_words
+from ola_vlm.world import language, render
 
 ROOT = Path(__file__).parents[1]
 VISITORS, QUESTIONS = 10, 20
@@ -123,13 +123,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
 
-    scenes = world.sample_scenes(VISITORS, seed=0)
-    images = [Image.fromarray(image) for image in world.render(scenes)["image"]]
+    scenes = render.sample_scenes(VISITORS, seed=0)
+    images = [Image.fromarray(image) for image in render.render_scenes(scenes)["image"]]
     chat = Chat.load(str(ROOT / "miniature" / "weights" / "ola_vlm"))
     questions = []
     expected = []
     for i, image in enumerate(images):
-        asked = [*world.questions(scenes, i), *world.fetch_questions(scenes, i)]
+        asked = [*language.questions(scenes, i), *language.fetch_questions(scenes, i)]
         texts = [question["question"] for question in asked]
         questions.append([texts[k % len(texts)] for k in range(QUESTIONS)])
         answers = {text: expected_answer(chat, image, text) for text in set(questions[i])}

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging
 
-from ola_vlm.miniature.dataset import write_questions
-from ola_vlm.targets.files import inside
-from ola_vlm.targets.images import ImageError
-
+from ..targets.files import inside
+from ..targets.images import ImageError
+from ..world.dataset import write_questions
 from . import schemas
 from .question_files import Row, image_source, read_rows
 

@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ola_vlm.targets.escapes import one_line
-from ola_vlm.targets.files import write_json, write_whole
-from ola_vlm.targets.images import open_image
-
+from ..targets.escapes import one_line
+from ..targets.files import write_json, write_whole
+from ..targets.images import open_image
 from .benchmarks import load_questions, locate
 from .scoring import SCORERS, read_answers, scored_rows, strata
 from .statistics import paired_comparison

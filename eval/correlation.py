@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ola_vlm.probing.figures import STYLE, method_styles
-from ola_vlm.targets.escapes import mathtext, one_line, terminal
-from ola_vlm.targets.files import read_object, save_figure
+from ..probing.figures import STYLE, method_styles
+from ..targets.escapes import mathtext, one_line, terminal
+from ..targets.files import read_object, save_figure
 
 MIN_LEFT = 4  # checkpoints, for a correlation to be looked at
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 
-from ola_vlm.targets.files import inside, read_object
+from ..targets.files import inside, read_object
 
 VOID = 255
 

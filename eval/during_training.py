@@ -8,10 +8,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ola_vlm.targets.cache import write_whole
-from ola_vlm.training.arguments import OlaVlmArguments
-
-from .multiple_choice import generate_answers, score
+from ..inference.generate import generate_answers
+from ..targets.cache import write_whole
+from ..training.arguments import OlaVlmArguments
+from .multiple_choice import score
 
 logger = logging.get_logger(__name__)
 SHOWN = 5  # answers in the log

@@ -11,9 +11,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from ola_vlm.inference.checkpoints import load_checkpoint
-
-from .multiple_choice import answer_chats
+from ..inference.checkpoints import load_checkpoint
+from ..inference.generate import answer_chats
 
 GENERATION = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "repetition_penalty")
 

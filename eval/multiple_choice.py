@@ -1,85 +1,12 @@
-"""Multiple-choice questions about an image (CV-Bench's form): generate the answers, then score them.
+"""Multiple-choice questions about an image (CV-Bench's form).
 
 A question is `{"id", "image": path, "question": prompt and options, "choices": [str], "answer": "(A)", "task": str}`.
-`generate_answers` answers any other question, too.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-
-import torch
-
-from ola_vlm.targets.images import open_image
+from collections.abc import Sequence
 
 from .reading import parse_choice
-
-
-@torch.inference_mode()
-def answer_chats(model, processor, chats: Sequence[list[dict]], **generation) -> list[str]:
-    """The model's next turn in each of several conversations of messages, left-padded: an answer does not depend on
-    its batch mates. `generation`: of `generate`."""
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    padding = {"padding": True, "padding_side": "left"}
-    inputs = processor.apply_chat_template(chats, **template, processor_kwargs=padding)
-    inputs = inputs.to(model.device, model.dtype)
-    tokens = model.generate(**inputs, pad_token_id=processor.tokenizer.pad_token_id, **generation)
-    return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def generate_answers(
-    model,
-    processor,
-    questions: Sequence[dict],
-    image_folder: str | Path = ".",
-    batch_size: int = 64,
-    max_new_tokens: int = 8,
-    progress: Callable[[Iterable], Iterable] = iter,
-    read_image: Callable[[dict], object] | None = None,
-    save: Callable[[list[dict]], object] = lambda answered: None,
-    unreadable: Callable[[dict, Exception], object] | None = None,
-) -> list[dict]:
-    """The questions with the model's raw answer as `"output"`, in the given order, and `"prompt"`, the whole text.
-
-    Greedy and left-padded, so that an answer does not depend on its batch mates. `progress` wraps the batches'
-    iterator (`tqdm`); `read_image` gives a question's image (`open_image`'s source) instead of `image_folder`; `save`
-    gets each batch as soon as it is answered. `unreadable` gets a question whose image can't be opened, and the error,
-    and the question is left out; without it the error ends everything. The model's train/eval mode is put back
-    afterwards.
-    """
-    was_training = model.training
-    model.eval()
-    read_image = read_image or (lambda question: Path(image_folder) / question["image"])
-    # alike lengths side by side waste no padding; the sort is stable
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i]["question"]))
-    answered = {}
-    try:
-        for start in progress(range(0, len(order), batch_size)):
-            batch = []
-            chats = []
-            for i in order[start : start + batch_size]:
-                try:
-                    image = open_image(read_image(questions[i]))
-                except (ValueError, OSError) as error:
-                    if unreadable is None:
-                        raise
-                    unreadable(questions[i], error)
-                    continue
-                batch.append(i)
-                content = [{"type": "image", "image": image}, {"type": "text", "text": questions[i]["question"]}]
-                chats.append([{"role": "user", "content": content}])
-            if not batch:
-                continue
-            answers = answer_chats(model, processor, chats, do_sample=False, max_new_tokens=max_new_tokens)
-            prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
-            for i, prompt, answer in zip(batch, prompts, answers, strict=True):
-                answered[i] = {**questions[i], "prompt": prompt, "output": answer}
-            save([answered[i] for i in batch])
-    finally:
-        model.train(was_training)
-    return [answered[i] for i in range(len(questions)) if i in answered]
 
 
 def is_correct(record: dict) -> bool:

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 
-from ola_vlm.targets.files import inside
+from ..inference.questions import read_options
+from ..targets.files import inside
 
 IMAGE_COLUMNS = ("image", "image_path", "filename", "file_name")
 SHORTER_THAN_AN_IMAGE = 64  # characters in base64; a shorter cell is the index of the row that has the image
@@ -100,20 +101,6 @@ def _parse_list(text: str):
         if isinstance(value, (list, tuple, dict)):
             return value
     return read_options(text) or [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def read_options(question: str) -> list[str]:
-    """The options that a question lists as "A. ...", "A: ..., B: ..." or "(A) ...", at least two; else []."""
-    labels = []
-    for match in re.finditer(r"(?:^|[\s,(])([A-Z])\s?[.:)]", question):
-        if match[1] == ascii_uppercase[len(labels)]:
-            labels.append(match)
-        if len(labels) == len(ascii_uppercase):
-            break
-    if len(labels) < 2:
-        return []
-    ends = [match.start() for match in labels[1:]] + [len(question)]
-    return [question[match.end() : end].split("\n")[0].strip(" ,") for match, end in zip(labels, ends, strict=True)]
 
 
 def read_rows(folder: Path, files: Sequence[Path], image_folder: Path | None = None) -> tuple[list[Row], Sequence]:

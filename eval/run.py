@@ -18,12 +18,11 @@ from tqdm import tqdm
 from transformers import __version__
 from transformers.utils import logging
 
-from ola_vlm.inference.checkpoints import load_checkpoint, processes, weights_state
-from ola_vlm.targets.escapes import terminal
-from ola_vlm.targets.files import only_one, whole_file
-
+from ..inference.checkpoints import load_checkpoint, processes, weights_state
+from ..inference.generate import generate_answers
+from ..targets.escapes import terminal
+from ..targets.files import only_one, whole_file
 from .benchmarks import BENCHMARKS, evenly, find_benchmark, find_variant, load_questions, locate
-from .multiple_choice import generate_answers
 from .scoring import table, write_results
 
 logger = logging.get_logger(__name__)

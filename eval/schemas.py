@@ -3,7 +3,8 @@
 import re
 from string import ascii_uppercase
 
-from .question_files import Row, read_options
+from ..inference.questions import read_options
+from .question_files import Row
 
 
 def cvbench(row: Row) -> dict:

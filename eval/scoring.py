@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ola_vlm.targets.escapes import one_line, terminal
-from ola_vlm.targets.files import write_json
-
+from ..targets.escapes import one_line, terminal
+from ..targets.files import write_json
 from .benchmarks import BENCHMARKS, MEAN_OF_TASKS
 from .multiple_choice import is_correct
 from .reading import final_answer, parse_choice

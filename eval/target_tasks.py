@@ -28,24 +28,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ola_vlm.inference.checkpoints import load_checkpoint, processes, weights_state
-from ola_vlm.miniature import world
-from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.probing.probes import Probes, load_probes
-from ola_vlm.probing.states import StateReader
-from ola_vlm.targets.cache import TargetStatistics
-from ola_vlm.targets.encoders import (
+from ..inference.checkpoints import load_checkpoint, processes, weights_state
+from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ..probing.probes import Probes, load_probes
+from ..probing.states import StateReader
+from ..probing.visualize import predicted_tasks, predictor_features, probe_features, statistics_of
+from ..targets.cache import TargetStatistics
+from ..targets.encoders import (
     ENCODERS,
     DepthAnythingEncoder,
     OneFormerEncoder,
     TargetEncoder,
 )
-from ola_vlm.targets.escapes import one_line, terminal
-from ola_vlm.targets.files import inside, only_one, read_finished, read_object, teachers_of_file, write_json
-from ola_vlm.targets.fill import make_teachers
-from ola_vlm.targets.images import image_files, open_image
-from ola_vlm.visualize import predicted_tasks, predictor_features, probe_features, statistics_of
-
+from ..targets.escapes import one_line, terminal
+from ..targets.files import inside, only_one, read_finished, read_object, teachers_of_file, write_json
+from ..targets.fill import make_teachers
+from ..targets.images import image_files, open_image
+from ..world import render
 from .dense import (
     VOID,
     confusion_matrix,
@@ -88,7 +87,7 @@ def miniature_items(root: Path) -> list[dict]:
         for _ in range(DRAWS):
             if len(pairs) == PAIRS:
                 break
-            a, b = rng.integers(0, world.SIZE, (2, 2))
+            a, b = rng.integers(0, render.SIZE, (2, 2))
             near, far = sorted((depth[tuple(a)], depth[tuple(b)]))
             if far > RATIO * near:
                 closer = "point1" if depth[tuple(a)] < depth[tuple(b)] else "point2"

@@ -16,14 +16,14 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ola_vlm.miniature import world
-from ola_vlm.miniature.arm import STAGES, read_json
-from ola_vlm.miniature.report import STAGES as WHEN
-from ola_vlm.miniature.report import table
-from ola_vlm.miniature.study import FULL, SHRUNK, prepare, read_arms, run_arms
-from ola_vlm.probing.figures import METHODS, STYLE, TASK_COLORS
-from ola_vlm.recipes.miniature import ABLATIONS, TASKS, ablation_run
-from ola_vlm.targets.files import save_figure, write_json, write_whole
+from ..probing.figures import METHODS, STYLE, TASK_COLORS
+from ..recipes.miniature import ABLATIONS, TASKS, ablation_run
+from ..targets.files import save_figure, write_json, write_whole
+from ..world import language
+from .report import STAGES as WHEN
+from .report import table
+from .study import FULL, SHRUNK, prepare, read_arms, run_arms
+from .trial import STAGES, read_json
 
 TITLES = {
     "layers": ("Table 3", "layers with embedding losses"),
@@ -36,7 +36,7 @@ TITLES = {
     "lambda": ("Table IV", "weight of the embedding losses"),
     "terms": ("Table V", "terms of the embedding loss"),
 }
-ACCURACIES = [*world.TASKS, "average"]
+ACCURACIES = [*language.TASKS, "average"]
 PROBES = [(task["name"], stage) for stage in STAGES for task in TASKS]
 
 
@@ -98,7 +98,7 @@ def draw_table(path: Path, name: str, rows: dict[str, list[dict]]) -> None:
         axis.plot([], [], "o", color=color, label=label)
 
     draw(accuracy, "average", "0.25", "mean of the tasks", 0)
-    accuracy.axvline(100 * world.CHANCE["average"], color="black", linestyle=":", label="chance")
+    accuracy.axvline(100 * language.CHANCE["average"], color="black", linestyle=":", label="chance")
     accuracy.set(xlabel="accuracy after IFT (%)", title="answers", ylim=(-0.6, len(rows) - 0.4))
     for axis, stage in zip(probes, STAGES, strict=True):
         for i, task in enumerate(task["name"] for task in TASKS):

@@ -36,12 +36,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ola_vlm.miniature import world
-from ola_vlm.targets.encoders import OneFormerEncoder
-from ola_vlm.targets.files import write_whole
+from ..targets.encoders import OneFormerEncoder
+from ..targets.files import write_whole
+from ..world import language, render
 
 WEIGHTS = Path(__file__).parent / "weights"
-GRID, PATCH = world.GRID, world.SIZE // world.GRID
+GRID, PATCH = render.GRID, render.SIZE // render.GRID
 IMAGE_MEAN, IMAGE_STD = [0.5] * 3, [0.25] * 3
 FLOORS = {  # measure: (bound, whether a smaller figure is better)
     "language_model": ("accuracy", 0.90, False),
@@ -56,14 +56,14 @@ WORDS = ("describe", "the", "image", ".", ",", "and", "a", "yes", "no", "not", "
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the world's whole language, with the chat template (assistant spans are marked)."""
-    scenes = world.sample_scenes(200, seed=99)
+    scenes = render.sample_scenes(200, seed=99)
     rng, words = np.random.default_rng(0), set(WORDS)
     for i in range(len(scenes)):
-        texts = [world.caption(scenes, i, rng), world.description(scenes, i)]
-        for q in world.questions(scenes, i) + world.fetch_questions(scenes, i):
+        texts = [language.caption(scenes, i, rng), language.description(scenes, i)]
+        for q in language.questions(scenes, i) + language.fetch_questions(scenes, i):
             texts += [q["question"], q["answer"]]
         words.update(word for text in texts for word in text.split())
-    words.update(f"{axis}{k}" for axis in "xyz" for k in range(world.BINS))
+    words.update(f"{axis}{k}" for axis in "xyz" for k in range(language.BINS))
     special = ["<pad>", "<s>", "<unk>", "<end>", "<user>", "<assistant>", "<system>"]  # CLIP takes id 2 for no end
     vocabulary = {word: i for i, word in enumerate([*special, *sorted(words)])}
     template = (WEIGHTS / "language_model" / "chat_template.jinja").read_text()
@@ -117,13 +117,13 @@ def fit(model, loss_of_step, steps: int, lr: float, work: Path, desc: str, weigh
     return model.eval()
 
 
-def scene_arrays(work: Path, split: str = "train") -> tuple[world.Scenes, dict[str, np.ndarray]]:
+def scene_arrays(work: Path, split: str = "train") -> tuple[render.Scenes, dict[str, np.ndarray]]:
     """Rendered scenes of a split, kept on disk between runs."""
     path = work / f"scenes_{split}.safetensors"
     if not path.exists():
         count, seed = {"train": (12_000, 11), "held_out": (1000, 12)}[split]
-        world.save_scenes(path, *world.make_scenes(count, seed, desc=path.stem))
-    return world.load_scenes(path)
+        render.save_scenes(path, *render.make_scenes(count, seed, desc=path.stem))
+    return render.load_scenes(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ def _ordinal_start(model, tokenizer, rng):
     with torch.no_grad():
         for axis in "xyz":
             directions = torch.from_numpy(rng.normal(0, 1, (4, width))).float()
-            for k in range(world.BINS):
-                s = (k + 0.5) / world.BINS
+            for k in range(language.BINS):
+                s = (k + 0.5) / language.BINS
                 code = torch.tensor([2 * s - 1, math.cos(math.pi * s), math.cos(2 * math.pi * s), 1.0])
                 row = (code @ directions) / 2
                 # half a curve, half its own: on the curve alone neighbours are too alike to be copied exactly
@@ -199,37 +199,37 @@ def train_language_model(work: Path, out: Path, steps: int):
     config = LlamaConfig.from_pretrained(WEIGHTS / "language_model", vocab_size=len(tokenizer))
     model = LlamaForCausalLM(config)  # its initializer_range is about 1 / sqrt(width): with .02 nothing was learnt
     _ordinal_start(model, tokenizer, np.random.default_rng(0))
-    pool = world.sample_scenes(20_000, seed=21)
+    pool = render.sample_scenes(20_000, seed=21)
 
     def loss(rng, share):
         # first to look attributes up, then to compare them, then also to read patches
         early, seen, chats, descriptions = share < 0.2, share > 0.5 and rng.random() < 0.75, [], []
         for i in rng.integers(0, len(pool), 16):
             turns, fetch_share = (4, 1.0) if early else (18 if share < 0.5 else 14, 0.3)
-            turns = world.conversation(pool, i, turns, rng, fetch_share, ranges=True)
+            turns = language.conversation(pool, i, turns, rng, fetch_share, ranges=True)
             chat = [(turn["question"], turn["answer"]) for turn in turns]
             if early or rng.random() < 0.25:
-                chat.insert(int(rng.integers(len(chat))), ("what is where ?", world.listing(pool, i)))
+                chat.insert(int(rng.integers(len(chat))), ("what is where ?", language.listing(pool, i)))
             if rng.random() < 0.25:
-                chat.insert(int(rng.integers(len(chat))), ("describe the image .", world.caption(pool, i, rng)))
+                chat.insert(int(rng.integers(len(chat))), ("describe the image .", language.caption(pool, i, rng)))
             if seen:  # task tokens or other text may stand between patches and question: places must not hang on it
                 filler = [["."]] * int(rng.integers(9))
-                descriptions.append(world.patches(pool, i, rng, places=rng.random() < 0.4) + filler)
-            text = " ".join(words[0] for words in descriptions[-1]) if seen else world.description(pool, i)
+                descriptions.append(language.patches(pool, i, rng, places=rng.random() < 0.4) + filler)
+            text = " ".join(words[0] for words in descriptions[-1]) if seen else language.description(pool, i)
             chats.append((text, chat))
         batch = _encode_chats(tokenizer, chats, apart=share < 0.8 or rng.random() < 0.5)
         return model(**_embed_patches(model, tokenizer, batch, descriptions) if seen else batch).loss
 
     fit(model, loss, steps, 2e-3, work, "language_model")
-    scenes, figures = world.sample_scenes(2000, seed=22), {}
-    asked = world.balanced(scenes, 400, seed=0)
+    scenes, figures = render.sample_scenes(2000, seed=22), {}
+    asked = language.balanced(scenes, 400, seed=0)
     for suffix in ("", " from patches"):
-        right = {task: [] for task in world.TASKS}
+        right = {task: [] for task in language.TASKS}
         for start in range(0, len(asked), 100):
             part = asked[start : start + 100]
-            patches = [world.patches(scenes, q["scene"], np.random.default_rng(q["scene"]), False) for q in part]
+            patches = [language.patches(scenes, q["scene"], np.random.default_rng(q["scene"]), False) for q in part]
             texts = [" ".join(words[0] for words in of_scene) for of_scene in patches]
-            texts = texts if suffix else [world.description(scenes, q["scene"]) for q in part]
+            texts = texts if suffix else [language.description(scenes, q["scene"]) for q in part]
             chats = [(text, [(q["question"], q["answer"])]) for text, q in zip(texts, part, strict=True)]
             batch = _encode_chats(tokenizer, chats)
             labels, row = batch.pop("labels"), torch.arange(len(part))
@@ -253,14 +253,14 @@ def train_language_model(work: Path, out: Path, steps: int):
 HAZE_WORDS = ("clear", "pale", "faint")
 
 
-def _region_phrases(scenes: world.Scenes, arrays: dict, index: np.ndarray):
+def _region_phrases(scenes: render.Scenes, arrays: dict, index: np.ndarray):
     """Dense captions: each patch's share of each object (B, GRID**2, K) and each object's phrase id (B, K)."""
     clear = np.exp(-scenes.haze[index, 3:] * (scenes.z[index] - 2.5))
     haze = (clear < 0.62).astype(int) + (clear < 0.42)
-    phrase = (haze * len(world.COLORS) + scenes.color[index]) * len(world.SHAPES) + scenes.shape[index]
+    phrase = (haze * len(render.COLORS) + scenes.color[index]) * len(render.SHAPES) + scenes.shape[index]
     mask = arrays["mask"][index].reshape(-1, GRID, PATCH, GRID, PATCH)
     of_color = scenes.color[index][:, None, None, None, None] + 2
-    share = (mask[..., None] == of_color).mean((2, 4)).reshape(len(index), GRID * GRID, world.SLOTS)
+    share = (mask[..., None] == of_color).mean((2, 4)).reshape(len(index), GRID * GRID, render.SLOTS)
     alone = (scenes.color[index][:, :, None] == scenes.color[index][:, None]).sum(2) == 1
     return share * (alone & (scenes.color[index] >= 0))[:, None], phrase
 
@@ -284,14 +284,14 @@ def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
         batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
         return F.normalize(model.get_text_features(**batch).pooler_output, dim=-1)
 
-    kinds = itertools.product(HAZE_WORDS if dense else (), world.COLORS, world.SHAPES)
+    kinds = itertools.product(HAZE_WORDS if dense else (), render.COLORS, render.SHAPES)
     phrases = [f"a {haze} {color} {shape}" for haze, color, shape in kinds]
 
     def loss(rng, share):
         index = rng.integers(0, len(scenes), 64)
         vision_out = model.vision_model(preprocess(arrays["image"][index]), output_hidden_states=True)
         image = F.normalize(model.visual_projection(vision_out.pooler_output), dim=-1)
-        captions = [world.caption(scenes, i, rng) for i in index]
+        captions = [language.caption(scenes, i, rng) for i in index]
         written, phrase = encode_text(captions + phrases).split([len(captions), len(phrases)])
         logits = model.logit_scale.exp().clamp(max=100) * image @ written.T
         total = sum(F.cross_entropy(part, torch.arange(len(index))) for part in (logits, logits.T)) / 2
@@ -307,7 +307,7 @@ def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
     with torch.no_grad():
         seen = model.get_image_features(pixel_values=preprocess(pictures["image"][:200])).pooler_output
         rng = np.random.default_rng(0)
-        right = F.normalize(seen, dim=-1) @ encode_text([world.caption(held, i, rng) for i in range(200)]).T
+        right = F.normalize(seen, dim=-1) @ encode_text([language.caption(held, i, rng) for i in range(200)]).T
         top1 = (right.argmax(1) == torch.arange(200)).float().mean().item()
         figures = {"retrieval over chance": top1 * 200, "retrieval at 1 of 200": top1}
         if dense:
@@ -373,19 +373,19 @@ def train_seg(work: Path, out: Path, steps: int):
 
     fit(model, loss, steps, 1e-3, work, "seg", weight_decay=0.05)
     _, held = scene_arrays(work, "held_out")
-    encoder = OneFormerEncoder(model, world.SIZE, GRID, IMAGE_MEAN, IMAGE_STD, [1] * config.task_seq_len)
+    encoder = OneFormerEncoder(model, render.SIZE, GRID, IMAGE_MEAN, IMAGE_STD, [1] * config.task_seq_len)
     guess = encoder.decode(None, [Image.fromarray(image) for image in held["image"]]).numpy()
     confusion = confusion_matrix(held["mask"].ravel(), guess.ravel())
     iou = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
     _save(model, out / "seg")
-    return {"mIoU": float(iou.mean()), **{name: float(x) for name, x in zip(world.CLASSES, iou, strict=True)}}
+    return {"mIoU": float(iou.mean()), **{name: float(x) for name, x in zip(render.CLASSES, iou, strict=True)}}
 
 
 def _save(model, folder: Path):
     """Half precision on disk, with the preprocessor that every part shares. (The configs in `WEIGHTS` are where the
     parts' sizes are written, and what they are made from again.)"""
     model.half().save_pretrained(folder)
-    sizes = {"size": dict.fromkeys(("height", "width"), world.SIZE), "do_center_crop": False}
+    sizes = {"size": dict.fromkeys(("height", "width"), render.SIZE), "do_center_crop": False}
     CLIPImageProcessor(**sizes, image_mean=IMAGE_MEAN, image_std=IMAGE_STD).save_pretrained(folder)
 
 

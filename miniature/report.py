@@ -17,8 +17,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ola_vlm.probing.figures import METHODS, STYLE, method_styles
-from ola_vlm.targets.files import save_figure, write_whole
+from ..probing.figures import METHODS, STYLE, method_styles
+from ..targets.files import save_figure, write_whole
 
 BASELINE, OURS, CONTROL = "llava", "ola_vlm", "ola_vlm_shuffled"
 STAGES = {"pretrain": "after PT", "finetune": "after IFT"}

@@ -22,18 +22,19 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, set_seed
 
-from ola_vlm.eval.multiple_choice import generate_answers, score
-from ola_vlm.miniature import world
-from ola_vlm.miniature.arm import Clock, read_json
-from ola_vlm.miniature.dataset import SEEDS, llava_row
-from ola_vlm.probing.figures import STYLE, TASK_COLORS
-from ola_vlm.recipes import smollm2 as recipe
-from ola_vlm.targets.files import save_figure, write_json, write_whole
-from ola_vlm.targets.images import open_image
-from ola_vlm.train import load_model, train
-from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.data import IGNORE_INDEX, OlaVlmCollator
-from ola_vlm.training.rows import load_rows
+from ..eval.multiple_choice import score
+from ..inference.generate import generate_answers
+from ..probing.figures import STYLE, TASK_COLORS
+from ..recipes import smollm2 as recipe
+from ..targets.files import save_figure, write_json, write_whole
+from ..targets.images import open_image
+from ..train import load_model, train
+from ..training.arguments import OlaVlmArguments
+from ..training.collator import IGNORE_INDEX, OlaVlmCollator
+from ..training.rows import load_rows
+from ..world import language, render
+from ..world.dataset import SEEDS, llava_row
+from .trial import Clock, read_json
 
 CONTENT = Path(__file__).with_name("photographs.json")
 STAGES = {"pretrain": recipe.pretrain, "finetune": recipe.finetune}
@@ -121,16 +122,16 @@ def write_data(folder: Path, photographs: list[dict], rehearsal: list[tuple[str,
 
     scenes, arrays = {}, {}
     for split in ("train", "test"):
-        scenes[split], rendered = world.make_scenes(sizes[split], SEEDS[split], desc=f"rendering {split} scenes")
+        scenes[split], rendered = render.make_scenes(sizes[split], SEEDS[split], desc=f"rendering {split} scenes")
         arrays[split] = [Image.fromarray(image) for image in rendered["image"]]
     for split, count, group in (("train", sizes["train"], None), ("test", sizes["held_out_scenes"], "scene")):
         for i in range(count):
-            chat = world.conversation(scenes[split], i, 3, rng, fetch_share=0)
+            chat = language.conversation(scenes[split], i, 3, rng, fetch_share=0)
             turns = [(natural(turn["question"]), turn["answer"]) for turn in chat]
-            caption = natural(world.caption(scenes[split], i, rng)) + "."
+            caption = natural(language.caption(scenes[split], i, rng)) + "."
             add(f"{split}_{i:05d}", arrays[split][i], [caption], turns, group)
 
-    questions = world.balanced(scenes["test"], sizes["questions"], SEEDS["test"])
+    questions = language.balanced(scenes["test"], sizes["questions"], SEEDS["test"])
     for n, row in enumerate(questions):
         row.update(id=str(n), image=f"test_{row['scene']:05d}.png", question=natural(row["question"]))
         arrays["test"][row["scene"]].save(images / row["image"])
@@ -317,7 +318,7 @@ class Run:
             names = sorted({key for entry in log for key in entry if key == "loss" or key.startswith("loss/")})
             logged = {key: [[entry["step"], entry[key]] for entry in log if key in entry] for key in names}
             results[name] |= {"steps": log[-1]["step"], "training_loss": logged}
-        return results | {"chance": world.CHANCE, "seconds": {k: round(v) for k, v in self.clock.seconds.items()}}
+        return results | {"chance": language.CHANCE, "seconds": {k: round(v) for k, v in self.clock.seconds.items()}}
 
 
 # -------------------------------------------------------------------------------------------------------- the report

@@ -21,18 +21,18 @@ from safetensors.numpy import load_file
 from tqdm import tqdm
 from transformers import logging
 
-from ola_vlm.eval.statistics import compare_answers
-from ola_vlm.miniature import dataset, world
-from ola_vlm.miniature.arm import PROBE_SPLITS, PROMPT, STAGES, Clock, fit_ridge, probe_paths, read_json
-from ola_vlm.miniature.report import write_report
-from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
-from ola_vlm.probing.probes import Probes
-from ola_vlm.probing.ridge import choose_strength
-from ola_vlm.processing_ola_vlm import OlaVlmProcessor
-from ola_vlm.recipes import miniature as recipe
-from ola_vlm.targets.files import write_whole
-from ola_vlm.targets.fill import fill, make_teachers, open_caches
-from ola_vlm.visualize import LayerViewer, find_run, pictures_figure
+from ..eval.statistics import compare_answers
+from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ..probing.probes import Probes
+from ..probing.ridge import choose_strength
+from ..probing.visualize import LayerViewer, find_run, pictures_figure
+from ..processing_ola_vlm import OlaVlmProcessor
+from ..recipes import miniature as recipe
+from ..targets.files import write_whole
+from ..targets.fill import fill, make_teachers, open_caches
+from ..world import dataset, language
+from .report import write_report
+from .trial import PROBE_SPLITS, PROMPT, STAGES, Clock, fit_ridge, probe_paths, read_json
 
 SHIPPED = ("llava", "ola_vlm")
 # Changes of the recipe's fields; the shrunken run, of a minute, checks the chain and not the numbers.
@@ -73,7 +73,7 @@ def run_arms(
             while waiting and len(running) < workers:
                 method, seed = arm = waiting.pop(0)
                 settings = {"method": method, "seed": seed, "root": str(root), "overrides": overrides}
-                command = [sys.executable, "-m", "ola_vlm.miniature.arm", json.dumps(settings)]
+                command = [sys.executable, "-m", "ola_vlm.miniature.trial", json.dumps(settings)]
                 folders[arm].mkdir(parents=True, exist_ok=True)
                 with (folders[arm] / "log.txt").open("ab") as log:
                     running[arm] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -126,7 +126,7 @@ def collect(root: Path, methods: list[str], seeds: int, seconds: dict, checks: d
     compared = {f"{b} - {a}": compare_answers(answers[a], answers[b]) for a, b in PAIRS if {a, b} <= set(methods)}
     return {
         "methods": {method: {"seeds": of_method} for method, of_method in results.items()},
-        "chance": world.CHANCE,
+        "chance": language.CHANCE,
         "comparison": compared.pop("ola_vlm - llava", {}),
         "comparisons": compared,
         "world": {**checks, "components": read_json(recipe.WEIGHTS / "quality.json")},

@@ -36,13 +36,14 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from ola_vlm.chat import NO_IMAGE, Chat, has_image, option_words, without_option_words
-from ola_vlm.miniature import world
+from ola_vlm.inference.chat import NO_IMAGE, Chat, has_image
+from ola_vlm.inference.questions import option_words, without_option_words
+from ola_vlm.probing.visualize import NOTHING_SEEN as MEAN
+from ola_vlm.probing.visualize import OUTSIDE, TARGET, LayerViewer, find_teachers, has_classes, note_of
+from ola_vlm.recipes.miniature import WEIGHTS
 from ola_vlm.targets.images import LONGEST_STRIP, DamagedImage, ImageError, open_image
-from ola_vlm.visualize import NOTHING_SEEN as MEAN
-from ola_vlm.visualize import OUTSIDE, TARGET, LayerViewer, find_teachers, has_classes, note_of
+from ola_vlm.world import language, render
 
-WEIGHTS = Path(world.__file__).parent / "weights"
 MAX_FILE = "10mb"
 MAX_PIXELS = 50_000_000  # a file
 MAX_SIDE = 2048  # larger pictures are shrunk; no vision tower here sees more
@@ -328,15 +329,15 @@ def check_message(message: dict) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples
 # ---------------------------------------------------------------------------------------------------------------------
-def render_scenes(count: int) -> tuple[world.Scenes, list[Image.Image]]:
+def render_scenes(count: int) -> tuple[render.Scenes, list[Image.Image]]:
     """About `count` scenes of the miniature's world all of whose objects can be seen."""
-    drawn = world.sample_scenes(int(count * 1.2) + 4, seed=11)
-    arrays = world.render(drawn)
+    drawn = render.sample_scenes(int(count * 1.2) + 4, seed=11)
+    arrays = render.render_scenes(drawn)
     whole = np.flatnonzero(((arrays["visible"] >= 12) | (drawn.color < 0)).all(1))[:count]
     return drawn[whole], [Image.fromarray(arrays["image"][i]) for i in whole]
 
 
-def make_examples(drawn: world.Scenes, images: list[Image.Image], folder: Path, own_words: bool) -> list[dict]:
+def make_examples(drawn: render.Scenes, images: list[Image.Image], folder: Path, own_words: bool) -> list[dict]:
     """A message for each image, with its file in `folder`, what a card shows of it and the right answer; `own_words`:
     the miniature's own questions, else LLaVA's multiple-choice form and, for every second image, a description."""
     examples = []
@@ -345,7 +346,7 @@ def make_examples(drawn: world.Scenes, images: list[Image.Image], folder: Path, 
         if not own_words:
             image = image.resize((384, 384), Image.Resampling.BICUBIC)
         image.save(path)
-        asked = {question["task"]: question for question in world.questions(drawn, i)}
+        asked = {question["task"]: question for question in language.questions(drawn, i)}
         kinds = [kind for kind in EXAMPLES if kind in asked]
         question = asked[kinds[i % len(kinds)]]
         (shown, _, _) = question["question"].partition(" ?")

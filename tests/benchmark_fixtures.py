@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from ola_vlm.miniature import world
+from ola_vlm.world import language, render
 
 SCENES = 6
 
@@ -19,9 +19,9 @@ SCENES = 6
 @cache
 def scenes() -> tuple[list[Image.Image], list[dict], np.ndarray]:
     """Images, a question of each task for every scene that has one, depths (S, H, W)."""
-    sampled = world.sample_scenes(SCENES, 7)
-    arrays = world.render(sampled, 7)
-    asked = [q | {"scene": i} for i in range(SCENES) for q in _one_a_task(world.questions(sampled, i))]
+    sampled = render.sample_scenes(SCENES, 7)
+    arrays = render.render_scenes(sampled, 7)
+    asked = [q | {"scene": i} for i in range(SCENES) for q in _one_a_task(language.questions(sampled, i))]
     return [Image.fromarray(image) for image in arrays["image"]], asked, arrays["depth"]
 
 
@@ -124,7 +124,7 @@ def da2k(folder: Path) -> dict[str, np.ndarray]:
     for path, inverse in truth.items():
         annotations[path] = []
         for _ in range(5):
-            a, b = rng.integers(0, world.SIZE, (2, 2)).tolist()
+            a, b = rng.integers(0, render.SIZE, (2, 2)).tolist()
             if inverse[tuple(a)] != inverse[tuple(b)]:
                 closer = "point1" if inverse[tuple(a)] > inverse[tuple(b)] else "point2"
                 annotations[path].append({"point1": a, "point2": b, "closer_point": closer})

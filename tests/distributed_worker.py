@@ -15,7 +15,7 @@ from training_helpers import IMAGES, GroupedRows, Interrupt, ListStream, losses,
 
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.training.check import check_rows
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.rows import BadRow, StreamRows
 from ola_vlm.training.sharding import block_classes
 

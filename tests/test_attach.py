@@ -29,7 +29,7 @@ from transformers import (
 
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.attach import attach_predictors, detach_predictors, image_layout
-from ola_vlm.training.data import AttachedCollator
+from ola_vlm.training.collator import AttachedCollator
 from ola_vlm.training.rows import BadRow
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.trainer import OlaVlmTrainer

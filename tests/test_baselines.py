@@ -17,8 +17,8 @@ from ola_vlm.baselines.build import build_multi_encoder, load_encoders
 from ola_vlm.baselines.configuration_multi_encoder import MultiEncoderLlavaConfig
 from ola_vlm.baselines.modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
 from ola_vlm.convert.parts import build_ola_vlm
-from ola_vlm.eval.multiple_choice import generate_answers
 from ola_vlm.inference.checkpoints import classes_of, read_fields
+from ola_vlm.inference.generate import generate_answers
 from ola_vlm.miniature import study
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.probing.fit import batches, fit

@@ -38,12 +38,13 @@ from ola_vlm.eval.dense import (
     mean_iou,
     reference_mean_iou,
 )
-from ola_vlm.eval.question_files import Row, read_options
+from ola_vlm.eval.question_files import Row
 from ola_vlm.eval.scoring import read_answers, score_records
 from ola_vlm.eval.vqa import normalize_answer, vqa_accuracy
-from ola_vlm.miniature import world
-from ola_vlm.miniature.dataset import write_questions
+from ola_vlm.inference.questions import read_options
 from ola_vlm.targets.encoders import open_image
+from ola_vlm.world import render
+from ola_vlm.world.dataset import write_questions
 
 TESTS = Path(__file__).parent
 
@@ -198,7 +199,7 @@ def test_the_miniatures_questions_are_the_studys_form(tmp_path):
         "Depth": 24,
         "Distance": 24,
     }
-    assert open_image(read_image(questions[0])).size == (world.SIZE, world.SIZE)
+    assert open_image(read_image(questions[0])).size == (render.SIZE, render.SIZE)
 
 
 # Files that differ a little -----------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def test_questions_about_several_pictures_are_left_out_and_counted(folders, capl
     questions, read_image = load_questions("blink", folders["blink"])
     assert {question["task"] for question in questions} == {"Counting"}
     assert "4 of 8 questions are left out" in caplog.text
-    assert open_image(read_image(questions[0])).size == (world.SIZE, world.SIZE)
+    assert open_image(read_image(questions[0])).size == (render.SIZE, render.SIZE)
 
 
 def test_a_group_counts_only_if_all_its_variants_are_right(folders):

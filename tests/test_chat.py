@@ -11,8 +11,10 @@ from conftest import random_image
 from tiny_vlms import FAMILIES
 from tokenizers.processors import TemplateProcessing
 
-from ola_vlm import chat, cli
-from ola_vlm.chat import NO_IMAGE, Chat, converse, option_words, sampling_options, without_option_words
+from ola_vlm import cli
+from ola_vlm.inference import chat
+from ola_vlm.inference.chat import NO_IMAGE, Chat, converse, sampling_options
+from ola_vlm.inference.questions import option_words, without_option_words
 
 ROOT = Path(__file__).parents[1]
 MINIATURE, SCENE = str(ROOT / "miniature" / "weights" / "ola_vlm"), str(ROOT / "docs" / "scene.png")

@@ -11,7 +11,7 @@ from test_data import CHATML, byte_processor, supervised_spans
 from ola_vlm.convert.parts import build_processor
 from ola_vlm.training import chat_template
 from ola_vlm.training.chat_template import check_chat_template, fit_chat_template, taking_images
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.rows import BadRow, read_row
 
 TRL = files("trl") / "chat_templates"

@@ -6,12 +6,12 @@ import pytest
 from conftest import random_image, tiny_tasks
 from training_helpers import llava_sample, write_llava
 
-from ola_vlm import check_data, cli
+from ola_vlm import cli
 from ola_vlm.convert.parts import build_ola_vlm
-from ola_vlm.recipes import RECIPES
+from ola_vlm.recipes import RECIPES, check_data
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import check_rows, drop_bad_rows
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.rows import load_rows
 
 LONG = 30  # words that make a row too long

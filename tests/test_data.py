@@ -22,8 +22,9 @@ from ola_vlm.convert.parts import build_processor
 from ola_vlm.recipes.paper import CHAT_TEMPLATES
 from ola_vlm.targets.cache import image_key
 from ola_vlm.targets.encoders import ClipImageEncoder, open_image
-from ola_vlm.training.data import GroupedSampler, OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.rows import BadRow, Rows, read_row
+from ola_vlm.training.sampler import GroupedSampler
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 32}
 

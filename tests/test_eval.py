@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from conftest import random_image
 
-from ola_vlm.eval.multiple_choice import generate_answers, is_correct, score
+from ola_vlm.eval.multiple_choice import is_correct, score
 from ola_vlm.eval.reading import parse_choice
 from ola_vlm.eval.statistics import compare_answers, paired_comparison
+from ola_vlm.inference.generate import generate_answers
 from ola_vlm.targets.encoders import open_image
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 
 NUMBERS = ["2", "3", "10", "1"]
 SIDES = ["left", "far left", "the blue box"]

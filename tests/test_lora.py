@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 
 from ola_vlm.convert.export import export_llava
-from ola_vlm.eval.multiple_choice import generate_answers
+from ola_vlm.inference.generate import generate_answers
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES

@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ola_vlm.miniature import ablations, components, study, world
+from ola_vlm.miniature import ablations, components, study
 from ola_vlm.recipes import miniature as recipe
 from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.world import language
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def test_report_has_every_field_of_every_method(run):
     out, results = run
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(results))
     assert list(results["methods"]) == list(recipe.METHODS)
-    tasks = {*world.TASKS, "average"}
+    tasks = {*language.TASKS, "average"}
     assert set(results["chance"]) == set(results["comparison"]) == tasks
     for method, found in results["methods"].items():
         (seed,) = found["seeds"]

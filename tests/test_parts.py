@@ -35,16 +35,16 @@ from transformers import (
 )
 
 from ola_vlm import cli, train
-from ola_vlm.chat import Chat
 from ola_vlm.convert.export import export_llava
 from ola_vlm.convert.parts import build_ola_vlm, measure_tower
 from ola_vlm.convert.tower import convert_tower
+from ola_vlm.inference.chat import Chat
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.targets import weights as target_weights
 from ola_vlm.targets.encoders import ClipImageEncoder
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.rows import load_rows
 from ola_vlm.training.stages import part_of
 

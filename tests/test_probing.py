@@ -21,11 +21,11 @@ from tiny_vlms import FAMILIES
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from ola_vlm import probe
 from ola_vlm.convert import reference
 from ola_vlm.convert.reference import convert_state_dict
 from ola_vlm.eval import correlation, target_tasks
 from ola_vlm.inference.checkpoints import weights_state
+from ola_vlm.probing import run
 from ola_vlm.probing.fit import batches, fit
 from ola_vlm.probing.probes import Probes, centred_cosine, flat_cosine, load_probes, score
 from ola_vlm.probing.resampler import ResamplerFit
@@ -46,7 +46,7 @@ def planted(rows=200, width=6, target=4, seed=0):
 
 
 def predict(probe: RidgeProbe, x, strength: float):
-    weights, centre, bias = probe.solve(strength)
+    weights, centre, bias = run.solve(strength)
     return ((x.double() - centre) @ weights + bias).float()
 
 
@@ -56,14 +56,14 @@ def test_ridge_equals_least_squares(strength):
     y = y + torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     probe = RidgeProbe()
     for start, stop in [(0, 64), (64, 65), (65, 200)]:
-        probe.update(x[start:stop], y[start:stop])
+        run.update(x[start:stop], y[start:stop])
     # Ridge as least squares with extra rows sqrt(n * strength) * std(x) that want a zero, on centred data.
     data, target = x.double().numpy(), y.double().numpy()
     centred, std = data - data.mean(0), data.std(0)
     extra = np.diag(np.sqrt(len(x) * strength) * std)
     rows, wanted = np.concatenate([centred, extra]), np.concatenate([target - target.mean(0), np.zeros((6, 4))])
     expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-    weights, centre, bias = probe.solve(strength)
+    weights, centre, bias = run.solve(strength)
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6, atol=1e-8)
     intercept = (bias - centre @ weights).numpy()
     np.testing.assert_allclose(intercept, target.mean(0) - data.mean(0) @ expected, rtol=1e-6, atol=1e-6)
@@ -73,8 +73,8 @@ def test_ridge_equals_least_squares(strength):
 def test_ridge_recovers_a_planted_map():
     x, y, weights = planted()
     probe = RidgeProbe()
-    probe.update(x, y)
-    torch.testing.assert_close(probe.solve(1e-12)[0].float(), weights, rtol=1e-3, atol=1e-3)
+    run.update(x, y)
+    torch.testing.assert_close(run.solve(1e-12)[0].float(), weights, rtol=1e-3, atol=1e-3)
     new_x = planted(seed=2)[0]
     torch.testing.assert_close(predict(probe, new_x, 1e-12), new_x @ weights + 3, rtol=1e-4, atol=1e-3)
 
@@ -408,7 +408,7 @@ def test_resamplers_are_those_of_a_plain_training_loop(make_model):
         optimizer.zero_grad()
     for name, value in probe.state_dict().items():
         torch.testing.assert_close(fitted.modules["depth"]["2"].get_parameter(name), value, rtol=1e-3, atol=1e-4)
-    assert not fitted.modules["depth"]["1"].proj_in.weight.equal(probe.proj_in.weight)
+    assert not fitted.modules["depth"]["1"].proj_in.weight.equal(run.proj_in.weight)
     torch.testing.assert_close(fitted.means["depth"], target.mean(0))
 
 
@@ -486,7 +486,7 @@ def study(tmp_path_factory, make_model) -> SimpleNamespace:
 
 
 def run_probe(study, out, *more, models=None):
-    probe.main([*(models or study.models[:2]), *study.recipe, "--out", str(out), *more])
+    run.main([*(models or study.models[:2]), *study.recipe, "--out", str(out), *more])
     return json.loads((out / "probes.json").read_text())
 
 
@@ -499,7 +499,7 @@ def probed(study, tmp_path_factory) -> tuple[Path, dict]:
 
 
 def test_help_is_the_commands_own(capsys):
-    probe.main(["--help"])
+    run.main(["--help"])
     text = capsys.readouterr().out
     assert "--step_images" in text and "--recipe NAME" in text and "--adam_beta1" not in text
 
@@ -517,7 +517,7 @@ def test_the_command(study, probed, tmp_path, monkeypatch, capsys):
     assert (out / "probes.png").stat().st_size > 10_000
 
     with monkeypatch.context() as patched:  # what is done is not done again
-        patched.setattr(probe, "load_checkpoint", None)
+        patched.setattr(run, "load_checkpoint", None)
         again = run_probe(study, out, models=study.models)
     assert again["models"] == found["models"] and again["strengths"] == found["strengths"]
     assert "three" in capsys.readouterr().out
@@ -558,7 +558,7 @@ def test_the_command_says_what_is_wrong(study, tmp_path, change, message):
     (tmp_path / "EMPTY").mkdir()
     change = [one.replace("EMPTY", str(tmp_path / "EMPTY")) for one in change]
     with pytest.raises(SystemExit, match=message):
-        probe.main([study.models[0], *study.recipe, "--out", str(tmp_path / "out"), *change])
+        run.main([study.models[0], *study.recipe, "--out", str(tmp_path / "out"), *change])
     assert not list(tmp_path.glob("out/*/*"))
 
 
@@ -581,15 +581,15 @@ def test_rows_of_a_data_set_give_images(study, tmp_path):
     rows = [{"id": i, "image": Path(path).name} for i, path in enumerate([*images, images[0]])]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     args = OlaVlmArguments(output_dir=str(tmp_path), image_folder=str(study.root / "data" / "images"), use_cpu=True)
-    assert list(probe.find_images(str(tmp_path / "rows.json"), args)) == images
+    assert list(run.find_images(str(tmp_path / "rows.json"), args)) == images
     data = Dataset.from_dict({"image": images}).cast_column("image", HfImage())
     data.to_parquet(str(tmp_path / "data" / "a.parquet"))
-    found = probe.find_images(str(tmp_path / "data"), args)
+    found = run.find_images(str(tmp_path / "data"), args)
     assert len(found[np.array([1, 3])]) == 2
     assert np.array_equal(open_image(found[1]), open_image(images[1]))
     (tmp_path / "words.json").write_text(json.dumps([{"id": "a", "messages": []}]))
     with pytest.raises(ValueError, match="have no images"):
-        probe.find_images(str(tmp_path / "words.json"), args)
+        run.find_images(str(tmp_path / "words.json"), args)
 
 
 def test_target_tasks(study, probed, tmp_path, capsys, monkeypatch):

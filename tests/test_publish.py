@@ -15,7 +15,7 @@ from PIL import Image
 from test_remote_code import run_without_the_package
 from training_helpers import llava_sample, write_llava
 
-from ola_vlm import publish
+from ola_vlm.convert import push
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.train import train
@@ -44,7 +44,7 @@ print("the same")
 @pytest.fixture
 def hub(monkeypatch):
     with serve() as server:
-        monkeypatch.setattr(publish, "HfApi", partial(HfApi, server.url, "hf_local"))
+        monkeypatch.setattr(push, "HfApi", partial(HfApi, server.url, "hf_local"))
         yield server
 
 
@@ -81,7 +81,7 @@ def results(folder: Path) -> Path:
 @torch.no_grad()
 def test_pushed_and_loaded_by_name(runs, hub, tmp_path, capsys):
     """A model, then an adapter on it; a fresh process without the package gets the same logits."""
-    publish.main([str(runs / "finetune"), "me/x", "--private", "--results", str(results(tmp_path))])
+    push.main([str(runs / "finetune"), "me/x", "--private", "--results", str(results(tmp_path))])
     out, repo = capsys.readouterr().out, hub.repos["me/x"]
     assert repo["private"] and f"{hub.url}/me/x: 13 files, revision {repo['sha']}" in out
     code = {f"{kind}_ola_vlm.py" for kind in ("configuration", "modeling", "processing")}
@@ -92,9 +92,9 @@ def test_pushed_and_loaded_by_name(runs, hub, tmp_path, capsys):
     assert not [name for name, body in repo["files"].items() if str(runs).encode() in body]  # no path of this machine
 
     with pytest.raises(SystemExit, match="push that, then give its --base REPO"):
-        publish.main([str(runs / "adapter"), "me/adapter"])
+        push.main([str(runs / "adapter"), "me/adapter"])
     assert "me/adapter" not in hub.repos
-    publish.main([str(runs / "adapter"), "me/adapter", "--base", "me/x"])
+    push.main([str(runs / "adapter"), "me/adapter", "--base", "me/x"])
     files = hub.repos["me/adapter"]["files"]
     assert not hub.repos["me/adapter"]["private"] and "model.safetensors" not in files
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "processing_ola_vlm.py"} <= set(files)
@@ -113,7 +113,7 @@ def test_pushed_and_loaded_by_name(runs, hub, tmp_path, capsys):
 
 
 def test_the_card_says_what_the_run_was(runs, tmp_path, capsys):
-    publish.main(
+    push.main(
         [str(runs / "finetune"), "me/x", "--dry-run", "--licence", "apache-2.0", "--results", str(results(tmp_path))]
     )
     text = capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_the_card_says_what_the_run_was(runs, tmp_path, capsys):
     ):
         assert line in text, line
     assert str(runs) not in text
-    publish.main([str(runs / "adapter"), "me/x", "--dry-run", "--base", "me/base"])
+    push.main([str(runs / "adapter"), "me/x", "--dry-run", "--base", "me/base"])
     text = capsys.readouterr().out
     assert "| finetune | none | `data.json` | 1 | 2 | 0.01 | 42 | adapters of rank 2 |" in text
     assert "No results were given." in text and 'from_pretrained("me/base"' in text
@@ -145,18 +145,18 @@ def test_a_checkpoint_of_which_nothing_is_known(tmp_path, capsys):
     """The shipped LLaVA, and a study's report as its results."""
     seeds = [{"accuracy": {"count": 0.8, "average": 0.7}}, {"accuracy": {"count": 0.9, "average": 0.8}}]
     (tmp_path / "report.json").write_text(json.dumps({"methods": {"llava": {"seeds": seeds}}}))
-    publish.main([str(ROOT / "miniature/weights/llava"), "me/x", "--dry-run", "--results", str(tmp_path)])
+    push.main([str(ROOT / "miniature/weights/llava"), "me/x", "--dry-run", "--results", str(tmp_path)])
     text = capsys.readouterr().out
     assert "Not recorded: there was no run.json" in text and "taught to predict" not in text
     assert "| llava | 2 | 85.0 ± 7.1 | 75.0 ± 7.1 |" in text
 
 
 def test_wrong_input_is_refused_before_anything_is_sent(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "HfApi", None)
+    monkeypatch.setattr(push, "HfApi", None)
 
     def refused(*arguments, match: str):
         with pytest.raises(SystemExit, match=match):
-            publish.main([*map(str, arguments)])
+            push.main([*map(str, arguments)])
 
     shutil.copytree(runs / "finetune", tmp_path / "whole")
     refused(tmp_path / "nowhere", "me/x", match="nowhere is no folder")
@@ -181,36 +181,36 @@ def test_what_was_a_path_in_training_is_no_repository(runs, tmp_path, monkeypatc
     before = record["started_from"] | {"language_model": "org/llm", "vision_tower": "parts/tower"}
     record |= {"data": "data/rows", "local_paths": ["data/rows", "parts/tower"], "started_from": before}
     (tmp_path / "moved" / "run.json").write_text(json.dumps(record))
-    card = publish.make_card(tmp_path / "moved", "me/x")
+    card = push.make_card(tmp_path / "moved", "me/x")
     assert card.data.base_model == ["org/llm"] and card.data.datasets is None
     assert "vision tower `tower`" in card.text and "| `rows` |" in card.text
     before = {**before, "output_dir": "runs/first", "language_model": None, "vision_tower": None, "checkpoint": None}
     record |= {"checkpoint": "runs/first", "started_from": None, "output_dir": "runs/first"}
     (tmp_path / "moved" / "run.json").write_text(json.dumps(record))
-    assert publish.make_card(tmp_path / "moved", "me/x").data.base_model is None
+    assert push.make_card(tmp_path / "moved", "me/x").data.base_model is None
 
 
 def test_results_go_to_the_hubs_leaderboards(runs, tmp_path, hub, capsys):
-    publish.main([str(runs / "finetune"), "me/x", "--results", str(results(tmp_path))])
+    push.main([str(runs / "finetune"), "me/x", "--results", str(results(tmp_path))])
     (entry,) = yaml.safe_load(hub.repos["me/x"]["files"][".eval_results/cvbench.yaml"])
     assert entry["dataset"] == {"id": "nyu-visionx/CV-Bench", "task_id": "overall"} and entry["value"] == 61.4
     assert "standard error 1.2 over 2638 questions" in entry["notes"]
     record = json.loads((tmp_path / "results.json").read_text())
     record["run"] |= {"revision": "sha256:0", "data": "runs/cvbench"}  # of a local copy
     (tmp_path / "results.json").write_text(json.dumps(record))
-    _, (entry,), files = publish.evaluation([str(tmp_path)])
+    _, (entry,), files = push.evaluation([str(tmp_path)])
     assert files == {} and entry.dataset_type == "cvbench"
 
 
 def test_names_are_the_hubs_and_shards_the_checkpoints(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "HfApi", None)
+    monkeypatch.setattr(push, "HfApi", None)
     for name in ("me/x--y", "me/x..y", "me/" + "x" * 97, "me/.x", "me/a/b"):
         with pytest.raises(SystemExit, match="ola-vlm push: "):
-            publish.main([str(runs / "finetune"), name])
+            push.main([str(runs / "finetune"), name])
     shutil.copytree(runs / "finetune", tmp_path / "stale")
     shutil.copy(runs / "finetune" / "model.safetensors", tmp_path / "stale" / "model-00001-of-00002.safetensors")
     with pytest.raises(SystemExit, match=r"has model-00001-of-00002\.safetensors of an earlier save.*delete"):
-        publish.main([str(tmp_path / "stale"), "me/x"])
+        push.main([str(tmp_path / "stale"), "me/x"])
 
 
 def test_an_adapters_folder_has_our_card(runs):
@@ -220,9 +220,9 @@ def test_an_adapters_folder_has_our_card(runs):
 
 
 def test_an_unreachable_hub_is_said_so(runs, monkeypatch):
-    monkeypatch.setattr(publish, "HfApi", partial(HfApi, "http://127.0.0.1:9", "hf_local"))
+    monkeypatch.setattr(push, "HfApi", partial(HfApi, "http://127.0.0.1:9", "hf_local"))
     with pytest.raises(SystemExit, match=r"ola-vlm push: .*refused"):
-        publish.main([str(runs / "finetune"), "me/x"])
+        push.main([str(runs / "finetune"), "me/x"])
 
 
 def test_code_that_was_not_saved_is_added(runs, tmp_path, caplog):
@@ -234,10 +234,10 @@ def test_code_that_was_not_saved_is_added(runs, tmp_path, caplog):
     (tmp_path / "whole" / "run.json").write_text(json.dumps(run))
     for path in (tmp_path / "whole").glob("*.py"):
         path.unlink()
-    files = publish.find_files(tmp_path / "whole")
+    files = push.find_files(tmp_path / "whole")
     assert all(files[f"{kind}_ola_vlm.py"].is_file() for kind in ("configuration", "modeling"))
     statistics = tmp_path / "before" / "target_statistics"
     assert not any("statistics" in name for name in files)  # run.json doesn't choose what is published
     assert f"give --statistics {statistics}" in caplog.text
-    files = publish.find_files(tmp_path / "whole", statistics)
+    files = push.find_files(tmp_path / "whole", statistics)
     assert files["target_statistics/gen.safetensors"].is_relative_to(statistics)

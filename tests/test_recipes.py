@@ -41,7 +41,7 @@ from ola_vlm.recipes.paper import FUSIONS, METHODS, WEIGHTS
 from ola_vlm.targets.encoders import ENCODERS, ClipImageEncoder, DepthAnythingEncoder, OneFormerEncoder
 from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.stages import apply_stage, part_of
 from ola_vlm.training.targets import target_sources
 from ola_vlm.training.trainer import OlaVlmTrainer

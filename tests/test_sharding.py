@@ -14,7 +14,7 @@ from sharded_worker import KINDS, MIXED, make_all_parts, prepare, run, run_resum
 from test_remote_code import run_without_the_package
 from torch import nn
 
-from ola_vlm.publish import find_files
+from ola_vlm.convert.push import find_files
 from ola_vlm.training.sharding import block_classes, configure_fsdp2
 
 ROOT = Path(__file__).parents[1]

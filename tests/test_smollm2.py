@@ -19,7 +19,7 @@ from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import smollm2 as recipe
 from ola_vlm.recipes.miniature import WEIGHTS
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.rows import load_rows
 
 # SmolLM2's own: text only, no marks around answers, a system prompt where there is none.

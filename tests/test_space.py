@@ -18,7 +18,8 @@ import yaml
 from conftest import random_image
 from PIL import Image
 
-from ola_vlm.chat import NO_IMAGE, Chat, option_words
+from ola_vlm.inference.chat import NO_IMAGE, Chat
+from ola_vlm.inference.questions import option_words
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "miniature" / "weights"

@@ -20,17 +20,18 @@ from tiny_teachers import GRID, save_depth_anything
 from training_helpers import llava_sample, write_llava
 from transformers import ViTConfig, ViTModel
 
-from ola_vlm import publish, visualize
+from ola_vlm.convert import push
 from ola_vlm.eval.benchmarks import load_questions, locate
 from ola_vlm.eval.dense import load_da2k
 from ola_vlm.eval.target_tasks import coco_items, miniature_items
-from ola_vlm.miniature import world
+from ola_vlm.probing import visualize
 from ola_vlm.probing.figures import curves_figure
+from ola_vlm.probing.visualize import find_run, find_teachers
 from ola_vlm.targets.escapes import TerminalFormatter, code, markdown, mathtext, one_line, terminal
 from ola_vlm.targets.files import inside, only_one, read_finished, teachers_of_file, whole_file, write_whole
 from ola_vlm.targets.fill import Teacher
 from ola_vlm.targets.images import ImageError, open_image
-from ola_vlm.visualize import find_run, find_teachers
+from ola_vlm.world import render
 
 TASK = {"name": "depth", "layers": [2], "target_length": GRID**2, "target_dim": 32}
 
@@ -300,36 +301,36 @@ def test_pushed_files_lie_in_the_checkpoint(checkpoint, tmp_path):
     (secret / "target_statistics" / "private.safetensors").write_bytes(b"private")
     run = json.loads((checkpoint / "run.json").read_text()) | {"teachers": None, "checkpoint": str(secret)}
     (checkpoint / "run.json").write_text(json.dumps(run))
-    assert all(path.is_relative_to(checkpoint) for path in publish.find_files(checkpoint).values())
+    assert all(path.is_relative_to(checkpoint) for path in push.find_files(checkpoint).values())
 
     (secret / "notes.py").write_text("private")
     config = json.loads((checkpoint / "config.json").read_text())
     for module in (str(secret / "notes"), "../secret/notes", ""):
         (checkpoint / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": f"{module}.X"}}))
         with pytest.raises(ValueError, match="which is no module"):
-            publish.find_files(checkpoint)
+            push.find_files(checkpoint)
     (checkpoint / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "cli.X"}}))
     with pytest.raises(ValueError, match=r"lacks cli\.py"):
-        publish.find_files(checkpoint)
+        push.find_files(checkpoint)
     (checkpoint / "config.json").write_text(json.dumps(config))
 
     for name in ("vocab.json", "model-2.safetensors", "target_statistics/depth.safetensors", "probes/probes.json"):
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).symlink_to(secret / "notes.py")
         with pytest.raises(ValueError, match=f"{name}' lies outside"):
-            publish.find_files(checkpoint)
+            push.find_files(checkpoint)
         (checkpoint / name).unlink()
     (checkpoint / "probes").rmdir()
     (checkpoint / "probes").symlink_to(secret)
     (secret / "probes.json").write_text("{}")
     with pytest.raises(ValueError, match=r"probes\.json' lies outside"):
-        publish.find_files(checkpoint)
+        push.find_files(checkpoint)
 
 
 def test_paths_of_this_machine_are_not_pushed(tmp_path):
     about = {"model": str(tmp_path / "mine"), "prompt": "what / is this", "base": "org/name"}
     expected = {"model": "mine", "prompt": "what / is this", "base": "org/name"}
-    assert publish.without_paths({"about": [about], "seed": 0}) == {"about": [expected], "seed": 0}
+    assert push.without_paths({"about": [about], "seed": 0}) == {"about": [expected], "seed": 0}
 
 
 NASTY = "a|b\nc <img src=x onerror=alert(1)> `d` [e](http://f) $x$ *g* \x1b]0;h\x07 _i"
@@ -346,14 +347,14 @@ def test_a_card_shows_texts_as_they_are(checkpoint, tmp_path):
     report = {"methods": {NASTY: {"seeds": [{"accuracy": {NASTY: 0.5}}]}}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     results = [str(tmp_path / name) for name in ("results.json", "report.json")]
-    text = publish.make_card(checkpoint, "me/x", results).text
+    text = push.make_card(checkpoint, "me/x", results).text
     assert "<img" not in text and "\x1b" not in text and "](http" not in text.replace("\\](", "")
     tables = [line for line in text.splitlines() if line.startswith("|")]
     heads = {line.replace("\\|", "").count("|") for line in tables}
     assert heads == {9, 6, 4} and not any(line.strip() == "c" for line in text.splitlines())
     (checkpoint / "run.json").write_text(json.dumps({"stage": 1}))
     with pytest.raises(SystemExit, match=r"run\.json or the results are not as our commands write them"):
-        publish.main([str(checkpoint), "me/x", "--dry-run"])
+        push.main([str(checkpoint), "me/x", "--dry-run"])
 
 
 def test_escapes():
@@ -392,10 +393,10 @@ def test_logs_are_escaped(capsys):
 
 def test_point_pairs_of_flat_depth(tmp_path):
     (tmp_path / "data").mkdir()
-    depth = np.full((3, world.SIZE, world.SIZE), 2, np.float16)
-    depth[1, : world.SIZE // 2] = 1
+    depth = np.full((3, render.SIZE, render.SIZE), 2, np.float16)
+    depth[1, : render.SIZE // 2] = 1
     depth[2] = np.nan
-    mask = np.zeros((3, world.SIZE, world.SIZE), np.uint8)
+    mask = np.zeros((3, render.SIZE, render.SIZE), np.uint8)
     save_file({"depth": depth, "mask": mask}, tmp_path / "data" / "test.safetensors")
     assert [len(item["pairs"]) for item in miniature_items(tmp_path)] == [0, 8, 0]
 

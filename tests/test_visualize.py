@@ -15,14 +15,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ola_vlm import visualize
+from ola_vlm.probing import visualize
 from ola_vlm.probing.fit import fit
 from ola_vlm.probing.probes import centred_cosine, load_probes
 from ola_vlm.probing.ridge import RidgeFit
 from ola_vlm.probing.states import StateReader
-from ola_vlm.targets.cache import TargetStatistics, load_statistics
-from ola_vlm.targets.encoders import ENCODERS, open_image
-from ola_vlm.visualize import (
+from ola_vlm.probing.visualize import (
     NOTHING_SEEN,
     TARGET,
     LayerViewer,
@@ -40,6 +38,8 @@ from ola_vlm.visualize import (
     pictures_figure,
     square,
 )
+from ola_vlm.targets.cache import TargetStatistics, load_statistics
+from ola_vlm.targets.encoders import ENCODERS, open_image
 
 NAMES = {"gen": "clip_image", "depth": "depth_anything", "seg": "oneformer"}
 

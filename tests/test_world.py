@@ -5,32 +5,32 @@ import json
 import numpy as np
 import pytest
 
-from ola_vlm.miniature import dataset, world
+from ola_vlm.world import dataset, language, render
 
 
-def one_object(shape: str, u: float, v: float, z: float, r: float) -> world.Scenes:
+def one_object(shape: str, u: float, v: float, z: float, r: float) -> render.Scenes:
     """A scene with one red object; the other slots are empty."""
-    scenes = world.sample_scenes(1, seed=0)
+    scenes = render.sample_scenes(1, seed=0)
     scenes.color[:] = -1
-    scenes.color[0, 0], scenes.shape[0, 0] = 0, world.SHAPES.index(shape)
+    scenes.color[0, 0], scenes.shape[0, 0] = 0, render.SHAPES.index(shape)
     scenes.u[0, 0], scenes.v[0, 0], scenes.z[0, 0], scenes.r[0, 0], scenes.yaw[0, 0] = u, v, z, r, 0.0
     return scenes
 
 
 def test_ball_depth_is_exact():
     scenes = one_object("ball", u=0.1, v=0.1, z=5.0, r=0.12)
-    arrays = world.render(scenes)
-    column, row = int((0.1 + 0.5) * world.SIZE), int((world.HORIZON - 0.1) * world.SIZE)
-    x, y = (column + 0.5) / world.SIZE - 0.5, world.HORIZON - (row + 0.5) / world.SIZE
+    arrays = render.render_scenes(scenes)
+    column, row = int((0.1 + 0.5) * render.SIZE), int((render.HORIZON - 0.1) * render.SIZE)
+    x, y = (column + 0.5) / render.SIZE - 0.5, render.HORIZON - (row + 0.5) / render.SIZE
     d, centre, radius = np.array([x, y, 1.0]), np.array([0.5, 0.5, 5.0]), 0.6
     b, c = d @ centre, centre @ centre - radius**2
     assert arrays["depth"][0, row, column] == pytest.approx((b - np.sqrt(b * b - d @ d * c)) / (d @ d), rel=1e-5)
-    assert arrays["mask"][0, row, column] == world.CLASSES.index("red")
+    assert arrays["mask"][0, row, column] == render.CLASSES.index("red")
 
 
-@pytest.mark.parametrize("shape", world.SHAPES)
+@pytest.mark.parametrize("shape", render.SHAPES)
 def test_apparent_size_does_not_depend_on_depth(shape):
-    areas = [world.render(one_object(shape, 0.0, 0.1, z, 0.12))["visible"][0, 0] for z in (4.0, 8.0)]
+    areas = [render.render_scenes(one_object(shape, 0.0, 0.1, z, 0.12))["visible"][0, 0] for z in (4.0, 8.0)]
     assert areas[0] == pytest.approx(areas[1], rel=0.08)
     assert areas[0] > 60
 
@@ -40,30 +40,30 @@ def test_nearer_object_hides_the_farther_and_haze_pales_it():
     scenes.color[0, 1], scenes.shape[0, 1] = 1, 0
     for name, value in {"u": 0.05, "v": 0.1, "z": 8.0, "r": 0.1}.items():
         getattr(scenes, name)[0, 1] = value
-    arrays = world.render(scenes)
-    row, red, both = int(0.2 * world.SIZE), int(0.46 * world.SIZE), int(0.52 * world.SIZE)
-    assert arrays["mask"][0, row, both] == arrays["mask"][0, row, red] == world.CLASSES.index("red")
+    arrays = render.render_scenes(scenes)
+    row, red, both = int(0.2 * render.SIZE), int(0.46 * render.SIZE), int(0.52 * render.SIZE)
+    assert arrays["mask"][0, row, both] == arrays["mask"][0, row, red] == render.CLASSES.index("red")
     near, far = one_object("ball", 0.0, 0.1, 4.0, 0.1), one_object("ball", 0.0, 0.1, 9.0, 0.1)
-    colors = [world.render(s)["image"][0, row, 32].astype(int) for s in (near, far)]
+    colors = [render.render_scenes(s)["image"][0, row, 32].astype(int) for s in (near, far)]
     haze = 255 * near.haze[0, :3]
     assert np.abs(colors[1] - haze).sum() < np.abs(colors[0] - haze).sum()
 
 
 def test_ground_depth_and_sky():
-    arrays = world.render(one_object("cube", 0.3, 0.2, 6.0, 0.08))
-    bottom = -(world.HORIZON - (world.SIZE - 0.5) / world.SIZE)
-    assert arrays["depth"][0, -1, 0] == pytest.approx(world.CAMERA_HEIGHT / bottom, rel=1e-5)
-    assert arrays["depth"][0, 0, 0] == world.SKY
-    assert arrays["mask"][0, 0, 0] == world.CLASSES.index("sky")
-    assert arrays["mask"][0, -1, 0] == world.CLASSES.index("floor")
+    arrays = render.render_scenes(one_object("cube", 0.3, 0.2, 6.0, 0.08))
+    bottom = -(render.HORIZON - (render.SIZE - 0.5) / render.SIZE)
+    assert arrays["depth"][0, -1, 0] == pytest.approx(render.CAMERA_HEIGHT / bottom, rel=1e-5)
+    assert arrays["depth"][0, 0, 0] == render.SKY
+    assert arrays["mask"][0, 0, 0] == render.CLASSES.index("sky")
+    assert arrays["mask"][0, -1, 0] == render.CLASSES.index("floor")
 
 
 def test_answers_follow_the_scene():
-    scenes = world.sample_scenes(60, seed=4)
-    position, names = scenes.position(), list(world.COLORS)
+    scenes = render.sample_scenes(60, seed=4)
+    position, names = scenes.position(), list(render.COLORS)
     for i in range(len(scenes)):
         slot = {names[c]: k for k, c in enumerate(scenes.color[i]) if c >= 0}
-        for q in world.questions(scenes, i):
+        for q in language.questions(scenes, i):
             right = q["choices"]["ABCD".index(q["answer"][1])]
             words = q["question"].split()
             if q["task"] == "relation":
@@ -86,13 +86,13 @@ def test_answers_follow_the_scene():
                 assert near < far
             else:
                 shape = words[2].removesuffix("s")
-                count = (scenes.shape[i][scenes.color[i] >= 0] == world.SHAPES.index(shape)).sum()
+                count = (scenes.shape[i][scenes.color[i] >= 0] == render.SHAPES.index(shape)).sum()
                 assert right == str(count)
 
 
 def test_every_text_has_its_answers_equally_often():
-    rows = world.balanced(world.sample_scenes(500, seed=3), per_task=48, seed=0)
-    for task in world.TASKS:
+    rows = language.balanced(render.sample_scenes(500, seed=3), per_task=48, seed=0)
+    for task in language.TASKS:
         of_task = [q for q in rows if q["task"] == task]
         assert len({q["scene"] for q in of_task}) == len(of_task) == 48
         counts: dict[str, list[str]] = {}
@@ -101,30 +101,30 @@ def test_every_text_has_its_answers_equally_often():
         for answers in counts.values():
             assert len({answers.count(a) for a in answers}) == 1
     with pytest.raises(ValueError, match="too few scenes"):
-        world.balanced(world.sample_scenes(20, seed=3), per_task=48, seed=0)
+        language.balanced(render.sample_scenes(20, seed=3), per_task=48, seed=0)
 
 
 def test_patches_tell_what_the_picture_shows_there():
-    scenes, arrays = world.make_scenes(40, seed=4)
-    side, right, told = world.SIZE // world.GRID, 0, 0
+    scenes, arrays = render.make_scenes(40, seed=4)
+    side, right, told = render.SIZE // render.GRID, 0, 0
     for i in range(len(scenes)):
-        patches = world.patches(scenes, i, np.random.default_rng(i), places=False)
-        assert len(patches) == world.GRID**2
+        patches = language.patches(scenes, i, np.random.default_rng(i), places=False)
+        assert len(patches) == render.GRID**2
         assert not any(word[0] in "xy" and word[1:].isdigit() for words in patches for word in words)
         for p, (color, *_) in enumerate(patches):
-            row, column = side * (p // world.GRID), side * (p % world.GRID)
+            row, column = side * (p // render.GRID), side * (p % render.GRID)
             shown = arrays["mask"][i, row : row + side, column : column + side]
-            right += color != "." and (shown == world.CLASSES.index(color)).mean() > 0.1
+            right += color != "." and (shown == render.CLASSES.index(color)).mean() > 0.1
             told += color != "."
     assert right / told > 0.95
     assert told > 3 * len(scenes)
-    placed = [words for words in world.patches(scenes, 0, np.random.default_rng(0), places=True) if len(words) > 1]
-    known = {tuple(world.coordinates(scenes, 0, k)[:2]) for k in range(world.SLOTS)}
+    placed = [words for words in language.patches(scenes, 0, np.random.default_rng(0), places=True) if len(words) > 1]
+    known = {tuple(language.coordinates(scenes, 0, k)[:2]) for k in range(render.SLOTS)}
     assert {tuple(words[-2:]) for words in placed} <= known
 
 
 def test_same_seed_same_world_other_seed_another():
-    first, again, other = (world.render(world.sample_scenes(3, seed), seed)["image"] for seed in (5, 5, 6))
+    first, again, other = (render.render_scenes(render.sample_scenes(3, seed), seed)["image"] for seed in (5, 5, 6))
     assert (first == again).all()
     assert (first != other).any()
 
@@ -132,8 +132,8 @@ def test_same_seed_same_world_other_seed_another():
 def test_world_on_disk_is_llava_data(tmp_path):
     sizes, questions = {"train": 40, "test": 320}, {"test": 48}
     checks = dataset.write_world(tmp_path, sizes, questions)
-    for task in world.TASKS:
-        assert checks["text_only"][task] == pytest.approx(world.CHANCE[task], abs=0.02)
+    for task in language.TASKS:
+        assert checks["text_only"][task] == pytest.approx(language.CHANCE[task], abs=0.02)
     rows = json.loads((tmp_path / "finetune.json").read_text())
     assert len(rows) == 40
     for row in rows:

@@ -11,7 +11,7 @@ from conftest import random_image, random_rows
 from transformers import TrainerCallback
 
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.data import OlaVlmCollator
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.lora import add_adapters
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.trainer import OlaVlmTrainer

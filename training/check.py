@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .data import OlaVlmCollator
+from .collator import OlaVlmCollator
 from .rows import PROBLEMS, BadRow, Rows, open_source
 
 logger = logging.get_logger(__name__)

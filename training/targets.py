@@ -15,7 +15,7 @@ from ..targets.encoders import Motion
 from ..targets.files import inside, write_whole
 from ..targets.fill import Teacher, fill, make_teachers, open_caches
 from .arguments import OlaVlmArguments
-from .data import TargetSource
+from .collator import TargetSource
 from .rows import Rows, Sources, StreamRows
 
 logger = logging.get_logger(__name__)

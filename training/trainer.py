@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from ..targets.files import write_whole
 from .attach import AttachedPredictors
-from .data import GroupedSampler
 from .losses import embedding_loss
+from .sampler import GroupedSampler
 from .sharding import configure_fsdp2, gather_optimizer, load_optimizer, original_class, retie, takes_whole_weights
 from .stages import find_stage, upcast_trained
 

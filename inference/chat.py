@@ -14,17 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from string import ascii_uppercase
 
 import torch
 from jinja2 import TemplateError
 from transformers import TextIteratorStreamer
 
-from .eval.question_files import read_options
-from .inference.checkpoints import load_checkpoint
-from .targets.escapes import terminal
-from .targets.images import open_image
-from .training.rows import brief
+from ..targets.escapes import terminal
+from ..targets.images import open_image
+from ..training.rows import brief
+from .checkpoints import load_checkpoint
+from .questions import option_words
 
 HELP = """\
 /image PATH   shows the model an image, with your next question; several may follow each other
@@ -60,26 +59,6 @@ def sampling_options(temperature: float = 0.0, top_p: float = 1.0, max_new_token
         options["temperature"] = float(temperature)
         options["top_p"] = float(top_p)
     return options
-
-
-def option_words(question: str, answer: str) -> str:
-    """The words of the option that an answer names by its letter alone ("(B)"), behind which they can be written:
-    " blue object". Empty for any other answer."""
-    letter = re.fullmatch(r"\W*([A-Z])\W*", answer)
-    options = dict(zip(ascii_uppercase, read_options(question), strict=False))
-    if not letter or letter[1] not in options:
-        return ""
-    is_bare = answer.endswith(letter[1])
-    return f"{': ' if is_bare else ' '}{options[letter[1]]}"
-
-
-def without_option_words(question: str, shown: str) -> str:
-    """An answer as the model gave it, whether `option_words` were written behind it or not."""
-    for option in read_options(question):
-        answer = shown.removesuffix(option).rstrip(": ")
-        if answer != shown and answer + option_words(question, answer) == shown:
-            return answer
-    return shown
 
 
 def has_image(messages: list[dict]) -> bool:

@@ -15,14 +15,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
-from ola_vlm.miniature import world
-from ola_vlm.targets.files import save_figure, write_json, write_whole
-from ola_vlm.targets.images import open_image
+from ..targets.files import save_figure, write_json, write_whole
+from ..targets.images import open_image
+from . import language, render
 
 SIZES = {"train": 6000, "validation": 600, "test": 1400}
 SEEDS = {"train": 101, "validation": 102, "test": 104}
 QUESTIONS = {"test": 400}  # a task
-PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *world.COLORS.values()])  # a colour for each class
+PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *render.COLORS.values()])  # a colour for each class
 TURNS = 8  # question-answer turns an image in instruction tuning
 
 
@@ -49,21 +49,21 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng, scenes = np.random.default_rng(5), {}
     for split, count in sizes.items():
-        scenes[split], arrays = world.make_scenes(count, SEEDS[split], desc=f"rendering {split}")
+        scenes[split], arrays = render.make_scenes(count, SEEDS[split], desc=f"rendering {split}")
         for i, image in enumerate(tqdm(arrays["image"], desc=f"writing {split}", unit="image")):
             Image.fromarray(image).save(folder / "images" / f"{split}_{i:05d}.png", compress_level=1)
         stored = {"depth": arrays["depth"].astype(np.float16), "mask": arrays["mask"]}
-        world.save_scenes(folder / f"{split}.safetensors", scenes[split], stored)
+        render.save_scenes(folder / f"{split}.safetensors", scenes[split], stored)
         if split == "train":
-            captions = [[("describe the image .", world.caption(scenes[split], i, rng))] for i in range(count)]
-            chats = [world.conversation(scenes[split], i, TURNS, rng) for i in range(count)]
+            captions = [[("describe the image .", language.caption(scenes[split], i, rng))] for i in range(count)]
+            chats = [language.conversation(scenes[split], i, TURNS, rng) for i in range(count)]
             chats = [[(turn["question"], turn["answer"]) for turn in chat] for chat in chats]
             for name, turns in (("pretrain", captions), ("finetune", chats)):
                 names = [f"{split}_{i:05d}" for i in range(count)]
                 rows = [llava_row(name, row, f"{name}.png") for name, row in zip(names, turns, strict=True)]
                 write_whole(folder / f"{name}.json", json.dumps(rows))
         elif split in questions:
-            rows = world.balanced(scenes[split], questions[split], SEEDS[split])
+            rows = language.balanced(scenes[split], questions[split], SEEDS[split])
             for n, row in enumerate(rows):
                 row.update(id=f"{split}_{n:05d}", image=f"{split}_{row['scene']:05d}.png")
             write_whole(folder / f"{split}_questions.json", json.dumps(rows))
@@ -73,31 +73,33 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
     return checks
 
 
-def referents(scenes: world.Scenes, arrays: dict) -> np.ndarray:
+def referents(scenes: render.Scenes, arrays: dict) -> np.ndarray:
     """(S, 3, 3): image column and row of the centre and root of the area of the red, blue and green objects, as
     seen, in image widths."""
-    grid = (np.arange(world.SIZE) + 0.5) / world.SIZE
-    seen = arrays["mask"][..., None] == 2 + np.arange(len(world.REFERENTS))
+    grid = (np.arange(render.SIZE) + 0.5) / render.SIZE
+    seen = arrays["mask"][..., None] == 2 + np.arange(len(render.REFERENTS))
     area = seen.sum((1, 2)).clip(min=1)
     column, row = seen.sum(1).transpose(0, 2, 1) @ grid / area, seen.sum(2).transpose(0, 2, 1) @ grid / area
-    return np.stack([column, row, np.sqrt(area) / world.SIZE], -1)
+    return np.stack([column, row, np.sqrt(area) / render.SIZE], -1)
 
 
 def _features(row: dict, seen: np.ndarray) -> np.ndarray:
     """Positions and sizes of a question's referents, in the order of the question."""
-    index = {color: k for k, color in enumerate(world.REFERENTS)}
+    index = {color: k for k, color in enumerate(render.REFERENTS)}
     anchor = [] if row["task"] == "depth" else [row["question"].split(" object ?")[0].split()[-1]]
     named = anchor + [choice.split()[0] for choice in row["choices"]]
     return seen[row["scene"], [index[color] for color in named]].ravel()
 
 
-def check(folder: Path, scenes: dict[str, world.Scenes]) -> dict:
+def check(folder: Path, scenes: dict[str, render.Scenes]) -> dict:
     """What can be known without seeing. ``text_only``: accuracy by task of the best possible reader of the question
     alone (each text's most frequent training answer). ``position_size``: a logistic regression on the referents'
     image positions and sizes, per task; ``position_size_pairs``: the same with all squares and products, so that
     it also knows distances in the image."""
     asked = {
-        "train": [{"scene": i, **q} for i in range(len(scenes["train"])) for q in world.questions(scenes["train"], i)],
+        "train": [
+            {"scene": i, **q} for i in range(len(scenes["train"])) for q in language.questions(scenes["train"], i)
+        ],
         "test": json.loads((folder / "test_questions.json").read_text()),
     }
     tally: defaultdict[str, Counter] = defaultdict(Counter)
@@ -106,7 +108,7 @@ def check(folder: Path, scenes: dict[str, world.Scenes]) -> dict:
     best = {text: counts.most_common(1)[0][0] for text, counts in tally.items()}
     text_only = {
         task: float(np.mean([best[q["question"]] == q["answer"] for q in asked["test"] if q["task"] == task]))
-        for task in world.TASKS
+        for task in language.TASKS
     }
     seen = {split: referents(scenes[split], load_file(folder / f"{split}.safetensors")) for split in asked}
     found = {"text_only": text_only, "position_size": {}, "position_size_pairs": {}}
@@ -125,12 +127,12 @@ def contact_sheet(folder: Path, count: int = 6) -> None:
     """One row of test scenes with exact depth and masks, and a question of each task; contact_sheet.png."""
     arrays = load_file(folder / "test.safetensors")
     rows = json.loads((folder / "test_questions.json").read_text())
-    per_task = [[q for q in rows if q["task"] == task] for task in world.TASKS]
+    per_task = [[q for q in rows if q["task"] == task] for task in language.TASKS]
     chosen = [per_task[i % 4][i * 7 % len(per_task[i % 4])] for i in range(count)]
     figure, axes = plt.subplots(3, count, figsize=(2.7 * count, 9.2), layout="constrained")
     for column, q in enumerate(chosen):
         i = q["scene"]
-        depth = axes[1, column].imshow(arrays["depth"][i].astype(float), cmap="viridis_r", vmin=3, vmax=world.SKY)
+        depth = axes[1, column].imshow(arrays["depth"][i].astype(float), cmap="viridis_r", vmin=3, vmax=render.SKY)
         axes[0, column].imshow(open_image(folder / "images" / q["image"]))
         axes[2, column].imshow(PALETTE[arrays["mask"][i]])
         axes[0, column].set_title(textwrap.fill(f"{q['task']}: {q['question']} -> {q['answer']}", 30), fontsize=10)
@@ -140,7 +142,7 @@ def contact_sheet(folder: Path, count: int = 6) -> None:
             axis.set(xticks=[], yticks=[])
     figure.colorbar(depth, ax=axes[1, :], label="metres (20: sky)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PALETTE]
-    figure.legend(handles, world.CLASSES, loc="outside lower center", ncols=len(PALETTE), fontsize=10)
+    figure.legend(handles, render.CLASSES, loc="outside lower center", ncols=len(PALETTE), fontsize=10)
     save_figure(figure, folder / "contact_sheet.png", dpi=75)
     plt.close(figure)
 
@@ -148,8 +150,8 @@ def contact_sheet(folder: Path, count: int = 6) -> None:
 def write_questions(folder: Path, scenes: int = SIZES["test"], per_task: int = QUESTIONS["test"]) -> None:
     """The test split's questions alone, in CV-Bench's form: `folder`/test.jsonl and the images it names. They are the
     study's own, unless there are fewer `scenes`. ValueError if those are too few for `per_task` questions."""
-    sampled, arrays = world.make_scenes(scenes, SEEDS["test"], desc="rendering test scenes")
-    asked = world.balanced(sampled, per_task, SEEDS["test"])
+    sampled, arrays = render.make_scenes(scenes, SEEDS["test"], desc="rendering test scenes")
+    asked = language.balanced(sampled, per_task, SEEDS["test"])
     kinds = {"count": "2D", "relation": "2D", "depth": "3D", "distance": "3D"}
     (folder / "img").mkdir(parents=True, exist_ok=True)
     for i in sorted({row["scene"] for row in asked}):

@@ -20,22 +20,22 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
 
-from ola_vlm.configuration_ola_vlm import PAPER_TASKS
-from ola_vlm.inference.checkpoints import load_checkpoint, processes, weights_state
-from ola_vlm.probing.figures import curves_figure
-from ola_vlm.probing.fit import batches, fit
-from ola_vlm.probing.probes import load_probes, score
-from ola_vlm.probing.resampler import ResamplerFit
-from ola_vlm.probing.ridge import STRENGTHS, RidgeFit, choose_strength
-from ola_vlm.probing.states import PROMPT, StateReader
-from ola_vlm.targets.escapes import one_line, terminal
-from ola_vlm.targets.files import only_one, read_finished, write_json
-from ola_vlm.targets.fill import make_teachers
-from ola_vlm.targets.images import IMAGE_ENDINGS, image_files
-from ola_vlm.train import parse_arguments
-from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.rows import load_rows, row_images
-from ola_vlm.training.targets import filled_caches
+from ..configuration_ola_vlm import PAPER_TASKS
+from ..inference.checkpoints import load_checkpoint, processes, weights_state
+from ..recipes.command_line import parse_arguments
+from ..targets.escapes import one_line, terminal
+from ..targets.files import only_one, read_finished, write_json
+from ..targets.fill import make_teachers
+from ..targets.images import IMAGE_ENDINGS, image_files
+from ..training.arguments import OlaVlmArguments
+from ..training.rows import load_rows, row_images
+from ..training.targets import filled_caches
+from .figures import curves_figure
+from .fit import batches, fit
+from .probes import load_probes, score
+from .resampler import ResamplerFit
+from .ridge import STRENGTHS, RidgeFit, choose_strength
+from .states import PROMPT, StateReader
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # of the images
 

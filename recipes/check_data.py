@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, LlavaProcessor
 
-from ola_vlm.baselines.build import multi_encoder_processor
-from ola_vlm.configuration_ola_vlm import normalize_task
-from ola_vlm.convert.parts import build_processor, measure_tower
-from ola_vlm.inference.checkpoints import read_processor
-from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
-from ola_vlm.targets.encoders import load_vision_config
-from ola_vlm.targets.escapes import one_line
-from ola_vlm.targets.files import write_json
-from ola_vlm.targets.loading import loading_from
-from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.check import check_rows
-from ola_vlm.training.data import OlaVlmCollator
-from ola_vlm.training.rows import PROBLEMS, StreamRows
+from ..baselines.build import multi_encoder_processor
+from ..configuration_ola_vlm import normalize_task
+from ..convert.parts import build_processor, measure_tower
+from ..inference.checkpoints import read_processor
+from ..targets.encoders import load_vision_config
+from ..targets.escapes import one_line
+from ..targets.files import write_json
+from ..targets.loading import loading_from
+from ..training.arguments import OlaVlmArguments
+from ..training.check import check_rows
+from ..training.collator import OlaVlmCollator
+from ..training.rows import PROBLEMS, StreamRows
+from .command_line import check_data_is_made, parse_arguments
 
 
 def load_processor(args: OlaVlmArguments) -> LlavaProcessor | None:

@@ -7,12 +7,12 @@ each: `torchrun --nproc_per_node 8 -m ola_vlm.cli targets --recipe NAME`; so do 
 import argparse
 from collections.abc import Sequence
 
-from ola_vlm.configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
-from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
-from ola_vlm.targets.fill import make_teachers
-from ola_vlm.targets.loading import loading_from
-from ola_vlm.training.check import drop_bad_rows
-from ola_vlm.training.targets import filled_caches, find_images
+from ..configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
+from ..targets.fill import make_teachers
+from ..targets.loading import loading_from
+from ..training.check import drop_bad_rows
+from ..training.targets import filled_caches, find_images
+from .command_line import check_data_is_made, parse_arguments
 
 
 def shard(text: str) -> slice:

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..configuration_ola_vlm import task_token_strings
 from ..targets.encoders import Motion
@@ -296,41 +294,6 @@ class AttachedCollator(OlaVlmCollator):
     def _view(self, image: Image.Image) -> Image.Image:
         colour = tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
         return ImageOps.pad(image, (max(image.size),) * 2, color=colour) if self.square else image
-
-
-class GroupedSampler(Sampler[int]):
-    """Batches of rows of similar length, with images or without as LLaVA does, in random order.
-
-    A batch is an optimiser step's: all ranks and micro-batches. Rows that fill none come last, mixed. The order hangs
-    on seed and epoch only, so every rank and a resumed run draw the same.
-
-    Args:
-        lengths, has_image: one a row.
-    """
-
-    def __init__(self, lengths: np.ndarray, has_image: np.ndarray, batch_size: int, seed: int):
-        self.lengths, self.has_image, self.batch_size = lengths, has_image, batch_size
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        batches, rest = [], []
-        for modality in (True, False):
-            rows = np.flatnonzero(self.has_image == modality)
-            if len(rows) > 0:
-                lengths = self.lengths[rows].tolist()
-                rows = rows[get_length_grouped_indices(lengths, self.batch_size, generator=generator)]
-            whole = len(rows) // self.batch_size
-            batches += np.split(rows[: whole * self.batch_size], whole) if whole else []
-            rest.append(rows[whole * self.batch_size :])
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        return iter(np.concatenate([*(batches[i] for i in order), *rest]).tolist())
 
 
 def _drop(dropped: dict[str, list[str]], row_id, bad_row: BadRow) -> None:

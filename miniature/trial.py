@@ -1,6 +1,6 @@
 """One arm of the study, a process of its own: pre-train, fine-tune, answer questions along the way, probe twice.
 
-    python -m ola_vlm.miniature.arm '{"method": "ola_vlm", "seed": 0, "root": "runs/miniature", "overrides": {}}'
+    python -m ola_vlm.miniature.trial '{"method": "ola_vlm", "seed": 0, "root": "runs/miniature", "overrides": {}}'
 
 The study starts it; it leaves result.json in its folder. Run again, it goes on where it was interrupted.
 """
@@ -14,16 +14,17 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, logging
 
-from ola_vlm.eval.multiple_choice import generate_answers, score
-from ola_vlm.probing.fit import batches, fit
-from ola_vlm.probing.probes import score as score_probes
-from ola_vlm.probing.ridge import STRENGTHS, RidgeFit
-from ola_vlm.probing.states import StateReader
-from ola_vlm.recipes import miniature as recipe
-from ola_vlm.targets.files import write_whole
-from ola_vlm.targets.fill import make_teachers, open_caches
-from ola_vlm.train import load_model, train
-from ola_vlm.training.arguments import OlaVlmArguments
+from ..eval.multiple_choice import score
+from ..inference.generate import generate_answers
+from ..probing.fit import batches, fit
+from ..probing.probes import score as score_probes
+from ..probing.ridge import STRENGTHS, RidgeFit
+from ..probing.states import StateReader
+from ..recipes import miniature as recipe
+from ..targets.files import write_whole
+from ..targets.fill import make_teachers, open_caches
+from ..train import load_model, train
+from ..training.arguments import OlaVlmArguments
 
 STAGES = {"pretrain": recipe.pretrain, "finetune": recipe.finetune}
 PROBE_SPLITS = {"train": 1500, "validation": 300, "test": 500}

@@ -36,24 +36,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .inference.checkpoints import ADAPTER, adapter_base, load_checkpoint
-from .probing.figures import METHODS
-from .probing.probes import Familiarity, Probes, centred_cosine, flat_cosine, load_probes
-from .probing.states import PROMPT, StateReader
-from .recipes import RECIPES
-from .targets.cache import TargetStatistics, load_statistics
-from .targets.encoders import (
+from ..inference.checkpoints import ADAPTER, adapter_base, load_checkpoint
+from ..recipes import RECIPES
+from ..targets.cache import TargetStatistics, load_statistics
+from ..targets.encoders import (
     ClipImageEncoder,
     DepthAnythingEncoder,
     OneFormerEncoder,
     TargetEncoder,
 )
-from .targets.escapes import mathtext, one_line, terminal
-from .targets.files import inside, read_object, save_figure, teachers_of_file, write_whole
-from .targets.fill import BATCH, make_teachers
-from .targets.images import image_files, open_image
-from .targets.loading import loading_from
-from .training.rows import load_rows
+from ..targets.escapes import mathtext, one_line, terminal
+from ..targets.files import inside, read_object, save_figure, teachers_of_file, write_whole
+from ..targets.fill import BATCH, make_teachers
+from ..targets.images import image_files, open_image
+from ..targets.loading import loading_from
+from ..training.rows import load_rows
+from .figures import METHODS
+from .probes import Familiarity, Probes, centred_cosine, flat_cosine, load_probes
+from .states import PROMPT, StateReader
 
 Features = dict[str, dict[int, Tensor]]  # task -> layer -> (N, Q, E) in the teacher's own units
 # heading -> N pictures. What belongs under one, such as its score, is its `info["note"]`; None: there is no picture.

@@ -26,15 +26,15 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, HTTPError  # the latter of httpx or httpx2, whichever it has
 from huggingface_hub.utils import validate_repo_id
 
-from .targets.cache import own_statistics, statistics_files
-from .targets.escapes import code, markdown, terminal
-from .targets.files import inside, read_object, write_whole
-from .targets.loading import check_folder
-from .training.run_record import read_run
+from ..targets.cache import own_statistics, statistics_files
+from ..targets.escapes import code, markdown, terminal
+from ..targets.files import inside, read_object, write_whole
+from ..targets.loading import check_folder
+from ..training.run_record import read_run
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 OUR_CODE = {f"{kind}_ola_vlm.py" for kind in ("configuration", "modeling", "processing")}
 PARTS = ("vision_tower", "language_model")
 PUSHED = [

@@ -1,0 +1,1 @@
+"""The miniature's world: scenes, what is said about them, and the data set on disk."""
