@@ -46,7 +46,7 @@ def planted(rows=200, width=6, target=4, seed=0):
 
 
 def predict(probe: RidgeProbe, x, strength: float):
-    weights, centre, bias = run.solve(strength)
+    weights, centre, bias = probe.solve(strength)
     return ((x.double() - centre) @ weights + bias).float()
 
 
@@ -56,14 +56,14 @@ def test_ridge_equals_least_squares(strength):
     y = y + torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     probe = RidgeProbe()
     for start, stop in [(0, 64), (64, 65), (65, 200)]:
-        run.update(x[start:stop], y[start:stop])
+        probe.update(x[start:stop], y[start:stop])
     # Ridge as least squares with extra rows sqrt(n * strength) * std(x) that want a zero, on centred data.
     data, target = x.double().numpy(), y.double().numpy()
     centred, std = data - data.mean(0), data.std(0)
     extra = np.diag(np.sqrt(len(x) * strength) * std)
     rows, wanted = np.concatenate([centred, extra]), np.concatenate([target - target.mean(0), np.zeros((6, 4))])
     expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-    weights, centre, bias = run.solve(strength)
+    weights, centre, bias = probe.solve(strength)
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6, atol=1e-8)
     intercept = (bias - centre @ weights).numpy()
     np.testing.assert_allclose(intercept, target.mean(0) - data.mean(0) @ expected, rtol=1e-6, atol=1e-6)
@@ -73,8 +73,8 @@ def test_ridge_equals_least_squares(strength):
 def test_ridge_recovers_a_planted_map():
     x, y, weights = planted()
     probe = RidgeProbe()
-    run.update(x, y)
-    torch.testing.assert_close(run.solve(1e-12)[0].float(), weights, rtol=1e-3, atol=1e-3)
+    probe.update(x, y)
+    torch.testing.assert_close(probe.solve(1e-12)[0].float(), weights, rtol=1e-3, atol=1e-3)
     new_x = planted(seed=2)[0]
     torch.testing.assert_close(predict(probe, new_x, 1e-12), new_x @ weights + 3, rtol=1e-4, atol=1e-3)
 
@@ -408,7 +408,7 @@ def test_resamplers_are_those_of_a_plain_training_loop(make_model):
         optimizer.zero_grad()
     for name, value in probe.state_dict().items():
         torch.testing.assert_close(fitted.modules["depth"]["2"].get_parameter(name), value, rtol=1e-3, atol=1e-4)
-    assert not fitted.modules["depth"]["1"].proj_in.weight.equal(run.proj_in.weight)
+    assert not fitted.modules["depth"]["1"].proj_in.weight.equal(probe.proj_in.weight)
     torch.testing.assert_close(fitted.means["depth"], target.mean(0))
 
 
