@@ -4,6 +4,8 @@ N images of the batch in the order of their placeholders, Q queries, E target wi
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ IGNORE_INDEX = -100
 BLANK = Image.new("RGB", (64, 64))
 
 TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E)
+Faults = dict[int, BadRow]  # index of a sample -> why it can't be used
 
 
 class Encoded(NamedTuple):
@@ -40,6 +43,24 @@ class Sample(NamedTuple):
     encoded: Encoded
     images: list[Image.Image]
     target_images: list[Image.Image]
+
+
+@dataclass
+class DroppedRows:
+    """A line for each row that a batch was to have and hasn't: the row and why. The names are those in the batch."""
+
+    bad_rows: list[str] = field(default_factory=list)
+    long_rows: list[str] = field(default_factory=list)
+
+    def add(self, row_id: str, bad_row: BadRow) -> None:
+        lines = self.long_rows if bad_row.kind == "too_long" else self.bad_rows
+        lines.append(f"row {row_id}: {bad_row}")
+
+    def take_out(self, samples: list[Sample], faults: Faults) -> list[Sample]:
+        """The samples without fault; the others are added here."""
+        for i, bad_row in faults.items():
+            self.add(samples[i].id, bad_row)
+        return [sample for i, sample in enumerate(samples) if i not in faults]
 
 
 class OlaVlmCollator:
@@ -78,68 +99,56 @@ class OlaVlmCollator:
         tokenizer = processor.tokenizer
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token before training")
-        self.processor, self.max_length, self.truncate = processor, max_length, truncate
-        self.drop_bad_rows, self.targets_later = drop_bad_rows, targets_later
+        self.processor = processor
         self.target_sources = target_sources or {}
         self.target_shapes = {task["name"]: (task["target_length"], task["target_dim"]) for task in tasks}
-        self.image_ids = self._expand_image()
-        vocabulary, task_tokens = tokenizer.get_added_vocab(), task_token_strings(tasks)
-        task_ids = [vocabulary[token] for token in task_tokens if token in vocabulary]
-        self.reserved = np.unique([*self.image_ids, *task_ids])  # what only an image may put into the chat
+        self.max_length = max_length
+        self.truncate = truncate
+        self.drop_bad_rows = drop_bad_rows
+        self.targets_later = targets_later
+
         self.chat_template = fit_chat_template(processor)
-        text, _ = self._render(PROBE)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        self.reserved_per_image = np.isin(ids, self.reserved).sum()
+        self.image_ids = self._image_token_ids()
+        # What only an image may put into the chat: were it in a text, images would be found where there are none.
+        vocabulary = tokenizer.get_added_vocab()
+        task_ids = [vocabulary[token] for token in task_token_strings(tasks) if token in vocabulary]
+        self.reserved_ids = np.unique([*self.image_ids, *task_ids])
+        probe_text, _ = self._render(PROBE)
+        probe_ids = tokenizer(probe_text, add_special_tokens=False)["input_ids"]
+        self.reserved_per_image = np.isin(probe_ids, self.reserved_ids).sum()
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        samples, dropped = [], {"bad_rows": [], "long_rows": []}
+        samples = []
+        dropped = DroppedRows()
         for row in rows:
             try:
                 samples.append(self.prepare(row))
             except BadRow as bad_row:
                 if not self.drop_bad_rows:
                     raise BadRow(bad_row.kind, f"row {row['id']}: {bad_row}") from bad_row
-                _drop(dropped, row["id"], bad_row)
-        return self._whole_batch(samples, dropped, self.targets_later)
+                dropped.add(row["id"], bad_row)
+        return self._make_batch(samples, dropped, with_targets=not self.targets_later)
 
     def add_targets(self, batch: dict) -> dict:
         """The batch of `targets_later` with its targets."""
-        samples, dropped = batch.pop("samples"), {name: batch[name] for name in ("bad_rows", "long_rows")}
-        targets, wrong = self._targets(samples)
-        return self._whole_batch(_left(samples, wrong, dropped), dropped) if wrong else {**batch, "targets": targets}
-
-    def _whole_batch(self, samples: list[Sample], dropped: dict[str, list[str]], targets_later: bool = False) -> dict:
-        batch, wrong = self._batch(samples)
-        last = {"samples": samples}
-        if not (wrong or targets_later):
-            targets, wrong = self._targets(samples)
-            last = {"targets": targets}
-        if wrong:
-            return self._whole_batch(_left(samples, wrong, dropped), dropped, targets_later)
-        return {**batch, **last, "row_ids": [sample.id for sample in samples], **dropped}
-
-    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, BadRow]]:
-        """The tensors of a batch but for its targets, or which samples can't be used, and why."""
-        pad = self.processor.tokenizer.pad_token_id
-        ids = [sample.encoded.ids for sample in samples] or [np.array([pad, pad])]
-        labels = [sample.encoded.labels for sample in samples] or [np.array([IGNORE_INDEX, IGNORE_INDEX])]
-        images = [image for sample in samples for image in sample.images]
-        tensors = {
-            "input_ids": _pad(ids, pad),
-            "attention_mask": _pad([np.ones_like(row) for row in ids], 0),
-            "labels": _pad(labels, IGNORE_INDEX),
-            "pixel_values": self._pixel_values(images) if images else self.no_pixel_values,
-        }
-        return tensors, {}
+        samples = batch.pop("samples")
+        targets, faults = self._targets(samples)
+        if not faults:
+            batch["targets"] = targets
+            return batch
+        dropped = DroppedRows(bad_rows=batch["bad_rows"], long_rows=batch["long_rows"])
+        return self._make_batch(dropped.take_out(samples, faults), dropped, with_targets=True)
 
     def prepare(self, row: dict) -> Sample:
         """The row ready for a batch but for its targets. Raises `BadRow`."""
         encoded = self.check_text(row)
         images = [open_source(image) for image in row["images"][: encoded.num_images]]
-        others = row.get("target_images")
-        targets_of = images if others is None else [open_source(image) for image in others[: encoded.num_images]]
-        return Sample(str(row["id"]), encoded, images, targets_of)
+        target_images = images
+        if row.get("target_images") is not None:
+            target_images = [open_source(image) for image in row["target_images"][: encoded.num_images]]
+        return Sample(id=str(row["id"]), encoded=encoded, images=images, target_images=target_images)
 
+    # ------------------------------------------------------------------------------------------------ a row's tokens
     def check_text(self, row: dict) -> Encoded:
         """The row's tokens. Opens no image. Raises `BadRow`."""
         if "bad_row" in row:
@@ -159,76 +168,175 @@ class OlaVlmCollator:
         return encoded
 
     def encode(self, row: dict) -> Encoded:
-        tokenizer = self.processor.tokenizer
+        """The row's tokens, whatever they are: `check_text` says whether one can train on them. `BadRow` for a text
+        that has an image's or a task's token in it."""
         text, spans = self.chat_template.text_and_spans(row["messages"])
-        # The processor's own rule, so that training sees the ids of inference.
-        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
+        encoding = self.processor.tokenizer(
+            text,
+            add_special_tokens=self._lacks_bos(text),
+            return_offsets_mapping=True,
+        )
         ids = np.array(encoding["input_ids"], dtype=np.int64)
-        begins, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        firsts, lasts = np.array([*spans, (len(text), len(text))]).T
-        next_span = np.searchsorted(
-            lasts[:-1], begins, side="right"
-        )  # the first one that ends behind the token's begin
+        offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         is_image = ids == self.processor.image_token_id
-        images = sum(part["type"] == "image" for message in row["messages"] for part in message["content"])
-        if is_image.sum() != images or np.isin(ids, self.reserved).sum() != images * self.reserved_per_image:
-            raise BadRow("malformed", f"a text has {self.processor.image_token} or a task token in it")
-        labels = np.where((firsts[next_span] < ends) & ~is_image, ids, IGNORE_INDEX)
-        sizes = np.where(is_image, len(self.image_ids), 1)
+        self._check_reserved(row, ids, num_placeholders=int(is_image.sum()))
+
+        is_supervised = _overlap(spans, offsets, text_length=len(text)) & ~is_image
+        labels = np.where(is_supervised, ids, IGNORE_INDEX)
+        sizes = np.where(is_image, len(self.image_ids), 1)  # tokens that each one becomes
         full_length = int(sizes.sum())
         if self.truncate and self.max_length:
             kept = np.searchsorted(sizes.cumsum(), self.max_length, side="right")
-            ids, labels, is_image, sizes = ids[:kept], labels[:kept], is_image[:kept], sizes[:kept]
-        ids, labels, num_images = ids.repeat(sizes), labels.repeat(sizes), int(is_image.sum())
-        ids[is_image.repeat(sizes)] = np.tile(self.image_ids, num_images)
-        return Encoded(ids, labels, num_images, full_length, text)
+            ids = ids[:kept]
+            labels = labels[:kept]
+            is_image = is_image[:kept]
+            sizes = sizes[:kept]
 
-    def _expand_image(self) -> np.ndarray:
+        num_images = int(is_image.sum())
+        expanded = ids.repeat(sizes)
+        expanded[is_image.repeat(sizes)] = np.tile(self.image_ids, num_images)
+        return Encoded(
+            ids=expanded,
+            labels=labels.repeat(sizes),
+            num_images=num_images,
+            full_length=full_length,
+            text=text,
+        )
+
+    def _check_reserved(self, row: dict, ids: np.ndarray, num_placeholders: int) -> None:
+        num_images = 0
+        for message in row["messages"]:
+            num_images += sum(part["type"] == "image" for part in message["content"])
+        num_reserved = np.isin(ids, self.reserved_ids).sum()
+        if num_placeholders != num_images or num_reserved != num_images * self.reserved_per_image:
+            raise BadRow("malformed", f"a text has {self.processor.image_token} or a task token in it")
+
+    def _lacks_bos(self, text: str) -> bool:
+        """The processor's own rule, so that training sees the ids of inference."""
+        bos_token = self.processor.tokenizer.bos_token
+        return bos_token is None or not text.startswith(bos_token)
+
+    def _image_token_ids(self) -> np.ndarray:
         """The ids that an image's placeholder becomes."""
-        blank = self._pixel_values([Image.new("RGB", (8, 8))])
-        self.no_pixel_values = blank[:0]
-        expansion = self.processor.replace_image_token({"pixel_values": blank}, 0)
+        pixel_values = self._pixel_values([BLANK])
+        expansion = self.processor.replace_image_token({"pixel_values": pixel_values}, 0)
         return np.array(self.processor.tokenizer(expansion, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
         return self.chat_template.render(messages, **options)
 
+    # ------------------------------------------------------------------------------------------------------ a batch
+    def _make_batch(self, samples: list[Sample], dropped: DroppedRows, with_targets: bool) -> dict:
+        """The batch of those samples that can be used; the others go to `dropped`."""
+        # Which rows are too long or have no target is known only when they are put together: then again without them.
+        while True:
+            batch, faults = self._tensors(samples)
+            targets = {}
+            if with_targets and not faults:
+                targets, faults = self._targets(samples)
+            if not faults:
+                break
+            samples = dropped.take_out(samples, faults)
+        if with_targets:
+            batch["targets"] = targets
+        else:
+            batch["samples"] = samples
+        batch["row_ids"] = [sample.id for sample in samples]
+        batch["bad_rows"] = dropped.bad_rows
+        batch["long_rows"] = dropped.long_rows
+        return batch
+
+    def _tensors(self, samples: list[Sample]) -> tuple[dict, Faults]:
+        """The tensors of a batch but for its targets, or which samples can't be used, and why."""
+        pad = self.processor.tokenizer.pad_token_id
+        ids = [sample.encoded.ids for sample in samples]
+        labels = [sample.encoded.labels for sample in samples]
+        if not samples:
+            ids = [np.array([pad, pad])]
+            labels = [np.array([IGNORE_INDEX, IGNORE_INDEX])]
+        images = [image for sample in samples for image in sample.images]
+        tensors = {
+            "input_ids": _pad(ids, pad),
+            "attention_mask": _pad([np.ones_like(row) for row in ids], 0),
+            "labels": _pad(labels, IGNORE_INDEX),
+            "pixel_values": self._pixel_values(images) if images else self.no_pixel_values,
+        }
+        return tensors, {}
+
     def _pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
         return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
-    def _targets(self, samples: list[Sample]) -> tuple[dict[str, torch.Tensor], dict[int, BadRow]]:
-        """The targets of the samples' images, and which samples have none that can be used, and why."""
+    @cached_property
+    def no_pixel_values(self) -> torch.Tensor:
+        return self._pixel_values([BLANK])[:0]
+
+    # --------------------------------------------------------------------------------------------------- its targets
+    def _targets(self, samples: list[Sample]) -> tuple[dict[str, torch.Tensor], Faults]:
+        """The targets of the samples' images, or which samples have none that can be used, and why."""
+        try:
+            targets = self._ask_sources(samples)
+        except BadRow:
+            targets, faults = self._ask_one_by_one(samples)
+            if faults:
+                return {}, faults
+        return targets, self._not_finite(samples, targets)
+
+    def _ask_sources(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        """Task -> (N, Q, E). `BadRow` if a source has no target of an image and bad rows are dropped."""
         images = [image for sample in samples for image in sample.target_images]
-        owners = [i for i, sample in enumerate(samples) for _ in sample.target_images]
-        counts, targets, wrong = [len(sample.target_images) for sample in samples], {}, {}
+        counts = [len(sample.target_images) for sample in samples]
+        targets = {}
         for name, source in self.target_sources.items():
-            given = (images, counts) if isinstance(source, Motion) else (images,)
             expected = (len(images), *self.target_shapes[name])
+            if not images:
+                targets[name] = torch.zeros(expected)
+                continue
             try:
-                targets[name] = source(*given) if images else torch.zeros(expected)
+                target = source(images, counts) if isinstance(source, Motion) else source(images)
             except (LookupError, OSError) as error:  # not in the cache: the file has changed since
                 if not self.drop_bad_rows:
                     raise
-                if len(samples) == 1:
-                    return {}, {0: BadRow("target", f"task {name!r}: {error}")}
-                alone = [self._targets([sample]) for sample in samples]
-                wrong = {i: reasons[0] for i, (_, reasons) in enumerate(alone) if reasons}
-                parts = {} if wrong else self.target_sources  # a passing error: now there are all
-                return {name: torch.cat([one[name] for one, _ in alone]) for name in parts}, wrong
-            if targets[name].dtype not in (torch.bfloat16, torch.float16):
-                targets[name] = targets[name].float()
-            if targets[name].shape != expected:
-                found = f"targets {tuple(targets[name].shape)} from its teacher, {expected} from its configuration"
-                raise ValueError(f"task {name!r} has {found}: set target_length and target_dim to the teacher's")
-            finite = targets[name].isfinite().flatten(1).all(1).tolist()
-            # Later these would spoil the contrastive columns of the whole step, and innocent rows would be blamed.
-            bad = [owner for owner, good in zip(owners, finite, strict=True) if not good]
+                raise BadRow("target", f"task {name!r}: {error}") from error
+            if target.shape != expected:
+                shapes = f"targets {tuple(target.shape)} from its teacher, {expected} from its configuration"
+                raise ValueError(f"task {name!r} has {shapes}: set target_length and target_dim to the teacher's")
+            is_half = target.dtype in (torch.bfloat16, torch.float16)
+            targets[name] = target if is_half else target.float()
+        return targets
+
+    def _ask_one_by_one(self, samples: list[Sample]) -> tuple[dict[str, torch.Tensor], Faults]:
+        """The same, if a source failed for one of the samples, of which it didn't say."""
+        by_sample = []
+        faults = {}
+        for i, sample in enumerate(samples):
+            try:
+                targets = self._ask_sources([sample])
+            except BadRow as bad_row:
+                faults[i] = bad_row
+                continue
+            by_sample.append(targets)
+            not_finite = self._not_finite([sample], targets)
+            if not_finite:
+                faults[i] = not_finite[0]
+        if faults:
+            return {}, faults
+        # A passing error: now there are all.
+        return {name: torch.cat([targets[name] for targets in by_sample]) for name in self.target_sources}, {}
+
+    def _not_finite(self, samples: list[Sample], targets: dict[str, torch.Tensor]) -> Faults:
+        """Samples with a target that isn't finite. Later it would spoil the contrastive columns of the whole step,
+        and innocent rows would be blamed. FloatingPointError unless bad rows are dropped."""
+        owners = [i for i, sample in enumerate(samples) for _ in sample.target_images]
+        faults = {}
+        for name, target in targets.items():
+            is_finite = target.isfinite().flatten(1).all(1).tolist()
+            bad = [owner for owner, good in zip(owners, is_finite, strict=True) if not good]
             if bad and not self.drop_bad_rows:
-                bad = [samples[owner].id for owner in bad]
-                raise FloatingPointError(f"task {name!r}: its teacher's targets of the rows {bad} are not finite")
-            wrong |= dict.fromkeys(bad, BadRow("target", f"task {name!r}: its teacher's targets are not finite"))
-        return targets, wrong
+                row_ids = [samples[i].id for i in bad]
+                raise FloatingPointError(f"task {name!r}: its teacher's targets of the rows {row_ids} are not finite")
+            for i in bad:
+                faults[i] = BadRow("target", f"task {name!r}: its teacher's targets are not finite")
+        return faults
 
 
 class AttachedCollator(OlaVlmCollator):
@@ -238,7 +346,7 @@ class AttachedCollator(OlaVlmCollator):
     ...), with `labels` and `image_owner` (B, T): the images are found where the processor says that it put them, so it
     does not matter how many runs of tokens, tags and tiles it makes of one. A batch without images has one more row,
     the last, of a blank image and without labels, so that all ranks run the same graph, vision tower included.
-    `square`: pad each image to a square with the processor's mean colour before it is given to it, the square that the
+    `square`: pad each image to a square with the processor's mean color before it is given to it, the square that the
     teachers see. The other arguments and results are `OlaVlmCollator`'s; `max_length` counts image
     tokens, but `check_text`, before images are opened, counts each image as one.
     """
@@ -250,12 +358,11 @@ class AttachedCollator(OlaVlmCollator):
         for token in task_token_strings(tasks):  # they go with images that have targets
             self.blank_text = self.blank_text.replace(token, "")
 
-    def _expand_image(self) -> np.ndarray:
+    def _image_token_ids(self) -> np.ndarray:
         return np.array([self.processor.image_token_id])
 
-    def _batch(self, samples: list[Sample]) -> tuple[dict, dict[int, BadRow]]:
-        tokenizer, encoded = self.processor.tokenizer, [sample.encoded for sample in samples]
-        texts = [row.text for row in encoded]
+    def _tensors(self, samples: list[Sample]) -> tuple[dict, Faults]:
+        texts = [sample.encoded.text for sample in samples]
         images = [[self._view(image) for image in sample.images] for sample in samples]
         if not any(images):
             texts.append(self.blank_text)
@@ -264,46 +371,77 @@ class AttachedCollator(OlaVlmCollator):
             text=texts,
             images=images,
             padding=True,
-            add_special_tokens=not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token)),
+            add_special_tokens=self._lacks_bos(texts[0]),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
             text_kwargs={"padding_side": "right"},
             images_kwargs={"return_tensors": "pt"},
         )
-        begins, ends = np.array(batch.pop("offset_mapping")).transpose(2, 0, 1)
-        replaced = batch.pop("text_replacement_offsets", None) or [()] * len(texts)
+        offsets = np.array(batch.pop("offset_mapping"))
+        replacements = batch.pop("text_replacement_offsets", None) or [()] * len(texts)
         batch.convert_to_tensors("pt")
-        ids, attended = batch["input_ids"].numpy(), batch["attention_mask"].numpy() == 1
-        owner, labels, number = np.full_like(ids, -1), np.full_like(ids, IGNORE_INDEX), 0
-        for i, row in enumerate(encoded):
-            for start, stop in (one["new_span"] for one in replaced[i]):
-                owner[i, (begins[i] < stop) & (ends[i] > start)], number = number, number + 1
-            words, its_words = attended[i] & (owner[i] < 0), row.ids != self.processor.image_token_id
-            if len(replaced[i]) != row.num_images or not np.array_equal(ids[i, words], row.ids[its_words]):
+        ids = batch["input_ids"].numpy()
+        is_attended = batch["attention_mask"].numpy() == 1
+
+        # The blank image is nobody's: it has no target.
+        owners = _image_owners(offsets, replacements[: len(samples)])
+        labels = np.full_like(ids, IGNORE_INDEX)
+        for i, sample in enumerate(samples):
+            encoded = sample.encoded
+            is_word = is_attended[i] & (owners[i] < 0)
+            is_word_of_row = encoded.ids != self.processor.image_token_id
+            same_words = np.array_equal(ids[i, is_word], encoded.ids[is_word_of_row])
+            if len(replacements[i]) != encoded.num_images or not same_words:
                 name = type(self.processor).__name__
                 raise ValueError(f"{name} changes more of a text than its images, or doesn't tell where it puts them")
-            labels[i, words] = row.labels[its_words]
-        lengths = attended.sum(1).tolist()
-        too_long = {i: n for i, n in enumerate(lengths[: len(samples)]) if self.max_length and n > self.max_length}
-        limit = f"more than max_length={self.max_length}"
-        wrong = {i: BadRow("too_long", f"{n} tokens, {limit}") for i, n in too_long.items()}
-        if wrong and not self.drop_bad_rows:
-            raise BadRow("too_long", "; ".join(f"row {samples[i].id}: {reason}" for i, reason in wrong.items()))
-        return {**batch, "image_owner": torch.from_numpy(owner), "labels": torch.from_numpy(labels)}, wrong
+            labels[i, is_word] = encoded.labels[is_word_of_row]
+        batch["image_owner"] = torch.from_numpy(owners)
+        batch["labels"] = torch.from_numpy(labels)
+        lengths = is_attended.sum(1).tolist()[: len(samples)]  # without the blank image's
+        return dict(batch), self._too_long(samples, lengths)
+
+    def _too_long(self, samples: list[Sample], lengths: list[int]) -> Faults:
+        """Samples of more than `max_length` tokens. BadRow unless bad rows are dropped."""
+        faults = {}
+        for i, length in enumerate(lengths):
+            if self.max_length and length > self.max_length:
+                faults[i] = BadRow("too_long", f"{length} tokens, more than max_length={self.max_length}")
+        if faults and not self.drop_bad_rows:
+            raise BadRow("too_long", "; ".join(f"row {samples[i].id}: {reason}" for i, reason in faults.items()))
+        return faults
 
     def _view(self, image: Image.Image) -> Image.Image:
-        colour = tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
-        return ImageOps.pad(image, (max(image.size),) * 2, color=colour) if self.square else image
+        if not self.square:
+            return image
+        side = max(image.size)
+        mean_color = tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
+        return ImageOps.pad(image, (side, side), color=mean_color)
 
 
-def _drop(dropped: dict[str, list[str]], row_id, bad_row: BadRow) -> None:
-    dropped["long_rows" if bad_row.kind == "too_long" else "bad_rows"].append(f"row {row_id}: {bad_row}")
+def _overlap(spans: list[tuple[int, int]], offsets: np.ndarray, text_length: int) -> np.ndarray:
+    """Which tokens, of `offsets` (T, 2) in the text, have a character in one of the spans, which are in order."""
+    behind_all = (text_length, text_length)
+    firsts, lasts = np.array([*spans, behind_all]).T
+    begins, ends = offsets.T
+    # The first span that ends behind a token's begin is the only one that can begin before the token's end.
+    next_span = np.searchsorted(lasts[:-1], begins, side="right")
+    return firsts[next_span] < ends
 
 
-def _left(samples: list[Sample], wrong: dict[int, BadRow], dropped: dict[str, list[str]]) -> list[Sample]:
-    for i, bad_row in wrong.items():
-        _drop(dropped, samples[i].id, bad_row)
-    return [sample for i, sample in enumerate(samples) if i not in wrong]
+def _image_owners(offsets: np.ndarray, replacements: Sequence[Sequence[dict]]) -> np.ndarray:
+    """(B, T): the number of the image that a token belongs to, counted through the batch, -1 for none.
+
+    `offsets` (B, T, 2): the tokens' characters. `replacements`: of each row, which characters stand for an image.
+    """
+    begins, ends = offsets.transpose(2, 0, 1)
+    owners = np.full(begins.shape, -1)
+    number = 0
+    for i, row in enumerate(replacements):
+        for replacement in row:
+            start, stop = replacement["new_span"]
+            owners[i, (begins[i] < stop) & (ends[i] > start)] = number
+            number += 1
+    return owners
 
 
 def _pad(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
