@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -102,6 +103,21 @@ def encode(processor, rows: list[dict], padding_side: str = "right", **kwargs) -
     return processor(
         text=texts, images=images or None, padding=True, return_tensors="pt", add_special_tokens=False, **kwargs
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline():
+    """Nothing asks the Hub, in any process, whatever the environment says; but see `online`."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_HUB_OFFLINE", "1")
+        patched.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """For tests that have a Hub of their own."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture(scope="session")

@@ -659,6 +659,22 @@ class TestTeacher:
         values.write_text(values.read_text().replace("0.25", "0.26"))
         assert Teacher(TASK, entry).fingerprint(folder) != known
 
+    def test_other_grid(self, entry, known, loads, folder):
+        """A note of the same teacher's targets on another grid isn't believed, whichever came first."""
+        coarse = TASK | {"target_length": 4}
+        other = Teacher(coarse, entry).fingerprint(folder)
+        assert other != known and other == Teacher(coarse, entry).encoder.fingerprint
+        assert Teacher(TASK, entry).fingerprint(folder) == known == Teacher(TASK, entry).encoder.fingerprint
+
+    def test_other_task_words(self, entry, known, loads, folder):
+        """Whatever a recipe says of a teacher, but for what changes no feature, has a note of its own."""
+        fields = {"geometry": "reference", "dtype": "bfloat16", "revision": "abc", "subfolder": "x", "layers": [1]}
+        teacher = Teacher(TASK, entry)
+        notes = {teacher._note(folder)}
+        for name, value in fields.items():
+            notes.add(Teacher(TASK, entry | {name: value})._note(folder))
+        assert len(notes) == 1 + len(fields)
+
     def test_other_arguments(self, entry, known, loads, folder):
         assert Teacher(TASK, entry | {"dtype": "bfloat16"}).fingerprint(folder) != known
 

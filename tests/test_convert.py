@@ -237,6 +237,33 @@ def test_convert_with_tokenizer(tmp_path):
     assert output.predictions["depth"][3].shape == (1, 576, 48)
 
 
+def test_convert_takes_each_tasks_own_weights(tmp_path):
+    """The weight of each loss and each task's size are the checkpoint's, in the order of its aux_mode."""
+    fields = json.loads((GOLDEN / "reference_checkpoint" / "config.json").read_text())
+    weights = {"gen": ("img", 0.2), "depth": ("depth", 0.6), "seg": ("seg", 0.7)}
+    changed = {"contrastive_loss_weight": 0.4}
+    for name, (prefix, weight) in weights.items():
+        changed[f"image_{name}"] = fields[f"image_{name}"] | {f"{prefix}_loss_weight": weight}
+    model, _, _ = convert_reference(copy_reference(tmp_path, **changed), TOWER)
+    assert {task["name"]: task["loss_weight"] for task in model.config.tasks} == {"gen": 0.2, "depth": 0.6, "seg": 0.7}
+    assert [task["contrastive_weight"] for task in model.config.tasks] == [0.4] * 3
+    assert [task["target_dim"] for task in model.config.tasks] == [40, 48, 56]
+    assert [task["output_mlp"] for task in model.config.tasks] == [False, True, False]
+
+
+def test_convert_a_checkpoint_without_contrastive_loss(tmp_path):
+    """It trained no logit scales, and a run that goes on from it has no contrastive loss either."""
+
+    def without_scales(weights):
+        for name in [name for name in weights if name.endswith("logit_scale")]:
+            del weights[name]
+
+    folder = copy_reference(tmp_path, without_scales, use_contrastive=False)
+    model, _, _ = convert_reference(folder, TOWER)
+    assert [task["contrastive_weight"] for task in model.config.tasks] == [0.0] * 3
+    assert all(scale.item() == 2.0 for scale in model.logit_scales().values())
+
+
 def test_convert_finds_the_tower_beside_the_checkpoint(tmp_path):
     shutil.copytree(TOWER, tmp_path / "tiny-clip-vit-336")
     model, *_ = convert_reference(copy_reference(tmp_path / "checkpoint"))

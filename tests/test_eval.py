@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import random_image
+from scipy import stats
 
 from ola_vlm.eval.multiple_choice import is_correct, score
 from ola_vlm.eval.reading import parse_choice
@@ -136,6 +137,41 @@ def test_mcnemar_of_one_seed_matches_the_binomial():
     low, high = result["ci95"]
     # the bootstrap's normal approximation: .08 +- 1.96 * sqrt((.12 - .0064) / 100)
     assert low == pytest.approx(0.08 - 0.066, abs=0.015) and high == pytest.approx(0.08 + 0.066, abs=0.015)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_interval_holds_95_percent(seeds):
+    """Its ends are 1.96 standard errors from the difference; those of 90% would be 1.64 from it."""
+    rng = np.random.default_rng(0)
+    a = rng.random((seeds, 2000)) < 0.5
+    b = rng.random((seeds, 2000)) < 0.6
+    result = paired_comparison(a, b)
+    wins = (b.astype(float) - a).mean(0)
+    error = wins.std() / np.sqrt(2000)
+    low, high = result["ci95"]
+    assert (result["difference"] - low) / error == pytest.approx(1.96, rel=0.04)
+    assert (high - result["difference"]) / error == pytest.approx(1.96, rel=0.04)
+
+
+def test_b_minus_a_and_both_tests_are_two_sided():
+    rng = np.random.default_rng(0)
+    a = rng.random((4, 60)) < 0.6
+    b = rng.random((4, 60)) < 0.4
+    worse = paired_comparison(a, b)
+    better = paired_comparison(b, a)
+    assert worse["difference"] == pytest.approx(b.mean() - a.mean()) and worse["difference"] < 0
+    assert worse["p"] < 0.05 and worse["p"] == pytest.approx(better["p"], rel=0.2, abs=1e-3)
+    assert worse["p_seeds"] == pytest.approx(stats.ttest_rel(b.mean(1), a.mean(1)).pvalue)
+    assert worse["n"] == 60  # questions, however many seeds answered them
+
+
+def test_every_seed_counts():
+    """Not the first one alone: what it gains the second one loses."""
+    right = [record(i, "(A)") for i in range(10)]
+    wrong = [record(i, "(B)") for i in range(10)]
+    compared = compare_answers([wrong, right], [right, wrong])
+    assert compared["depth"]["difference"] == 0
+    assert compared["depth"]["seed_differences"] == [1, -1]
 
 
 def test_equal_models_do_not_differ():

@@ -42,7 +42,7 @@ print("the same")
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, online):
     with serve() as server:
         monkeypatch.setattr(push, "HfApi", partial(HfApi, server.url, "hf_local"))
         yield server
@@ -219,7 +219,7 @@ def test_an_adapters_folder_has_our_card(runs):
     assert "adapters of rank 2" in card.text and str(runs) not in card.text
 
 
-def test_an_unreachable_hub_is_said_so(runs, monkeypatch):
+def test_an_unreachable_hub_is_said_so(runs, monkeypatch, online):
     monkeypatch.setattr(push, "HfApi", partial(HfApi, "http://127.0.0.1:9", "hf_local"))
     with pytest.raises(SystemExit, match=r"ola-vlm push: .*refused"):
         push.main([str(runs / "finetune"), "me/x"])

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ola_vlm.eval.correlation import describe, draw, range_without_two
-from ola_vlm.miniature.ablations import row_label
+from ola_vlm.miniature import study
+from ola_vlm.miniature.ablations import numbers, row_label
 from ola_vlm.miniature.report import (
     CAPTIONS,
     CONTROL,
@@ -21,6 +22,7 @@ from ola_vlm.miniature.report import (
     write_report,
 )
 from ola_vlm.probing.figures import METHODS, OTHER_COLORS, TASK_COLORS, method_styles
+from ola_vlm.recipes import miniature as recipe
 
 TASKS = ["count", "relation", "depth", "distance"]
 
@@ -154,6 +156,72 @@ def test_a_method_has_one_color_and_name_in_all_figures(results):
     assert axis.get_xlabel() == "OLA-VLM minus LLaVA"
     assert row_label("losses", "pt") == "pt (OLA-VLM)" and row_label("losses", "llava") == "LLaVA"
     assert row_label("tasks", "gen_depth") == "gen depth"
+
+
+def test_gains_are_ours_minus_the_baselines(results):
+    axis = Figure().subplots()
+    gain_panel(results, axis)
+    bars = axis.containers[0]
+    assert bars.lines[0].get_xdata() == pytest.approx([10, -10, 5, 10, 10])
+    ends = np.array([segment[:, 0] for segment in bars.lines[2][0].get_segments()])
+    assert ends[0] == pytest.approx([8, 12]) and ends[1] == pytest.approx([-12, -8])
+
+
+def arm_on_disk(root, method, seed, points, probes):
+    """The folder that a trial leaves: `points`: step -> whether its answers are right."""
+    folder = recipe.run_folder(method, seed, root)
+    folder.mkdir(parents=True)
+    question = {"task": "depth", "choices": ["a", "b"], "answer": "(A)"}
+    for step, is_right in points.items():
+        answered = [question | {"id": str(i), "output": "(A)" if is_right else "(B)"} for i in range(4)]
+        (folder / f"answers_{step}.json").write_text(json.dumps(answered))
+    curve = [{"step": step, "accuracy": accuracy(float(is_right))} for step, is_right in points.items()]
+    result = {"seed": seed, "curve": curve, "accuracy": curve[-1]["accuracy"]}
+    (folder / "result.json").write_text(json.dumps(result))
+    for stage in ("pretrain", "finetune"):
+        (folder / f"probe_{stage}.json").write_text(json.dumps(probes))
+
+
+def test_the_study_collects_the_last_answers_and_the_test_images_probes(tmp_path):
+    """Strengths are chosen on validation images, and what is reported was measured on others."""
+
+    def scores(value):
+        return {task["name"]: {"0": {"ridge": value, "ridge_plain": value}} for task in recipe.TASKS}
+
+    # On the test images the other strength is the better one.
+    probes = {"validation": {"weak": scores(0.8), "strong": scores(0.7)}}
+    probes["test"] = {"weak": scores(0.1), "strong": scores(0.9)}
+    for seed in range(2):
+        arm_on_disk(tmp_path, "llava", seed, {5: True, 10: False}, probes)
+        arm_on_disk(tmp_path, "ola_vlm", seed, {5: False, 10: True}, probes)
+    results = study.collect(tmp_path, ["llava", "ola_vlm"], 2, {}, {})
+    assert results["comparison"]["depth"]["difference"] == 1  # OLA-VLM's minus LLaVA's, at the last point
+    assert results["comparison"]["depth"]["seed_differences"] == [1, 1]
+    assert results["ridge_strength"] == dict.fromkeys(("gen", "depth", "seg"), "weak")
+    for method in results["methods"].values():
+        for seed in method["seeds"]:
+            for of_stage in seed["probes"].values():
+                assert of_stage["depth"]["0"]["ridge"] == 0.1
+
+
+def test_ablations_are_means_over_the_llms_layers():
+    """Layer 0 is its input, which no method trains differently."""
+    layers = {"0": {"ridge": 9.0}, "1": {"ridge": 0.2}, "2": {"ridge": 0.4}}
+    probes = {task["name"]: layers for task in recipe.TASKS}
+    seed = {"accuracy": accuracy(0.5), "probes": {"pretrain": probes, "finetune": probes}}
+    found = numbers(seed)
+    assert found["depth, after PT"] == pytest.approx(0.3)
+    assert found["average"] == 50
+
+
+def test_a_run_of_the_study_has_its_own_seed_and_beginning(tmp_path):
+    for method in recipe.METHODS:
+        for stage in (recipe.pretrain, recipe.finetune):
+            fields = stage(method, 3, tmp_path)
+            assert fields["seed"] == 3
+            assert str(recipe.run_folder(method, 3, tmp_path)) in fields["output_dir"]
+        assert fields["checkpoint"] == recipe.pretrain(method, 3, tmp_path)["output_dir"]
+        assert recipe.pretrain(method, 3, tmp_path)["shuffle_targets"] == (method == CONTROL)
 
 
 def test_bands_are_explained(results):

@@ -279,6 +279,8 @@ def test_shuffled_targets_are_always_those_of_another_image(tmp_path):
     assert sorted(targets[:7]) == sorted(images[:7])  # a permutation
     again.shuffle_targets(seed=1)
     assert again.other_image == rows.other_image
+    again.shuffle_targets(seed=2)
+    assert again.other_image != rows.other_image  # each seed has a shuffle of its own
 
 
 def test_streamed_rows_are_the_same_rows(tmp_path):

@@ -91,8 +91,13 @@ def test_visual_pretrain_trains_the_whole_llava(make_model, tmp_path):
     model, processor = make_model()
     before = weights(model)
     make_trainer(model, processor, tmp_path, stage="visual_pretrain").train()
-    moved, _ = moved_parts(before, weights(model))
+    moved, frozen = moved_parts(before, weights(model))
     assert set(moved) == {"vision_tower", "projector", "language_model"}
+    assert set(frozen) - set(moved) == {"predictors", "queries", "logit_scales"}
+    # The task tokens are rows of the language model, which trains: they adapt to the tower that does, too.
+    ids = model.config.task_token_ids
+    table = before["model.language_model.embed_tokens.weight"]
+    assert (model.get_input_embeddings().weight[ids] != table[ids]).any(1).all()
 
 
 @pytest.mark.parametrize(

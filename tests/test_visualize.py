@@ -1,6 +1,7 @@
 """Predicted embeddings decoded into pictures, the figures and the page, and the command that makes them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +186,23 @@ def test_nearest_images(encoders):
     assert float(note_of(away[0]).split()[1]) < 0.9
     with pytest.raises(ValueError, match="no images"):
         NearestImages([], encoders["gen"])
+
+
+def test_nearest_is_measured_from_the_mean_of_the_set():
+    """All embeddings lie close together; what tells them apart is their difference to the mean."""
+    mean = torch.tensor([10.0, 0, 0])
+    u = torch.tensor([0.0, 1, 0])
+    w = torch.tensor([0.0, 0, 1])
+    of_image = {0: mean + 0.01 * u, 1: mean - 0.01 * u, 2: mean + 3 * w, 3: mean - 3 * w}
+    pictures = [Image.new("RGB", (4, 4), (10 * i, 0, 0)) for i in of_image]
+
+    def encode(images):
+        return torch.stack([of_image[image.getpixel((0, 0))[0] // 10] for image in images])[:, None]
+
+    nearest = NearestImages(pictures, SimpleNamespace(encode=encode))
+    # Measured from 0, image 2 would be nearer to it: both are far from the mean.
+    (found,) = nearest((mean + 10 * (0.8 * u + 0.6 * w))[None])
+    assert same(found, pictures[0]) and note_of(found) == "nearest +0.80"
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +433,19 @@ def test_the_run_of_a_fine_tuned_checkpoint_is_that_of_its_beginning(checkpoint,
     (tmp_path / "run.json").write_text(json.dumps(run | {"checkpoint": str(tmp_path)}))  # trained in place
     assert load_statistics(tmp_path) == {}
     assert find_teachers("miniature_pretrain", tmp_path)["teachers"]["seg"]["encoder"] == "oneformer"
+
+
+def test_the_first_run_that_names_teachers_decodes(tmp_path):
+    """The probes' own comes before the checkpoint's; a recipe before both."""
+    teachers = {}
+    for name in ("probes", "checkpoint", "nothing"):
+        (tmp_path / name).mkdir()
+        teachers[name] = {"gen": {"encoder": "clip_image", "path": f"org/{name}"}} if name != "nothing" else None
+        (tmp_path / name / "run.json").write_text(json.dumps({"teachers": teachers[name]}))
+    places = {name: tmp_path / name for name in teachers}
+    assert find_teachers(None, places["probes"], places["checkpoint"])["teachers"] == teachers["probes"]
+    assert find_teachers(None, None, places["checkpoint"], places["probes"])["teachers"] == teachers["checkpoint"]
+    assert find_teachers(None, places["nothing"], places["checkpoint"])["teachers"] == teachers["checkpoint"]
 
 
 def test_of_a_checkpoint_on_the_hub_probes_and_statistics_are_fetched(checkpoint, monkeypatch):
