@@ -27,6 +27,25 @@ TASK_FIELDS = {
     "predictor_dim": None,
     "output_mlp": False,
     "keys": KEY_GROUPS,
+    "predictor": "resampler",
+    "loss": "smooth_l1",
+    "target": "features",
+    "place_code": 0,
+    "words": ["class", "depth"],
+    "combine": "sum",
+    "until": 1.0,
+}
+CHOICES = {
+    "predictor": ("resampler", "patch", "none"),
+    "loss": ("smooth_l1", "cosine", "mse", "moments"),
+    "target": ("features", "words"),
+    "combine": ("sum", "mean"),
+}
+# What a task has by default if one of its fields has this value.
+IMPLIED = {
+    ("predictor", "patch"): {"num_task_tokens": 0, "output_mlp": False},
+    ("predictor", "none"): {"num_task_tokens": 0, "output_mlp": False},
+    ("loss", "moments"): {"contrastive_weight": 0.0},
 }
 PAPER_TASKS = {
     "gen": {"layers": [12, 20], "target_length": 1, "target_dim": 1024},
@@ -45,6 +64,13 @@ def task_token_strings(tasks: list[dict]) -> list[str]:
     return [f"<{task['name']}_{i}>" for task in tasks for i in range(task["num_task_tokens"])]
 
 
+def target_shape(task: dict) -> tuple[int, int]:
+    """(Q, E) of what a task's source gives for an image: features and their place code, or the numbers of words."""
+    if task["target"] == "words":
+        return task["target_length"], len(task["words"])
+    return task["target_length"], task["target_dim"] + task["place_code"]
+
+
 def _check(condition: bool, field: str, value, remedy: str):
     if not condition:
         raise ValueError(f"{field} is {value!r}: {remedy}.")
@@ -58,10 +84,20 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
     """
     One task with every field filled in and checked against the LLM (`hidden_size` wide, `num_layers` deep).
 
-    Fields (see `TASK_FIELDS` for defaults; gen, depth and seg have the paper's): `layers` are 1-based decoder blocks;
-    the target is (`target_length`, `target_dim`) an image; the loss is `loss_weight` * sum over layers of
-    (smooth-L1 + `contrastive_weight` * contrastive); `predictor_*` is the size of the resampler; `output_mlp` puts a
-    Linear-ReLU-Linear on its output; `keys` says which tokens the predictor attends to.
+    Fields (see `TASK_FIELDS` and `IMPLIED` for defaults; gen, depth and seg have the paper's); docs/objectives.md has
+    examples:
+    `layers`: decoder blocks, counted from 1, whose output is read; 0 is what enters the first one, so that an image's
+    tokens are what the projector gives.
+    `predictor`: "resampler", the paper's; "patch", a linear layer of an image's token for that token's place (an MLP
+    of `predictor_depth` layers, `predictor_dim` wide, if that is more than 1); "none", the token itself.
+    `predictor_*`, `output_mlp` (a Linear-ReLU-Linear on the output) and `keys` (which tokens are attended to) are the
+    resampler's.
+    `target`: "features", (`target_length`, `target_dim`) an image, to which `place_code` numbers are appended that
+    say a position's row and column; or "words": the LLM's embeddings of the `words` that teachers have for a position,
+    which are combined by their "sum" or "mean".
+    `loss`: "smooth_l1", "cosine", "mse" (over the targets' variance) or "moments" (`training.losses`). The task's loss
+    is `loss_weight` * sum over layers of (it + `contrastive_weight` * contrastive); it is off after a share `until` of
+    the training steps.
     Raises ValueError naming the field and the remedy.
     """
     _check(isinstance(task, dict), "tasks[]", task, 'give each task as a dict such as {"name": "depth"}')
@@ -72,34 +108,98 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
     )
     unknown = sorted(set(task) - set(TASK_FIELDS))
     _check(not unknown, f"tasks[{name}]", unknown, f"unknown fields, the known ones are {list(TASK_FIELDS)}")
-    task = {**TASK_FIELDS, **PAPER_TASKS.get(name, {}), **task}
+    task = _with_defaults(task, hidden_size)
 
     def check(field, condition, remedy):
         _check(condition, f"tasks[{name}].{field}", task[field], remedy)
 
-    least = {"num_task_tokens": 0, "predictor_dim": 1, "target_length": 1, "target_dim": 1}
-    least |= {f"predictor_{part}": 1 for part in ["depth", "heads", "head_dim", "ffn_mult"]}
-    if task["predictor_dim"] is None:  # the reference's sizes: only depth with task tokens is as wide as the LLM
-        wide = name == "depth" and task["num_task_tokens"] != 0
-        task["predictor_dim"] = hidden_size if wide else task["target_dim"]
-    for field in ["target_length", "target_dim", *(field for field in least if not field.startswith("target"))]:
-        check(field, _is_count(task[field], least[field]), f"give an integer of at least {least[field]}")
+    for field, values in CHOICES.items():
+        check(field, task[field] in values, f"choose one of {list(values)}")
+    _check_sizes(task, check)
     layers = task["layers"]
     is_list = isinstance(layers, (list, tuple)) and len(layers) > 0 and all(type(layer) is int for layer in layers)
     check("layers", is_list and len(set(layers)) == len(layers), "list one or more different layers")
-    check("layers", min(layers) >= 1 and max(layers) <= num_layers, f"choose from 1 to {num_layers}, the LLM's layers")
+    in_range = min(layers) >= 0 and max(layers) <= num_layers
+    check("layers", in_range, f"choose from 1 to {num_layers}, the LLM's layers, or 0, what enters the first one")
     for field in ["loss_weight", "contrastive_weight"]:
         is_weight = isinstance(task[field], (int, float)) and 0 <= task[field] < math.inf
         check(field, is_weight, "give a finite number of at least 0")
-    tokens, length = task["num_task_tokens"], task["target_length"]
-    divisible = tokens == 0 or length == 1 or length % tokens == 0
-    check("num_task_tokens", divisible, f"choose a divisor of target_length {length} (each token stands for a group)")
+    until = task["until"]
+    is_share = isinstance(until, (int, float)) and 0 < until <= 1
+    check("until", is_share, "give a share of the training steps, more than 0 and at most 1")
     check("output_mlp", isinstance(task["output_mlp"], bool), "give true or false")
     keys = task["keys"]
     known = isinstance(keys, (list, tuple)) and len(keys) > 0 and all(key in KEY_GROUPS for key in keys)
     check("keys", known, f"list one or more of {KEY_GROUPS}")
-    check("keys", tokens > 0 or any(key != "task" for key in keys), "add image: without task tokens there is no key")
-    return {**task, "layers": sorted(layers), "keys": [key for key in KEY_GROUPS if key in keys]}
+    _check_target(task, hidden_size, check)
+    _check_predictor(task, hidden_size, check)
+    return {
+        **task,
+        "layers": sorted(layers),
+        "keys": [key for key in KEY_GROUPS if key in keys],
+        "words": list(task["words"]),
+    }
+
+
+def _with_defaults(given: dict, hidden_size: int) -> dict:
+    task = {**TASK_FIELDS, **PAPER_TASKS.get(given["name"], {})}
+    for (field, value), implied in IMPLIED.items():
+        if given.get(field) == value:
+            task.update(implied)
+    task.update(given)
+    if task["target"] == "words" and "target_dim" not in given:
+        task["target_dim"] = hidden_size
+    if task["predictor_dim"] is None:  # the reference's sizes: only depth with task tokens is as wide as the LLM
+        wide = task["name"] == "depth" and task["num_task_tokens"] != 0
+        task["predictor_dim"] = hidden_size if wide else task["target_dim"]
+    return task
+
+
+def _check_sizes(task: dict, check) -> None:
+    least = {"target_length": 1, "target_dim": 1, "num_task_tokens": 0, "predictor_dim": 1}
+    least.update({f"predictor_{part}": 1 for part in ["depth", "heads", "head_dim", "ffn_mult"]})
+    for field, number in least.items():
+        check(field, _is_count(task[field], number), f"give an integer of at least {number}")
+    code = task["place_code"]
+    check("place_code", _is_count(code, 0) and code % 4 == 0, "give a multiple of 4, or 0 for none")
+    is_grid = math.isqrt(task["target_length"]) ** 2 == task["target_length"]
+    check("place_code", code == 0 or is_grid, "give 0: only a square grid, by its target_length, has rows and columns")
+
+
+def _check_predictor(task: dict, hidden_size: int, check) -> None:
+    tokens = task["num_task_tokens"]
+    if task["predictor"] == "resampler":
+        length = task["target_length"]
+        divisible = tokens == 0 or length == 1 or length % tokens == 0
+        check(
+            "num_task_tokens", divisible, f"choose a divisor of target_length {length} (each token stands for a group)"
+        )
+        has_key = tokens > 0 or any(key != "task" for key in task["keys"])
+        check("keys", has_key, "add image: without task tokens there is no key")
+        return
+    predictor = f'predictor "{task["predictor"]}"'
+    check("num_task_tokens", tokens == 0, f"give 0, {predictor} reads the image's own tokens")
+    check("output_mlp", not task["output_mlp"], f"give false, or predictor_depth for an MLP: {predictor} has none")
+    if task["predictor"] == "none":
+        width = task["target_dim"] + task["place_code"]
+        check("target_dim", width == hidden_size, f"give {hidden_size}, the width of a token, which is the prediction")
+
+
+def _check_target(task: dict, hidden_size: int, check) -> None:
+    if task["loss"] == "moments":
+        check("contrastive_weight", task["contrastive_weight"] == 0, 'give 0: loss "moments" knows no image\'s target')
+        check("target_length", task["target_length"] > 1, 'a single position has no deviation for loss "moments"')
+    words = task["words"]
+    is_list = isinstance(words, (list, tuple)) and len(words) > 0 and len(set(words)) == len(words)
+    named = is_list and all(isinstance(word, str) and word.isidentifier() for word in words)
+    check("words", named, 'list one or more different names, such as "class" and "depth", of entries in teachers')
+    if task["target"] == "words":
+        check(
+            "target_dim",
+            task["target_dim"] == hidden_size,
+            f"give {hidden_size}, the width of a word, or leave it out",
+        )
+        check("place_code", task["place_code"] == 0, "give 0: words are vectors of the language model's own")
 
 
 @strict
@@ -123,6 +223,7 @@ class OlaVlmConfig(LlavaConfig):
         "image_outputs",
         "predictions",
         "logit_scales",
+        "word_embeddings",
     ]
 
     tasks: list | None = None

@@ -66,6 +66,11 @@ def fused(parts: Path, fusion: str):
     )
 
 
+PATCH = {"name": "patch", "predictor": "patch", "layers": [2], "target_length": 16, "target_dim": 6, "loss": "mse"}
+WORDS = {"name": "words", "predictor": "none", "target": "words", "layers": [0], "target_length": 16, "loss": "mse"}
+WORDS |= {"contrastive_weight": 0.1}
+MOMENTS = {**WORDS, "name": "moments", "loss": "moments", "contrastive_weight": 0.0}
+
 # Kind -> function of the parts' folder that builds a model and its processor, and the stage that trains it.
 KINDS = {
     "ola_vlm": (build, "pretrain"),
@@ -82,6 +87,8 @@ KINDS = {
     "idefics3": (lambda parts: make_attached("idefics3", tokens=True), "pretrain"),
     "llava_next": (lambda parts: make_attached("llava_next"), "visual_pretrain"),
     "adapters": (build, "finetune"),
+    "patch": (lambda parts: build(parts, tasks=[PATCH]), "pretrain"),
+    "words": (lambda parts: build(parts, tasks=[WORDS, MOMENTS]), "pretrain"),
 }
 # As the paper's recipes load them: what is frozen stays bf16 beside what trains, in the same blocks (LoRA) or others.
 MIXED = {

@@ -63,7 +63,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 WRONG = {
-    "layers": [([], "list one or more"), ([5], "choose from 1 to 4"), ([0, 1], "from 1 to 4"), ([2, 2], "different")],
+    "layers": [([], "list one or more"), ([5], "choose from 1 to 4"), ([-1, 1], "from 1 to 4"), ([2, 2], "different")],
     "num_task_tokens": [(-1, "at least 0"), (3, "divisor of target_length 16"), (32, "divisor"), (2.0, "integer")],
     "target_length": [(0, "at least 1"), (None, "integer")],
     "target_dim": [("10", "integer"), (None, "integer")],

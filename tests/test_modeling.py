@@ -191,7 +191,7 @@ def test_golden_full_model(reference_model):
     assert_close(output.loss, golden["text_loss"])
     assert_golden_predictions(model, predictions, golden)
     for (name, i), loss in losses.items():
-        assert_close(loss.smooth_l1, golden[f"loss.{name}.{i}.sl1"])
+        assert_close(loss.distance, golden[f"loss.{name}.{i}.sl1"])
         assert_close(0.3 * loss.contrastive, golden[f"loss.{name}.{i}.con"])
     assert_close(total, golden["loss"])
     assert abs(total.item() - 9.261576) < 1e-4
@@ -484,7 +484,7 @@ def test_embedding_losses_reach_what_trains_and_nothing_frozen(make_model):
     batch = encode(processor, random_rows(4, [1, 0, 2, 1]))
     losses = losses_of(model(**batch, output_predictions=True), model, random_targets(model, 4))
     for (task, layer), loss in losses.items():
-        assert loss.smooth_l1 > 0 and loss.contrastive > 0
+        assert loss.distance > 0 and loss.contrastive > 0
         model.zero_grad()
         loss.total.backward(retain_graph=True)
         moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}

@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +11,42 @@ import torch
 from conftest import random_image, random_rows
 from transformers import TrainerCallback
 
+from ola_vlm.configuration_ola_vlm import target_shape
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.lora import add_adapters
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.trainer import OlaVlmTrainer
+from ola_vlm.training.words import WordSource
 
 # Images of 16 rows: none, one and several; with 4 rows a rank or micro-batch, the second one has text only.
 IMAGES = [1, 0, 2, 1, 0, 0, 0, 0, 1, 1, 0, 1, 3, 0, 0, 1]
+
+# Of the tests' tokenizer; one of them has two tokens.
+TEST_WORDS = {"class": ["red", "green", "blue cube"], "depth": ["near", "far"]}
 
 
 def target_source(task: dict, value: float | None = None):
     """Random targets that depend on the image's content only (or a constant `value`)."""
 
     def source(images):
-        shape = (task["target_length"], task["target_dim"])
+        shape = target_shape(task)
         seeds = [zlib.crc32(image.tobytes()) for image in images]
         targets = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         return targets if value is None else torch.full_like(targets, value)
 
+    if task["target"] == "words":
+        return WordSource(TEST_WORDS, {kind: partial(random_words, kind) for kind in task["words"]})
     return source
+
+
+def random_words(kind: str, images: list, length: int = 16) -> torch.Tensor:
+    """Numbers of words of `TEST_WORDS` that depend on the image's content only (N, length, 1)."""
+    numbers = []
+    for image in images:
+        generator = torch.Generator().manual_seed(zlib.crc32(image.tobytes()) + len(kind))
+        numbers.append(torch.randint(len(TEST_WORDS[kind]), (length, 1), generator=generator).float())
+    return torch.stack(numbers)
 
 
 def make_trainer(

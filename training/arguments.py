@@ -86,6 +86,9 @@ class OlaVlmArguments(TrainingArguments):
     standardize_targets: bool = HfArg(
         default=False, help="centre and scale targets by the training images' statistics; needs target_cache"
     )
+    losses_until: float | None = HfArg(
+        default=None, help="the share of the steps after which embedding losses are off; the tasks' `until` by default"
+    )
     shuffle_targets: bool = HfArg(default=False, help="the control: each image gets the targets of another one")
     # The trainer needs `targets` and `row_ids`, which are no arguments of the model's forward.
     remove_unused_columns: bool = False
@@ -108,6 +111,8 @@ class OlaVlmArguments(TrainingArguments):
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {choices}")
         if self.standardize_targets and not self.target_cache:
             raise ValueError("standardize_targets takes its statistics from stored targets: give target_cache, too")
+        if self.losses_until is not None and not 0 < self.losses_until <= 1:
+            raise ValueError(f"losses_until is {self.losses_until}: a share is more than 0 and at most 1")
         if self.fusion and self.tasks:
             raise ValueError("the multi-encoder baseline distils nothing: give either fusion or tasks")
         if self.lora_rank < 0:

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..configuration_ola_vlm import VOCAB_MULTIPLE, normalize_task, task_token_strings
 from ..modeling_ola_vlm import (
-    EmbeddingPredictor,
     ImageLayout,
     OlaVlmCausalLMOutputWithPast,
     OlaVlmForConditionalGeneration,
     Parameters,
+    make_predictor,
 )
 from ..processing_ola_vlm import added_ids
 from ..targets.loading import read_safetensors
@@ -40,6 +40,8 @@ class AttachedPredictors:
     lookup_scale = OlaVlmForConditionalGeneration.lookup_scale
     write_task_tokens = OlaVlmForConditionalGeneration.write_task_tokens
     predict_embeddings = OlaVlmForConditionalGeneration.predict_embeddings
+    word_embeddings = OlaVlmForConditionalGeneration.word_embeddings
+    distill = OlaVlmForConditionalGeneration.distill
 
     def forward(
         self,
@@ -48,13 +50,14 @@ class AttachedPredictors:
         num_items_in_batch: Tensor | None = None,
         image_owner: Tensor | None = None,
         output_predictions: bool = False,
+        word_ids: dict[str, list[Tensor]] | None = None,
         **kwargs,
     ):
         """
         The model's own, with the loss of the next tokens. `output_predictions=True` returns an
-        `OlaVlmCausalLMOutputWithPast` of `loss`, `logits`, `predictions` and `logit_scales`; it needs, by name,
-        `input_ids`, `attention_mask` and `image_owner` (B, T): the number of the image that a token belongs to,
-        counted through the batch, -1 for none (`data.AttachedCollator`).
+        `OlaVlmCausalLMOutputWithPast` of `loss`, `logits`, `predictions`, `logit_scales` and the `word_embeddings` of
+        `word_ids`; it needs, by name, `input_ids`, `attention_mask` and `image_owner` (B, T): the number of the image
+        that a token belongs to, counted through the batch, -1 for none (`data.AttachedCollator`).
         """
         if output_predictions:
             if image_owner is None or not kwargs.keys() >= {"input_ids", "attention_mask"}:
@@ -85,8 +88,7 @@ class AttachedPredictors:
         return OlaVlmCausalLMOutputWithPast(
             loss=outputs["loss"] if labels is not None else None,
             logits=outputs.logits,
-            predictions=self.predict_embeddings(outputs.hidden_states, layout),
-            logit_scales={name: scale[0] for name, scale in self.logit_scales().items()},
+            **self.distill(outputs.hidden_states, layout, word_ids),
         )
 
     def _task_tokens_hook(self):
@@ -148,7 +150,7 @@ def attach_predictors(
 
     own = nn.ModuleDict({"predictors": nn.ModuleDict(), "queries": Parameters(), "logit_scales": Parameters()})
     for task in tasks:
-        layers = {str(layer): EmbeddingPredictor(task, text.hidden_size) for layer in task["layers"]}
+        layers = {str(layer): make_predictor(task, text.hidden_size) for layer in task["layers"]}
         own["predictors"][task["name"]] = nn.ModuleDict(layers)
         own["logit_scales"][task["name"]] = nn.Parameter(torch.full((1,), 2.0))
         if task["num_task_tokens"] > 0:
@@ -232,4 +234,5 @@ def image_layout(image_owner: Tensor, input_ids: Tensor, attention_mask: Tensor,
     for group in ("system", "text"):
         layout.groups_NT[group] &= owner_NT < 0
     layout.groups_NT["image"] = owner_NT == numbers_N[:, None]
+    layout.pixels_NT = layout.groups_NT["image"] & (input_ids == config.image_token_id)[layout.sample_N]
     return layout

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
-from ..configuration_ola_vlm import task_token_strings
+from ..configuration_ola_vlm import target_shape, task_token_strings
 from ..targets.encoders import Motion
 from .chat_template import PROBE, fit_chat_template
 from .rows import BadRow, open_source
@@ -101,7 +101,7 @@ class OlaVlmCollator:
             raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token before training")
         self.processor = processor
         self.target_sources = target_sources or {}
-        self.target_shapes = {task["name"]: (task["target_length"], task["target_dim"]) for task in tasks}
+        self.target_shapes = {task["name"]: target_shape(task) for task in tasks}
         self.max_length = max_length
         self.truncate = truncate
         self.drop_bad_rows = drop_bad_rows

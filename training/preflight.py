@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from transformers import AutoConfig
 
-from ..configuration_ola_vlm import OlaVlmConfig, normalize_task
+from ..configuration_ola_vlm import TASK_FIELDS, OlaVlmConfig, normalize_task
 from ..targets.encoders import load_vision_config
 from ..targets.fill import make_teachers
 from ..targets.loading import check_place, find_file, loading_from, read_json_object
@@ -38,6 +38,9 @@ def check_run(args: OlaVlmArguments) -> list[dict]:
         _check_fusion(args)
     stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
     trained = tasks if stage.embedding_losses else []
+    for task in trained:
+        if task["place_code"] > 0 and (args.teachers or {}).get(task["name"], {}).get("motion"):
+            raise ValueError(f"task {task['name']!r}: places don't move: give place_code 0 with a teacher's motion")
     if args.teachers is not None:  # a program may leave them out and bring targets of its own
         for teacher in make_teachers(trained, args.teachers).values():
             teacher.check(args.target_cache)
@@ -52,7 +55,8 @@ def _tasks_of_checkpoint(checkpoint: str) -> list[dict]:
         config = find_file(checkpoint, "config.json")
         if config is None:
             raise ValueError(f"{checkpoint} has no config.json: it is no checkpoint of a model")
-        return read_json_object(config).get("tasks") or []
+        tasks = read_json_object(config).get("tasks") or []
+        return [{**TASK_FIELDS, **task} for task in tasks]  # an older checkpoint's have fewer fields
 
 
 def _tasks_of_parts(args: OlaVlmArguments) -> list[dict]:
@@ -110,6 +114,6 @@ def _check_evaluation(args: OlaVlmArguments, tasks: Sequence[dict]) -> None:
     known = ["loss", "loss/ntp", *(["accuracy"] if args.eval_questions else [])]
     for task in tasks:
         for layer in task["layers"]:
-            known += [f"loss/{task['name']}/{layer}/{part}" for part in ("smooth_l1", "contrastive")]
+            known += [f"loss/{task['name']}/{layer}/{part}" for part in (task["loss"], "contrastive")]
     if metric not in known:
         raise ValueError(f"metric_for_best_model {metric!r} is unknown: choose one of {known}")

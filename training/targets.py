@@ -14,6 +14,7 @@ from ..targets.cache import OncePerBatch, TargetCache, TargetStatistics, own_sta
 from ..targets.encoders import Motion
 from ..targets.files import inside, write_whole
 from ..targets.fill import Teacher, fill, make_teachers, open_caches
+from ..targets.place_code import append_place_code
 from .arguments import OlaVlmArguments
 from .collator import TargetSource
 from .rows import Rows, Sources, StreamRows
@@ -112,6 +113,9 @@ def target_sources(
                 statistics._replace(**zero).save(inside(folder, f"{name}.safetensors"))
         if is_motion:
             sources[name] = Motion(sources[name])
+    for task in tasks:
+        if task["place_code"] > 0:
+            sources[task["name"]] = partial(_with_place_code, sources[task["name"]], task["place_code"])
     return sources
 
 
@@ -122,6 +126,10 @@ def no_targets(args: OlaVlmArguments) -> dict[str, TargetSource]:
         for file in own_statistics(args.checkpoint):
             write_whole(Path(args.output_dir) / "target_statistics" / file.name, file.read_bytes())
     return {}
+
+
+def _with_place_code(source: TargetSource, width: int, images: list) -> torch.Tensor:
+    return append_place_code(source(images), width)
 
 
 def _standardized(source: TargetSource, statistics: TargetStatistics, images: list) -> torch.Tensor:

@@ -21,10 +21,11 @@ from transformers.utils import logging
 
 from ..targets.files import write_whole
 from .attach import AttachedPredictors
-from .losses import embedding_loss
+from .losses import StepTargets, task_loss
 from .sampler import GroupedSampler
 from .sharding import configure_fsdp2, gather_optimizer, load_optimizer, original_class, retie, takes_whole_weights
 from .stages import find_stage, upcast_trained
+from .words import word_ids_of
 
 logger = logging.get_logger(__name__)
 
@@ -35,10 +36,11 @@ TARGET_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class OlaVlmTrainer(Trainer):
     """Trains one stage (`args.stage`; apply it with `apply_stage` first).
 
-    Logs `loss/ntp` and `loss/<task>/<layer>/{smooth_l1,contrastive}` beside `loss`: means over the optimiser steps
-    since the last log and over ranks; `loss` = ntp + sum over tasks of loss_weight * sum over layers (smooth_l1 +
-    contrastive_weight * contrastive); `bad_rows`, `long_rows`: rows dropped so far, over all ranks. Their names are
-    logged as they come; bad ones beyond `args.max_bad_rows` of the run's rows stop it.
+    Logs `loss/ntp` and `loss/<task>/<layer>/{<the task's loss>,contrastive}` beside `loss`: means over the optimizer
+    steps since the last log and over ranks; `loss` = ntp + sum over tasks of loss_weight * sum over layers (the task's
+    loss + contrastive_weight * contrastive). Of a task that is off after a share of the steps (`until`; in evaluation
+    it never is) also `loss_weight/<task>`, of the last step. `bad_rows`, `long_rows`: rows dropped so far, over all
+    ranks. Their names are logged as they come; bad ones beyond `args.max_bad_rows` of the run's rows stop it.
 
     In mixed precision (`bf16`, `fp16`) what trains becomes float32, in whatever type it was loaded (`args.dtype`), and
     what is frozen stays as it is: half the memory for it, and no update is lost to rounding. Checkpoints to resume
@@ -55,6 +57,7 @@ class OlaVlmTrainer(Trainer):
             configure_fsdp2(self.accelerator.state.fsdp_plugin, model)
         self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
+        self.word_ids = word_ids_of(self.tasks, self.data_collator.target_sources, self.processing_class)
         self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
         # Sums of the logged losses, and the number of their "steps", since the last log.
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
@@ -160,6 +163,7 @@ class OlaVlmTrainer(Trainer):
             if "step_targets" not in inputs:  # evaluation: the columns are those of the batch on all ranks
                 self._attach_step_targets([inputs], self.args.device)
             inputs["output_predictions"] = True
+            inputs["word_ids"] = self.word_ids
         step, targets, row_ids = (inputs.pop(key, None) for key in ("step_targets", "targets", "row_ids"))
         _report_bad_rows(inputs)  # evaluation's
         if num_items_in_batch is not None:
@@ -169,13 +173,16 @@ class OlaVlmTrainer(Trainer):
         ranks = self.accelerator.num_processes
         parts = {"loss/ntp": loss.detach().clone()}
         for task in self.tasks:
-            name, weight = task["name"], task["contrastive_weight"]
-            columns = step["columns"][name], step["offset"], step["num_images"]
+            name = task["name"]
+            place = step["columns"][name], step["offset"], step["num_images"]
+            tables = outputs.word_embeddings.get(name, ())
+            task_targets = StepTargets.make(task, targets[name], *place, tables)
+            weight = self.loss_weight(task, self.state.global_step) if model.training else task["loss_weight"]
             for layer in task["layers"]:
                 prediction, logit_scale = outputs.predictions[name][layer], outputs.logit_scales[name]
-                part = embedding_loss(prediction, targets[name], logit_scale, weight, *columns)
-                loss = loss + ranks * task["loss_weight"] * part.total
-                parts[f"loss/{name}/{layer}/smooth_l1"] = ranks * part.smooth_l1.detach()
+                part = task_loss(prediction, task_targets, logit_scale, task["loss"], task["contrastive_weight"])
+                loss = loss + ranks * weight * part.total
+                parts[f"loss/{name}/{layer}/{task['loss']}"] = ranks * part.distance.detach()
                 parts[f"loss/{name}/{layer}/contrastive"] = ranks * part.contrastive.detach()
         if model.training and not torch.isfinite(loss):
             bad = [name for name, value in parts.items() if not torch.isfinite(value)]
@@ -187,6 +194,12 @@ class OlaVlmTrainer(Trainer):
             sums[name] += value
         return (loss, outputs) if return_outputs else loss
 
+    def loss_weight(self, task: dict, step: int) -> float:
+        """A task's in the training step after `step` others."""
+        share = task["until"] if self.args.losses_until is None else self.args.losses_until
+        is_over = share < 1 and step >= round(share * self.state.max_steps)
+        return 0.0 if is_over else task["loss_weight"]
+
     def _add_means(self, metrics: dict, mode: str, prefix: str = "") -> None:
         sums, self._sums[mode] = self._sums[mode], defaultdict(float)
         steps = sums.pop("steps", 0)
@@ -197,6 +210,10 @@ class OlaVlmTrainer(Trainer):
         if "loss" in logs:
             self._add_means(logs, "train")
             logs |= vars(self._dropped)
+            last_step = self.state.max_steps - 1
+            for task in self.tasks:
+                if self.loss_weight(task, last_step) != task["loss_weight"]:
+                    logs[f"loss_weight/{task['name']}"] = self.loss_weight(task, self.state.global_step - 1)
         super().log(logs, *args, **kwargs)
 
     def _prepare_inputs(self, inputs):

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, distributed, nn
@@ -44,10 +45,12 @@ class OlaVlmCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     LLaVA's output, and with `output_predictions=True`:
     `predictions[task][layer]`: predicted target embeddings (N, Q, E), images in the order of `pixel_values`.
     `logit_scales[task]`: the learnable log-temperature of the task's contrastive loss, a scalar.
+    `word_embeddings[task]`: of `word_ids`, for each kind of word a table (words, H), fp32, without gradient.
     """
 
     predictions: dict[str, dict[int, Tensor]] | None = None
     logit_scales: dict[str, Tensor] | None = None
+    word_embeddings: dict[str, list[Tensor]] | None = None
 
 
 class Parameters(nn.ParameterDict):
@@ -138,6 +141,51 @@ class EmbeddingPredictor(nn.Module):
         return self.output_mlp(self.norm_out(self.proj_out(queries)))
 
 
+class PatchPredictor(nn.Module):
+    """A linear layer, or an MLP with GELUs, of an image's token for the target at that token's place."""
+
+    def __init__(self, task: dict, hidden_size: int):
+        super().__init__()
+        inner = [task["predictor_dim"]] * (task["predictor_depth"] - 1)
+        widths = [hidden_size, *inner, task["target_dim"]]
+        self.layers = nn.ModuleList([nn.Linear(*both) for both in pairwise(widths)])
+
+    def forward(self, tokens_H: Tensor) -> Tensor:
+        """(any number of tokens, H) -> (as many, E)."""
+        tokens_H = tokens_H.to(float_dtype(self) or tokens_H.dtype)
+        for i, layer in enumerate(self.layers):
+            tokens_H = layer(tokens_H if i == 0 else F.gelu(tokens_H))
+        return tokens_H
+
+
+def make_predictor(task: dict, hidden_size: int) -> nn.Module:
+    """A task's predictor of one layer; one without parameters if it is the token itself."""
+    if task["predictor"] == "none":
+        return nn.Identity()
+    # A predicted place code follows the features.
+    task = {**task, "target_dim": task["target_dim"] + task["place_code"]}
+    if task["predictor"] == "patch":
+        return PatchPredictor(task, hidden_size)
+    return EmbeddingPredictor(task, hidden_size)
+
+
+def resize_grid(cells_VE: Tensor, length: int, name: str) -> Tensor:
+    """An image's predictions, one a token, as many as its target is long: means over what lies in a target's cell.
+    ValueError if the tokens of the task `name` make no square grid."""
+    count = len(cells_VE)
+    if count == length:
+        return cells_VE
+    if length == 1:
+        return cells_VE.mean(0, keepdim=True)
+    side = math.isqrt(count)
+    target_side = math.isqrt(length)
+    if side**2 != count or target_side**2 != length:
+        sizes = f"an image has {count} tokens, its target {length} positions, and not both are squares"
+        raise ValueError(f"task {name!r}: {sizes}: give images without tiles, or set target_length to {count}")
+    maps_EV = cells_VE.T.unflatten(1, (side, side))
+    return F.adaptive_avg_pool2d(maps_EV[None], target_side)[0].flatten(1).T
+
+
 @dataclass
 class ImageLayout:
     """Where the images of a batch are: found by token id, whatever the prompt, the padding side and their number."""
@@ -145,6 +193,7 @@ class ImageLayout:
     sample_N: Tensor  # the row that holds image n
     groups_NT: dict[str, Tensor]  # for each of KEY_GROUPS but "task": which tokens of that row belong to it
     task_columns_NK: dict[str, Tensor]  # columns of image n's own task tokens
+    pixels_NT: Tensor  # which tokens of that row stand for image n's pixels
 
     @classmethod
     def find(cls, input_ids: Tensor, attention_mask: Tensor | None, num_images: int, config) -> "ImageLayout":
@@ -153,34 +202,12 @@ class ImageLayout:
         if mask_BT.shape != input_ids.shape:
             shapes = f"{tuple(mask_BT.shape)} and {tuple(input_ids.shape)}"
             raise ValueError(f"Predictions need a mask of the shape of input_ids, got {shapes}: pass whole sequences.")
-        attended_BT, is_image_BT = mask_BT.bool(), input_ids == config.image_token_id
-        places = is_image_BT.flatten().nonzero().flatten()
-        if len(places) != 0 if num_images == 0 else len(places) % num_images != 0:
-            raise ValueError(f"{len(places)} image tokens don't divide among {num_images} images.")
-        places_NV = places.view(num_images, -1) if num_images else places.view(0, 1)
-        columns, sample_N = input_ids.shape[1], places_NV[:, 0] // input_ids.shape[1]
-        owner_BT = (is_image_BT.flatten().cumsum(0) - 1).view_as(input_ids) // places_NV.shape[1]
-        own_image_NT = is_image_BT[sample_N] & (owner_BT[sample_N] == torch.arange(num_images).to(owner_BT)[:, None])
-
-        # The n-th occurrence of a task token belongs to the n-th image.
-        ids = torch.tensor(config.task_token_ids, device=input_ids.device, dtype=input_ids.dtype)
-        is_token_KP = input_ids.flatten() == ids[:, None]
-        found_K = is_token_KP.sum(1)
-        fits = bool((found_K == num_images).all())
-        places_KN = is_token_KP.nonzero()[:, 1].view(len(ids), num_images) if fits else None
-        if not fits or bool((places_KN // columns != sample_N).any()):
-            found = dict(zip(config.task_token_ids, found_K.tolist(), strict=True))
-            what = f"Task tokens (id: how many) are {found} for {num_images} images"
-            raise ValueError(f"{what}: every image needs all of them in its row, as the processor writes them.")
-        counts = {task["name"]: task["num_task_tokens"] for task in config.tasks}
-        columns_NK = (places_KN % columns).T.split(list(counts.values()), dim=1)
-        task_columns, is_task_BT = dict(zip(counts, columns_NK, strict=True)), is_token_KP.any(0).view_as(input_ids)
-
-        words_NT = (attended_BT & ~is_image_BT & ~is_task_BT)[sample_N]
-        before_image_NT = (is_image_BT.cumsum(1) == 0)[sample_N]
-        image_NT = own_image_NT & attended_BT[sample_N]
-        groups = {"system": words_NT & before_image_NT, "image": image_NT, "text": words_NT & ~before_image_NT}
-        return cls(sample_N, groups, task_columns)
+        attended_BT = mask_BT.bool()
+        is_image_BT = input_ids == config.image_token_id
+        sample_N, pixels_NT = find_images(is_image_BT, num_images)
+        task_columns_NK, is_task_BT = find_task_tokens(input_ids, sample_N, config)
+        groups_NT = group_tokens(attended_BT, is_image_BT, is_task_BT, sample_N, pixels_NT)
+        return cls(sample_N, groups_NT, task_columns_NK, pixels_NT)
 
     def key_mask(self, task: dict) -> Tensor:
         """(N, T): what the task's predictors see for image n; never padding, other images or other tasks' tokens."""
@@ -191,6 +218,104 @@ class ImageLayout:
             else:
                 mask_NT = mask_NT | self.groups_NT[group]
         return mask_NT
+
+    def predict_patches(self, states_BTH: Tensor, predictor: nn.Module, task: dict) -> Tensor:
+        """(N, Q, E): `predictor` of each of an image's tokens, resized to the target's grid. ValueError if the tokens
+        don't make the target's grid."""
+        device = states_BTH.device
+        image_V, column_V = self.pixels_NT.to(device).nonzero(as_tuple=True)
+        # One call for the tokens of all images, though there may be none.
+        predicted_VE = predictor(states_BTH[self.sample_N.to(device)[image_V], column_V])
+        counts = self.pixels_NT.sum(1).tolist()
+        length = task["target_length"]
+        if all(count == length for count in counts):
+            return predicted_VE.view(len(counts), length, predicted_VE.shape[1])
+        if task["predictor"] == "none":
+            sizes = f"images have {sorted(set(counts))} tokens, targets {length} positions"
+            raise ValueError(
+                f"task {task['name']!r}: {sizes}: without a predictor set target_length to an image's tokens"
+            )
+        self._check_in_one_piece(task["name"])
+        grids = [resize_grid(cells_VE, length, task["name"]) for cells_VE in predicted_VE.split(counts)]
+        return torch.stack(grids)
+
+    def _check_in_one_piece(self, name: str) -> None:
+        """ValueError if an image's tokens have others between them, as tiles have: they make no grid."""
+        starts_NT = self.pixels_NT[:, 1:] & ~self.pixels_NT[:, :-1]
+        pieces_N = starts_NT.sum(1) + self.pixels_NT[:, 0]
+        if bool((pieces_N > 1).any()):
+            remedy = "set its processor's splitting of images to false"
+            raise ValueError(f"task {name!r}: an image has {int(pieces_N.max())} tiles, which make no grid: {remedy}")
+
+
+def find_images(is_image_BT: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    """The row of each image (N,), and which tokens of it are the image's own (N, T). ValueError if the images don't
+    have equally many tokens."""
+    places = is_image_BT.flatten().nonzero().flatten()
+    divides = len(places) == 0 if num_images == 0 else len(places) % num_images == 0
+    if not divides:
+        raise ValueError(f"{len(places)} image tokens don't divide among {num_images} images.")
+    places_NV = places.view(num_images, -1) if num_images else places.view(0, 1)
+    sample_N = places_NV[:, 0] // is_image_BT.shape[1]
+    # Images are as long as each other, so a token's place among all of them says whose it is.
+    owner_BT = (is_image_BT.flatten().cumsum(0) - 1).view_as(is_image_BT) // places_NV.shape[1]
+    numbers_N1 = torch.arange(num_images).to(owner_BT)[:, None]
+    return sample_N, is_image_BT[sample_N] & (owner_BT[sample_N] == numbers_N1)
+
+
+def find_task_tokens(input_ids: Tensor, sample_N: Tensor, config) -> tuple[dict[str, Tensor], Tensor]:
+    """Each task's columns of each image's own tokens (N, K), and which tokens are any task's (B, T): the n-th
+    occurrence of a task token belongs to the n-th image. ValueError if an image lacks one in its row."""
+    num_images = len(sample_N)
+    columns = input_ids.shape[1]
+    ids = torch.tensor(config.task_token_ids, device=input_ids.device, dtype=input_ids.dtype)
+    is_token_KP = input_ids.flatten() == ids[:, None]
+    found_K = is_token_KP.sum(1)
+    fits = bool((found_K == num_images).all())
+    places_KN = is_token_KP.nonzero()[:, 1].view(len(ids), num_images) if fits else None
+    if not fits or bool((places_KN // columns != sample_N).any()):
+        found = dict(zip(config.task_token_ids, found_K.tolist(), strict=True))
+        what = f"Task tokens (id: how many) are {found} for {num_images} images"
+        raise ValueError(f"{what}: every image needs all of them in its row, as the processor writes them.")
+    counts = {task["name"]: task["num_task_tokens"] for task in config.tasks}
+    columns_NK = (places_KN % columns).T.split(list(counts.values()), dim=1)
+    return dict(zip(counts, columns_NK, strict=True)), is_token_KP.any(0).view_as(input_ids)
+
+
+def group_tokens(
+    attended_BT: Tensor, is_image_BT: Tensor, is_task_BT: Tensor, sample_N: Tensor, pixels_NT: Tensor
+) -> dict[str, Tensor]:
+    """What predictors can attend to for each image (N, T): words before the row's first image, the image's own tokens,
+    words after; never padding."""
+    words_NT = (attended_BT & ~is_image_BT & ~is_task_BT)[sample_N]
+    before_image_NT = (is_image_BT.cumsum(1) == 0)[sample_N]
+    return {
+        "system": words_NT & before_image_NT,
+        "image": pixels_NT & attended_BT[sample_N],
+        "text": words_NT & ~before_image_NT,
+    }
+
+
+def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which positions (B, T) have a label as next token, and these labels."""
+    next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    supervised = next_labels != -100
+    return supervised, next_labels[supervised]
+
+
+def resample(
+    states_BTH: Tensor, predictor: nn.Module, task: dict, layout: ImageLayout, tables: Mapping[str, Tensor]
+) -> Tensor:
+    """(N, Q, E): a layer's resampler, whose queries are its own or the task's (`tables`, or its tokens' states)."""
+    name = task["name"]
+    device = states_BTH.device  # the layers of a model on several devices have their own
+    sample_N = layout.sample_N.to(device)
+    queries = None
+    if task["num_task_tokens"] > 0 and task["target_length"] > 1:
+        queries = tables[name][None]
+    elif task["num_task_tokens"] > 0:  # a single query is the mean of the task tokens' states
+        queries = states_BTH[sample_N[:, None], layout.task_columns_NK[name].to(device)]
+    return predictor(states_BTH, queries, sample_N, layout.key_mask(task).to(device))
 
 
 def as_tokens(projector: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -291,7 +416,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             self.queries = Parameters()
             self.logit_scales = Parameters()
         for task in predicted_tasks:
-            layers = {str(layer): EmbeddingPredictor(task, text.hidden_size) for layer in task["layers"]}
+            layers = {str(layer): make_predictor(task, text.hidden_size) for layer in task["layers"]}
             self.predictors[task["name"]] = nn.ModuleDict(layers)
             self.logit_scales[task["name"]] = nn.Parameter(torch.full((1,), 2.0))  # FSDP2 can't shard a scalar
             if task["num_task_tokens"] > 0:
@@ -375,6 +500,19 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         return torch.as_tensor(scale).to(dtype).item()
 
     @torch.no_grad()
+    def word_embeddings(self, word_ids: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """For each task tables (words, H), fp32, of what the lookup gives for words: the means of their tokens.
+        `word_ids[task]`: for each kind of word ids (words, tokens), -1 behind a word with fewer tokens."""
+        found = {}
+        for name, kinds in word_ids.items():
+            found[name] = []
+            for ids_WT in kinds:
+                is_token_WT1 = (ids_WT >= 0)[..., None]
+                embeds_WTH = self.get_input_embeddings()(ids_WT.clamp(min=0)).float()
+                found[name].append((embeds_WTH * is_token_WT1).sum(1) / is_token_WT1.sum(1))
+        return found
+
+    @torch.no_grad()
     def write_task_tokens(self, state_dict: dict[str, Tensor] | None = None):
         """
         Write into the vocabulary's rows (before every save in pre-training) what makes their lookup give
@@ -402,22 +540,18 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         self, hidden_states: Mapping[int, Tensor] | tuple, layout: ImageLayout
     ) -> dict[str, dict[int, Tensor]]:
         """predictions[task][layer] (N, Q, E) from `hidden_states[layer]` (B, T, H), 1-based, 0 the embeddings."""
-        predictions = {}
         tables = self.queries()
+        predictions = {}
         for task in self.config.tasks:
-            name, key_mask_NT = task["name"], layout.key_mask(task)
+            name = task["name"]
             predictions[name] = {}
             for layer in task["layers"]:
-                states_BTH = hidden_states[layer]
-                device = states_BTH.device  # the layers of a model on several devices have their own
-                sample_N = layout.sample_N.to(device)
-                queries = None
-                if task["num_task_tokens"] > 0 and task["target_length"] > 1:
-                    queries = tables[name][None]
-                elif task["num_task_tokens"] > 0:  # a single query is the mean of the task tokens' states
-                    queries = states_BTH[sample_N[:, None], layout.task_columns_NK[name].to(device)]
                 predictor = self.predictors[name][str(layer)]
-                predictions[name][layer] = predictor(states_BTH, queries, sample_N, key_mask_NT.to(device))
+                if task["predictor"] == "resampler":
+                    predicted = resample(hidden_states[layer], predictor, task, layout, tables)
+                else:
+                    predicted = layout.predict_patches(hidden_states[layer], predictor, task)
+                predictions[name][layer] = predicted
         return predictions
 
     @can_return_tuple
@@ -436,6 +570,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         mm_encoder_outputs: dict | None = None,
         output_predictions: bool = False,
         supervised_logits_only: bool = False,
+        word_ids: dict[str, list[Tensor]] | None = None,
         **kwargs,
     ) -> OlaVlmCausalLMOutputWithPast:
         """
@@ -445,27 +580,20 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         graph. With tasks, `labels` that are image or task tokens, which are never emitted, count as -100 (ignored).
         `supervised_logits_only=True` needs `labels`: the same loss, but `logits` (S, vocabulary) of those S
         positions only whose next token has a label: most of a caption's positions are the image's, and the head is
-        the widest layer.
+        the widest layer. `word_ids`: with predictions, `word_embeddings` of these.
         """
         wanted = kwargs.pop("output_hidden_states", None)
         wanted = self.config.output_hidden_states if wanted is None else wanted
         output_predictions = output_predictions and len(self.config.tasks) > 0 and self.config.has_predictors
         if output_predictions and input_ids is None:
             raise ValueError("output_predictions=True finds images by token id: pass input_ids, not inputs_embeds.")
-        last = self.config.text_config.num_hidden_layers
         if supervised_logits_only:
             if labels is None:
                 raise ValueError("supervised_logits_only=True leaves no logits without labels: pass labels.")
             logits_to_keep = torch.empty(0, dtype=torch.long)  # none of LLaVA's: they are made below
-        if wanted:
-            kwargs["output_hidden_states"] = True if output_predictions or supervised_logits_only else wanted
-        elif output_predictions or supervised_logits_only:  # keep the chosen layers only
-            layers = {layer for task in self.config.tasks for layer in task["layers"]} if output_predictions else set()
-            kwargs["output_hidden_states"] = sorted(layers | ({last} if supervised_logits_only else set()))
-        if self.task_tokens_from_queries and self.config.task_token_ids:
-            kwargs["task_token_embeds"] = self.task_token_embeddings()
-        elif self.task_tokens_frozen and self.training and self.config.task_token_ids:
-            kwargs["freeze_task_tokens"] = True
+        kept = self._hidden_states_to_keep(wanted, output_predictions, supervised_logits_only)
+        if kept:
+            kwargs["output_hidden_states"] = kept
         if self.training:
             kwargs.setdefault("use_cache", False)  # keys and values of all layers, which no training reads
         outputs = super().forward(
@@ -480,34 +608,71 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
+            **self._task_token_inputs(),
             **kwargs,
         )
-        loss = None
+        states = outputs.hidden_states
+        outputs["hidden_states"] = states if wanted else None
         if labels is not None:
-            if self.config.tasks:  # labels may be a copy of input_ids
-                never = torch.tensor(self.never_emitted, device=labels.device)
-                inputs_only = never[: len(never) - self.config.vocab_padding]
-                labels = labels.masked_fill(torch.isin(labels, inputs_only), -100)
+            labels = self._without_inputs_only(labels)
             if supervised_logits_only:
-                next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-                supervised = next_labels != -100
-                kwargs["shift_labels"] = next_labels[supervised]
-                outputs["logits"] = self.lm_head(outputs.hidden_states[last][supervised])
-            candidates = outputs.logits
-            if self.config.tasks:
-                # Tokens that are never emitted are no candidates: their rows in the head neither learn nor disturb.
-                lowest = torch.finfo(candidates.dtype).min
-                candidates = candidates.index_fill(-1, never.to(candidates.device), lowest)
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=candidates, labels=labels, vocab_size=vocab_size, **kwargs)
-        predictions = logit_scales = None
+                supervised_BT, kwargs["shift_labels"] = supervised_positions(labels)
+                last = self.config.text_config.num_hidden_layers
+                outputs["logits"] = self.lm_head(states[last][supervised_BT])
+            outputs["loss"] = self._next_token_loss(outputs.logits, labels, **kwargs)
+        distilled = {}
         if output_predictions:
             num_images = 0 if pixel_values is None else pixel_values.shape[0]
             layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config)
-            predictions = self.predict_embeddings(outputs.hidden_states, layout)
-            logit_scales = {name: scale[0] for name, scale in self.logit_scales().items()}
-        outputs = {**outputs, "hidden_states": outputs.hidden_states if wanted else None, "loss": loss}
-        return OlaVlmCausalLMOutputWithPast(**outputs, predictions=predictions, logit_scales=logit_scales)
+            distilled = self.distill(states, layout, word_ids)
+        return OlaVlmCausalLMOutputWithPast(**outputs, **distilled)
+
+    def _hidden_states_to_keep(
+        self, wanted: bool | int | list[int] | None, output_predictions: bool, supervised_logits_only: bool
+    ) -> bool | int | list[int] | None:
+        """`output_hidden_states`: what the caller wants, and what predictors and head read; as few as can be."""
+        if wanted:
+            return True if output_predictions or supervised_logits_only else wanted
+        layers = set()
+        if output_predictions:
+            for task in self.config.tasks:
+                layers.update(task["layers"])
+        if supervised_logits_only:
+            layers.add(self.config.text_config.num_hidden_layers)
+        return sorted(layers)
+
+    def _task_token_inputs(self) -> dict:
+        """What the backbone needs to know of task tokens that aren't ordinary rows."""
+        if not self.config.task_token_ids:
+            return {}
+        if self.task_tokens_from_queries:
+            return {"task_token_embeds": self.task_token_embeddings()}
+        if self.task_tokens_frozen and self.training:
+            return {"freeze_task_tokens": True}
+        return {}
+
+    def _without_inputs_only(self, labels: Tensor) -> Tensor:
+        """With tasks: labels, which may be a copy of `input_ids`, without image and task tokens."""
+        if not self.config.tasks:
+            return labels
+        inputs_only = self.never_emitted[: len(self.never_emitted) - self.config.vocab_padding]
+        return labels.masked_fill(torch.isin(labels, torch.tensor(inputs_only, device=labels.device)), -100)
+
+    def _next_token_loss(self, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
+        if self.config.tasks:
+            # Tokens that are never emitted are no candidates: their rows in the head neither learn nor disturb.
+            never = torch.tensor(self.never_emitted, device=logits.device)
+            logits = logits.index_fill(-1, never, torch.finfo(logits.dtype).min)
+        vocab_size = self.config.text_config.vocab_size
+        return self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+
+    def distill(self, states: Mapping[int, Tensor] | tuple, layout: ImageLayout, word_ids: Mapping | None) -> dict:
+        """The fields of an output that embedding losses need."""
+        return {
+            "predictions": self.predict_embeddings(states, layout),
+            "logit_scales": {name: scale[0] for name, scale in self.logit_scales().items()},
+            "word_embeddings": self.word_embeddings(word_ids or {}),
+        }
 
 
 OlaVlmForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
