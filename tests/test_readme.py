@@ -1,10 +1,14 @@
-"""The README keeps its word: its example runs, its tree is the tree."""
+"""The README keeps its word: its example runs, its tree is the tree; so do the other files in the root."""
 
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import yaml
+
+import ola_vlm
 from ola_vlm.eval.reading import parse_choice
 
 ROOT = Path(__file__).parents[1]
@@ -45,3 +49,30 @@ def test_paper_to_code_names_what_exists():
         text = next((file.read_text() for file in files if file.is_file()), everything)
         missing = [part for part in parts if not re.search(rf"\b{part}\b", text + "".join(map(str, files)))]
         assert not missing, f"{name}: {missing}"
+
+
+def test_one_version_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["version"] == ola_vlm.__version__ == citation["version"]
+    assert f"## {ola_vlm.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_agents_names_what_exists():
+    """Every path in AGENTS.md's tables is there; in a cell of several, later files stand in the first one's folder."""
+    for row in re.findall(r"^\| (?!looking|---)(.*) \|$", (ROOT / "AGENTS.md").read_text(), re.M):
+        for cell in row.split(" | ")[1:]:
+            folder = ROOT
+            for name in re.findall(r"`([^`]+)`", cell):
+                path = ROOT / name if "/" in name else folder / name
+                assert path.exists(), f"AGENTS.md: {name}"
+                folder = path.parent
+
+
+def test_issue_templates_ask_what_they_should():
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert form["name"] and form["description"], path
+        fields = [field["id"] for field in form["body"]]
+        assert len(fields) == len(set(fields)), path
+        assert any(field.get("validations", {}).get("required") for field in form["body"]), path
