@@ -5,6 +5,7 @@
 # make test        the tests; make test-all adds the slow ones (and Chromium for them: make browser)
 # make lmms-eval  the shipped OLA-VLM in lmms-eval, in an environment of its own, .venv-lmms
 # make style       ruff's linter and formatter, checking only
+# make pages      writes the generated parts of docs/ again
 # make clean       removes caches and build files; .venv and runs stay
 #
 # Any Python from 3.11 on will do; `make PYTHON=/path/to/python miniature` takes a certain one.
@@ -15,7 +16,7 @@ CANDIDATES := python3 python python3.13 python3.12 python3.11
 RECENT := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(RECENT)" 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install browser miniature smollm2 lmms-eval test test-all style clean
+.PHONY: install browser miniature smollm2 lmms-eval test test-all style pages clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/dev.stamp
@@ -42,6 +43,9 @@ test-all: $(VENV)/dev.stamp $(VENV)/browser.stamp
 style: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+pages: $(VENV)/installed.stamp
+	$(VENV)/bin/python docs/dev/write_pages.py
 
 clean:
 	rm -rf build ola_vlm.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """The study's report: report.json -> report.md and figures, a pure function of the files in its folder.
 
-`python -m ola_vlm.miniature.report RUN_FOLDER` writes it again. docs/report.md lists the fields of report.json.
+`python -m ola_vlm.miniature.report RUN_FOLDER` writes it again. docs/miniature.md lists the fields of report.json.
 """
 
 import json

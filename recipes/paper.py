@@ -41,7 +41,7 @@ VISION_TOWERS = {  # the second is written by `ola-vlm convert-tower`, see conve
     "convnext": "weights/clip_convnext_xxl",
 }
 LANGUAGE_MODELS = {"llama3": "meta-llama/Meta-Llama-3-8B-Instruct", "phi3": "microsoft/Phi-3-mini-4k-instruct"}
-# Name -> encoder, weights and their licence, which is logged when they are loaded; docs/teachers.md has their widths.
+# Name -> encoder, weights and their licence, which is logged when they are loaded; docs/targets.md has their widths.
 WEIGHTS = {
     name: {"encoder": encoder, "path": path, "licence": licence}
     for name, encoder, path, licence in [

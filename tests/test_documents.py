@@ -17,11 +17,15 @@ import pytest
 from ola_vlm.miniature import study
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(
     r"^(?:<!-- (?P<mark>not run|run with): (?P<value>.+?) -->\n)?```(?P<language>.*)\n(?P<text>(?s:.*?))^```$", re.M
 )
 LANGUAGES = {"python", "sh", "json", "yaml", "text"}  # text: output, and what is no language
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 class Block(NamedTuple):
@@ -52,7 +56,7 @@ def shortened(block: Block) -> str:
     return "\n".join(f"{line} --{options}" if line.startswith(command) else line for line in text.splitlines())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_say_what_they_are(page):
     text = page.read_text()
     assert len(re.findall(r"^```", text, re.M)) == 2 * len(blocks_of(page)), "a fence is open"
@@ -73,7 +77,7 @@ def study_runs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)], ids=name_of)
 def test_blocks_run(page, study_runs, tmp_path):
     for entry in ROOT.iterdir():
         if entry.name not in ("runs", "build"):

@@ -33,14 +33,30 @@ def test_the_tree_is_the_tree():
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", page.read_text()):
+            if link.startswith("https://"):
+                continue
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}#{anchor}"
 
 
-def test_paper_to_code_names_what_exists():
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_index_has_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or page.name in index, f"docs/README.md doesn't say what is in {page.name}"
+
+
+def test_architecture_names_what_exists():
     """Every `module.name` in the index is a file and a name in it; every bare name stands somewhere in the code."""
-    index = (ROOT / "docs" / "paper_to_code.md").read_text()
+    index = (ROOT / "docs" / "architecture.md").read_text()
     sources = {path: path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]}
     everything = "\n".join(text for path, text in sources.items() if path.parent.name != "tests")
     for name in re.findall(r"`([A-Za-z_.]+)(?:\[[^`]*)?`", index):

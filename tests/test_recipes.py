@@ -287,7 +287,7 @@ def test_miniature_methods_differ_in_what_they_should_only():
 
 def test_every_preset_says_its_licence_and_one_may_be_used_commercially():
     licences = {name: preset["licence"] for name, preset in WEIGHTS.items()}
-    page = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "targets.md").read_text()
     for name, preset in WEIGHTS.items():
         assert preset["encoder"] in ENCODERS
         (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]

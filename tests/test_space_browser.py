@@ -1,6 +1,6 @@
 """The Space as its visitors see it, in headless Chromium: `python space/app.py`, as it is.
 
-The screenshots go to a temporary folder; SPACE_SCREENSHOTS=docs writes the two that docs/space.md shows.
+The screenshots go to a temporary folder; SPACE_SCREENSHOTS=docs writes the two that docs/serving.md shows.
 """
 
 import os
