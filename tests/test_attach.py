@@ -424,6 +424,10 @@ def test_it_generates_as_before(family):
     padding = range(rows - model.config.vocab_padding, rows)
     assert rows % 64 == 0
     assert model.generation_config.suppress_tokens == [*model.config.task_token_ids, *padding]
+    with torch.no_grad():  # they would win everywhere
+        model.get_output_embeddings().weight[model.generation_config.suppress_tokens] *= 1e3
+    tokens = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    assert not torch.isin(tokens, torch.tensor([*model.config.task_token_ids, *padding])).any()
     assert inspect.signature(model.forward) == inspect.signature(type(model).__bases__[1].forward.__get__(model))
 
 

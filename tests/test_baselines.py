@@ -11,6 +11,7 @@ from test_remote_code import run_without_the_package
 from tiny_teachers import save_tiny_teachers
 from torch.nn import functional as F
 from training_helpers import IMAGES, Interrupt, llava_sample, losses, make_trainer, weights, write_llava
+from transformers import GenerationConfig
 
 from ola_vlm import cli
 from ola_vlm.baselines.build import build_multi_encoder, load_encoders
@@ -197,6 +198,25 @@ def test_generation_does_not_depend_on_batch_mates(make, fusion):
         assert alone.sequences[0, -6:].equal(together.sequences[i, -6:])
         torch.testing.assert_close(alone.logits[0][0], together.logits[0][i], rtol=1e-4, atol=1e-4)
         assert made.model.config.image_token_id not in alone.sequences[0, -6:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_it_never_emits_an_image_token(make, fusion):
+    made, row = make(fusion), random_rows(1)[0]
+    row["messages"] = row["messages"][:1]
+    inputs, image_id = encode(made.processor, [row], "left"), made.model.config.image_token_id
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def answer(*args, **more) -> list[int]:
+        return made.model.generate(*args, **inputs, **more)[0, inputs["input_ids"].shape[1] :].tolist()
+
+    expected = answer(**options)
+    made.model.lm_head.weight[image_id] = 3 * made.model.lm_head.weight[expected[0]]  # it would come first
+    assert answer(**options, suppress_tokens=[0])[0] == image_id
+    assert image_id not in answer(**options)
+    assert image_id not in answer(generation_config=GenerationConfig(**options))
+    assert image_id in made.model.generation_config.suppress_tokens  # which goes with the checkpoint
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark_fixtures import WRITERS, cvbench_older, da2k, scenes
-from conftest import CHAT_TEMPLATE, make_tokenizer
+from conftest import CHAT_TEMPLATE, make_tokenizer, random_image
 from safetensors.numpy import load_file
 from transformers import (
     Idefics3Config,
@@ -694,6 +695,18 @@ def test_the_page_shows_where_two_models_disagree(folders, checkpoint, tmp_path,
     cvbench_older(tmp_path / "other")  # other files, other revision
     with pytest.raises(SystemExit, match="holds other questions"):
         compare.main([str(tmp_path / "a"), str(tmp_path / "b.jsonl"), "--data", str(tmp_path / "other")])
+
+
+def test_the_page_says_who_is_better_and_how_often():
+    """A is right on 3 of 10 questions that B gets wrong, B on 1 that A gets wrong; both are right on the rest."""
+    outputs = {"a": "AAABAAAAAA", "b": "BBBAAAAAAA"}
+    records = {name: as_run([record(one) for one in text], name) for name, text in outputs.items()}
+    compared = compare_records(records["a"], records["b"])
+    assert compared["overall" if "overall" in compared else "plain"]["difference"] == pytest.approx(-0.2)
+    page = compare.page(records["a"], records["b"], compared, lambda _: random_image(0), limit=48)
+    counts = re.search(r"on (\d+) of (\d+) questions: A is better on (\d+), B on (\d+)", page)
+    assert counts.groups() == ("4", "10", "3", "1")
+    assert page.count('class="right">A: ') == 3 and page.count('class="right">B: ') == 1
 
 
 def test_no_benchmark_or_variant_goes_untested():

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import random_image
 from scipy import stats
 
 from ola_vlm.eval.multiple_choice import is_correct, score
 from ola_vlm.eval.reading import parse_choice
 from ola_vlm.eval.statistics import compare_answers, paired_comparison
+from ola_vlm.inference.chat import Chat
 from ola_vlm.inference.generate import generate_answers
 from ola_vlm.targets.encoders import open_image
 from ola_vlm.training.collator import OlaVlmCollator
@@ -106,6 +108,28 @@ def test_the_model_sees_pictures_as_in_training(make_model, questions, tmp_path,
     generate_answers(model, processor, questions[:1], tmp_path, max_new_tokens=1)
     collate = OlaVlmCollator(processor)._pixel_values
     assert seen[0].equal(collate([open_image(see_through)])) and not seen[0].equal(collate([random_image(0)]))
+
+
+@torch.no_grad()
+def test_no_way_of_asking_emits_image_or_task_tokens(make_model, questions, tmp_path, monkeypatch):
+    """In an evaluation, and in a chat."""
+    model, processor = make_model()
+    model.lm_head.weight[model.never_emitted] *= 1e3  # they would win everywhere
+    emitted, generate = [], model.generate
+
+    def generate_and_look(**inputs):
+        tokens = generate(**inputs)
+        emitted.append(tokens[:, inputs["input_ids"].shape[1] :])
+        return tokens
+
+    monkeypatch.setattr(model, "generate", generate_and_look)
+    generate_answers(model, processor, questions[:2], tmp_path, max_new_tokens=3)
+    content = [{"type": "image", "image": random_image(0)}, {"type": "text", "text": "what is this ?"}]
+    for temperature in (0.0, 1.0):
+        list(Chat(model, processor).stream([{"role": "user", "content": content}], temperature, max_new_tokens=3))
+    assert len(emitted) == 3
+    for tokens in emitted:
+        assert tokens.numel() > 0 and not torch.isin(tokens, torch.tensor(model.never_emitted)).any()
 
 
 def record(id, output, answer="(A)", task="depth"):

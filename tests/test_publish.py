@@ -141,6 +141,30 @@ def test_the_card_says_what_the_run_was(runs, tmp_path, capsys):
     assert "No results were given." in text and 'from_pretrained("me/base"' in text
 
 
+def test_the_card_tells_what_was_done_and_not_what_was_planned(tmp_path):
+    """A run's steps, the batch of all its processes, and each stage's own fields, the first stage first."""
+    fields = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 1.0}
+    fields |= {"learning_rate": 0.001, "data": "org/data", "recipe": None, "lora_rank": 0}
+    depth = {"depth": {"encoder": "depth_anything", "path": "org/first", "licence": "mit"}}
+    seg = {"seg": {"encoder": "oneformer", "path": "org/second", "licence": "cc-by-nc-4.0"}}
+    first = fields | {"stage": "pretrain", "seed": 1, "max_steps": 700, "language_model": "org/llm", "processes": 8}
+    first |= {"teachers": depth | seg, "tasks": [{"name": "depth"}]}
+    # It was given epochs, and stopped early.
+    last = fields | {"stage": "finetune", "seed": 2, "max_steps": -1, "started_from": first, "processes": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    (tmp_path / "run.json").write_text(json.dumps(last))
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 345}))
+    card = push.make_card(tmp_path, "me/x")
+    table = [line.strip("| ").split(" | ") for line in str(card).splitlines() if line.startswith("| ")]
+    rows = {row[0]: row for row in table}
+    assert rows["pretrain"][2:7] == ["`org/data`", "700", "48", "0.001", "1"]
+    assert rows["finetune"][2:7] == ["`org/data`", "345", "24", "0.001", "2"]
+    stages = [row[0] for row in table if row[0] in ("pretrain", "finetune")]
+    assert stages == ["pretrain", "finetune"]
+    assert rows["depth"][-2:] == ["`org/first`", "mit"] and rows["seg"][-2:] == ["`org/second`", "cc-by-nc-4.0"]
+    assert card.data.base_model == ["org/llm"]
+
+
 def test_a_checkpoint_of_which_nothing_is_known(tmp_path, capsys):
     """The shipped LLaVA, and a study's report as its results."""
     seeds = [{"accuracy": {"count": 0.8, "average": 0.7}}, {"accuracy": {"count": 0.9, "average": 0.8}}]

@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 from ola_vlm import cli
 from ola_vlm import train as train_module
 from ola_vlm.train import train
+from ola_vlm.training import arguments as arguments_module
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.rows import load_rows
-from ola_vlm.training.run_record import last_checkpoint, read_run, run_lock
+from ola_vlm.training.run_record import last_checkpoint, read_run, run_identity, run_lock
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
@@ -125,6 +126,75 @@ def test_a_run_goes_on_from_its_own_checkpoints_only(fields, tmp_path):
     with pytest.raises(ValueError, match=r"another run's \(data "):
         train(arguments(fields, tmp_path / "foreign", **SAVED, max_steps=2, resume_from_checkpoint="true"))
     assert contents(folder) == before
+
+
+def test_what_makes_a_run_another_one(fields, tmp_path):
+    """No run goes on from a checkpoint of another seed, schedule or objective; where it lies is its own affair."""
+    rows = arguments(fields, tmp_path).load_rows()
+
+    def identity(output_dir=tmp_path, **changes) -> dict:
+        return run_identity(arguments(fields, output_dir, **changes), rows)
+
+    own = identity()
+    deciding = {
+        "seed": 5,
+        "data_seed": 5,
+        "learning_rate": 0.02,
+        "max_steps": 4,
+        "warmup_steps": 1,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "train_sampling_strategy": "group_by_length",
+        "gradient_accumulation_steps": 2,
+        "stage": "finetune",
+        "embedding_losses": False,
+        "task_tokens": "frozen",
+        "shuffle_targets": True,
+        "dtype": "bfloat16",
+        "max_length": 99,
+        "on_long_rows": "truncate",
+        "target_storage": "float16",
+        "tasks": [{"name": "depth", "layers": [2]}],
+        "teachers": {"depth": {"encoder": "depth_anything", "path": "org/depth"}},
+        "vision_tower": "another/tower",
+        "eval_data": "0.25",
+    }
+    for name, value in deciding.items():
+        assert identity(**{name: value}) != own, name
+    free = {"logging_steps": 7, "save_steps": 9, "dataloader_num_workers": 1, "max_bad_rows": 0.5}
+    for name, value in free.items():
+        assert identity(**{name: value}) == own, name
+    assert identity(tmp_path / "elsewhere") == own
+
+
+def test_the_rows_to_evaluate_on_are_drawn_by_the_seed(fields, tmp_path):
+    args = {seed: arguments(fields, tmp_path, seed=seed, eval_data="0.4") for seed in range(4)}
+    splits = {}
+    for seed, of_seed in args.items():
+        parts = of_seed.split_eval_rows(of_seed.load_rows())
+        splits[seed] = tuple(tuple(row["id"] for row in part) for part in parts)
+        again = of_seed.split_eval_rows(of_seed.load_rows())
+        assert splits[seed] == tuple(tuple(row["id"] for row in part) for part in again)
+        trained, evaluated = splits[seed]
+        assert sorted(trained + evaluated) == [str(i) for i in range(8)] and len(evaluated) < len(trained)
+    assert len(set(splits.values())) > 1
+
+
+def test_a_stream_is_shuffled_by_the_seed(fields, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(arguments_module, "load_rows", lambda *place, **how: asked.append(how["shuffle_seed"]))
+    for changes in ({"seed": 3}, {"seed": 4}, {"seed": 3, "train_sampling_strategy": "sequential"}):
+        arguments(fields, tmp_path, streaming=True, **changes).load_rows()
+    assert asked == [3, 4, None]
+
+
+def test_the_last_checkpoint_is_the_one_of_most_steps(tmp_path):
+    for step in (9, 10, 100, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    (tmp_path / "checkpoint-100" / "trainer_state.json").unlink()  # killed as it wrote it
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
 
 
 def test_weights_are_not_overwritten(fields, tmp_path):

@@ -24,7 +24,7 @@ from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES
 from ola_vlm.targets.cache import TargetStatistics
-from ola_vlm.targets.encoders import ENCODERS, ClipImageEncoder
+from ola_vlm.targets.encoders import ENCODERS, ClipImageEncoder, open_image
 from ola_vlm.targets.fill import fill
 from ola_vlm.train import last_checkpoint, main, train
 from ola_vlm.training import targets
@@ -202,6 +202,42 @@ def test_shuffled_targets_are_a_different_run_of_the_same_model(world, tmp_path)
     assert steps[True]["loss/ntp"] == pytest.approx(steps[False]["loss/ntp"], rel=1e-6)
     for name in ("loss/depth/1/contrastive", "loss/seg/2/smooth_l1", "loss/gen/4/smooth_l1"):
         assert abs(steps[True][name] - steps[False][name]) > 1e-6
+
+
+def test_each_seed_has_its_own_beginning_and_shuffle(world, tmp_path):
+    """What training adds to the parts, and the control's targets; the parts themselves are nobody's to draw."""
+    options = {"shuffle_targets": True, "max_steps": 1, "learning_rate": 0.0}
+    begun, shuffles = {}, {}
+    for name, seed in (("one", 1), ("two", 2), ("again", 1)):
+        trainer = train(arguments(world, tmp_path / name, seed=seed, **options))
+        begun[name] = weights(trainer.model)
+        shuffles[name] = trainer.train_dataset.other_image
+    assert shuffles["again"] == shuffles["one"] != shuffles["two"]
+    drawn = ("multi_modal_projector", "predictors", "queries")
+    for name, value in begun["one"].items():
+        assert begun["again"][name].equal(value), name
+        is_drawn = any(part in name for part in drawn)
+        is_constant = value.unique().numel() == 1  # biases, norms
+        # The task tokens are rows of the vocabulary, written by the query tables.
+        if not is_constant and "embed_tokens" not in name:
+            assert begun["two"][name].equal(value) != is_drawn, name
+
+
+def test_statistics_are_those_of_the_training_images(world, tmp_path):
+    """Not of those that the run is evaluated on, though the cache has these, too."""
+    cache = {"target_cache": str(tmp_path / "targets"), "target_fill": True, "standardize_targets": True}
+    args = arguments(world, tmp_path / "run", **cache)
+    train_rows, eval_rows = args.load_rows().split_by_image(0.3, seed=0)
+    targets.target_sources(args, world["tasks"], train_rows, eval_rows)
+    found = TargetStatistics.load(tmp_path / "run" / "target_statistics" / "depth.safetensors")
+    encoder = ENCODERS["depth_anything"].from_pretrained(world["teachers"]["depth"]["path"], GRID)
+    seen = {}
+    for name, part in (("train", train_rows), ("both", args.load_rows())):
+        images = [open_image(image) for row in part for image in row.get("images", ())]
+        seen[name] = TargetStatistics.fit([encoder.encode(images)])
+    torch.testing.assert_close(found.mean, seen["train"].mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.std, seen["train"].std, rtol=1e-4, atol=1e-5)
+    assert not found.mean.allclose(seen["both"].mean, rtol=1e-4, atol=1e-5)
 
 
 def test_methods_start_from_the_same_projector(world, tmp_path):

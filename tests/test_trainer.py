@@ -442,6 +442,23 @@ def test_grouped_batches_are_resumed_exactly(make_model, tmp_path, step):
     assert math.isfinite(resumed.evaluate(rows)["eval_loss"])
 
 
+def test_grouped_batches_are_drawn_by_data_seed_and_else_by_seed(make_model, tmp_path):
+    model, processor = make_model(tasks=[])
+    rows = GroupedRows(random_rows(16, IMAGES))
+    options = {"rows": rows, "train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2}
+
+    def order(**seeds) -> list[str]:
+        batches = make_trainer(model, processor, tmp_path, **options, **seeds).get_train_dataloader()
+        return [row_id for batch in batches for row_id in batch["row_ids"]]
+
+    first = order(seed=1)
+    assert sorted(first) == sorted(row["id"] for row in rows)
+    assert order(seed=2) != first
+    assert order(seed=2, data_seed=1) == first
+    assert order(seed=1, data_seed=2) != first
+    assert order(seed=1, data_seed=0) == order(seed=0)  # 0 is a seed, too
+
+
 def test_evaluation_logs_the_same_losses_and_changes_nothing(make_model, tmp_path):
     model, processor = make_model()
     trainer = make_trainer(model, processor, tmp_path, max_steps=1, per_device_eval_batch_size=16)

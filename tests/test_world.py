@@ -129,6 +129,19 @@ def test_same_seed_same_world_other_seed_another():
     assert (first != other).any()
 
 
+def test_no_split_shows_another_ones_scenes():
+    """Of one seed, splits of one size would be the same scenes: models would be tested on what they learned from."""
+    assert len(set(dataset.SEEDS.values())) == len(dataset.SEEDS) == len(dataset.SIZES)
+    scenes = [render.sample_scenes(4, seed).z for seed in dataset.SEEDS.values()]
+    assert len({depth.tobytes() for depth in scenes}) == len(scenes)
+
+
+def test_questions_are_drawn_by_the_seed():
+    scenes = render.sample_scenes(500, seed=3)
+    drawn = [[q["scene"] for q in language.balanced(scenes, per_task=16, seed=seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_world_on_disk_is_llava_data(tmp_path):
     sizes, questions = {"train": 40, "test": 320}, {"test": 48}
     checks = dataset.write_world(tmp_path, sizes, questions)
