@@ -26,11 +26,11 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, HTTPError  # the latter of httpx or httpx2, whichever it has
 from huggingface_hub.utils import validate_repo_id
 
-from ..targets.cache import own_statistics, statistics_files
 from ..targets.escapes import code, markdown, terminal
 from ..targets.files import inside, read_object, write_whole
 from ..targets.loading import check_folder
-from ..training.run_record import read_run
+from ..targets.statistics import own_statistics
+from ..training.run_record import read_run, statistics_files
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,6 @@ from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes, load_probes
 from ..probing.states import StateReader
 from ..probing.visualize import predicted_tasks, predictor_features, probe_features, statistics_of
-from ..targets.cache import TargetStatistics
 from ..targets.encoders import (
     ENCODERS,
     DepthAnythingEncoder,
@@ -44,6 +43,7 @@ from ..targets.escapes import one_line, terminal
 from ..targets.files import inside, only_one, read_finished, read_object, teachers_of_file, write_json
 from ..targets.fill import make_teachers
 from ..targets.images import image_files, open_image
+from ..targets.statistics import TargetStatistics
 from ..world import render
 from .dense import (
     VOID,

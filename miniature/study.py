@@ -53,9 +53,9 @@ def fill_targets(root: Path, probe_splits: dict[str, int]) -> None:
     paths = [*sorted((root / "data" / "images").glob("train_*.png")), *probed["validation"], *probed["test"]]
     teachers = make_teachers(recipe.TASKS, recipe.TEACHERS)
     caches = open_caches(root / "targets", teachers)
-    _, refused = fill(root / "targets", teachers, caches, list(map(str, paths)))
-    if refused:
-        raise ValueError(f"images without a target: {list(refused.values())}")
+    report = fill(root / "targets", teachers, caches, list(map(str, paths)))
+    if report.failed:
+        raise ValueError(f"images without a target: {list(report.failed.values())}")
 
 
 def run_arms(

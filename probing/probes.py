@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from ..configuration_ola_vlm import normalize_task
 from ..modeling_ola_vlm import EmbeddingPredictor
-from ..targets.cache import TargetStatistics
 from ..targets.files import read_object, whole_file, write_json
 from ..targets.loading import read_safetensors
+from ..targets.statistics import TargetStatistics
 from .states import ImageStates, StateReader
 
 # The paper's probe, as its predictor without task tokens; depth's has no further MLP either.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..targets.cache import TargetStatistics
+from ..targets.statistics import TargetStatistics
 from .probes import Probes, StateSample
 from .states import ImageStates
 

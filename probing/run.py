@@ -29,7 +29,7 @@ from ..targets.fill import make_teachers
 from ..targets.images import IMAGE_ENDINGS, image_files
 from ..training.arguments import OlaVlmArguments
 from ..training.rows import load_rows, row_images
-from ..training.targets import filled_caches
+from ..training.targets import fill_caches
 from .figures import curves_figure
 from .fit import batches, fit
 from .probes import load_probes, score
@@ -147,8 +147,9 @@ def open_targets(tasks: list[dict], images: Images, args: OlaVlmArguments) -> tu
     teachers = make_teachers(tasks, {task["name"]: args.teachers[task["name"]] for task in tasks}, args.device)
     if not args.target_cache:
         return {name: teacher.encoder.encode for name, teacher in teachers.items()}, images, []
-    caches, keys, refused = filled_caches(args, teachers, images, compute=True)
-    return caches, images[np.setdiff1d(np.arange(len(images)), list(refused))], keys
+    filled = fill_caches(args, teachers, images, compute=True)
+    usable = np.setdiff1d(np.arange(len(images)), list(filled.failed))
+    return filled.caches, images[usable], filled.keys
 
 
 class Run:

@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 from ..inference.checkpoints import ADAPTER, adapter_base, load_checkpoint
 from ..recipes import RECIPES
-from ..targets.cache import TargetStatistics, load_statistics
 from ..targets.encoders import (
     ClipImageEncoder,
     DepthAnythingEncoder,
@@ -50,7 +49,9 @@ from ..targets.files import inside, read_object, save_figure, teachers_of_file, 
 from ..targets.fill import BATCH, make_teachers
 from ..targets.images import image_files, open_image
 from ..targets.loading import loading_from
+from ..targets.statistics import TargetStatistics
 from ..training.rows import load_rows
+from ..training.run_record import load_statistics
 from .figures import METHODS
 from .probes import Familiarity, Probes, centred_cosine, flat_cosine, load_probes
 from .states import PROMPT, StateReader

@@ -81,17 +81,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if processor is not None:
         truncate = args.on_long_rows == "truncate"
         collator = OlaVlmCollator(processor, max_length=args.max_length, truncate=truncate)
-    facts = check_rows(rows, collator, not options.no_decode, args.dataloader_num_workers)
-    report = facts.report() | {"named": facts.named}
+    report = check_rows(rows, collator, not options.no_decode, args.dataloader_num_workers)
+    summary = report.summary()
     if options.out is not None and args.process_index == 0:
-        write_json(options.out, report, indent=1)
+        write_json(options.out, {**summary, "named": report.named}, indent=1)
     if args.process_index == 0:
-        print(table(report, collator is not None, not options.no_decode))
+        print(table(summary, collator is not None, not options.no_decode))
         if collator is None:
             print("answers' tokens and lengths: give --recipe or --checkpoint, whose tokenizer they need")
-        for bad in facts.named[:20]:
+        for bad in report.named[:20]:
             print(one_line(f"row {bad['row']}: {bad['reason']}"))
-        if len(facts.named) > 20:
-            print(f"... and {len(facts.named) - 20} more: --out FILE names all")
-    if args.on_bad_rows == "stop" and any(bad["problem"] != "too_long" for bad in facts.named):
+        if len(report.named) > 20:
+            print(f"... and {len(report.named) - 20} more: --out FILE names all")
+    if args.on_bad_rows == "stop" and any(bad["problem"] != "too_long" for bad in report.named):
         raise SystemExit(1)

@@ -11,7 +11,7 @@ from ..configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
 from ..targets.fill import make_teachers
 from ..targets.loading import loading_from
 from ..training.check import drop_bad_rows
-from ..training.targets import filled_caches, find_images
+from ..training.targets import fill_caches, find_images
 from .command_line import check_data_is_made, parse_arguments
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in parts:
         drop_bad_rows(part, None, args.on_bad_rows, args.dataloader_num_workers)
         images = find_images(args, part)[options.shard]
-        caches, _, _ = filled_caches(args, teachers, images, compute=True)
+        caches = fill_caches(args, teachers, images, compute=True).caches
     for name, cache in caches.items():
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
         if args.should_log and len(cache):

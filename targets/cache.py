@@ -12,26 +12,26 @@ import re
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .files import as_hint, read_object, whole_file, write_whole
+from .files import as_hint, read_object, write_whole
 from .images import open_image
-from .loading import read_safetensors
+from .statistics import TargetStatistics
 
 logger = logging.get_logger(__name__)
 
@@ -54,13 +54,18 @@ class OncePerBatch:
     other. For one that asks again it is computed again: the images may have changed meanwhile."""
 
     def __init__(self, function: Callable[[list[Image.Image]], Any] = _image_keys):
-        self.function, self.images, self.found, self.served = function, None, None, set()
+        self.function = function
+        self.images = None
+        self.result = None
+        self.served: set[int] = set()  # ids of the tasks that have had the result
 
     def __call__(self, task: object, images: list[Image.Image]) -> Any:
         if images is not self.images or id(task) in self.served:
-            self.images, self.found, self.served = images, self.function(images), set()
+            self.images = images
+            self.result = self.function(images)
+            self.served = set()
         self.served.add(id(task))
-        return self.found
+        return self.result
 
 
 class TargetCache:
@@ -84,8 +89,11 @@ class TargetCache:
     ):
         if re.fullmatch(r"\w[\w.-]*", fingerprint) is None:
             raise ValueError(f"{fingerprint!r} is no encoder's fingerprint, which names a folder in {folder}")
-        self.folder, self.fingerprint = Path(folder) / f"{fingerprint}-{storage}", fingerprint
-        self.dtype, self.shard_size, self.batch_keys = STORAGE[storage], shard_size, batch_keys or OncePerBatch()
+        self.folder = Path(folder) / f"{fingerprint}-{storage}"
+        self.fingerprint = fingerprint
+        self.dtype = STORAGE[storage]
+        self.shard_size = shard_size
+        self.batch_keys = batch_keys or OncePerBatch()
         self._notes = self.folder / "checked" / f"{uuid.uuid4().hex}.txt"  # of this process
         self._written: list[Path] = []  # shards since the last flush
         self.reload()
@@ -98,10 +106,11 @@ class TargetCache:
         self._shards = sorted(self.folder.glob("*.safetensors"), key=_stamp)
         self._last = max(map(_stamp, self._shards), default=0)
         self._unreadable: list[Path] = []
-        self.refused: dict[str, str] = {}  # key -> why its target can't be used
+        self.failed: dict[str, str] = {}  # key -> why its target can't be used
         for path in self.folder.glob("*.json"):
-            self.refused.update(self._read_refused(path))
-        keys, places = [], []
+            self.failed.update(self._read_failed(path))
+        keys = []
+        locations = []
         for shard, path in enumerate(self._shards):
             try:
                 rows = _read_header(path)
@@ -111,13 +120,14 @@ class TargetCache:
                     self._unreadable.append(path)
                 continue
             keys += rows
-            places += [(shard, row, checksum) for row, checksum in enumerate(rows.values())]
+            locations += [(shard, row, checksum) for row, checksum in enumerate(rows.values())]
         # Arrays, not a dict: a loader's workers share them without copying.
+        # Reversed, as the first of equal keys is kept: of two rows for one image the newer one counts.
         self._keys, newest = np.unique(np.array(keys[::-1], "S32"), return_index=True)
-        self._places = np.array(places[::-1], np.int64).reshape(-1, 3)[newest]
+        self._locations = np.array(locations[::-1], np.int64).reshape(-1, 3)[newest]
 
-    def _read_refused(self, path: Path) -> dict[str, str]:
-        """A list of refused keys, which is a hint: without it they are tried again."""
+    def _read_failed(self, path: Path) -> dict[str, str]:
+        """A list of failed keys, which is a hint: without it they are tried again."""
         try:
             listed = read_object(path)
             if not all(is_key(key) and isinstance(reason, str) for key, reason in listed.items()):
@@ -134,34 +144,36 @@ class TargetCache:
         return len(self._keys)
 
     def _find(self, keys: Collection[str]) -> np.ndarray:
-        """Each key's place, -1 for one that isn't there."""
+        """Each key's index, -1 for one that isn't there."""
         if not len(self):
             return np.full(len(keys), -1)
         wanted = np.array(list(keys), "S32")
-        at = np.searchsorted(self._keys, wanted).clip(max=len(self) - 1)
-        return np.where(self._keys[at] == wanted, at, -1)
+        indices = np.searchsorted(self._keys, wanted).clip(max=len(self) - 1)
+        return np.where(self._keys[indices] == wanted, indices, -1)
 
-    def _stored(self, at: int) -> dict[str, Tensor]:
-        """What lies at a place, mapped into memory."""
-        shard, row, _ = self._places[at].tolist()
+    def _stored(self, index: int) -> dict[str, Tensor]:
+        """A target as it is stored, mapped into memory."""
+        shard, row, _ = self._locations[index].tolist()
         # Opened for each row: as fast as keeping thousands of shards open, and one that was cut short is noticed.
         with _open(self._shards[shard]) as file:
             return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
 
-    def _row(self, at: int) -> dict[str, Tensor] | None:
+    def _row(self, index: int) -> dict[str, Tensor] | None:
         """The same if it is what was written, else None."""
         try:
-            stored = self._stored(at)
+            stored = self._stored(index)
         except (SafetensorError, FileNotFoundError, IndexError):  # the last: fewer rows than its header says
             return None
-        if not stored or _checksum(self._keys[at].decode(), stored) != self._places[at, 2]:
+        if not stored:
+            return None
+        if _checksum(self._keys[index].decode(), stored) != self._locations[index, 2]:
             return None
         return stored
 
     def missing(self, keys: Collection[str]) -> set[str]:
-        """Those keys that have no target, not even one that waits to be written, and weren't refused one."""
-        absent = {key for key, at in zip(keys, self._find(keys), strict=True) if at < 0}
-        return absent - self._new - self.refused.keys()
+        """Those keys that have no target, not even one that waits to be written, and haven't failed."""
+        absent = {key for key, index in zip(keys, self._find(keys), strict=True) if index < 0}
+        return absent - self._new - self.failed.keys()
 
     def check(self, index: int = 0, count: int = 1, progress: bool = False) -> list[str]:
         """Keys of the targets that aren't what was written, in every `count`-th shard from `index` on.
@@ -170,12 +182,13 @@ class TargetCache:
         checked = self._checked()
         states = {shard: _state(self._shards[shard]) for shard in range(index, len(self._shards), count)}
         unchecked = [shard for shard, state in states.items() if state not in checked]
-        order = np.lexsort((self._places[:, 1], self._places[:, 0]))
-        starts = np.searchsorted(self._places[order, 0], np.arange(len(self._shards) + 1))
+        # Indices by shard and row: `order[starts[i] : starts[i + 1]]` are shard i's.
+        order = np.lexsort((self._locations[:, 1], self._locations[:, 0]))
+        starts = np.searchsorted(self._locations[order, 0], np.arange(len(self._shards) + 1))
         damaged = []
         for shard in tqdm(unchecked, f"checking {self.folder.name}", disable=not progress or not unchecked):
-            places = order[starts[shard] : starts[shard + 1]].tolist()
-            bad = [self._keys[at].decode() for at in places if self._row(at) is None]
+            indices = order[starts[shard] : starts[shard + 1]].tolist()
+            bad = [self._keys[i].decode() for i in indices if self._row(i) is None]
             if bad:
                 logger.warning(f"{self._shards[shard]} is damaged: its damaged targets count as missing")
                 damaged += bad
@@ -185,13 +198,16 @@ class TargetCache:
 
     def forget(self, keys: Collection[str]) -> None:
         """Counts those keys' targets as missing."""
-        places = sorted(set(self._find(keys).tolist()) - {-1})
-        self._keys, self._places = np.delete(self._keys, places), np.delete(self._places, places, axis=0)
+        indices = sorted(set(self._find(keys).tolist()) - {-1})
+        self._keys = np.delete(self._keys, indices)
+        self._locations = np.delete(self._locations, indices, axis=0)
 
     def _checked(self) -> set[str]:
         """The states of shards that were right."""
-        files = self._notes.parent.glob("*.txt")
-        return {line for file in files for line in file.read_text(encoding="utf-8", errors="replace").splitlines()}
+        states = set()
+        for file in self._notes.parent.glob("*.txt"):
+            states.update(file.read_text(encoding="utf-8", errors="replace").splitlines())
+        return states
 
     def _note(self, states: list[str]) -> None:
         with as_hint():
@@ -210,9 +226,10 @@ class TargetCache:
 
     def store(self, keys: Sequence[str], targets: Tensor) -> None:
         """Takes targets (n, Q, E) to be written when a shard is full, or by `flush`. Those that can't be used go to
-        `refused`, which is kept, too: deleting its files lets them be tried again."""
+        `failed`, which is kept, too: deleting its files lets them be tried again."""
         stored = _encode(targets, self.dtype)
-        decoded, refused = _decode(stored), {}
+        decoded = _decode(stored)
+        failed = {}
         if not self._new:
             error = (1 - cosine_similarity(decoded.double(), targets.double(), dim=-1)).mean()
             logger.info(f"{self.folder.name}: stored targets differ by 1 - cosine = {error:.1e} (mean of a batch)")
@@ -220,15 +237,16 @@ class TargetCache:
             if decoded[row].isfinite().all():
                 self._pending.append((key, {name: part[row] for name, part in stored.items()}))
                 self._new.add(key)
+            elif targets[row].isfinite().all():
+                failed[key] = f"its target overflows {self.dtype}"
             else:
-                is_finite = targets[row].isfinite().all()
-                refused[key] = f"its target overflows {self.dtype}" if is_finite else "its target is not finite"
+                failed[key] = "its target is not finite"
         while len(self._pending) >= self.shard_size:
             self._write(self._pending[: self.shard_size])
             del self._pending[: self.shard_size]
-        if refused:
-            self.refused |= refused
-            write_whole(self.folder / f"{uuid.uuid4().hex}.json", json.dumps(refused, indent=2).encode())
+        if failed:
+            self.failed.update(failed)
+            write_whole(self.folder / f"{uuid.uuid4().hex}.json", json.dumps(failed, indent=2).encode())
 
     def flush(self) -> None:
         """Writes what waits for a full shard, and looks at the folder anew."""
@@ -253,17 +271,19 @@ class TargetCache:
     def read(self, keys: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:
         """Targets (n, Q, E) in `dtype`; only their rows are read. LookupError for a key that isn't there and for a
         target that isn't what was written; it says what to do."""
-        places, targets = self._find(keys), None
-        if missing := (places < 0).sum():
+        indices = self._find(keys)
+        missing = (indices < 0).sum()
+        if missing:
             raise LookupError(
                 f"{missing} of {len(keys)} images are not in the target cache {self.folder}: run `ola-vlm targets`. "
                 f"(If a file was changed but not its size and date, delete {self.folder.parent / 'images'} first.)"
             )
-        for i, at in enumerate(places):
-            stored = self._row(at)
+        targets = None
+        for i, index in enumerate(indices):
+            stored = self._row(index)
             is_whole = stored is not None and "targets" in stored
             if not is_whole or (targets is not None and stored["targets"].shape != targets.shape[1:]):
-                path = self._shards[self._places[at, 0]]
+                path = self._shards[self._locations[index, 0]]
                 remedy = "delete it and run `ola-vlm targets`, which computes its targets anew"
                 raise LookupError(f"{path} is damaged: {remedy}")
             if targets is None:
@@ -280,18 +300,19 @@ class TargetCache:
         dtype = self.dtype if self.dtype.is_floating_point else torch.float32
         return self.read(self.batch_keys(self, images), dtype)
 
-    def statistics(self, keys: Sequence[str]) -> "TargetStatistics":
+    def statistics(self, keys: Sequence[str]) -> TargetStatistics:
         """Of those keys' targets, computed once: kept like a target, in a folder beside the shards."""
-        kept = TargetCache(self.folder, "statistics")
+        known = TargetCache(self.folder, "statistics")
         name = blake2b("".join(keys).encode(), digest_size=16).hexdigest()
-        (at,) = kept._find([name])
-        stored = kept._row(at) if at >= 0 else None
-        if stored is not None and stored.keys() == set(TargetStatistics._fields):
-            return TargetStatistics(**stored)
-        found = TargetStatistics.fit(self.read(keys[i : i + 32]) for i in range(0, len(keys), 32))
+        (index,) = known._find([name])
+        if index >= 0:
+            stored = known._row(index)
+            if stored is not None and stored.keys() == set(TargetStatistics._fields):
+                return TargetStatistics(**stored)
+        statistics = TargetStatistics.fit(self.read(keys[i : i + 32]) for i in range(0, len(keys), 32))
         with as_hint():
-            kept._write([(name, found._asdict())])
-        return found
+            known._write([(name, statistics._asdict())])
+        return statistics
 
 
 def _state(shard: Path) -> str | None:
@@ -325,8 +346,9 @@ def _read_header(path: Path) -> dict[str, int]:
     if zlib.crc32(header["rows"].encode()) != int(header["checksum"]):
         raise ValueError("its keys were changed")
     rows = json.loads(header["rows"])
-    is_checksum = (type(checksum) is int and 0 <= checksum < 2**32 for checksum in rows.values())
-    if not all(map(is_key, rows)) or not all(is_checksum):
+    are_keys = all(map(is_key, rows))
+    are_checksums = all(type(checksum) is int and 0 <= checksum < 2**32 for checksum in rows.values())
+    if not are_keys or not are_checksums:
         raise ValueError("its keys are none")
     return rows
 
@@ -365,72 +387,3 @@ def _decode(stored: dict[str, Tensor], out: Tensor | None = None) -> Tensor:
         scales = stored["scales"].float()
         out.unflatten(-1, (scales.shape[-2], -1)).mul_(scales)
     return out
-
-
-class TargetStatistics(NamedTuple):
-    """Mean per position and channel (Q, E) and standard deviation per channel (E,) of the training images' targets.
-
-    Targets centred and scaled by them separate better in the contrastive term (a departure from the paper).
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def fit(cls, batches: Iterable[Tensor]) -> "TargetStatistics":
-        """From batches (N, Q, E), at least one, read once. The deviations are taken from each position's own mean."""
-        count, total, squares = 0, 0.0, 0.0
-        for batch in batches:
-            count += len(batch)
-            total = total + batch.double().sum(0)
-            squares = squares + batch.double().square().sum(0)
-        mean = total / count
-        std = (squares / count - mean**2).mean(0).clamp(min=0).sqrt()
-        return cls(mean.float(), torch.where(std > 1e-6, std, 1).float())  # a constant channel stays as it is
-
-    def standardize(self, targets_NQE: Tensor) -> Tensor:
-        return (targets_NQE - self.mean) / self.std
-
-    def restore(self, targets_NQE: Tensor) -> Tensor:
-        """The inverse of `standardize`: what the encoder's `decode` understands."""
-        return targets_NQE * self.std + self.mean
-
-    def save(self, path: str | Path):
-        with whole_file(path) as unfinished:
-            save_file(self._asdict(), unfinished)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "TargetStatistics":
-        return cls(**read_safetensors(path))
-
-
-def load_statistics(checkpoint: str | Path) -> dict[str, TargetStatistics]:
-    """Of the targets that a checkpoint's predictors were trained on, by task; none if these weren't standardised."""
-    return {file.stem: TargetStatistics.load(file) for file in statistics_files(checkpoint)}
-
-
-def own_statistics(checkpoint: str | Path) -> list[Path]:
-    """Those that lie in a checkpoint's folder or, of a run's checkpoint-1000, in the run's."""
-    for place in (Path(checkpoint), Path(checkpoint).parent):
-        if files := sorted((place / "target_statistics").glob("*.safetensors")):
-            return files
-    return []
-
-
-def statistics_files(checkpoint: str | Path) -> list[Path]:
-    """They lie in the folder of the run that trained the predictors: the checkpoint's own or, as fine-tuning leaves
-    predictors as they are, that of the first stage before it that had teachers (runs since take them along). To look
-    at only: it follows what a run.json says, so that nothing that is found by it may be given to others."""
-    folder, seen = Path(checkpoint), set()
-    while folder.resolve() not in seen:
-        seen.add(folder.resolve())
-        for place in (folder, folder.parent):  # the latter of a run's checkpoint-1000
-            if files := sorted((place / "target_statistics").glob("*.safetensors")):
-                return files
-            if (place / "run.json").exists():
-                run = read_object(place / "run.json")
-                if run.get("teachers") or not run.get("checkpoint"):
-                    return []
-                folder = Path(run["checkpoint"])
-                break
-    return []

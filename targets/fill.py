@@ -8,12 +8,15 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import extract_commit_hash, logging
@@ -38,8 +41,10 @@ class Teacher:
     """
 
     def __init__(self, task: dict, entry: dict, device="cpu"):
-        self.task, self.device, self.shape = task, device, (task["target_length"], task["target_dim"])
-        self.entry = {field: value for field, value in entry.items() if field != "motion"}
+        self.task = task
+        self.device = device
+        self.shape = (task["target_length"], task["target_dim"])
+        self.entry = {name: value for name, value in entry.items() if name != "motion"}
         if entry.get("encoder") not in ENCODERS or "path" not in entry:
             need = f"give its path, and as encoder one of {list(ENCODERS)}"
             raise ValueError(f"teachers[{task['name']!r}] is {entry}: {need}")
@@ -67,7 +72,9 @@ class Teacher:
 
     def _parts(self) -> tuple[type[TargetEncoder], str, dict]:
         options = {"device": self.device, **self.entry, "grid": math.isqrt(self.task["target_length"])}
-        return ENCODERS[options.pop("encoder")], options.pop("path"), options
+        encoder_class = ENCODERS[options.pop("encoder")]
+        path = options.pop("path")
+        return encoder_class, path, options
 
     def _compare(self, length: int, width: int) -> None:
         if self.shape != (length, width):
@@ -91,21 +98,25 @@ class Teacher:
         return known["fingerprint"]
 
     def _note(self, folder: str | Path) -> Path:
-        entry = {field: self.entry[field] for field in self.entry.keys() - {"batch_size", "device", "licence"}}
-        what = json.dumps([self.task["target_length"], entry, FEATURES_VERSION], sort_keys=True)
-        digest = blake2b(what.encode(), digest_size=8).hexdigest()
+        change_nothing = {"batch_size", "device", "license", "licence"}
+        entry = {name: value for name, value in self.entry.items() if name not in change_nothing}
+        identity = json.dumps([self.task["target_length"], entry, FEATURES_VERSION], sort_keys=True)
+        digest = blake2b(identity.encode(), digest_size=8).hexdigest()
         return Path(folder) / f"{self.entry['encoder']}-{digest}.json"
 
     def _files(self) -> list | str | None:
         """What tells whether the weights have changed; None if they are not here."""
         path = self.entry["path"]
         if os.path.isdir(path):
-            files = [list(source_state(str(file))) for file in sorted(Path(path).rglob("*")) if file.is_file()]
-            return files if any(name.endswith((".safetensors", ".bin")) for name, _, _ in files) else None
+            paths = [str(file) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+            if not any(name.endswith((".safetensors", ".bin")) for name in paths):
+                return None
+            return [list(source_state(name)) for name in paths]
         config = str(Path(self.entry.get("subfolder", ""), "config.json"))
         with suppress(HFValidationError):  # no name on the Hub but a folder that isn't there
-            found = try_to_load_from_cache(path, config, revision=self.entry.get("revision"))
-            return extract_commit_hash(found if isinstance(found, str) else None, None)
+            fetched = try_to_load_from_cache(path, config, revision=self.entry.get("revision"))
+            # No text for a file that isn't fetched, or that is known not to exist.
+            return extract_commit_hash(fetched if isinstance(fetched, str) else None, None)
         return None
 
 
@@ -131,28 +142,45 @@ def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu")
     names = [task["name"] for task in tasks]
     if not set(names) <= set(entries):
         raise ValueError(f"the tasks {names} need one teacher each, `teachers` has {list(entries)}")
-    teachers = {}
+    teachers: dict[str, Teacher] = {}
     for task in tasks:
-        made = Teacher(task, entries[task["name"]], device)
-        same = (one for one in teachers.values() if (one.entry, one.shape) == (made.entry, made.shape))
-        teachers[task["name"]] = next(same, made)
+        teacher = Teacher(task, entries[task["name"]], device)
+        for other in teachers.values():
+            if other.entry == teacher.entry and other.shape == teacher.shape:
+                teacher = other
+                break
+        teachers[task["name"]] = teacher
     return teachers
 
 
 def open_caches(folder: str | Path, teachers: dict[str, Teacher], storage: str = "float32") -> dict[str, TargetCache]:
-    fingerprints = {name: teacher.fingerprint(folder) for name, teacher in teachers.items()}
-    keys = OncePerBatch()  # tasks of one teacher share its cache
-    caches = {value: TargetCache(folder, value, storage, batch_keys=keys) for value in fingerprints.values()}
-    return {name: caches[value] for name, value in fingerprints.items()}
+    batch_keys = OncePerBatch()
+    by_fingerprint: dict[str, TargetCache] = {}  # tasks of one teacher share its cache
+    caches = {}
+    for name, teacher in teachers.items():
+        fingerprint = teacher.fingerprint(folder)
+        if fingerprint not in by_fingerprint:
+            by_fingerprint[fingerprint] = TargetCache(folder, fingerprint, storage, batch_keys=batch_keys)
+        caches[name] = by_fingerprint[fingerprint]
+    return caches
 
 
-def source_state(source: str | dict) -> tuple[str, int, int] | None:
-    """What changes when the image does: of a file its path, size and date, of `{"bytes"}` their hash."""
+class SourceState(NamedTuple):
+    """What changes when an image does: of a file its path, size and date, of `{"bytes"}` their hash."""
+
+    name: str
+    size: int
+    date: int  # nanoseconds
+
+
+def source_state(source: str | dict) -> SourceState | None:
+    """None for a file that isn't there."""
     if isinstance(source, dict):
-        return blake2b(source["bytes"], digest_size=16).hexdigest(), len(source["bytes"]), 0
+        digest = blake2b(source["bytes"], digest_size=16).hexdigest()
+        return SourceState(name=digest, size=len(source["bytes"]), date=0)
     with suppress(FileNotFoundError):
         stat = os.stat(source)
-        return source, stat.st_size, stat.st_mtime_ns
+        return SourceState(name=source, size=stat.st_size, date=stat.st_mtime_ns)
     return None
 
 
@@ -162,16 +190,16 @@ def known_keys(folder: str | Path, sources: Sequence[str | dict]) -> list[str | 
     From folder/images/, where each process that fills keeps a file of its own. It spares decoding all images at each
     start, no more: training looks targets up by the decoded image.
     """
-    seen = {}
+    keys: dict[SourceState | None, str] = {}
     for file in (Path(folder) / "images").glob("*.jsonl"):
-        seen.update(_read_index(file))
-    return [seen.get(source_state(source)) for source in sources]
+        keys.update(_read_index(file))
+    return [keys.get(source_state(source)) for source in sources]
 
 
-def _read_index(file: Path) -> dict[tuple[str, int, int], str]:
-    """`source_state` -> key, from the lines that say so. The others are a process's that was killed, or damage: their
-    number is logged, and they are taken out of a file that no process has written to for an hour."""
-    seen = {}
+def _read_index(file: Path) -> dict[SourceState, str]:
+    """State -> key, from the lines that say so. The others are a process's that was killed, or damage: their number is
+    logged, and they are taken out of a file that no process has written to for an hour."""
+    keys = {}
     good = []
     bad = 0
     try:
@@ -188,35 +216,59 @@ def _read_index(file: Path) -> dict[tuple[str, int, int], str]:
         except (ValueError, TypeError, RecursionError):
             bad += 1
             continue
-        seen[path, size, date] = key
+        keys[SourceState(path, size, date)] = key
         good.append(line)
     if bad:
         logger.warning(f"{file} has {bad} damaged lines: their images are decoded again")
     if bad and is_old:
         with as_hint():
             write_whole(file, b"".join(good))
-    return seen
+    return keys
+
+
+@dataclass
+class DecodedImage:
+    """An image as a loader's worker found it: `index` among the sources; without `image`, `error` says why."""
+
+    index: int
+    name: str
+    state: SourceState | None = None
+    key: str = ""
+    image: Image.Image | None = None
+    error: str = ""
 
 
 class _Images(Dataset):
-    """Decoded in a loader's workers: (index, name, state, key, image), or (index, name, None, why not, None)."""
+    """The sources of those indices, decoded in a loader's workers."""
 
     def __init__(self, sources: Sequence[str | dict], indices: list[int]):
-        self.sources, self.indices = sources, indices
+        self.sources = sources
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> tuple:
-        index, source = self.indices[i], self.sources[self.indices[i]]
+    def __getitem__(self, i: int) -> DecodedImage:
+        index = self.indices[i]
+        source = self.sources[index]
+        name = source_name(source)
         try:
             state = source_state(source)  # before the image is read: it may change meanwhile
             image = open_image(source)
-            return index, source_name(source), state, image_key(image), image
         except ImageError as error:
-            return index, source_name(source), None, error.reason, None
+            return DecodedImage(index, name, error=error.reason)
         except OSError as error:  # gone, or no right to read it
-            return index, source_name(source), None, f"{type(error).__name__}: {error}", None
+            return DecodedImage(index, name, error=f"{type(error).__name__}: {error}")
+        return DecodedImage(index, name, state=state, key=image_key(image), image=image)
+
+
+@dataclass
+class FillReport:
+    """What `fill` found of each source."""
+
+    keys: list[str | None]  # None for one that can't be decoded
+    # Index of a source -> its name and why it has no target: not decoded, not finite, beyond the storage's range.
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 def fill(
@@ -226,47 +278,72 @@ def fill(
     sources: Sequence[str | dict],
     workers: int = 0,
     progress: bool = True,
-) -> tuple[list[str | None], dict[int, str]]:
+) -> FillReport:
     """Computes and stores what the caches lack of the images (paths, or `{"bytes", "path": what to call them}`), and
     brings the index of images up to date.
 
     What they have is compared with its checksums, each shard once (`TargetCache.check`). Without teachers only the
     index is made.
-    Returns the sources' keys, None for what can't be decoded, and what is refused: place in `sources` -> name and
-    reason (can't be decoded, a target that isn't finite or overflows the storage).
     """
-    keys, refused, bar = known_keys(folder, sources), {}, partial(tqdm, unit="image", disable=not progress)
-    known = [key for key in keys if key]
-    caches = {cache.fingerprint: (name, cache) for name, cache in caches.items()}  # tasks may share one
-    to_fill = list(caches.values()) if teachers else []
-    for _, cache in to_fill:
+    report = FillReport(keys=known_keys(folder, sources))
+    names = {id(cache): name for name, cache in caches.items()}  # tasks may share a cache
+    caches = {name: caches[name] for name in names.values()}
+    to_fill = caches if teachers else {}
+    for cache in to_fill.values():
         cache.forget(cache.check(progress=progress))
         cache.remove_remains()
-    lacking = set[str]().union(*(cache.missing(known) for _, cache in to_fill))
-    todo = [i for i, key in enumerate(keys) if key is None or key in lacking]
-    index = Path(folder) / "images" / f"{uuid.uuid4().hex}.jsonl"
-    with bar(total=len(keys), initial=len(keys) - len(todo), desc="targets" if teachers else "images") as done:
-        for batch in DataLoader(_Images(sources, todo), BATCH, num_workers=workers, collate_fn=list):
-            done.update(len(batch))
-            refused |= {i: f"{name}: {reason}" for i, name, state, reason, _ in batch if state is None}
-            batch = [image for image in batch if image[2] is not None]
-            found = {key: image for _, _, _, key, image in batch}
-            for name, cache in to_fill:
-                if new := sorted(cache.missing(found)):
-                    encoder = teachers[name].encoder
-                    if encoder.fingerprint != cache.fingerprint:
-                        raise ValueError(f"{teachers[name].entry['path']} is not {cache.folder}'s teacher any more")
-                    cache.store(new, encoder.encode([found[key] for key in new]))
-            if lines := [f"{json.dumps([*state, key])}\n" for i, _, state, key, _ in batch if keys[i] != key]:
-                with as_hint():
-                    index.parent.mkdir(parents=True, exist_ok=True)
-                    with index.open("a", encoding="utf-8") as file:
-                        file.writelines(lines)
-            for i, _, _, key, _ in batch:
-                keys[i] = key
-    for _, cache in to_fill:
+
+    known = [key for key in report.keys if key]
+    lacking = set[str]().union(*(cache.missing(known) for cache in to_fill.values()))
+    todo = [i for i, key in enumerate(report.keys) if key is None or key in lacking]
+    index_file = Path(folder) / "images" / f"{uuid.uuid4().hex}.jsonl"
+    loader = DataLoader(_Images(sources, todo), BATCH, num_workers=workers, collate_fn=list)
+    with tqdm(
+        total=len(sources),
+        initial=len(sources) - len(todo),
+        desc="targets" if teachers else "images",
+        unit="image",
+        disable=not progress,
+    ) as bar:
+        for batch in loader:
+            bar.update(len(batch))
+            decoded = [image for image in batch if not image.error]
+            for image in batch:
+                if image.error:
+                    report.failed[image.index] = f"{image.name}: {image.error}"
+            _store_targets(teachers, to_fill, {image.key: image.image for image in decoded})
+            _write_index(index_file, [image for image in decoded if report.keys[image.index] != image.key])
+            for image in decoded:
+                report.keys[image.index] = image.key
+    for cache in to_fill.values():
         cache.flush()
-    for name, cache in caches.values():
-        why = ((i, cache.refused[key]) for i, key in enumerate(keys) if key in cache.refused)
-        refused |= {i: f"{source_name(sources[i])}: {name}: {reason}" for i, reason in why}
-    return keys, refused
+
+    for name, cache in caches.items():
+        for i, key in enumerate(report.keys):
+            if key in cache.failed:
+                report.failed[i] = f"{source_name(sources[i])}: {name}: {cache.failed[key]}"
+    return report
+
+
+def _store_targets(
+    teachers: dict[str, Teacher], caches: dict[str, TargetCache], images: dict[str, Image.Image]
+) -> None:
+    """Computes what the caches lack of those images, by their keys."""
+    for name, cache in caches.items():
+        lacking = sorted(cache.missing(images))
+        if not lacking:
+            continue
+        encoder = teachers[name].encoder
+        if encoder.fingerprint != cache.fingerprint:
+            raise ValueError(f"{teachers[name].entry['path']} is not {cache.folder}'s teacher any more")
+        cache.store(lacking, encoder.encode([images[key] for key in lacking]))
+
+
+def _write_index(file: Path, images: list[DecodedImage]) -> None:
+    if not images:
+        return
+    with as_hint():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:
+            for image in images:
+                lines.write(f"{json.dumps([*image.state, image.key])}\n")

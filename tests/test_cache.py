@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 from ola_vlm.targets import cache as cache_module
 from ola_vlm.targets import encoders
 from ola_vlm.targets import fill as fill_module
-from ola_vlm.targets.cache import BLOCK, STORAGE, OncePerBatch, TargetCache, TargetStatistics, image_key
+from ola_vlm.targets.cache import BLOCK, STORAGE, OncePerBatch, TargetCache, image_key
 from ola_vlm.targets.encoders import DepthAnythingEncoder
 from ola_vlm.targets.fill import Teacher, fill, known_keys, make_teachers, open_caches
+from ola_vlm.targets.statistics import TargetStatistics
 
 TASK = {"name": "depth", "target_length": GRID * GRID, "target_dim": 32}
 
@@ -66,8 +67,8 @@ def fill_with(encoder, folder, paths, shard_size=4, **options) -> TargetCache:
     """The cache after a fill that nothing was refused in."""
     cache = TargetCache(folder, encoder.fingerprint, shard_size=shard_size)
     teacher = SimpleNamespace(encoder=encoder, entry={"path": "fake"})
-    keys, refused = fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False, **options)
-    assert keys == known_keys(folder, paths) and not refused
+    report = fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False, **options)
+    assert report.keys == known_keys(folder, paths) and not report.failed
     return cache
 
 
@@ -100,7 +101,7 @@ def test_cached_equals_on_the_fly(paths, folder, tmp_path):
     save_depth_anything(tmp_path / "teacher")
     teachers = make_teachers([TASK], {"depth": {"encoder": "depth_anything", "path": str(tmp_path / "teacher")}})
     caches = open_caches(folder, teachers)
-    assert fill(folder, teachers, caches, paths, progress=False)[1] == {}
+    assert fill(folder, teachers, caches, paths, progress=False).failed == {}
     encoder = DepthAnythingEncoder.from_pretrained(tmp_path / "teacher", grid=GRID)
     order, images = [7, 0, 7, 3], opened(paths)
     expected = encoder.encode(images)[order]
@@ -135,7 +136,7 @@ def test_storage(tmp_path, storage, width):
     cache = TargetCache(tmp_path, "fake", storage)
     keys = [f"{i:032x}" for i in range(6)]
     cache.store(keys, targets)
-    assert not cache.refused
+    assert not cache.failed
     cache.flush()
     read = cache.read(keys)
     assert read.dtype == torch.float32 and read[1, 3].equal(torch.zeros(width))
@@ -171,16 +172,19 @@ def test_refused_targets_are_named_and_the_others_stored(paths, folder):
         cache, encoder = TargetCache(folder, "fake", storage), Bad()
         for again in (False, True):  # what was refused is known from then on, also to those who only read
             teacher = SimpleNamespace(encoder=None if again else encoder, entry={})
-            keys, refused = fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False)
-            assert set(refused) == {2, 7, 8} | overflow and [i for i, key in enumerate(keys) if not key] == [7]
-            assert f"{paths[2]}: depth: its target is not finite" in refused[2] and "OSError" in refused[7]
-            assert not overflow or "overflows torch.float16" in refused[5]
-            assert len(cache) == 10 - len(refused) and cache.read(cache_keys(cache)).isfinite().all()
+            report = fill(folder, {"depth": teacher}, {"depth": cache}, paths, progress=False)
+            failed = report.failed
+            assert set(failed) == {2, 7, 8} | overflow and [i for i, key in enumerate(report.keys) if not key] == [7]
+            assert f"{paths[2]}: depth: its target is not finite" in failed[2] and "OSError" in failed[7]
+            assert not overflow or "overflows torch.float16" in failed[5]
+            assert len(cache) == 10 - len(failed) and cache.read(cache_keys(cache)).isfinite().all()
             cache = TargetCache(folder, "fake", storage)
-            assert cache.missing([key for key in keys if key]) == set()
+            assert cache.missing([key for key in report.keys if key]) == set()
         for path in cache.folder.glob("*.json"):
             path.write_text(path.read_text()[:-5])
-        assert len(TargetCache(folder, "fake", storage).missing([key for key in keys if key])) == 1 + len(overflow)
+        assert len(TargetCache(folder, "fake", storage).missing([key for key in report.keys if key])) == 1 + len(
+            overflow
+        )
 
 
 def cache_keys(cache) -> list[str]:
@@ -483,8 +487,10 @@ def test_a_cache_that_can_only_be_read(paths, folder, monkeypatch, caplog, tmp_p
     monkeypatch.setattr(
         Path, "open", lambda path, mode="r", **k: refuse(path) if mode == "a" else append(path, mode, **k)
     )
-    keys, refused = fill(folder, {}, {}, moved, progress=False)
-    assert not refused and cache.statistics(keys).mean.isfinite().all() and "found out again" in caplog.text
+    report = fill(folder, {}, {}, moved, progress=False)
+    assert (
+        not report.failed and cache.statistics(report.keys).mean.isfinite().all() and "found out again" in caplog.text
+    )
     teacher = Teacher(TASK, {"encoder": "depth_anything", "path": str(tmp_path / "teacher")})
     assert teacher.fingerprint(folder) == teacher.encoder.fingerprint
     with pytest.raises(OSError, match="make room" if error == errno.ENOSPC else "not written: ") as caught:
@@ -541,7 +547,7 @@ def test_index_spares_decoding(paths, folder, monkeypatch):
     os.utime(paths[1])  # looks changed
     fill_with(encoder, folder, paths)
     assert decoded[7:] == [paths[1], *paths[7:]] and encoder.encoded == 10
-    assert fill(folder, {}, {}, paths, progress=False)[1] == {} and len(decoded) == 11
+    assert fill(folder, {}, {}, paths, progress=False).failed == {} and len(decoded) == 11
     (lines,) = [file for file in (folder / "images").iterdir() if len(file.read_text().splitlines()) == 7]
     lines.write_text(lines.read_text()[:-20])  # cut off by a kill
     assert known_keys(folder, paths).count(None) == 1

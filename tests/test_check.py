@@ -45,10 +45,10 @@ def collator(make_model):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_facts(mixed, collator, workers):
+def test_report(mixed, collator, workers):
     rows = load_rows(str(mixed))
-    facts = check_rows(rows, collator, decode=True, workers=workers)
-    report = facts.report()
+    found = check_rows(rows, collator, decode=True, workers=workers)
+    report = found.summary()
     assert report["bad rows"] == COUNTS
     lengths = [len(collator.encode(rows[i]).ids) for i in (0, 2, 8)]
     assert report == {
@@ -62,14 +62,22 @@ def test_facts(mixed, collator, workers):
         "truncated rows": 0,
         "bad rows": COUNTS,
     }
-    assert [bad["row"] for bad in facts.named] == ["malformed", "outside", "missing", "damaged", "silent", "long"]
-    assert json.loads(json.dumps(facts.named)) == facts.named
+    names = [bad["row"] for bad in found.named]
+    assert names == [
+        "malformed",
+        "outside",
+        "missing",
+        "damaged",
+        "silent",
+        "long",
+    ]
+    assert json.loads(json.dumps(found.named)) == found.named
 
 
 def test_without_a_collator_only_the_images_are_looked_at(mixed):
-    report = check_rows(load_rows(str(mixed)), decode=True).report()
+    report = check_rows(load_rows(str(mixed)), decode=True).summary()
     assert report["bad rows"] == COUNTS | {"unsupervised": 0, "too_long": 0} and report["tokens"] == 0
-    report = check_rows(load_rows(str(mixed))).report()
+    report = check_rows(load_rows(str(mixed))).summary()
     assert report["bad rows"] == COUNTS | {"unsupervised": 0, "too_long": 0, "undecodable": 0}
 
 

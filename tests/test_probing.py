@@ -31,8 +31,8 @@ from ola_vlm.probing.probes import Probes, centred_cosine, flat_cosine, load_pro
 from ola_vlm.probing.resampler import ResamplerFit
 from ola_vlm.probing.ridge import RidgeFit, RidgeProbe, choose_strength
 from ola_vlm.probing.states import ImageStates, StateReader, to_positions
-from ola_vlm.targets.cache import TargetStatistics
 from ola_vlm.targets.encoders import DepthAnythingEncoder, open_image
+from ola_vlm.targets.statistics import TargetStatistics
 from ola_vlm.training.arguments import OlaVlmArguments
 
 GOLDEN = Path(__file__).parent / "golden"

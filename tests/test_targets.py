@@ -27,8 +27,8 @@ from transformers import (
 
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
-from ola_vlm.targets.cache import TargetStatistics
 from ola_vlm.targets.encoders import ENCODERS, DepthAnythingEncoder, Motion, OneFormerEncoder, VisionEncoder
+from ola_vlm.targets.statistics import TargetStatistics
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
 

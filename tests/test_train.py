@@ -23,9 +23,9 @@ from ola_vlm import cli
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES
-from ola_vlm.targets.cache import TargetStatistics
 from ola_vlm.targets.encoders import ENCODERS, ClipImageEncoder, open_image
 from ola_vlm.targets.fill import fill
+from ola_vlm.targets.statistics import TargetStatistics
 from ola_vlm.train import last_checkpoint, main, train
 from ola_vlm.training import targets
 from ola_vlm.training.arguments import OlaVlmArguments

@@ -39,8 +39,9 @@ from ola_vlm.probing.visualize import (
     pictures_figure,
     square,
 )
-from ola_vlm.targets.cache import TargetStatistics, load_statistics
 from ola_vlm.targets.encoders import ENCODERS, open_image
+from ola_vlm.targets.statistics import TargetStatistics
+from ola_vlm.training.run_record import load_statistics
 
 NAMES = {"gen": "clip_image", "depth": "depth_anything", "seg": "oneformer"}
 

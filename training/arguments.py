@@ -12,6 +12,7 @@ from .rows import Rows, StreamRows, load_rows
 from .stages import STAGES, TASK_TOKENS, find_stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+JSON_FIELDS = ("tasks", "model_overrides", "teachers")  # may be given as text
 # Fields of transformers that can't have another value here: -> (the value, why).
 FIXED = {
     "label_smoothing_factor": (0.0, "transformers' smoothed loss counts tokens that are never emitted"),
@@ -84,7 +85,7 @@ class OlaVlmArguments(TrainingArguments):
         default=False, help="compute what the cache lacks as the run starts, else that is an error"
     )
     standardize_targets: bool = HfArg(
-        default=False, help="centre and scale targets by the training images' statistics; needs target_cache"
+        default=False, help="center and scale targets by the training images' statistics; needs target_cache"
     )
     losses_until: float | None = HfArg(
         default=None, help="the share of the steps after which embedding losses are off; the tasks' `until` by default"
@@ -94,62 +95,89 @@ class OlaVlmArguments(TrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
-        for name in ("tasks", "model_overrides", "teachers"):
-            if isinstance(value := getattr(self, name), str):
-                setattr(self, name, json.loads(value))
+        self._parse_json_fields()
         find_stage(self.stage, self.embedding_losses, self.task_tokens)  # a mistake costs no loading
-        if self.dtype == "auto":
-            on_gpu = torch.accelerator.is_available() and not self.use_cpu
-            self.dtype = "bfloat16" if on_gpu else "float32"
-            self.bf16 = self.bf16 or (on_gpu and not self.fp16)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {[*DTYPES, 'auto']}")
-        if self.target_storage not in STORAGE:
-            raise ValueError(f"target_storage {self.target_storage!r} is unknown: choose one of {list(STORAGE)}")
-        for name, choices in {"on_long_rows": ("drop", "truncate"), "on_bad_rows": ("stop", "drop")}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {choices}")
+        self._choose_dtype()
+        self._check_choices()
+        self._check_fixed_fields()
+        self._check_targets()
+        self._check_adapters()
+        self._check_stream()
+        self._set_loading()
+        self._set_evaluation()
+        self._set_resuming()
+        super().__post_init__()
+        self._check_length()
+
+    def _parse_json_fields(self) -> None:
+        for name in JSON_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, json.loads(value))
+
+    def _choose_dtype(self) -> None:
+        if self.dtype != "auto":
+            return
+        on_gpu = torch.accelerator.is_available() and not self.use_cpu
+        self.dtype = "bfloat16" if on_gpu else "float32"
+        if on_gpu and not self.fp16:
+            self.bf16 = True
+
+    def _check_choices(self) -> None:
+        choices = {
+            "dtype": [*DTYPES, "auto"],
+            "target_storage": list(STORAGE),
+            "on_long_rows": ["drop", "truncate"],
+            "on_bad_rows": ["stop", "drop"],
+        }
+        for name, names in choices.items():
+            value = getattr(self, name)
+            if value not in names:
+                raise ValueError(f"{name} {value!r} is unknown: choose one of {names}")
+
+    def _check_fixed_fields(self) -> None:
+        for name, (value, reason) in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must stay {str(value).lower()}: {reason}")
+
+    def _check_targets(self) -> None:
         if self.standardize_targets and not self.target_cache:
             raise ValueError("standardize_targets takes its statistics from stored targets: give target_cache, too")
         if self.losses_until is not None and not 0 < self.losses_until <= 1:
             raise ValueError(f"losses_until is {self.losses_until}: a share is more than 0 and at most 1")
         if self.fusion and self.tasks:
             raise ValueError("the multi-encoder baseline distils nothing: give either fusion or tasks")
+
+    def _check_adapters(self) -> None:
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank is {self.lora_rank}: give the adapters' rank, or 0 to train all weights")
-        if self.lora_rank and (self.stage != "finetune" or self.embedding_losses or self.task_tokens == "queries"):
+        trains_predictors = self.embedding_losses or self.task_tokens == "queries"
+        if self.lora_rank and (self.stage != "finetune" or trains_predictors):
             raise ValueError("adapters (lora_rank) are for stage finetune, without embedding_losses and query tables")
         if self.load_in_4bit and not (self.lora_rank and self.checkpoint):
             raise ValueError("load_in_4bit is for adapters on a checkpoint: give lora_rank and checkpoint")
-        if self.streaming:
-            wrong = [name for name in ("target_cache", "target_fill", "shuffle_targets") if getattr(self, name)]
-            wrong += ["train_sampling_strategy"] * (self.train_sampling_strategy == "group_by_length")
-            if wrong:
-                what = "a stream has no target cache, and its rows aren't known in advance"
-                raise ValueError(f"{what}: leave out {', '.join(wrong)}, or set streaming=false")
-            if self.max_steps <= 0:
-                raise ValueError("a stream has no end: give max_steps")
+
+    def _check_stream(self) -> None:
+        if not self.streaming:
+            return
+        wrong = [name for name in ("target_cache", "target_fill", "shuffle_targets") if getattr(self, name)]
+        if self.train_sampling_strategy == "group_by_length":
+            wrong.append("train_sampling_strategy")
+        if wrong:
+            reason = "a stream has no target cache, and its rows aren't known in advance"
+            raise ValueError(f"{reason}: leave out {', '.join(wrong)}, or set streaming=false")
+        if self.max_steps <= 0:
+            raise ValueError("a stream has no end: give max_steps")
+
+    def _set_loading(self) -> None:
+        if self.streaming and not self.accelerator_config:
             # Each rank reads the stream; handed out by the first one, rows of other ranks would lose their images.
-            self.accelerator_config = self.accelerator_config or {"dispatch_batches": False}
+            self.accelerator_config = {"dispatch_batches": False}
         if self.ddp_find_unused_parameters is None:
             # Every rank runs the same graph, even without an image. Only a trained tower has blocks that are skipped:
             # those after the layer whose features LLaVA takes.
             self.ddp_find_unused_parameters = self.stage == "visual_pretrain"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        self._check_fixed_fields()
-        self._set_evaluation()
-        resume = str(self.resume_from_checkpoint or "false").lower()
-        if resume in ("none", "false", "true"):
-            self.resume_from_checkpoint = "true" if resume == "true" else None
-        super().__post_init__()
-        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
-            steps = f"max_steps {self.max_steps} and num_train_epochs {self.num_train_epochs:g}"
-            raise ValueError(f"{steps} train nothing: give more than 0 of one of them")
-
-    def _check_fixed_fields(self) -> None:
-        for name, (value, reason) in FIXED.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} must stay {str(value).lower()}: {reason}")
 
     def _set_evaluation(self) -> None:
         """What `eval_data` calls for where nothing else is said."""
@@ -165,6 +193,19 @@ class OlaVlmArguments(TrainingArguments):
         if self.metric_for_best_model and self.greater_is_better is None:
             # transformers looks at the name's end, and ours are loss/ntp, loss/depth/8/smooth_l1.
             self.greater_is_better = not self.metric_for_best_model.removeprefix("eval_").startswith("loss")
+
+    def _set_resuming(self) -> None:
+        """`resume_from_checkpoint` is "true", a folder, or None; "false" would be taken for a folder's name."""
+        answer = str(self.resume_from_checkpoint or "false").lower()
+        if answer == "true":
+            self.resume_from_checkpoint = "true"
+        elif answer in ("none", "false"):
+            self.resume_from_checkpoint = None
+
+    def _check_length(self) -> None:
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+            steps = f"max_steps {self.max_steps} and num_train_epochs {self.num_train_epochs:g}"
+            raise ValueError(f"{steps} train nothing: give more than 0 of one of them")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -196,5 +237,11 @@ class OlaVlmArguments(TrainingArguments):
         if self.data is None:
             raise ValueError("no data: give a LLaVA-format JSON file or a Hugging Face dataset")
         shuffle_seed = None if self.train_sampling_strategy == "sequential" else self.seed
-        place = self.data, self.image_folder, self.data_config, self.data_split, self.streaming
-        return load_rows(*place, shuffle_seed=shuffle_seed)
+        return load_rows(
+            self.data,
+            self.image_folder,
+            self.data_config,
+            self.data_split,
+            self.streaming,
+            shuffle_seed=shuffle_seed,
+        )

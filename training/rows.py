@@ -232,19 +232,19 @@ class Rows(Dataset):
             groups[root(i)].append(i)
         return list(groups.values())
 
-    def samples(self, places: Sequence[int] | np.ndarray) -> Iterator[dict | None]:
-        """What the data have at those places of the rows, unchecked; None for what can't be parsed."""
-        indices = self.indices[places]
+    def samples(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict | None]:
+        """What the data have of those rows, unchecked; None for what can't be parsed."""
+        source_indices = self.indices[indices]
         if isinstance(self.source, JsonRows):
-            return self.source.read(indices)
-        return (self.source[i] for i in indices.tolist())
+            return self.source.read(source_indices)
+        return (self.source[i] for i in source_indices.tolist())
 
     def sources(self) -> "Sources":
         """Every image, each file once, in the order of the rows. What the rows say is not looked at."""
-        return Sources(self, self.image_places())
+        return Sources(self, self.image_indices())
 
-    def image_places(self) -> np.ndarray:
-        """(row, number of the image in it) of every image, each file once. Reads all rows."""
+    def image_indices(self) -> np.ndarray:
+        """(row, number of the image in it) of every image, each file once: (N, 2). Reads all rows."""
         numbers = []
         seen = set()
         bad_rows = 0
@@ -264,14 +264,18 @@ class Rows(Dataset):
             logger.warning(f"{bad_rows} rows can't be read and give no image: `ola-vlm check-data` names them")
         return np.array(numbers, dtype=np.int64).reshape(-1, 2)
 
-    def drop_images(self, sources: "Sources", refused: Collection[int]) -> int:
-        """Drops the rows with one of those `sources`, given by their places in it (which is of no use afterwards), and
+    def drop_images(self, sources: "Sources", failed: Collection[int]) -> int:
+        """Drops the rows with one of those `sources`, given by their indices (`sources` is of no use afterwards), and
         says how many they are."""
-        files = {image for i in refused if isinstance(image := sources[i], str)}  # may lie in several rows
-        bad = set(sources.places[list(refused), 0].tolist())
+        bad = set(sources.indices[list(failed), 0].tolist())
+        # A file may lie in several rows, of which `sources` knows the first.
+        images = [sources[i] for i in failed]
+        files = {image for image in images if isinstance(image, str)}
         if files:
-            images = ((i, image) for i in range(len(self)) for image in self[i].get("images", ()))
-            bad |= {i for i, image in images if isinstance(image, str) and image in files}
+            for i in range(len(self)):
+                names = [image for image in self[i].get("images", ()) if isinstance(image, str)]
+                if not files.isdisjoint(names):
+                    bad.add(i)
         fine = ~np.isin(np.arange(len(self)), list(bad))
         if not fine.any():
             raise ValueError("no row is left whose images have targets")
@@ -296,24 +300,25 @@ class Sources(Sequence):
     is one, too, and what an array of numbers chooses.
 
     Args:
-        places: (row, number of the image in it) of each.
+        indices: (row, number of the image in it) of each, (N, 2).
     """
 
-    def __init__(self, rows: Rows, places: np.ndarray):
-        self.rows, self.places = rows, places
+    def __init__(self, rows: Rows, indices: np.ndarray):
+        self.rows = rows
+        self.indices = indices
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, i):
         if isinstance(i, (slice, np.ndarray)):
-            return Sources(self.rows, self.places[i])
-        (image,) = Sources(self.rows, self.places[[i]])
+            return Sources(self.rows, self.indices[i])
+        (image,) = Sources(self.rows, self.indices[[i]])
         return image
 
     def __iter__(self) -> Iterator[str | dict | Image.Image]:
-        samples = self.rows.samples(self.places[:, 0])
-        for sample, (row, n) in zip(samples, self.places.tolist(), strict=True):
+        samples = self.rows.samples(self.indices[:, 0])
+        for sample, (row, n) in zip(samples, self.indices.tolist(), strict=True):
             image = row_images(sample, self.rows.image_folder)[n]
             if isinstance(image, dict):
                 image = {**image, "path": f"{n + 1} of row {_row_id(sample, self.rows.indices[row])}"}

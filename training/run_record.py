@@ -25,6 +25,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..targets.files import read_object, write_whole
+from ..targets.statistics import TargetStatistics, statistics_in
 from .arguments import OlaVlmArguments
 from .rows import JsonRows, Rows, StreamRows
 
@@ -80,19 +81,52 @@ def write_run(folder: str | Path, record: dict) -> None:
     write_whole(Path(folder) / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def read_run(folder: str | Path) -> dict | None:
-    """The record of the run that left a checkpoint in `folder` (or in one of its checkpoint-N); None if there is none.
-    ValueError for a damaged one."""
-    folder = Path(folder)
-    file = folder / RUN_FILE
-    if not file.is_file() and folder.name.startswith("checkpoint-"):
-        file = folder.parent / RUN_FILE
+def record_in(folder: str | Path) -> dict | None:
+    """What the run.json in this very folder says; None if there is none. ValueError for a damaged one."""
+    file = Path(folder) / RUN_FILE
     if not file.is_file():
         return None
     try:
         return read_object(file)
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it") from error
+
+
+def read_run(folder: str | Path) -> dict | None:
+    """The record of the run that left a checkpoint in `folder` (or in one of its checkpoint-N); None if there is none.
+    ValueError for a damaged one."""
+    folder = Path(folder)
+    record = record_in(folder)
+    if record is None and folder.name.startswith("checkpoint-"):
+        record = record_in(folder.parent)
+    return record
+
+
+def statistics_files(checkpoint: str | Path) -> list[Path]:
+    """They lie in the folder of the run that trained the predictors: the checkpoint's own or, as fine-tuning leaves
+    predictors as they are, that of the first stage before it that had teachers (runs since take them along). To look
+    at only: it follows what a run.json says, so that nothing that is found by it may be given to others."""
+    folder = Path(checkpoint)
+    seen = set()
+    while folder.resolve() not in seen:  # a run may have begun at a checkpoint in its own folder
+        seen.add(folder.resolve())
+        run = None
+        for place in (folder, folder.parent):  # the latter of a run's checkpoint-1000
+            files = statistics_in(place)
+            if files:
+                return files
+            run = record_in(place)
+            if run is not None:
+                break
+        if run is None or run.get("teachers") or not run.get("checkpoint"):
+            return []
+        folder = Path(run["checkpoint"])
+    return []
+
+
+def load_statistics(checkpoint: str | Path) -> dict[str, TargetStatistics]:
+    """Of the targets that a checkpoint's predictors were trained on, by task; none if these weren't standardized."""
+    return {file.stem: TargetStatistics.load(file) for file in statistics_files(checkpoint)}
 
 
 def data_fingerprint(rows: Rows | StreamRows) -> str | None:

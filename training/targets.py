@@ -1,83 +1,149 @@
 """The targets of a run: from its teachers or from the target cache, which all its processes fill together."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import distributed
 from transformers.utils import logging
 
-from ..targets.cache import OncePerBatch, TargetCache, TargetStatistics, own_statistics
+from ..targets.cache import OncePerBatch, TargetCache
 from ..targets.encoders import Motion
 from ..targets.files import inside, write_whole
 from ..targets.fill import Teacher, fill, make_teachers, open_caches
 from ..targets.place_code import append_place_code
+from ..targets.statistics import FOLDER, TargetStatistics, own_statistics
 from .arguments import OlaVlmArguments
 from .collator import TargetSource
 from .rows import Rows, Sources, StreamRows
 
 logger = logging.get_logger(__name__)
 
+T = TypeVar("T")
 
-def gathered(compute: Callable, *args) -> list:
+
+def all_gather_object(compute: Callable[[], T]) -> list[T]:
     """What each process computes. The slowest one is waited for however long: the run's own group would time out."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return [compute(*args)]
+        return [compute()]
     group = distributed.new_group(timeout=timedelta(days=365), backend="gloo")
-    found = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, compute(*args), group=group)
+    results = [None] * distributed.get_world_size()
+    distributed.all_gather_object(results, compute(), group=group)
     distributed.destroy_process_group(group)
-    return found
+    return results
+
+
+def from_first_process(args: OlaVlmArguments, compute: Callable[[], T]) -> T:
+    """What the first process computes, for all."""
+
+    def compute_there() -> T | None:
+        return compute() if args.process_index == 0 else None
+
+    return all_gather_object(compute_there)[0]
 
 
 def find_images(args: OlaVlmArguments, rows: Rows) -> Sources:
     """`rows.sources()`, for which one process reads the rows for all."""
-
-    def places() -> np.ndarray | None:
-        return rows.image_places() if args.process_index == 0 else None
-
-    return Sources(rows, gathered(places)[0])
+    return Sources(rows, from_first_process(args, rows.image_indices))
 
 
-def filled_caches(
-    args: OlaVlmArguments, teachers: dict[str, Teacher], images: Sources, compute: bool
-) -> tuple[dict[str, TargetCache], list[str], dict[int, str]]:
-    """The caches after each process has done its part of the images: looked at them and, if asked, computed targets;
-    the keys of images that can be used; and why others can't, by their place. ValueError names those unless bad rows
-    are to be dropped, and says what helps if targets are missing."""
+@dataclass
+class FilledCaches:
+    """The caches after each process has done its part of the images.
+
+    caches: by task.
+    keys: of the images that have targets, in order.
+    failed: index of an image that has none -> its name and why.
+    """
+
+    caches: dict[str, TargetCache]
+    keys: list[str]
+    failed: dict[int, str]
+
+
+def fill_caches(args: OlaVlmArguments, teachers: dict[str, Teacher], images: Sources, compute: bool) -> FilledCaches:
+    """All images are looked at and, if asked, their targets computed, by each process a part. ValueError names images
+    without a target unless bad rows are to be dropped, and says what helps if the caches lack some."""
     with args.main_process_first(desc="target cache"):  # a teacher's fingerprint may have to be computed
         caches = open_caches(args.target_cache, teachers, args.target_storage)
-    show = args.should_log and not args.disable_tqdm
-    to_fill = dict.fromkeys(caches.values()) if compute else {}  # tasks may share one
-    for cache in to_fill:
-        by_process = gathered(cache.check, args.process_index, args.world_size, show)
-        cache.forget([key for damaged in by_process for key in damaged])
+    distinct = list(dict.fromkeys(caches.values()))  # tasks may share one
+    progress = args.should_log and not args.disable_tqdm
+    if compute:
+        for cache in distinct:
+            check = partial(cache.check, args.process_index, args.world_size, progress)
+            for damaged in all_gather_object(check):
+                cache.forget(damaged)
+
+    keys, failed = _fill_together(args, teachers if compute else {}, caches, images, progress)
+    _report_failed(args, failed)
+    usable = [key for i, key in enumerate(keys) if i not in failed]
+    if compute:
+        for cache in distinct:
+            cache.reload()  # what the other processes stored
+    _check_complete(args, caches, usable, compute)
+    return FilledCaches(caches=caches, keys=usable, failed=failed)
+
+
+def _fill_together(
+    args: OlaVlmArguments,
+    teachers: dict[str, Teacher],
+    caches: dict[str, TargetCache],
+    images: Sources,
+    progress: bool,
+) -> tuple[list[str | None], dict[int, str]]:
+    """Each image's key, and which failed and why, by their indices."""
     # Shuffled: of what an interrupted fill or one with --shard left, each process has about the same to do.
-    part = np.sort(np.random.default_rng(0).permutation(len(images))[args.process_index :: args.world_size])
-    todo = args.target_cache, teachers if compute else {}, caches, images[part], args.dataloader_num_workers
-    keys, refused = {}, {}
-    for places, found, why in gathered(lambda: (part.tolist(), *fill(*todo, show))):
-        keys |= zip(places, found, strict=True)
-        refused |= {places[i]: reason for i, reason in why.items()}
-    if refused:
-        named, what = "\n".join(list(refused.values())[:20]), f"{len(refused)} images have no target"
-        if args.on_bad_rows == "stop":
-            raise ValueError(f"{what}; drop their rows, or set on_bad_rows=drop. The first ones:\n{named}")
-        logger.warning(f"{what}, their rows are dropped. The first ones:\n{named}")
-    usable = [keys[i] for i in range(len(images)) if i not in refused]
-    for cache in caches.values() if compute else ():
-        cache.reload()  # what the other processes stored
-    if lacking := {name: missing for name, cache in caches.items() if (missing := cache.missing(usable))}:
-        counts = ", ".join(f"{len(missing)} of {name}" for name, missing in lacking.items())
-        counts = f"{len(set[str]().union(*lacking.values()))} of {len(set(usable))} images ({counts})"
-        by_run = "computed just now. Is it one folder for all machines? If it is, start again"
-        by_command = "compute them by `ola-vlm targets` with this run's --recipe and fields, or by --target_fill true"
-        remedy = by_run if compute else by_command
-        raise ValueError(f"the cache {args.target_cache} lacks targets of {counts}: {remedy}")
-    return caches, usable, refused
+    shuffled = np.random.default_rng(0).permutation(len(images))
+    part = np.sort(shuffled[args.process_index :: args.world_size])
+
+    def fill_part():
+        report = fill(
+            args.target_cache,
+            teachers,
+            caches,
+            images[part],
+            args.dataloader_num_workers,
+            progress,
+        )
+        return part.tolist(), report
+
+    keys: list[str | None] = [None] * len(images)
+    failed = {}
+    for indices, report in all_gather_object(fill_part):
+        for index, key in zip(indices, report.keys, strict=True):
+            keys[index] = key
+        for i, reason in report.failed.items():
+            failed[indices[i]] = reason
+    return keys, failed
+
+
+def _report_failed(args: OlaVlmArguments, failed: dict[int, str]) -> None:
+    if not failed:
+        return
+    first_ones = "\n".join(list(failed.values())[:20])
+    count = f"{len(failed)} images have no target"
+    if args.on_bad_rows == "stop":
+        raise ValueError(f"{count}; drop their rows, or set on_bad_rows=drop. The first ones:\n{first_ones}")
+    logger.warning(f"{count}, their rows are dropped. The first ones:\n{first_ones}")
+
+
+def _check_complete(args: OlaVlmArguments, caches: dict[str, TargetCache], keys: list[str], computed: bool) -> None:
+    missing = {name: cache.missing(keys) for name, cache in caches.items()}
+    missing = {name: missing_keys for name, missing_keys in missing.items() if missing_keys}
+    if not missing:
+        return
+    by_task = ", ".join(f"{len(missing_keys)} of {name}" for name, missing_keys in missing.items())
+    count = len(set[str]().union(*missing.values()))
+    images = f"{count} of {len(set(keys))} images ({by_task})"
+    remedy = "compute them by `ola-vlm targets` with this run's --recipe and fields, or by --target_fill true"
+    if computed:
+        remedy = "computed just now. Is it one folder for all machines? If it is, start again"
+    raise ValueError(f"the cache {args.target_cache} lacks targets of {images}: {remedy}")
 
 
 def target_sources(
@@ -85,32 +151,23 @@ def target_sources(
 ) -> dict[str, TargetSource]:
     """Each task's function of images: its teacher or, with `target_cache`, what is stored of it; then no teacher is
     loaded, and rows with an image that can't be used are dropped. `others`: rows that aren't trained on.
-    ValueError as of `filled_caches`."""
+    ValueError as of `fill_caches`."""
     teachers = make_teachers(tasks, args.teachers or {}, args.device)
-    if not args.target_cache:
-        caches, keys = {}, []
-        sources = {name: teacher.encoder.encode for name, teacher in teachers.items()}
+    if args.target_cache:
+        filled = _fill_for_rows(args, teachers, [*others, rows])
+        sources = {name: cache.as_stored for name, cache in filled.caches.items()}
     else:
-        # The training images last: their keys are those of the statistics, and their caches know all that is stored.
-        for part in (*others, rows):
-            images = find_images(args, part)
-            caches, keys, refused = filled_caches(args, teachers, images, args.target_fill)
-            if refused:
-                logger.warning(f"dropped {part.drop_images(images, refused)} rows whose images have no target")
-        sources = {name: cache.as_stored for name, cache in caches.items()}
-    once = {teacher: OncePerBatch(sources[name]) for name, teacher in teachers.items()}
-    for name, teacher in teachers.items():
+        filled = None
+        sources = {name: teacher.encoder.encode for name, teacher in teachers.items()}
+    sources = _shared(sources, teachers)
+    for name in teachers:
         is_motion = args.teachers[name].get("motion", False)
-        if list(teachers.values()).count(teacher) > 1:
-            sources[name] = partial(once[teacher], name)
-        if args.standardize_targets and keys:
-            # By the training images' statistics, which go with the run: predictions are restored before decoding.
-            statistics = gathered(caches[name].statistics if args.process_index == 0 else len, keys)[0]
+        if args.standardize_targets and filled is not None and filled.keys:
+            # The training images' statistics, which go with the run: predictions are restored before decoding.
+            compute = partial(filled.caches[name].statistics, filled.keys)
+            statistics = from_first_process(args, compute)
             sources[name] = partial(_standardized, sources[name], statistics)
-            if args.should_save:
-                zero = {"mean": torch.zeros_like(statistics.mean)} if is_motion else {}  # of differences
-                folder = Path(args.output_dir) / "target_statistics"
-                statistics._replace(**zero).save(inside(folder, f"{name}.safetensors"))
+            _save_statistics(args, name, statistics, is_motion)
         if is_motion:
             sources[name] = Motion(sources[name])
     for task in tasks:
@@ -119,12 +176,42 @@ def target_sources(
     return sources
 
 
+def _fill_for_rows(args: OlaVlmArguments, teachers: dict[str, Teacher], parts: list[Rows]) -> FilledCaches:
+    """The caches filled for each of the parts, one after the other, whose rows without targets are dropped."""
+    # The training images come last: their keys are those of the statistics, and their caches know all that is stored.
+    for rows in parts:
+        images = find_images(args, rows)
+        filled = fill_caches(args, teachers, images, args.target_fill)
+        if filled.failed:
+            dropped = rows.drop_images(images, filled.failed)
+            logger.warning(f"dropped {dropped} rows whose images have no target")
+    return filled
+
+
+def _shared(sources: dict[str, TargetSource], teachers: dict[str, Teacher]) -> dict[str, TargetSource]:
+    """The same sources; tasks of one teacher ask it once a batch."""
+    once = {teacher: OncePerBatch(sources[name]) for name, teacher in teachers.items()}
+    shared = dict(sources)
+    for name, teacher in teachers.items():
+        if list(teachers.values()).count(teacher) > 1:
+            shared[name] = partial(once[teacher], name)
+    return shared
+
+
+def _save_statistics(args: OlaVlmArguments, task: str, statistics: TargetStatistics, is_motion: bool) -> None:
+    if not args.should_save:
+        return
+    if is_motion:  # the mean of differences
+        statistics = statistics._replace(mean=torch.zeros_like(statistics.mean))
+    statistics.save(inside(Path(args.output_dir) / FOLDER, f"{task}.safetensors"))
+
+
 def no_targets(args: OlaVlmArguments) -> dict[str, TargetSource]:
     """Of a run without embedding losses. Its predictors are those of the checkpoint that it begins with, and so are
     the statistics that decode what they predict: they go along, into the run's folder."""
     if args.should_save and args.checkpoint and not args.lora_rank:
         for file in own_statistics(args.checkpoint):
-            write_whole(Path(args.output_dir) / "target_statistics" / file.name, file.read_bytes())
+            write_whole(Path(args.output_dir) / FOLDER / file.name, file.read_bytes())
     return {}
 
 
