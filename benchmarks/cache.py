@@ -121,8 +121,8 @@ def main() -> None:
                 cache.flush()
                 read = cache.read(keys).double()
             plain = 1 - cosine_similarity(read, exact, dim=-1).mean()
-            centred = 1 - cosine_similarity(read - exact.mean(0), exact - exact.mean(0), dim=-1).mean()
-            print(f"{task:8}{storage:10}{plain:9.1e}  ({centred:.1e})")
+            centered = 1 - cosine_similarity(read - exact.mean(0), exact - exact.mean(0), dim=-1).mean()
+            print(f"{task:8}{storage:10}{plain:9.1e}  ({centered:.1e})")
 
 
 if __name__ == "__main__":

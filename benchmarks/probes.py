@@ -97,7 +97,7 @@ def main() -> None:
         print(f"{name:<14}{took:>8.2f} s {took / base:>6.2f} x forward   FLOP ratio {count / base_flops:.2f}")
     start = clock()
     turns.ridge.solve(dict.fromkeys(turns.targets, 1e-3))
-    print(f"solving all ridge probes for one strength: {clock() - start:.1f} s, once")
+    print(f"solving all ridge probes for one alpha: {clock() - start:.1f} s, once")
     share = ridge_flops(default_tasks(), LLAMA3["layers"], LLAMA3["hidden"]) / LLAMA3["forward"]
     print(f"ridge at 8B, counted: FLOP ratio {1 + share:.2f}, its part in float64")
 

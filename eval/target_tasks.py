@@ -341,7 +341,7 @@ def run(args: argparse.Namespace) -> dict:
             loaded = load_checkpoint(model, args.model_dtype, args.device_map, args.trust_remote_code)
             return of_model(probes.reader(*loaded), probes, statistics_of(model))
 
-        what = {"weights": weights_state(model), "strengths": probed["strengths"]}
+        what = {"weights": weights_state(model), "alphas": probed.get("alphas", probed.get("strengths"))}
         score_all(one["name"], folder, what, make)
     results = {**about, "scores": scores}
     write_json(args.out / "target_tasks.json", results, indent=1)

@@ -24,7 +24,7 @@ from transformers import logging
 from ..eval.statistics import compare_answers
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes
-from ..probing.ridge import choose_strength
+from ..probing.ridge import choose_alpha
 from ..probing.visualize import LayerViewer, find_run, pictures_figure
 from ..processing_ola_vlm import OlaVlmProcessor
 from ..recipes import miniature as recipe
@@ -106,9 +106,7 @@ def read_arms(root: Path, arms: list[tuple[str, int]]) -> tuple[dict[str, list[d
             results[method].append(result)
     probes = [result["probes"] for of_method in results.values() for result in of_method]
     validation = [scores["validation"] for of_arm in probes for scores in of_arm.values()]
-    strengths = (
-        {task["name"]: choose_strength(validation, task["name"]) for task in recipe.TASKS} if validation else {}
-    )
+    strengths = {task["name"]: choose_alpha(validation, task["name"]) for task in recipe.TASKS} if validation else {}
     for of_arm in probes:
         for stage, scores in of_arm.items():
             of_arm[stage] = {task: scores["test"][strength][task] for task, strength in strengths.items()}

@@ -18,7 +18,7 @@ from ..eval.multiple_choice import score
 from ..inference.generate import generate_answers
 from ..probing.fit import batches, fit
 from ..probing.probes import score as score_probes
-from ..probing.ridge import STRENGTHS, RidgeFit
+from ..probing.ridge import ALPHAS, RidgeFit
 from ..probing.states import StateReader
 from ..recipes import miniature as recipe
 from ..targets.files import write_whole
@@ -112,7 +112,7 @@ class Arm(TrainerCallback):
         splits = self.overrides.get("probe_splits", PROBE_SPLITS)
         fitter, reader, targets = fit_ridge(self.root, model, processor, splits)
         paths = probe_paths(self.root, splits)
-        probes = {strength: fitter.solve(dict.fromkeys(targets, strength)) for strength in STRENGTHS}
+        probes = {strength: fitter.solve(dict.fromkeys(targets, strength)) for strength in ALPHAS}
         parts = {split: batches(reader, targets, paths[split], PROBE_BATCH) for split in ("validation", "test")}
         scores = {split: score_probes(part, probes)[0] for split, part in parts.items()}
         write_whole(path, json.dumps(scores))

@@ -23,7 +23,7 @@ from .states import ImageStates, StateReader
 # The paper's probe, as its predictor without task tokens; depth's has no further MLP either.
 RESAMPLER = {"layers": [1], "num_task_tokens": 0, "predictor_dim": None, "predictor_depth": 1, "output_mlp": False}
 SAMPLE = 1000  # images whose mean states tell which others are like them
-Scores = dict[str, dict[str, dict[str, float]]]  # task -> layer -> {kind: centred cosine, kind_plain: the paper's}
+Scores = dict[str, dict[str, dict[str, float]]]  # task -> layer -> {kind: centered cosine, kind_plain: the paper's}
 
 
 def flat_cosine(prediction_NQE: Tensor, target_NQE: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def flat_cosine(prediction_NQE: Tensor, target_NQE: Tensor) -> Tensor:
     return F.cosine_similarity(prediction_NQE.flatten(1), target_NQE.flatten(1), dim=-1)
 
 
-def centred_cosine(prediction_NQE: Tensor, target_NQE: Tensor, mean_QE: Tensor) -> Tensor:
+def centered_cosine(prediction_NQE: Tensor, target_NQE: Tensor, mean_QE: Tensor) -> Tensor:
     """Cosine similarity at each position after the training images' mean there is taken off, averaged: (N,).
 
     Plain cosines are high for any prediction near the mean (.93 for the mean itself); this one is 0 on average."""
@@ -111,17 +111,17 @@ class StateSample:
 
 
 class LinearProbe(nn.Module):
-    """(..., H) -> (..., E), fp32. Inputs are centred first: some channels of a large LLM are far from 0 and hardly
+    """(..., H) -> (..., E), fp32. Inputs are centered first: some channels of a large LLM are far from 0 and hardly
     vary."""
 
     def __init__(self, width: int, target_dim: int):
         super().__init__()
-        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("center", torch.zeros(width))
         self.register_buffer("weight", torch.zeros(width, target_dim))
         self.register_buffer("bias", torch.zeros(target_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.centre) @ self.weight + self.bias
+        return (x - self.center) @ self.weight + self.bias
 
 
 class Probes:
@@ -148,11 +148,14 @@ class Probes:
     ):
         if kind not in ("ridge", "resampler"):
             raise ValueError(f'probe {kind!r} is unknown: choose "ridge" or "resampler"')
-        self.kind, self.num_layers, self.hidden_size, self.about = kind, num_layers, hidden_size, about or {}
+        self.kind = kind
+        self.num_layers = num_layers
+        self.hidden_size = hidden_size
+        self.about = about or {}
         self.tasks = {task["name"]: normalize_task({**task, **RESAMPLER}, hidden_size, 1) for task in tasks}
         self.means: dict[str, Tensor] = {}  # task -> training images' mean target (Q, E)
         self.familiarity: Familiarity | None = None  # None: of probes from before it was kept
-        self.statistics: dict[str, TargetStatistics] = {}  # of standardised targets, which are what a probe predicts
+        self.statistics: dict[str, TargetStatistics] = {}  # of standardized targets, which are what a probe predicts
 
         def make(task: dict) -> nn.Module:
             torch.manual_seed(seed)
@@ -161,15 +164,13 @@ class Probes:
             return EmbeddingPredictor(task, hidden_size)
 
         self.layers = range(first_layer, num_layers)
+        self.modules = nn.ModuleDict()
         with torch.random.fork_rng():
-            modules = {
-                name: nn.ModuleDict({str(layer): make(task) for layer in self.layers})
-                for name, task in self.tasks.items()
-            }
-        self.modules = nn.ModuleDict(modules)
+            for name, task in self.tasks.items():
+                self.modules[name] = nn.ModuleDict({str(layer): make(task) for layer in self.layers})
 
     def raw(self, states: ImageStates, task: str, layer: int) -> Tensor:
-        """(N, Q, E), standardised if the targets were."""
+        """(N, Q, E), standardized if the targets were."""
         probe = self.modules[task][str(layer)]
         if self.kind == "ridge":
             return probe(states.positions(layer, self.tasks[task]["target_length"]))
@@ -190,55 +191,66 @@ class Probes:
         self.modules.to(device)
         self.means = {name: mean.to(device) for name, mean in self.means.items()}
         if self.familiarity is not None:
-            self.familiarity = Familiarity(*(part.to(device) for part in self.familiarity))
-        moved = ((name, (part.to(device) for part in parts)) for name, parts in self.statistics.items())
-        self.statistics = {name: TargetStatistics(*parts) for name, parts in moved}
+            self.familiarity = Familiarity._make(part.to(device) for part in self.familiarity)
+        for name, statistics in self.statistics.items():
+            self.statistics[name] = TargetStatistics._make(part.to(device) for part in statistics)
         return self
 
     def reader(self, model, processor) -> StateReader:
-        """Of the states that the probes were fitted on: their prompt and geometry."""
+        """Of the states that the probes were fitted on: their prompt and shape."""
         return StateReader(model, processor, self.about["prompt"], self.about["square"])
 
     def save(self, folder: str | Path) -> None:
         """probes.safetensors and probes.json."""
         tensors = {f"probes.{name}": value for name, value in self.modules.state_dict().items()}
-        tensors |= {f"means.{name}": mean for name, mean in self.means.items()}
+        for name, mean in self.means.items():
+            tensors[f"means.{name}"] = mean
         if self.familiarity is not None:
-            tensors |= {f"familiarity.{part}": value for part, value in self.familiarity._asdict().items()}
+            for part, value in self.familiarity._asdict().items():
+                tensors[f"familiarity.{part}"] = value
         for name, statistics in self.statistics.items():
-            tensors |= {f"statistics.{name}.{part}": value for part, value in statistics._asdict().items()}
+            for part, value in statistics._asdict().items():
+                tensors[f"statistics.{name}.{part}"] = value
         save_tensors(tensors, Path(folder) / "probes.safetensors")
-        fields = {"kind": self.kind, "num_layers": self.num_layers, "hidden_size": self.hidden_size}
-        fields |= {"first_layer": self.layers[0]}
-        fields |= {"tasks": list(self.tasks.values()), "about": self.about}
+        fields = {
+            "kind": self.kind,
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "first_layer": self.layers[0],
+            "tasks": list(self.tasks.values()),
+            "about": self.about,
+        }
         write_json(Path(folder) / "probes.json", fields)
 
 
 def load_probes(folder: str | Path) -> Probes:
     """What `Probes.save` wrote: a model's folder below `ola-vlm probe`'s --out, or that itself if it has one model.
     ValueError if there are none or several."""
-    found = [path.parent for path in (Path(folder) / "probes.safetensors", *Path(folder).glob("*/probes.safetensors"))]
-    found = [one for one in found if (one / "probes.safetensors").exists()]
-    if len(found) != 1:
-        names = ", ".join(sorted(one.name for one in found)) or "none"
+    folders = [path for path in (Path(folder), *Path(folder).glob("*")) if (path / "probes.safetensors").exists()]
+    if len(folders) != 1:
+        names = ", ".join(sorted(path.name for path in folders)) or "none"
         raise ValueError(f"{folder} should have the probes of one model, it has those of {names}: give its folder")
-    fields = read_object(found[0] / "probes.json")
+    fields = read_object(folders[0] / "probes.json")
     known = ("kind", "tasks", "num_layers", "hidden_size", "about", "first_layer")
     probes = Probes(**{name: fields[name] for name in known if name in fields})
-    tensors = read_safetensors(found[0] / "probes.safetensors")
-    split = {part: {} for part in ("probes", "means", "familiarity", "statistics")}
-    for name, value in tensors.items():
-        part, _, rest = name.partition(".")
-        split[part][rest] = value
-    probes.modules.load_state_dict(split["probes"])
-    probes.means = split["means"]
-    if split["familiarity"]:
-        probes.familiarity = Familiarity(**split["familiarity"])
-    tasks = {name.partition(".")[0] for name in split["statistics"]}
-    probes.statistics = {
-        task: TargetStatistics(*(split["statistics"][f"{task}.{part}"] for part in TargetStatistics._fields))
-        for task in tasks
-    }
+    weights = {}
+    familiarity = {}
+    statistics = defaultdict(dict)
+    for name, value in read_safetensors(folders[0] / "probes.safetensors").items():
+        match name.split("."):
+            case ["probes", *names]:
+                weights[".".join(names).replace(".centre", ".center")] = value  # its spelling before
+            case ["means", task]:
+                probes.means[task] = value
+            case ["familiarity", part]:
+                familiarity[part] = value
+            case ["statistics", task, part]:
+                statistics[task][part] = value
+    probes.modules.load_state_dict(weights)
+    if familiarity:
+        probes.familiarity = Familiarity(**familiarity)
+    for task, parts in statistics.items():
+        probes.statistics[task] = TargetStatistics(**parts)
     return probes
 
 
@@ -252,21 +264,27 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 def score(
     batches: Iterable[tuple[ImageStates, dict[str, Tensor]]], probes: Mapping[object, Probes]
 ) -> tuple[dict[object, Scores], dict[str, float]]:
-    """For each of `probes`, by its key, {task: {layer: {kind: centred cosine, kind_plain: the paper's}}}, means over
+    """For each of `probes`, by its key, {task: {layer: {kind: centered cosine, kind_plain: the paper's}}}, means over
     images; and {task: the paper's score of the training images' mean target}, which is its zero."""
-    count, totals, of_means = 0, defaultdict(float), defaultdict(float)
+    count = 0
+    totals = defaultdict(float)  # (key, task, layer) -> both scores, summed over images
+    zero_totals = defaultdict(float)  # (key, task) -> the mean target's score, summed
     for states, targets in batches:
         count += len(states.grids)
-        for key, one in probes.items():
-            for task, layer, prediction in one.predict(states):
-                target, mean = targets[task], one.means[task]
-                both = torch.stack([centred_cosine(prediction, target, mean), flat_cosine(prediction, target)])
-                totals[key, task, layer] += both.double().sum(1)
-                if layer == one.layers[0]:
-                    of_means[key, task] += flat_cosine(mean.expand_as(target), target).double().sum().item()
-    scores = {key: {task: {} for task in one.tasks} for key, one in probes.items()}
+        for key, probes_of_key in probes.items():
+            for task, layer, prediction in probes_of_key.predict(states):
+                target = targets[task]
+                mean = probes_of_key.means[task]
+                cosines = torch.stack([centered_cosine(prediction, target, mean), flat_cosine(prediction, target)])
+                totals[key, task, layer] += cosines.double().sum(1)
+                if layer == probes_of_key.layers[0]:
+                    zero = flat_cosine(mean.expand_as(target), target)
+                    zero_totals[key, task] += zero.double().sum().item()
+    scores = {}
+    for key, probes_of_key in probes.items():
+        scores[key] = {task: {} for task in probes_of_key.tasks}
     for (key, task, layer), total in totals.items():
-        centred, plain = (total / count).tolist()
+        centered, plain = (total / count).tolist()
         kind = probes[key].kind
-        scores[key][task][str(layer)] = {kind: centred, f"{kind}_plain": plain}
-    return scores, {task: total / count for (_, task), total in of_means.items()}
+        scores[key][task][str(layer)] = {kind: centered, f"{kind}_plain": plain}
+    return scores, {task: total / count for (_, task), total in zero_totals.items()}

@@ -22,7 +22,7 @@ class ResamplerFit:
     Args:
         tasks, num_layers, hidden_size, about: as `Probes` takes them.
         images, epochs, step_images: how many images there are, how often each is seen, and how many make a step.
-        statistics: of tasks whose targets are to be standardised; the probes restore what they predict.
+        statistics: of tasks whose targets are to be standardized; the probes restore what they predict.
     """
 
     def __init__(
@@ -40,13 +40,17 @@ class ResamplerFit:
         statistics: dict[str, TargetStatistics] | None = None,
         device="cpu",
     ):
-        self.images, self.epochs, self.seed, self.learning_rate = images, epochs, seed, learning_rate
+        self.images = images
+        self.epochs = epochs
+        self.seed = seed
+        self.learning_rate = learning_rate
         self.step_images = min(step_images, images)
         self.probes = Probes("resampler", tasks, num_layers, hidden_size, about, seed)
         self.probes.statistics = statistics or {}
         self.probes.to(device)
         self.optimizer = torch.optim.AdamW(self.probes.modules.parameters(), lr=learning_rate, weight_decay=0.0)
-        self.step, self.seen = 0, 0  # optimiser steps, and images seen in all epochs
+        self.step = 0  # optimizer steps
+        self.seen = 0  # images, in all epochs
         self.sample = StateSample()
         self.totals: dict[str, Tensor] = {}  # task -> sum of the first epoch's targets (Q, E)
         self.losses: dict[str, float] = {}  # task -> mean over layers, of the last batch
@@ -58,7 +62,8 @@ class ResamplerFit:
         batches = []
         for epoch in range(self.epochs):
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch))
-            batches += [batch for step in order.split(self.step_images) for batch in step.split(batch_size)]
+            for step in order.split(self.step_images):
+                batches += step.split(batch_size)
         return batches
 
     @property
@@ -67,7 +72,7 @@ class ResamplerFit:
         return self.seen % self.images % self.step_images == 0
 
     def update(self, states: ImageStates, targets: Mapping[str, Tensor]) -> None:
-        """One batch; an optimiser step when a step's images are through. Each probe's graph is freed before the next
+        """One batch; an optimizer step when a step's images are through. Each probe's graph is freed before the next
         one's is made."""
         start = self.seen % self.images // self.step_images * self.step_images
         share = len(states.grids) / min(self.step_images, self.images - start)
@@ -109,7 +114,8 @@ class ResamplerFit:
         tensors = {f"total.{name}": total for name, total in self.totals.items()}
         for name, parameter in self.probes.modules.named_parameters():
             tensors[f"weight.{name}"] = parameter.detach()
-            tensors |= {f"optimizer.{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
+            for part, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{part}.{name}"] = value
         tensors.update(self.sample.state())
         tensors["step"] = torch.tensor(self.step)
         tensors["seen"] = torch.tensor(self.seen)
@@ -117,7 +123,8 @@ class ResamplerFit:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.step, self.seen = int(tensors["step"]), int(tensors["seen"])
+        self.step = int(tensors["step"])
+        self.seen = int(tensors["seen"])
         self.sample.load_state(tensors)
         parameters = dict(self.probes.modules.named_parameters())
         device = next(iter(parameters.values())).device

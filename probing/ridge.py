@@ -1,7 +1,7 @@
 """Closed-form probes: how well does each LLM layer's image-token states tell a target encoder's features?
 
 The paper trains a resampler probe per layer (section 4.1, `probing.resampler`); a ridge regression is exact, takes
-seconds, and has one strength, to be chosen on validation images once and used for all methods alike.
+seconds, and has one number to choose, alpha, the factor of its penalty: on validation images, once for all methods.
 
 Q positions of the target, H LLM width, E target width, R rows (images * Q).
 """
@@ -15,42 +15,48 @@ from torch import Tensor
 from .probes import Probes, Scores, StateSample
 from .states import ImageStates
 
-STRENGTHS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+ALPHAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class RidgeProbe:
     """Ridge regression with an intercept, from streamed rows; memory H * (H + E) in float64.
 
-    Inputs are standardised to unit variance, so that a strength means the same for every layer and model (layers
-    differ in scale, and a few channels of a large LLM in size by orders): it minimises
-    mean |y - W x - b|^2 + strength * |W std(x)|^2. Try 1e-5 to 1.
+    Inputs are standardized to unit variance, so that an alpha means the same for every layer and model (layers
+    differ in scale, and a few channels of a large LLM in size by orders): it minimizes
+    mean |y - W x - b|^2 + alpha * |W std(x)|^2. Try 1e-5 to 1.
     """
 
     def __init__(self):
-        self.count, self.mean, self.scatter = 0, 0.0, 0.0  # of the rows (x, y): (H + E,), and (H, H + E)
+        self.count = 0
+        self.mean = 0.0  # of the rows (x, y), (H + E,)
+        self.scatter = 0.0  # (H, H + E)
 
     def update(self, x_RH: Tensor, y_RE: Tensor):
         """Adds rows: scatter matrices around the mean so far, merged by the parallel variance formula. The statistics
         follow the rows to their device: a fit may go on at another one."""
-        width, rows = x_RH.shape[1], len(x_RH)
+        width = x_RH.shape[1]
+        rows = len(x_RH)
         if self.count > 0:
             self.mean = self.mean.to(x_RH.device)
             self.scatter = self.scatter.to(x_RH.device)
         both = torch.cat([x_RH.double(), y_RE.double()], dim=1)
         mean = both.mean(0)
-        both, delta, share = both - mean, mean - self.mean, rows / (self.count + rows)
+        centered = both - mean
+        delta = mean - self.mean
+        share = rows / (self.count + rows)
         between = self.count * share * torch.outer(delta[:width], delta)
-        self.scatter = self.scatter + both[:, :width].T @ both + between
+        self.scatter = self.scatter + centered[:, :width].T @ centered + between
         self.mean = self.mean + share * delta
         self.count += rows
 
-    def solve(self, strength: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (H, E), centre (H,) and bias (E,), float64, of `(x - centre) @ weights + bias`; strength > 0."""
-        width, covariance = len(self.scatter), self.scatter / self.count
+    def solve(self, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (H, E), center (H,) and bias (E,), float64, of `(x - center) @ weights + bias`; alpha > 0."""
+        width = len(self.scatter)
+        covariance = self.scatter / self.count
         std = covariance.diagonal().sqrt()
         std = torch.where(std > 1e-9, std, 1)
         system = covariance[:, :width] / torch.outer(std, std)
-        system.diagonal().add_(strength)
+        system.diagonal().add_(alpha)
         weights = torch.linalg.solve(system, covariance[:, width:] / std[:, None]) / std[:, None]
         return weights, self.mean[:width], self.mean[width:]
 
@@ -70,7 +76,8 @@ class RidgeFit:
             self.groups[task["target_length"]].append(task["name"])
         self.probes = {(length, layer): RidgeProbe() for length in self.groups for layer in range(num_layers)}
         self.sample = StateSample()
-        self.count, self.totals = 0, {}  # images, and their targets' sums (Q, E) by task
+        self.count = 0  # images
+        self.totals: dict[str, Tensor] = {}  # task -> their targets' sum (Q, E)
         self.can_stop = True  # after any batch
 
     def plan(self, count: int, batch_size: int) -> list[Tensor]:
@@ -92,29 +99,36 @@ class RidgeFit:
                 inputs = states.positions(layer, length).flatten(0, 1)
                 self.probes[length, layer].update(inputs, together)
 
-    def solve(self, strengths: Mapping[str, float]) -> Probes:
-        """The probes with a strength for each task."""
+    def solve(self, alphas: Mapping[str, float]) -> Probes:
+        """The probes with an alpha for each task."""
         probes = Probes("ridge", *self.args)
-        probes.about["strengths"] = dict(strengths)
+        probes.about["alphas"] = dict(alphas)
         probes.means = {name: (total / self.count).float() for name, total in self.totals.items()}
         probes.familiarity = self.sample.familiarity()
         for (length, layer), ridge in self.probes.items():
-            solved = {
-                strength: ridge.solve(strength) for strength in {strengths[name] for name in self.groups[length]}
-            }
+            solved = {}
             start = 0
             for name in self.groups[length]:
-                weights, centre, bias = solved[strengths[name]]
-                own = slice(start, start := start + probes.tasks[name]["target_dim"])
-                found = {"centre": centre, "weight": weights[:, own], "bias": bias[own]}
-                probes.modules[name][str(layer)].load_state_dict({part: x.float() for part, x in found.items()})
+                alpha = alphas[name]
+                if alpha not in solved:
+                    solved[alpha] = ridge.solve(alpha)
+                weights, center, bias = solved[alpha]
+                stop = start + probes.tasks[name]["target_dim"]
+                state = {
+                    "center": center.float(),
+                    "weight": weights[:, start:stop].float(),
+                    "bias": bias[start:stop].float(),
+                }
+                probes.modules[name][str(layer)].load_state_dict(state)
+                start = stop
         return probes.to(next(iter(self.totals.values())).device)
 
     def state(self) -> dict[str, Tensor]:
         """What an interrupted fit goes on from, exactly."""
         tensors = {f"total.{name}": total for name, total in self.totals.items()}
         for (length, layer), ridge in self.probes.items():
-            tensors |= {f"{length}.{layer}.mean": ridge.mean, f"{length}.{layer}.scatter": ridge.scatter}
+            tensors[f"{length}.{layer}.mean"] = ridge.mean
+            tensors[f"{length}.{layer}.scatter"] = ridge.scatter
         tensors.update(self.sample.state())
         tensors["count"] = torch.tensor(self.count)
         return tensors
@@ -134,10 +148,13 @@ class RidgeFit:
                     ridge.count = self.count * int(length)
 
 
-def choose_strength(validation: Sequence[dict[float, Scores]], task: str) -> float:
-    """The strength with a task's highest mean centred cosine over all methods given and layers."""
+def choose_alpha(validation: Sequence[dict[float, Scores]], task: str) -> float:
+    """The alpha with a task's highest mean centered cosine over all methods given and layers."""
 
-    def total(strength):
-        return sum(layer["ridge"] for scores in validation for layer in scores[strength][task].values())
+    def total(alpha: float) -> float:
+        cosines = 0.0
+        for scores in validation:
+            cosines += sum(layer["ridge"] for layer in scores[alpha][task].values())
+        return cosines
 
     return max(validation[0], key=total)

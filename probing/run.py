@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from ..targets.escapes import one_line, terminal
 from ..targets.files import only_one, read_finished, write_json
 from ..targets.fill import make_teachers
 from ..targets.images import IMAGE_ENDINGS, image_files
+from ..targets.statistics import TargetStatistics
 from ..training.arguments import OlaVlmArguments
 from ..training.rows import load_rows, row_images
 from ..training.targets import fill_caches
@@ -34,76 +35,93 @@ from .figures import curves_figure
 from .fit import batches, fit
 from .probes import load_probes, score
 from .resampler import ResamplerFit
-from .ridge import STRENGTHS, RidgeFit, choose_strength
+from .ridge import ALPHAS, RidgeFit, choose_alpha
 from .states import PROMPT, StateReader
 
-TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # of the images
+TEST_SHARE = 0.2  # of the images
+VALIDATION_SHARE = 0.1
+# What a model's folder has when its probes are fitted. (A ridge's alpha is still to be chosen then.)
+FITTED_FILES = {"ridge": "validation.json", "resampler": "probes.safetensors"}
+SETTINGS_FILE = "settings.json"
+OLD_SETTINGS_FILE = "run.json"  # its name in an OUT of before
 
 
 class Images(Sequence):
     """Of a folder, or of a data set's rows: by its number, or those that a slice or an array of numbers chooses."""
 
-    def __init__(self, get: Callable, places: np.ndarray):
-        self.get, self.places = get, places
+    def __init__(self, get: Callable, indices: np.ndarray):
+        self.get = get
+        self.indices = indices
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, i):
-        return Images(self.get, self.places[i]) if isinstance(i, (slice, np.ndarray)) else self.get(self.places[i])
+        if isinstance(i, (slice, np.ndarray)):
+            return Images(self.get, self.indices[i])
+        return self.get(self.indices[i])
 
 
-def find_images(place: str, args: OlaVlmArguments) -> Images:
+def find_images(name: str, args: OlaVlmArguments) -> Images:
     """The image files of a folder and those below it, else what the rows of a data set hold (`training.rows`), with
     words or without; each file once. ValueError if there are none."""
-    if Path(place).is_dir():
-        if files := image_files(place):
+    if Path(name).is_dir():
+        files = image_files(name)
+        if files:
             return Images(files.__getitem__, np.arange(len(files)))
-    elif not place.endswith((".json", ".jsonl")) and not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
-        raise ValueError(f"{place} is no folder, no .json or .jsonl file and no name of a data set")
+    elif not name.endswith((".json", ".jsonl")) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"{name} is no folder, no .json or .jsonl file and no name of a data set")
     try:
-        rows = load_rows(place, args.image_folder, args.data_config, args.data_split)
+        rows = load_rows(name, args.image_folder, args.data_config, args.data_split)
     except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"{place} has no images ({', '.join(sorted(IMAGE_ENDINGS))}) and no rows: {error}") from error
+        raise ValueError(f"{name} has no images ({', '.join(sorted(IMAGE_ENDINGS))}) and no rows: {error}") from error
 
-    def images_of(i: int) -> list:
-        return row_images(rows.source[i], rows.image_folder)
+    def images_of(row: int) -> list:
+        return row_images(rows.source[row], rows.image_folder)
 
-    places = [(i, n, image) for i in range(len(rows.source)) for n, image in enumerate(images_of(i))]
-    once = {image if isinstance(image, str) else (i, n): (i, n) for i, n, image in places}
-    if not once:
-        raise ValueError(f"the rows of {place} have no images")
-    return Images(lambda at: images_of(int(at[0]))[at[1]], np.array(list(once.values())))
+    indices = {}  # a file, or an image that lies in a row -> (row, number of the image in it)
+    for row in range(len(rows.source)):
+        for number, image in enumerate(images_of(row)):
+            key = image if isinstance(image, str) else (row, number)
+            indices[key] = (row, number)
+    if not indices:
+        raise ValueError(f"the rows of {name} have no images")
+    return Images(lambda index: images_of(int(index[0]))[index[1]], np.array(list(indices.values())))
 
 
 def split(count: int, seed: int, has_test: bool) -> dict[str, np.ndarray]:
-    """Places of training, validation and, unless they come apart, test images; the same for a seed."""
+    """Indices of training, validation and, unless they come apart, test images; the same for a seed."""
     order = np.random.default_rng(seed).permutation(count)
-    test = 0 if has_test else max(1, round(TEST_SHARE * count))
-    stop = test + max(1, round(VALIDATION_SHARE * count))
-    if count <= stop:
+    num_test = 0 if has_test else max(1, round(TEST_SHARE * count))
+    num_validation = max(1, round(VALIDATION_SHARE * count))
+    num_held_out = num_test + num_validation
+    if count <= num_held_out:
         raise ValueError(f"{count} images are too few: at least 3, and thousands for a probe that means something")
-    return {"train": np.sort(order[stop:]), "validation": np.sort(order[test:stop]), "test": np.sort(order[:test])}
+    return {
+        "train": np.sort(order[num_held_out:]),
+        "validation": np.sort(order[num_test:num_held_out]),
+        "test": np.sort(order[:num_test]),
+    }
 
 
-def options() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("models", nargs="+", metavar="MODEL", help="folders or names on the Hub")
-    own.add_argument("--images", required=True, help="a folder of images, a .json of rows, or a Hugging Face data set")
-    own.add_argument("--out", type=Path, required=True)
-    own.add_argument("--targets", nargs="+", metavar="TASK", help="tasks of the recipe; all by default")
-    own.add_argument("--probe", choices=["ridge", "resampler"], default="ridge")
-    own.add_argument("--test_images", help="held-out images of their own; by default a fifth of --images")
-    own.add_argument("--max_images", type=int, help="of --images, drawn by the seed; all by default")
-    own.add_argument("--batch_size", type=int, default=16, help="images a forward pass")
-    own.add_argument("--epochs", type=int, default=2, help="of a resampler")
-    own.add_argument("--step_images", type=int, default=256, help="images an optimiser step of a resampler")
-    own.add_argument("--prompt", default=PROMPT, help="the words after the image")
-    own.add_argument("--own_geometry", action="store_true", help="don't pad images to the square that teachers see")
-    own.add_argument("--model_dtype", default="auto", help="auto: the checkpoint's, float32 on a CPU")
-    own.add_argument("--device_map", help="auto, cuda:1, ...")
-    own.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a checkpoint")
-    return own
+def options_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or names on the Hub")
+    parser.add_argument("--images", required=True, help="a folder of images, a .json of rows, or a data set's name")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--targets", nargs="+", metavar="TASK", help="tasks of the recipe; all by default")
+    parser.add_argument("--probe", choices=["ridge", "resampler"], default="ridge")
+    parser.add_argument("--test_images", help="held-out images of their own; by default a fifth of --images")
+    parser.add_argument("--max_images", type=int, help="of --images, drawn by the seed; all by default")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a forward pass")
+    parser.add_argument("--epochs", type=int, default=2, help="of a resampler")
+    parser.add_argument("--step_images", type=int, default=256, help="images an optimizer step of a resampler")
+    parser.add_argument("--prompt", default=PROMPT, help="the words after the image")
+    parser.add_argument("--no_square", action="store_true", help="don't pad images to the square that teachers see")
+    parser.add_argument("--model_dtype", default="auto", help="auto: the checkpoint's, float32 on a CPU")
+    parser.add_argument("--device_map", help="auto, cuda:1, ...")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a checkpoint")
+    return parser
 
 
 def read_json(path: Path):
@@ -112,34 +130,175 @@ def read_json(path: Path):
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
     """What tells them apart: their paths without the parts that all share at the begin and the end."""
-    parts = [re.split(r"[/\\]+", model.strip("/\\")) for model in models]
-    while len(parts) > 1 and all(len(one) > 1 and one[0] == parts[0][0] for one in parts):
-        parts = [one[1:] for one in parts]
-    while len(parts) > 1 and all(len(one) > 1 and one[-1] == parts[0][-1] for one in parts):
-        parts = [one[:-1] for one in parts]
-    return dict(zip(models, ["/".join(one if len(parts) > 1 else one[-1:]) for one in parts], strict=True))
+    paths = [re.split(r"[/\\]+", model.strip("/\\")) for model in models]
+    if len(paths) == 1:
+        return {models[0]: paths[0][-1]}
+    while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
+        paths = [path[1:] for path in paths]
+    while all(len(path) > 1 and path[-1] == paths[0][-1] for path in paths):
+        paths = [path[:-1] for path in paths]
+    return {model: "/".join(path) for model, path in zip(models, paths, strict=True)}
 
 
-def find_tasks(own: argparse.Namespace, args: OlaVlmArguments) -> list[dict]:
-    known = [{**PAPER_TASKS.get(task["name"], {}), **task} for task in args.tasks or []]
-    if not known or not args.teachers:
+def find_tasks(options: argparse.Namespace, args: OlaVlmArguments) -> list[dict]:
+    tasks = [{**PAPER_TASKS.get(task["name"], {}), **task} for task in args.tasks or []]
+    if not tasks or not args.teachers:
         raise ValueError("the recipe has no tasks and teachers: name another one, or give --tasks and --teachers")
-    names = [task["name"] for task in known]
-    if unknown := set(own.targets or []) - set(names):
-        raise ValueError(f"the recipe has no task {', '.join(sorted(unknown))}: choose of {', '.join(names)}")
-    return [task for task in known if task["name"] in (own.targets or names)]
+    names = [task["name"] for task in tasks]
+    wanted = options.targets or names
+    unknown = set(wanted) - set(names)
+    if unknown:
+        raise ValueError(f"the recipe has no task {', '.join(sorted(unknown))}: choose one of {', '.join(names)}")
+    return [task for task in tasks if task["name"] in wanted]
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """What holds for all models of one OUT.
+
+    options, args: of the command line; of `args` the recipe's fields.
+    models: those that were asked for, then others that OUT has from before.
+    settings: all that the probes depend on, JSON-ready; an OUT has probes of the same settings only.
+    targets: task -> function of images that gives their targets (N, Q, E).
+    splits: "train", "validation" and "test" -> their images.
+    statistics: of the training images' targets, of tasks whose targets are standardized.
+    """
+
+    options: argparse.Namespace
+    args: OlaVlmArguments
+    models: list[str]
+    tasks: list[dict]
+    settings: dict
+    targets: dict[str, Callable]
+    splits: dict[str, Images]
+    statistics: dict[str, TargetStatistics]
+
+    @property
+    def is_ridge(self) -> bool:
+        return self.options.probe == "ridge"
+
+    @property
+    def fitted_file(self) -> str:
+        return FITTED_FILES[self.options.probe]
+
+
+class LoadedModel:
+    """The model that was asked for last, which stays in memory; another one takes its place."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.name: str | None = None
+        self.state_reader: StateReader | None = None
+
+    def reader(self, name: str) -> StateReader:
+        if name != self.name or self.state_reader is None:
+            self.state_reader = None  # freed before the next one is read
+            options = self.options
+            model, processor = load_checkpoint(
+                name, options.model_dtype, options.device_map, options.trust_remote_code
+            )
+            self.state_reader = StateReader(model, processor, options.prompt, square=not options.no_square)
+            self.name = name
+        return self.state_reader
+
+
+# ------------------------------------------------------------------------- what is done before any model is loaded
+def prepare(options: argparse.Namespace, args: OlaVlmArguments) -> ProbeRun:
+    """Finds tasks, images and targets. ValueError for what can't work, before anything slow."""
+    tasks = find_tasks(options, args)
+    images = find_images(options.images, args)
+    if options.max_images:
+        chosen = np.random.default_rng(args.seed).permutation(len(images))[: options.max_images]
+        images = images[np.sort(chosen)]
+    test_images = None
+    if options.test_images:
+        test_images = find_images(options.test_images, args)
+        check_held_out(test_images, images)
+    has_test = test_images is not None
+    split(len(images), args.seed, has_test)  # fails if they are too few
+    settings = make_settings(options, args, tasks, [*images, *(test_images or [])])
+    models = find_models(options)
+    for model in models:
+        check_weights(options.out, model)
+    check_settings(options.out, settings)
+
+    targets, images, keys = open_targets(tasks, images, args)
+    indices = split(len(images), args.seed, has_test)
+    splits = {name: images[chosen] for name, chosen in indices.items()}
+    if has_test:
+        # The caches are opened anew: those from before don't know these images.
+        targets, splits["test"], _ = open_targets(tasks, test_images, args)
+    statistics = {}
+    if options.probe == "resampler" and args.standardize_targets:
+        train_keys = [keys[i] for i in indices["train"]]
+        statistics = {name: cache.statistics(train_keys) for name, cache in targets.items()}
+    return ProbeRun(
+        options=options,
+        args=args,
+        models=models,
+        tasks=tasks,
+        settings=settings,
+        targets=targets,
+        splits=splits,
+        statistics=statistics,
+    )
+
+
+def find_models(options: argparse.Namespace) -> list[str]:
+    """Those that were asked for, then those that OUT has fitted probes of."""
+    models = list(options.models)
+    for path in sorted(options.out.glob(f"*/{FITTED_FILES[options.probe]}")):
+        model = read_json(path.parent / "model.json")["model"]
+        if model not in models:
+            models.append(model)
+    return models
+
+
+def check_held_out(test_images: Images, images: Images) -> None:
+    fitted = {image for image in images if isinstance(image, str)}
+    both = [image for image in test_images if isinstance(image, str) and image in fitted]
+    if both:
+        raise ValueError(f"{len(both)} of --test_images are among --images ({both[0]}): held out means others")
+
+
+def make_settings(options: argparse.Namespace, args: OlaVlmArguments, tasks: list[dict], images: list) -> dict:
+    digest = hashlib.blake2b(digest_size=8)
+    for image in images:
+        digest.update(image.encode() if isinstance(image, str) else image["bytes"])
+    settings = {
+        "probe": options.probe,
+        "tasks": tasks,
+        "teachers": {task["name"]: args.teachers[task["name"]] for task in tasks},
+        "images": options.images,
+        "test_images": options.test_images,
+        "images_hash": digest.hexdigest(),
+        "seed": args.seed,
+        "prompt": options.prompt,
+        "square": not options.no_square,
+        "batch_size": options.batch_size,
+        "model_dtype": options.model_dtype,
+    }
+    if options.probe == "resampler":
+        settings["epochs"] = options.epochs
+        settings["step_images"] = options.step_images
+        settings["learning_rate"] = args.learning_rate
+        settings["standardized"] = args.standardize_targets
+    return settings
 
 
 def check_settings(out: Path, settings: dict) -> None:
     """ValueError if `out` was begun with others."""
-    file = out / "run.json"
-    if not file.exists():
+    files = [out / name for name in (SETTINGS_FILE, OLD_SETTINGS_FILE) if (out / name).exists()]
+    if not files:
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty and not of `ola-vlm probe`: choose another --out")
-        write_json(file, settings)
-    settings, other = json.loads(json.dumps(settings)), read_json(file)
-    if differs := sorted(name for name in settings.keys() | other.keys() if settings.get(name) != other.get(name)):
-        raise ValueError(f"{out} has probes with another {', '.join(differs)}: choose another --out")
+        write_json(out / SETTINGS_FILE, settings)
+        return
+    settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
+    other = read_json(files[0])
+    different = sorted(name for name in settings.keys() | other.keys() if settings.get(name) != other.get(name))
+    if different:
+        raise ValueError(f"{out} has probes with another {', '.join(different)}: choose another --out")
 
 
 def open_targets(tasks: list[dict], images: Images, args: OlaVlmArguments) -> tuple[dict, Images, list[str]]:
@@ -152,201 +311,190 @@ def open_targets(tasks: list[dict], images: Images, args: OlaVlmArguments) -> tu
     return filled.caches, images[usable], filled.keys
 
 
-class Run:
-    """One --out: what holds for all its models, and each model's steps, which are not done again."""
+# ------------------------------------------------------------------------ a model's steps, which are not done again
+def model_folder(out: Path, model: str) -> Path:
+    return out / re.sub(r"[^\w.-]+", "_", model.strip("/"))
 
-    def __init__(self, own: argparse.Namespace, args: OlaVlmArguments):
-        self.own, self.args, self.tasks = own, args, find_tasks(own, args)
-        images, tests = find_images(own.images, args), None
-        if own.max_images:
-            images = images[np.sort(np.random.default_rng(args.seed).permutation(len(images))[: own.max_images])]
-        if own.test_images:
-            tests = find_images(own.test_images, args)
-            fitted = {image for image in images if isinstance(image, str)}
-            if both := [image for image in tests if isinstance(image, str) and image in fitted]:
-                raise ValueError(f"{len(both)} of --test_images are among --images ({both[0]}): held out means others")
-        split(len(images), args.seed, tests is not None)  # before any work
-        names = hashlib.blake2b(digest_size=8)
-        for image in (*images, *(tests or [])):
-            names.update(image.encode() if isinstance(image, str) else image["bytes"])
-        self.settings = {
-            "probe": own.probe,
-            "tasks": self.tasks,
-            "teachers": {task["name"]: args.teachers[task["name"]] for task in self.tasks},
-            "images": own.images,
-            "test_images": own.test_images,
-            "images_hash": names.hexdigest(),
-            "seed": args.seed,
-            "prompt": own.prompt,
-            "square": not own.own_geometry,
-            "batch_size": own.batch_size,
-            "model_dtype": own.model_dtype,
+
+def check_weights(out: Path, model: str) -> None:
+    """ValueError if there is no such model, or if it was probed with other weights."""
+    folder = model_folder(out, model)
+    weights = weights_state(model)
+    if (folder / "model.json").exists() and read_json(folder / "model.json")["weights"] != weights:
+        raise ValueError(f"{model} was probed in {folder} with other weights: choose another --out")
+
+
+def make_fit(run: ProbeRun, loaded: LoadedModel, model: str) -> RidgeFit | ResamplerFit:
+    """A fit that has seen nothing yet. The model's shape is that in its folder."""
+    known = read_json(model_folder(run.options.out, model) / "model.json")
+    about = {"model": model, "prompt": run.options.prompt, "square": not run.options.no_square}
+    if run.is_ridge:
+        return RidgeFit(run.tasks, known["num_layers"], known["hidden_size"], about)
+    return ResamplerFit(
+        run.tasks,
+        known["num_layers"],
+        known["hidden_size"],
+        about,
+        images=len(run.splits["train"]),
+        epochs=run.options.epochs,
+        step_images=run.options.step_images,
+        learning_rate=run.args.learning_rate,
+        seed=run.args.seed,
+        statistics=run.statistics,
+        device=loaded.reader(model).model.device,
+    )
+
+
+def split_batches(run: ProbeRun, loaded: LoadedModel, model: str, part: str):
+    """States and targets of the images of a split."""
+    return batches(
+        loaded.reader(model),
+        run.targets,
+        run.splits[part],
+        run.options.batch_size,
+        workers=run.args.dataloader_num_workers,
+        describe=f"{short_names(run.models)[model]}: {part}",
+    )
+
+
+def fit_model(run: ProbeRun, loaded: LoadedModel, model: str) -> None:
+    """Leaves the ridge's statistics and scores of each alpha on validation images, or the resamplers."""
+    folder = model_folder(run.options.out, model)
+    if (folder / run.fitted_file).exists():
+        return
+    reader = loaded.reader(model)
+    text_config = reader.model.config.get_text_config()
+    about = {
+        "num_layers": text_config.num_hidden_layers + 1,
+        "hidden_size": text_config.hidden_size,
+        "model": model,
+        "weights": weights_state(model),
+        "class": type(reader.model).__name__,
+    }
+    write_json(folder / "model.json", about)
+    fitter = make_fit(run, loaded, model)
+    unfinished = folder / "fit.safetensors"
+    fit(
+        fitter,
+        reader,
+        run.targets,
+        run.splits["train"],
+        run.options.batch_size,
+        workers=run.args.dataloader_num_workers,
+        describe=f"{short_names(run.models)[model]}: fit",
+        saved=unfinished,
+    )
+    if not run.is_ridge:
+        fitter.finish().save(folder)
+        unfinished.unlink()
+        return
+    probes = {alpha: fitter.solve(dict.fromkeys(run.targets, alpha)) for alpha in ALPHAS}
+    scores, _ = score(split_batches(run, loaded, model, "validation"), probes)
+    write_json(folder / run.fitted_file, scores)
+
+
+def choose_alphas(run: ProbeRun) -> dict[str, float]:
+    """A task's, the same for all models and layers; none for resamplers."""
+    if not run.is_ridge:
+        return {}
+    validation = [read_json(model_folder(run.options.out, model) / run.fitted_file) for model in run.models]
+    return {task["name"]: float(choose_alpha(validation, task["name"])) for task in run.tasks}
+
+
+def score_model(run: ProbeRun, loaded: LoadedModel, model: str, alphas: dict[str, float]) -> dict:
+    """Scores on the test images of the probes with these alphas, which are saved."""
+    folder = model_folder(run.options.out, model)
+    known = read_finished(folder / "scores.json") or {}
+    if known.get("alphas", known.get("strengths")) == alphas:  # the latter: its name before
+        return known
+    device = loaded.reader(model).model.device
+    if run.is_ridge:
+        fitter = make_fit(run, loaded, model)
+        fitter.load_state(load_file(folder / "fit.safetensors", device=str(device)))
+        fitter.solve(alphas).save(folder)
+    probes = load_probes(folder).to(device)
+    scores, zero = score(split_batches(run, loaded, model, "test"), {model: probes})
+    results = {"alphas": alphas, "scores": scores[model], "zero": zero}
+    write_json(folder / "scores.json", results)
+    return results
+
+
+def compute_results(run: ProbeRun) -> dict:
+    """probes.json's content, of all models that OUT has; all are fitted, and tested where need be."""
+    loaded = LoadedModel(run.options)
+    for model in run.models:
+        fit_model(run, loaded, model)
+    alphas = choose_alphas(run)
+    # The last one that was fitted is still loaded.
+    tested = {model: score_model(run, loaded, model, alphas) for model in reversed(run.models)}
+
+    names = short_names(run.models)
+    by_model = {}
+    for model in run.models:
+        folder = model_folder(run.options.out, model)
+        by_model[model] = {
+            "name": names[model],
+            "folder": folder.name,
+            "weights": read_json(folder / "model.json")["weights"],
+            "scores": tested[model]["scores"],
         }
-        if own.probe == "resampler":
-            self.settings |= {"epochs": own.epochs, "step_images": own.step_images}
-            self.settings |= {"learning_rate": args.learning_rate, "standardized": args.standardize_targets}
-        for model in own.models:
-            self.folder(model)
-        check_settings(own.out, self.settings)
-        self.targets, images, keys = open_targets(self.tasks, images, args)
-        places = split(len(images), args.seed, tests is not None)
-        self.splits = {name: images[chosen] for name, chosen in places.items()}
-        if tests is not None:
-            # The caches are opened anew: those from before don't know these images.
-            self.targets, self.splits["test"], _ = open_targets(self.tasks, tests, args)
-        self.statistics = {}
-        if own.probe == "resampler" and args.standardize_targets:
-            trained = [keys[i] for i in places["train"]]
-            self.statistics = {name: targets.statistics(trained) for name, targets in self.targets.items()}
-
-    def folder(self, model: str) -> Path:
-        """The model's. ValueError if there is no such model, or if it was probed with other weights."""
-        folder = self.own.out / re.sub(r"[^\w.-]+", "_", model.strip("/"))
-        known = folder / "model.json"
-        weights = weights_state(model)
-        if known.exists() and read_json(known)["weights"] != weights:
-            raise ValueError(f"{model} was probed in {folder} with other weights: choose another --out")
-        return folder
-
-    @lru_cache(maxsize=1)  # noqa: B019
-    def reader(self, model: str) -> StateReader:
-        own = self.own
-        loaded = load_checkpoint(model, own.model_dtype, own.device_map, own.trust_remote_code)
-        return StateReader(*loaded, own.prompt, not own.own_geometry)
-
-    def batches(self, model: str, part: str):
-        describe = f"{short_names(self.own.models)[model]}: {part}"
-        workers = self.args.dataloader_num_workers
-        return batches(self.reader(model), self.targets, self.splits[part], self.own.batch_size, workers, describe)
-
-    def fitter(self, about: dict) -> RidgeFit | ResamplerFit:
-        shape = (self.tasks, about["num_layers"], about["hidden_size"])
-        about = {"model": about["model"], "prompt": self.own.prompt, "square": not self.own.own_geometry}
-        if self.own.probe == "ridge":
-            return RidgeFit(*shape, about)
-        return ResamplerFit(
-            *shape,
-            about,
-            images=len(self.splits["train"]),
-            epochs=self.own.epochs,
-            step_images=self.own.step_images,
-            learning_rate=self.args.learning_rate,
-            seed=self.args.seed,
-            statistics=self.statistics,
-            device=self.reader(about["model"]).model.device,
-        )
-
-    def fit(self, model: str) -> None:
-        """Leaves the ridge's statistics and scores of each strength on validation images, or the resamplers."""
-        folder = self.folder(model)
-        done = folder / ("validation.json" if self.own.probe == "ridge" else "probes.safetensors")
-        if done.exists():
-            return
-        reader = self.reader(model)
-        text = reader.model.config.get_text_config()
-        about = {"num_layers": text.num_hidden_layers + 1, "hidden_size": text.hidden_size}
-        about |= {"model": model, "weights": weights_state(model), "class": type(reader.model).__name__}
-        write_json(folder / "model.json", about)
-        fitter, saved = self.fitter(about), folder / "fit.safetensors"
-        describe, workers = f"{short_names(self.own.models)[model]}: fit", self.args.dataloader_num_workers
-        train = self.splits["train"]
-        fit(fitter, reader, self.targets, train, self.own.batch_size, workers, describe, saved)
-        if self.own.probe == "resampler":
-            fitter.finish().save(folder)
-            saved.unlink()
-            return
-        probes = {strength: fitter.solve(dict.fromkeys(self.targets, strength)) for strength in STRENGTHS}
-        write_json(done, score(self.batches(model, "validation"), probes)[0])
-
-    def test(self, model: str, strengths: dict[str, float]) -> dict:
-        """Scores on the test images of the probes with these strengths, which are saved."""
-        folder = self.folder(model)
-        done = folder / "scores.json"
-        known = read_finished(done) or {}
-        if known.get("strengths") == strengths:
-            return known
-        if strengths:
-            about = read_json(folder / "model.json")
-            fitter = self.fitter(about)
-            fitter.load_state(load_file(folder / "fit.safetensors", device=str(self.reader(model).model.device)))
-            fitter.solve(strengths).save(folder)
-        probes = load_probes(folder).to(self.reader(model).model.device)
-        scores, zero = score(self.batches(model, "test"), {0: probes})
-        scores = {"strengths": strengths, "scores": scores[0], "zero": zero}
-        write_json(done, scores)
-        return scores
-
-    def results(self) -> dict:
-        """probes.json's content, of all models that OUT has; all are fitted, and tested where need be."""
-        for model in self.own.models:
-            self.fit(model)
-        finished = "validation.json" if self.own.probe == "ridge" else "probes.safetensors"
-        folders = [path.parent for path in sorted(self.own.out.glob(f"*/{finished}"))]
-        models = [read_json(folder / "model.json")["model"] for folder in folders]
-        models = [*self.own.models, *(model for model in models if model not in self.own.models)]
-        self.own.models, strengths = models, {}
-        if self.own.probe == "ridge":
-            validation = [read_json(self.folder(model) / "validation.json") for model in models]
-            strengths = {task["name"]: float(choose_strength(validation, task["name"])) for task in self.tasks}
-        # The last one that was fitted is still loaded.
-        tested = {model: self.test(model, strengths) for model in reversed(models)}
-        counts, names = {name: len(images) for name, images in self.splits.items()}, short_names(models)
-        return {
-            "run": self.settings,
-            "image_counts": counts,
-            "strengths": strengths,
-            "zero": tested[models[0]]["zero"],
-            "models": {
-                model: {
-                    "name": names[model],
-                    "folder": self.folder(model).name,
-                    "weights": read_json(self.folder(model) / "model.json")["weights"],
-                    "scores": tested[model]["scores"],
-                }
-                for model in models
-            },
-        }
+    return {
+        "run": run.settings,
+        "image_counts": {name: len(images) for name, images in run.splits.items()},
+        "alphas": alphas,
+        "zero": tested[run.models[0]]["zero"],
+        "models": by_model,
+    }
 
 
 def table(results: dict) -> str:
     """Each model's scores by task: mean over layers, best layer, last layer."""
     kind = results["run"]["probe"]
-    lines = [f"{kind} probes on {results['image_counts']['test']} images: mean-centred cosine, plain in brackets"]
-    lines.append(f"{'model':<28}{'task':<8}{'mean over layers':>20}{'best layer':>24}{'last layer':>18}")
-    for one in results["models"].values():
-        for task, layers in one["scores"].items():
-            both = np.array([[layer[kind], layer[f"{kind}_plain"]] for layer in layers.values()])
-            best = int(both[:, 0].argmax())
-            cells = [f"{a:.3f} ({b:.3f})" for a, b in (both.mean(0), both[best], both[-1])]
-            name = one_line(one["name"])
-            line = f"{name:<28}{one_line(task):<8}{cells[0]:>20}{f'{best}: {cells[1]}':>24}{cells[2]:>18}"
-            lines.append(line)
+    lines = [
+        f"{kind} probes on {results['image_counts']['test']} images: mean-centered cosine, plain in brackets",
+        f"{'model':<28}{'task':<8}{'mean over layers':>20}{'best layer':>24}{'last layer':>18}",
+    ]
+
+    def cell(scores: np.ndarray) -> str:
+        return f"{scores[0]:.3f} ({scores[1]:.3f})"
+
+    for model in results["models"].values():
+        for task, layers in model["scores"].items():
+            scores = np.array([[layer[kind], layer[f"{kind}_plain"]] for layer in layers.values()])
+            best = int(scores[:, 0].argmax())
+            mean_cell = cell(scores.mean(0))
+            best_cell = f"{best}: {cell(scores[best])}"
+            last_cell = cell(scores[-1])
+            name = one_line(model["name"])
+            lines.append(f"{name:<28}{one_line(task):<8}{mean_cell:>20}{best_cell:>24}{last_cell:>18}")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[2:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):  # without the training arguments' seven hundred lines
-        layout = argparse.RawDescriptionHelpFormatter
-        recipe = argparse.ArgumentParser(
-            "ola-vlm probe", description=__doc__, formatter_class=layout, parents=[options()]
+        parser = argparse.ArgumentParser(
+            "ola-vlm probe",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[options_parser()],
         )
-        recipe.add_argument("--recipe", metavar="NAME", help="whose tasks and teachers (llama3_vit_pretrain)")
-        recipe.print_help()
+        parser.add_argument("--recipe", metavar="NAME", help="whose tasks and teachers (llama3_vit_pretrain)")
+        parser.print_help()
         return
-    if not any(one.split("=")[0] == "--recipe" for one in argv):
+    if not any(argument.split("=")[0] == "--recipe" for argument in argv):
         argv += ["--recipe", "llama3_vit_pretrain"]
-    # Nothing is trained in bf16 here, and a recipe's wish for it would be refused on a CPU.
-    args, own = parse_arguments(argv, "ola-vlm probe", options(), bf16=False)
+    # Nothing is trained in bf16 here, and a recipe's wish for it would fail on a CPU.
+    args, options = parse_arguments(argv, "ola-vlm probe", options_parser(), bf16=False)
     if processes().num_processes > 1:
         raise SystemExit("ola-vlm probe: it runs in one process; give --device_map auto for a model on several GPUs")
-    own.models = list(dict.fromkeys(own.models))
+    options.models = list(dict.fromkeys(options.models))
     try:
-        run = Run(own, args)
-        with only_one(own.out):
-            results = run.results()
-            write_json(own.out / "probes.json", results)
-            curves_figure(own.out / "probes.png", results)
+        run = prepare(options, args)
+        with only_one(options.out):
+            results = compute_results(run)
+            write_json(options.out / "probes.json", results)
+            curves_figure(options.out / "probes.png", results)
         print(terminal(table(results)))
     except (ValueError, OSError) as error:
         raise SystemExit(f"ola-vlm probe: {error}") from error

@@ -45,8 +45,7 @@ class ImageStates:
         """Inputs for `length` target positions (N, Q, H), by `to_positions` and each image's own grid; fp32."""
         if len(set(self.grids)) == 1:
             return to_positions(self.of_grid(layer), length, self.grids[0])
-        alone = (to_positions(self.of_grid(layer, [n]), length, grid) for n, grid in enumerate(self.grids))
-        return torch.cat(list(alone))
+        return torch.cat([to_positions(self.of_grid(layer, [n]), length, grid) for n, grid in enumerate(self.grids)])
 
 
 def to_positions(states_NVH: Tensor, length: int, grid: tuple[int, int] | None = None) -> Tensor:
@@ -63,9 +62,11 @@ def to_positions(states_NVH: Tensor, length: int, grid: tuple[int, int] | None =
     if rows == columns and rows * columns == length:
         return states_NVH
     maps = states_NVH.transpose(1, 2).unflatten(2, (rows, columns))
-    side, target_side = max(rows, columns), round(length**0.5)
+    side = max(rows, columns)
+    target_side = round(length**0.5)
     if rows != columns:
-        top, left = (side - rows) // 2, (side - columns) // 2
+        top = (side - rows) // 2
+        left = (side - columns) // 2
         maps = F.pad(maps, (left, side - columns - left, top, side - rows - top), mode="replicate")
     if side != target_side:
         maps = F.interpolate(maps, size=target_side, mode="area" if side > target_side else "bilinear")
@@ -78,8 +79,8 @@ class StateReader:
     Args:
         model, processor: of one family; the processor has a chat template.
         prompt: the user's words after the image. Image tokens don't see what follows them.
-        square: pad images to the square that the teachers see before the processor gets them, with its mean colour;
-            else each has the geometry that the model gives it.
+        square: pad images to the square that the teachers see before the processor gets them, with its mean color;
+            else each has the shape that the model gives it.
 
     The grid is that of the whole picture: all image tokens if they are a square; Qwen's rows and columns; of models
     that also see tiles, LLaVA-NeXT and Idefics3 (SmolVLM), the view of the whole; the base encoder's of the
@@ -87,7 +88,10 @@ class StateReader:
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str = PROMPT, square: bool = True):
-        self.model, self.processor, self.prompt, self.square = model.eval(), processor, prompt, square
+        self.model = model.eval()
+        self.processor = processor
+        self.prompt = prompt
+        self.square = square
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         self.text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -100,12 +104,14 @@ class StateReader:
 
     def view(self, source) -> Image.Image:
         """The image as the processor gets it."""
-        image, of = open_image(source), self.processor.image_processor
-        pads_itself = isinstance(of, LlavaImageProcessor) and of.do_pad
+        image = open_image(source)
+        image_processor = self.processor.image_processor
+        pads_itself = isinstance(image_processor, LlavaImageProcessor) and image_processor.do_pad
         if not self.square or pads_itself or image.width == image.height:
             return image
-        colour = tuple(round(255 * mean) for mean in of.image_mean)
-        return ImageOps.pad(image, (max(image.size),) * 2, color=colour)
+        side = max(image.size)
+        mean_color = tuple(round(255 * mean) for mean in image_processor.image_mean)
+        return ImageOps.pad(image, (side, side), color=mean_color)
 
     def inputs(self, images: Sequence) -> BatchFeature:
         """The model's, one row an image. `images`: whatever `open_image` takes, at least one."""
@@ -119,18 +125,22 @@ class StateReader:
         hidden = self.model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states
         hidden = [states.to(self.model.device) for states in hidden]  # a model may lie on several
         is_image_NT = inputs["input_ids"] == self.processor.image_token_id
-        found = [self._grid(row.nonzero()[:, 0], inputs, n) for n, row in enumerate(is_image_NT)]
-        columns, grids = map(list, zip(*found, strict=True))
-        return ImageStates(hidden, inputs["attention_mask"].bool(), columns, grids)
+        states = ImageStates(hidden, attended_NT=inputs["attention_mask"].bool(), columns=[], grids=[])
+        for n, is_image_T in enumerate(is_image_NT):
+            columns, grid = self._grid(is_image_T.nonzero()[:, 0], inputs, n)
+            states.columns.append(columns)
+            states.grids.append(grid)
+        return states
 
     def _grid(self, columns: Tensor, inputs: dict, n: int) -> tuple[Tensor, tuple[int, int]]:
-        config, kind, count = self.model.config, self.model.config.model_type, len(columns)
+        """Of image n, whose tokens are at those columns: where its grid's tokens are, and the grid's size."""
+        config = self.model.config
+        kind = config.model_type
+        count = len(columns)
         if "image_grid_thw" in inputs:
+            merge_size = self.processor.image_processor.merge_size
             _, rows, wide = inputs["image_grid_thw"][n].tolist()
-            grid = (
-                rows // self.processor.image_processor.merge_size,
-                wide // self.processor.image_processor.merge_size,
-            )
+            grid = (rows // merge_size, wide // merge_size)
         else:
             if kind in ("idefics3", "smolvlm"):  # tiles, then the whole picture
                 columns = columns[-self.processor.image_seq_len :]

@@ -53,7 +53,7 @@ from ..targets.statistics import TargetStatistics
 from ..training.rows import load_rows
 from ..training.run_record import load_statistics
 from .figures import METHODS
-from .probes import Familiarity, Probes, centred_cosine, flat_cosine, load_probes
+from .probes import Familiarity, Probes, centered_cosine, flat_cosine, load_probes
 from .states import PROMPT, StateReader
 
 Features = dict[str, dict[int, Tensor]]  # task -> layer -> (N, Q, E) in the teacher's own units
@@ -467,7 +467,7 @@ class LayerViewer:
         columns = {"teacher": paint(None, images)}
         for heading, predicted in features.items():
             columns[heading] = paint(predicted, images, targets, mean)
-            cosines = flat_cosine(predicted, targets) if mean is None else centred_cosine(predicted, targets, mean)
+            cosines = flat_cosine(predicted, targets) if mean is None else centered_cosine(predicted, targets, mean)
             for n, cosine in enumerate(cosines.tolist()):
                 kind = "plain cosine" if mean is None else "cosine"
                 add_note(columns[heading][n], f"{kind} {signed(cosine)}")

@@ -27,9 +27,9 @@ from ola_vlm.eval import correlation, target_tasks
 from ola_vlm.inference.checkpoints import weights_state
 from ola_vlm.probing import run
 from ola_vlm.probing.fit import batches, fit
-from ola_vlm.probing.probes import Probes, centred_cosine, flat_cosine, load_probes, score
+from ola_vlm.probing.probes import Probes, centered_cosine, flat_cosine, load_probes, score
 from ola_vlm.probing.resampler import ResamplerFit
-from ola_vlm.probing.ridge import RidgeFit, RidgeProbe, choose_strength
+from ola_vlm.probing.ridge import RidgeFit, RidgeProbe, choose_alpha
 from ola_vlm.probing.states import ImageStates, StateReader, to_positions
 from ola_vlm.targets.encoders import DepthAnythingEncoder, open_image
 from ola_vlm.targets.statistics import TargetStatistics
@@ -45,29 +45,29 @@ def planted(rows=200, width=6, target=4, seed=0):
     return x, x @ weights + 3, weights
 
 
-def predict(probe: RidgeProbe, x, strength: float):
-    weights, centre, bias = probe.solve(strength)
-    return ((x.double() - centre) @ weights + bias).float()
+def predict(probe: RidgeProbe, x, alpha: float):
+    weights, center, bias = probe.solve(alpha)
+    return ((x.double() - center) @ weights + bias).float()
 
 
-@pytest.mark.parametrize("strength", [1e-3, 1.0])
-def test_ridge_equals_least_squares(strength):
+@pytest.mark.parametrize("alpha", [1e-3, 1.0])
+def test_ridge_equals_least_squares(alpha):
     x, y, _ = planted()
     y = y + torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     probe = RidgeProbe()
     for start, stop in [(0, 64), (64, 65), (65, 200)]:
         probe.update(x[start:stop], y[start:stop])
-    # Ridge as least squares with extra rows sqrt(n * strength) * std(x) that want a zero, on centred data.
+    # Ridge as least squares with extra rows sqrt(n * alpha) * std(x) that want a zero, on centerd data.
     data, target = x.double().numpy(), y.double().numpy()
-    centred, std = data - data.mean(0), data.std(0)
-    extra = np.diag(np.sqrt(len(x) * strength) * std)
-    rows, wanted = np.concatenate([centred, extra]), np.concatenate([target - target.mean(0), np.zeros((6, 4))])
+    centerd, std = data - data.mean(0), data.std(0)
+    extra = np.diag(np.sqrt(len(x) * alpha) * std)
+    rows, wanted = np.concatenate([centerd, extra]), np.concatenate([target - target.mean(0), np.zeros((6, 4))])
     expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-    weights, centre, bias = probe.solve(strength)
+    weights, center, bias = probe.solve(alpha)
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6, atol=1e-8)
-    intercept = (bias - centre @ weights).numpy()
+    intercept = (bias - center @ weights).numpy()
     np.testing.assert_allclose(intercept, target.mean(0) - data.mean(0) @ expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(predict(probe, x, strength).numpy(), data @ expected + intercept, rtol=1e-5)
+    np.testing.assert_allclose(predict(probe, x, alpha).numpy(), data @ expected + intercept, rtol=1e-5)
 
 
 def test_ridge_recovers_a_planted_map():
@@ -103,8 +103,8 @@ def test_cosines():
     target = mean + torch.randn(50, 4, 3)
     guess = mean + 0.1 * torch.randn(50, 4, 3)  # knows the mean only
     assert flat_cosine(guess, target).mean() > 0.95
-    assert centred_cosine(guess, target, mean).mean().abs() < 0.1
-    torch.testing.assert_close(centred_cosine(mean + 5 * (target - mean), target, mean), torch.ones(50))
+    assert centered_cosine(guess, target, mean).mean().abs() < 0.1
+    torch.testing.assert_close(centered_cosine(mean + 5 * (target - mean), target, mean), torch.ones(50))
     torch.testing.assert_close(
         flat_cosine(guess, target)[3], F.cosine_similarity(guess[3].flatten(), target[3].flatten(), dim=0)
     )
@@ -167,10 +167,10 @@ def fit_ridge(model, processor, targets, batch_size=32, **options) -> tuple[Ridg
     return fitter, reader
 
 
-def probe_model(model, processor, targets, strength, batch_size=32, **options):
+def probe_model(model, processor, targets, alpha, batch_size=32, **options):
     """Scores on the test images of probes fitted on the training images."""
     fitter, reader = fit_ridge(model, processor, targets, batch_size, **options)
-    probes = {0: fitter.solve(dict.fromkeys(targets, strength))}
+    probes = {0: fitter.solve(dict.fromkeys(targets, alpha))}
     return score(batches(reader, sources(targets), TEST, batch_size), probes)[0][0]
 
 
@@ -229,8 +229,8 @@ def test_predictions_have_the_score(make_model, tmp_path):
     model, processor = make_model()
     targets = random_targets()
     fitter, reader = fit_ridge(model, processor, targets, batch_size=3)
-    strengths = {"gen": 0.1, "depth": 1.0, "seg": 1e-3}
-    probes = fitter.solve(strengths)
+    alphas = {"gen": 0.1, "depth": 1.0, "seg": 1e-3}
+    probes = fitter.solve(alphas)
     probes.about |= {"prompt": reader.prompt, "square": True}
     probes.save(tmp_path / "model")
     loaded = load_probes(tmp_path)  # the folder above has those of one model
@@ -240,34 +240,33 @@ def test_predictions_have_the_score(make_model, tmp_path):
     scores, zero = score(batches(reader, sources(targets), TEST, 3), {0: probes})
     assert predictions["depth"][3].shape == (4, 16, 10) and predictions["gen"][0].shape == (4, 1, 12)
     mean = targets["seg"][:16].mean(0)
-    cosine = centred_cosine(predictions["seg"][4], targets["seg"][20:], mean).mean()
+    cosine = centered_cosine(predictions["seg"][4], targets["seg"][20:], mean).mean()
     assert cosine.item() == pytest.approx(scores[0]["seg"]["4"]["ridge"], abs=1e-5)
     assert zero["seg"] == pytest.approx(
         flat_cosine(mean.expand(4, 16, 14), targets["seg"][20:]).mean().item(), abs=1e-6
     )
-    for task, strength in strengths.items():  # each has its own
-        alone = score(batches(reader, sources(targets), TEST, 3), {0: fitter.solve(dict.fromkeys(targets, strength))})
+    for task, alpha in alphas.items():  # each has its own
+        alone = score(batches(reader, sources(targets), TEST, 3), {0: fitter.solve(dict.fromkeys(targets, alpha))})
         assert alone[0][0][task] == scores[0][task]
     shutil.copytree(tmp_path / "model", tmp_path / "other")
     with pytest.raises(ValueError, match="those of model, other: give its folder"):
         load_probes(tmp_path)
 
 
-def test_the_strength_is_chosen_on_validation(make_model):
+def test_the_alpha_is_chosen_on_validation(make_model):
     model, processor = make_model()
-    strengths, targets = [1e-6, 1e3], random_targets()
+    alphas, targets = [1e-6, 1e3], random_targets()
     fitter, reader = fit_ridge(model, processor, targets)
-    probes = {strength: fitter.solve(dict.fromkeys(SHAPES, strength)) for strength in strengths}
+    probes = {alpha: fitter.solve(dict.fromkeys(SHAPES, alpha)) for alpha in alphas}
     validation, _ = score(batches(reader, sources(targets), VALIDATION, 32), probes)
     for task in SHAPES:
         means = {
-            strength: np.mean([layer["ridge"] for layer in scores[task].values()])
-            for strength, scores in validation.items()
+            alpha: np.mean([layer["ridge"] for layer in scores[task].values()]) for alpha, scores in validation.items()
         }
-        assert choose_strength([validation], task) == max(means, key=means.get)
+        assert choose_alpha([validation], task) == max(means, key=means.get)
     one, two = {1.0: {"depth": {"0": {"ridge": 0.1}}}}, {2.0: {"depth": {"0": {"ridge": 0.3}}}}
     other = {1.0: {"depth": {"0": {"ridge": 0.6}}}, 2.0: two[2.0]}
-    assert choose_strength([one | two], "depth") == 2.0 and choose_strength([one | two, other], "depth") == 1.0
+    assert choose_alpha([one | two], "depth") == 2.0 and choose_alpha([one | two, other], "depth") == 1.0
 
 
 def test_plain_llava(make_model, tmp_path):
@@ -435,8 +434,8 @@ def test_an_interrupted_fit_goes_on_to_the_same_result(make_model, tmp_path):
     with pytest.raises(ZeroDivisionError):
         fit(fits[1], reader, sources(targets), TRAIN, **options)
     fit(fits[2], reader, sources(targets), TRAIN, **options)
-    strengths = dict.fromkeys(targets, 0.1)
-    assert fits[2].count == 16 and same(fits[2].solve(strengths), fits[0].solve(strengths))
+    alphas = dict.fromkeys(targets, 0.1)
+    assert fits[2].count == 16 and same(fits[2].solve(alphas), fits[0].solve(alphas))
 
 
 def test_standardised_targets_are_restored(make_model, tmp_path):
@@ -513,16 +512,16 @@ def test_the_command(study, probed, tmp_path, monkeypatch, capsys):
     for one in found["models"].values():
         assert set(one["scores"]) == set(SHAPES) and all(list(one["scores"][task]) == list("01234") for task in SHAPES)
         saved = json.loads((out / one["folder"] / "probes.json").read_text())
-        assert saved["about"]["strengths"] == found["strengths"]  # one for all models
+        assert saved["about"]["alphas"] == found["alphas"]  # one for all models
     assert (out / "probes.png").stat().st_size > 10_000
 
     with monkeypatch.context() as patched:  # what is done is not done again
         patched.setattr(run, "load_checkpoint", None)
         again = run_probe(study, out, models=study.models)
-    assert again["models"] == found["models"] and again["strengths"] == found["strengths"]
+    assert again["models"] == found["models"] and again["alphas"] == found["alphas"]
     assert "three" in capsys.readouterr().out
     alone = run_probe(study, tmp_path, "--targets", "gen", models=study.models[:1])  # the same without the others
-    if alone["strengths"]["gen"] == found["strengths"]["gen"]:
+    if alone["alphas"]["gen"] == found["alphas"]["gen"]:
         scores = (one["models"][study.models[0]]["scores"]["gen"]["2"] for one in (alone, found))
         assert next(scores) == pytest.approx(next(scores), rel=1e-4)
 
@@ -549,7 +548,7 @@ def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_
     [
         (["--images", "EMPTY"], "has no images .* and no rows"),
         (["--images", "nowhere/at/all"], "is no folder"),
-        (["--targets", "depth", "motion"], "no task motion: choose of gen, depth, seg"),
+        (["--targets", "depth", "motion"], "no task motion: choose one of gen, depth, seg"),
         (["--out", "EMPTY/.."], "is not empty and not of `ola-vlm probe`"),
         (["--max_images", "2"], "2 images are too few"),
     ],

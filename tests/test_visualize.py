@@ -18,7 +18,7 @@ from transformers import (
 
 from ola_vlm.probing import visualize
 from ola_vlm.probing.fit import fit
-from ola_vlm.probing.probes import centred_cosine, load_probes
+from ola_vlm.probing.probes import centered_cosine, load_probes
 from ola_vlm.probing.ridge import RidgeFit
 from ola_vlm.probing.states import StateReader
 from ola_vlm.probing.visualize import (
@@ -145,7 +145,7 @@ def test_scores_are_under_the_pictures(encoders):
     viewer = LayerViewer(lambda images: layers, encoders, NearestImages(images, encoders["gen"]), means=means)
     shown = viewer.pictures(images)
     for task, columns in shown.items():
-        cosines = centred_cosine(guesses[task], targets[task], means[task]).tolist()
+        cosines = centered_cosine(guesses[task], targets[task], means[task]).tolist()
         for n, cosine in enumerate(cosines):
             assert note_of(columns["layer 2"][n]).endswith(f"cosine {cosine:+.2f}")
             assert note_of(columns[NOTHING_SEEN][n]).endswith("cosine +0.00")
