@@ -66,9 +66,9 @@ def task_token_strings(tasks: list[dict]) -> list[str]:
 
 def target_shape(task: dict) -> tuple[int, int]:
     """(Q, E) of what a task's source gives for an image: features and their place code, or the numbers of words."""
-    if task["target"] == "words":
+    if task.get("target") == "words":
         return task["target_length"], len(task["words"])
-    return task["target_length"], task["target_dim"] + task["place_code"]
+    return task["target_length"], task["target_dim"] + task.get("place_code", 0)
 
 
 def _check(condition: bool, field: str, value, remedy: str):

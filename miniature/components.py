@@ -190,7 +190,7 @@ def _ordinal_start(model, tokenizer, rng):
 
 
 # The language model's curriculum, in shares of its steps: first it only looks attributes up, then it also compares
-# them, more and more from patches, whose coordinate words go: without them a patch's own place has to tell where it is.
+# them, more and more from patches, whose coordinate words go: without them a patch's place has to tell where it is.
 LOOKUPS_ONLY_UNTIL = 0.1
 ALL_CHATS_APART_UNTIL = 0.8
 PATCHES_AT_FIRST = 0.5  # share of the steps
