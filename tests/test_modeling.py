@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from ola_vlm.configuration_ola_vlm import normalize_task
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.convert.reference import convert_reference, convert_state_dict
-from ola_vlm.modeling_ola_vlm import EmbeddingPredictor, ImageLayout, OlaVlmForConditionalGeneration
+from ola_vlm.modeling_ola_vlm import EmbeddingPredictor, ImageKeys, ImageLayout, OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.training.losses import embedding_loss
 from ola_vlm.training.stages import apply_stage
@@ -339,6 +339,26 @@ def test_layer_is_the_output_of_that_block(make_model):
                 queries = columns if name == "gen" else model.queries[name][None]
                 expected = model.predictors[name][str(layer)](states[layer], queries, layout.sample_N, mask)
                 assert output.predictions[name][layer].equal(expected), f"{name} {layer}"
+
+
+@torch.no_grad()
+def test_images_of_one_row_take_their_own_keys_alone(make_model, monkeypatch):
+    """With as many keys for eight images as eight rows of one image have; the predictions are those of the masked
+    whole row."""
+    model, processor = make_model()
+    for counts in ([8], [3, 0, 1]):
+        batch = encode(processor, random_rows(len(counts), counts))
+        states = states_for(model, batch)
+        layout = ImageLayout.find(batch["input_ids"], batch["attention_mask"], sum(counts), model.config)
+        keys = ImageKeys.of_rows(layout.sample_N, layout.key_mask(model.config.tasks[1]), rows=len(counts))
+        own = layout.key_mask(model.config.tasks[1]).sum(1)
+        assert keys.mask_NM.shape[1] == own.max() and keys.mask_NM.sum(1).equal(own)
+        predictions = by_task(model.predict_embeddings(states, layout))
+        with monkeypatch.context() as patched:
+            patched.setattr(ImageKeys, "of_rows", classmethod(lambda cls, sample, mask, rows: cls(sample, mask)))
+            of_whole_rows = by_task(model.predict_embeddings(states, layout))
+        for name, prediction in predictions.items():
+            torch.testing.assert_close(prediction, of_whole_rows[name], rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()

@@ -72,6 +72,33 @@ def float_dtype(module: nn.Module) -> torch.dtype | None:
     return None
 
 
+@dataclass
+class ImageKeys:
+    """The M tokens of row `sample_N[n]` that image n may attend to where `mask_NM[n]`: those in `columns_NM`, or, if
+    it is None, all of the row."""
+
+    sample_N: Tensor
+    mask_NM: Tensor
+    columns_NM: Tensor | None = None
+
+    @classmethod
+    def of_rows(cls, sample_N: Tensor, key_mask_NT: Tensor, rows: int) -> "ImageKeys":
+        """Of a batch of that many rows. With more images than rows each image takes its own keys alone: else every
+        image of a row would be given copies of all the others' tokens, and masked ones cost as much as others."""
+        if len(sample_N) <= rows:
+            return cls(sample_N, key_mask_NT)
+        most = int(key_mask_NT.sum(1).max())
+        # The chosen ones in front, in their order.
+        columns_NM = key_mask_NT.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        return cls(sample_N, key_mask_NT.gather(1, columns_NM), columns_NM)
+
+    def take(self, tokens_BTD: Tensor) -> Tensor:
+        """(N, M, D)"""
+        if self.columns_NM is None:
+            return tokens_BTD[self.sample_N]
+        return tokens_BTD[self.sample_N[:, None], self.columns_NM]
+
+
 class PredictorLayer(nn.Module):
     """Perceiver layer: the queries attend to the tokens and to themselves, then a feed-forward net."""
 
@@ -86,16 +113,16 @@ class PredictorLayer(nn.Module):
         up, down = nn.Linear(dim, dim * ffn_mult, bias=False), nn.Linear(dim * ffn_mult, dim, bias=False)
         self.ffn = nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)
 
-    def forward(self, tokens_BTD: Tensor, queries: Tensor, sample_N: Tensor, key_mask_NT: Tensor) -> Tensor:
-        """`queries` (1 or N, Q, D); image n attends to the tokens of row `sample_N[n]` where `key_mask_NT[n]`."""
-        images, length = len(sample_N), queries.shape[1]
+    def forward(self, tokens_BTD: Tensor, queries: Tensor, keys: "ImageKeys") -> Tensor:
+        """`queries` (1 or N, Q, D); image n attends to those tokens that `keys` says."""
+        images, length = len(keys.sample_N), queries.shape[1]
         queries_normed = self.norm_queries(queries)
         # Tokens are projected once a row and queries once if all images share them; only then copied to each image.
-        kv_tokens = self.to_kv(self.norm_tokens(tokens_BTD))[sample_N]
+        kv_tokens = keys.take(self.to_kv(self.norm_tokens(tokens_BTD)))
         kv_queries = self.to_kv(queries_normed).expand(images, -1, -1)
         key, value = torch.cat([kv_tokens, kv_queries], dim=1).chunk(2, dim=-1)
         query = self.to_q(queries_normed).expand(images, -1, -1)
-        mask = F.pad(key_mask_NT, (0, length), value=True)[:, None, None]
+        mask = F.pad(keys.mask_NM, (0, length), value=True)[:, None, None]
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         queries = queries + self.to_out(attended.transpose(1, 2).flatten(2))
@@ -136,8 +163,9 @@ class EmbeddingPredictor(nn.Module):
                 queries = queries.mean(1, keepdim=True)
             queries = self.proj_in(queries.repeat(1, self.target_length // queries.shape[1], 1).to(dtype))
         tokens_BTD = self.proj_in(states_BTH.to(dtype))
+        keys = ImageKeys.of_rows(sample_N, key_mask_NT, rows=len(states_BTH))
         for layer in self.layers:
-            queries = layer(tokens_BTD, queries, sample_N, key_mask_NT)
+            queries = layer(tokens_BTD, queries, keys)
         return self.output_mlp(self.norm_out(self.proj_out(queries)))
 
 
