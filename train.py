@@ -5,18 +5,19 @@ effective configuration goes to `output_dir/run.json`, model and processor to `o
 """
 
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
 from ola_vlm.baselines.build import build_multi_encoder, load_encoders
+from ola_vlm.commands.running import as_command, command, tell
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.convert.push import write_adapter_card
 from ola_vlm.eval.during_training import answering_callbacks
 from ola_vlm.inference.checkpoints import adapter_base, read_checkpoint
-from ola_vlm.recipes.command import as_command
-from ola_vlm.recipes.command_line import check_data_is_made, parse_arguments
+from ola_vlm.recipes.arguments import check_data_is_made, make_arguments
 from ola_vlm.training import run_record
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.check import drop_bad_rows
@@ -135,10 +136,16 @@ def run_stage(
     return trainer
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args, own = parse_arguments(argv, "ola-vlm train")
-    check_data_is_made(args, own.recipe)
-    train(args, recipe=own.recipe)
+@command("train")
+def main(options: Namespace) -> None:
+    args = make_arguments(options, "ola-vlm train")
+    check_data_is_made(args)
+    train(args, recipe=options.recipe)
+    tell(
+        f"Results: {args.output_dir} (model, processor, run.json)",
+        f"Next: ola-vlm chat {args.output_dir} IMAGE, ola-vlm eval {args.output_dir} --benchmark NAME --out DIR, or "
+        f"the next stage: ola-vlm train --recipe NAME --checkpoint {args.output_dir}",
+    )
 
 
 if __name__ == "__main__":

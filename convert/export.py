@@ -1,10 +1,10 @@
-"""OLA-VLM -> plain LLaVA, FastVLM if its tower is a ConvNeXt: `ola-vlm export`.
+"""OLA-VLM -> plain LLaVA, FastVLM if its tower is a ConvNeXt: `ola-vlm export` (commands/export.py).
 
 Task tokens are rows of the vocabulary, so the logits stay the same.
 """
 
-import argparse
 import copy
+from argparse import Namespace
 
 from transformers import (
     FastVlmConfig,
@@ -14,6 +14,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from ..commands.running import command, tell
 from ..inference.checkpoints import read_checkpoint
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
@@ -57,25 +58,17 @@ def export_processor(processor: OlaVlmProcessor) -> LlavaProcessor:
     return LlavaProcessor(processor.image_processor, processor.tokenizer, chat_template=template, **fields)
 
 
-def main(argv: list[str] | None = None):
-    """`ola-vlm export CHECKPOINT OUT`."""
-    parser = argparse.ArgumentParser(prog="ola-vlm export", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or repository of an OLA-VLM")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
-    args = parser.parse_args(argv)
+@command("export")
+def main(args: Namespace) -> None:
     if weights_in(args.out) is not None:
-        raise SystemExit(f"ola-vlm export: {args.out} has {weights_in(args.out)} already: choose another folder")
-    try:
-        model, processor = read_checkpoint(args.checkpoint, llava_as_ours=True, dtype="auto")
-        if not isinstance(model, OlaVlmForConditionalGeneration):
-            raise ValueError(
-                f"{args.checkpoint} is a {model.config.model_type}: only an OLA-VLM becomes a plain LLaVA"
-            )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ola-vlm export: {error}") from error
+        raise ValueError(f"{args.out} has {weights_in(args.out)} already: choose another folder")
+    model, processor = read_checkpoint(args.checkpoint, llava_as_ours=True, dtype="auto")
+    if not isinstance(model, OlaVlmForConditionalGeneration):
+        raise ValueError(f"{args.checkpoint} is a {model.config.model_type}: only an OLA-VLM becomes a plain LLaVA")
     export_llava(model).save_pretrained(args.out)
     if processor is None:
         print(f"Wrote the model alone to {args.out}: the checkpoint has no processor.")
         return
     export_processor(processor).save_pretrained(args.out)
     print(f"Wrote model and processor to {args.out}.")
+    tell(f"Next: serve it (docs/serving.md), or ola-vlm chat {args.out} IMAGE")

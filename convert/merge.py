@@ -1,13 +1,10 @@
-"""An adapter (LoRA) and its base model -> one checkpoint without adapters: `ola-vlm merge ADAPTER OUT`.
+"""An adapter (LoRA) and its base model -> one checkpoint without adapters: `ola-vlm merge` (commands/merge.py)."""
 
-An adapter that was trained on 4-bit weights is merged into the base model's own, unquantized ones.
-"""
-
-import argparse
 import shutil
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 
+from ..commands.running import command, tell
 from ..inference.checkpoints import adapter_base, read_checkpoint
 from ..targets.cache import statistics_files
 
@@ -33,14 +30,8 @@ def merge(adapter: str | Path, out: str | Path) -> None:
         shutil.copyfile(file, out / file.parent.name / file.name)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm merge", description=__doc__, formatter_class=layout)
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder or repository of an adapter")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
-    args = parser.parse_args(argv)
-    try:
-        merge(args.adapter, args.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ola-vlm merge: {error}") from error
+@command("merge")
+def main(args: Namespace) -> None:
+    merge(args.adapter, args.out)
     print(f"Wrote the merged checkpoint to {args.out}.")
+    tell(f"Next: ola-vlm chat {args.out} IMAGE, or ola-vlm push {args.out} OWNER/NAME")

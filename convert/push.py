@@ -1,14 +1,14 @@
-"""Publish a checkpoint or an adapter on the Hub, with a model card made from its run: `ola-vlm push CHECKPOINT REPO`.
+"""Publish a checkpoint or an adapter on the Hub, with a model card made from its run: `ola-vlm push`.
 
 Goes up in one commit: weights, configurations, tokenizer, processor, generation configuration, code, statistics of the
-targets, and a README.md. Stays here: run.json (it has paths of this machine), checkpoints, optimiser states.
+targets, and a README.md. Stays here: run.json (it has paths of this machine), checkpoints, optimizer states.
 """
 
-import argparse
 import json
 import logging
 import os
 import re
+from argparse import Namespace
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,9 +23,10 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.errors import HFValidationError, HTTPError  # the latter of httpx or httpx2, whichever it has
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..commands.running import command, tell
 from ..targets.escapes import code, markdown, terminal
 from ..targets.files import inside, read_object, write_whole
 from ..targets.loading import check_folder
@@ -397,60 +398,38 @@ def write_adapter_card(folder: str | Path) -> None:
     write_whole(folder / "README.md", str(make_card(folder, folder.name, base=base)))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm push", description=__doc__, formatter_class=layout)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a model or of an adapter")
-    parser.add_argument("repo", metavar="REPO", help="name/name on the Hub; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="if it is made: for its owner only")
-    results = "results.json of `ola-vlm eval`, report.json of a study, or their folders"
-    parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help=results)
-    parser.add_argument(
-        "--base", metavar="REPO", help="of an adapter: the base model's repository, if it is local here"
-    )
-    parser.add_argument(
-        "--licence", metavar="ID", help="of this repository, such as apache-2.0; none is stated otherwise"
-    )
-    statistics = "folder of the targets' statistics, if they are not in CHECKPOINT but with the stage before"
-    parser.add_argument("--statistics", type=Path, metavar="DIR", help=statistics)
-    parser.add_argument("--dry-run", action="store_true", help="print the card and the files, and send nothing")
-    args = parser.parse_args(argv)
+@command("push")
+def main(args: Namespace) -> None:
+    if args.repo.count("/") != 1:
+        raise ValueError(f"REPO is {args.repo!r}: give owner/name")
+    validate_repo_id(args.repo)
+    files, base = find_files(args.checkpoint, args.statistics), None
+    content = {name: str(path) for name, path in files.items()}
+    if "probes/probes.json" in files:  # which names the model that they were fitted to
+        fields = without_paths(read_object(files["probes/probes.json"]))
+        content["probes/probes.json"] = json.dumps(fields, indent=2).encode()
+    if "adapter_config.json" in files:
+        fields = read_object(files["adapter_config.json"])
+        base = args.base or fields["base_model_name_or_path"]
+        if not is_repository(base, local_paths(history(args.checkpoint))):
+            raise ValueError(f"the adapter's base model is the folder {base}: push that, then give its --base REPO")
+        content["adapter_config.json"] = json.dumps(fields | {"base_model_name_or_path": base}, indent=2).encode()
+    elif args.base:
+        raise ValueError("--base is for adapters, and CHECKPOINT is a whole model")
     try:
-        if args.repo.count("/") != 1:
-            raise ValueError(f"REPO is {args.repo!r}: give owner/name")
-        validate_repo_id(args.repo)
-        files, base = find_files(args.checkpoint, args.statistics), None
-        content = {name: str(path) for name, path in files.items()}
-        if "probes/probes.json" in files:  # which names the model that they were fitted to
-            fields = without_paths(read_object(files["probes/probes.json"]))
-            content["probes/probes.json"] = json.dumps(fields, indent=2).encode()
-        if "adapter_config.json" in files:
-            fields = read_object(files["adapter_config.json"])
-            base = args.base or fields["base_model_name_or_path"]
-            if not is_repository(base, local_paths(history(args.checkpoint))):
-                raise ValueError(
-                    f"the adapter's base model is the folder {base}: push that, then give its --base REPO"
-                )
-            content["adapter_config.json"] = json.dumps(fields | {"base_model_name_or_path": base}, indent=2).encode()
-        elif args.base:
-            raise ValueError("--base is for adapters, and CHECKPOINT is a whole model")
-        try:
-            card = make_card(args.checkpoint, args.repo, args.results, base, args.licence)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"run.json or the results are not as our commands write them ({what})") from error
-        content |= evaluation(args.results)[2]
-        if args.dry_run:
-            print(*map(terminal, (card, *sorted(content))), sep="\n")
-            return
-        content["README.md"] = str(card).encode()
-        api, added = HfApi(), [CommitOperationAdd(name, content[name]) for name in sorted(content)]
-        api.create_repo(args.repo, private=args.private or None, exist_ok=True)
-        commit = api.create_commit(args.repo, added, commit_message=f"{len(added)} files by ola-vlm push")
-        print(f"{commit.repo_url}: {len(added)} files, revision {commit.oid}")
-    except (ValueError, OSError, HTTPError) as error:  # the Hub's refusals are OSErrors
-        raise SystemExit(f"ola-vlm push: {error}") from error
-
-
-if __name__ == "__main__":
-    main()
+        card = make_card(args.checkpoint, args.repo, args.results, base, args.licence)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"run.json or the results are not as our commands write them ({what})") from error
+    content |= evaluation(args.results)[2]
+    if args.dry_run:
+        print(*map(terminal, (card, *sorted(content))), sep="\n")
+        return
+    content["README.md"] = str(card).encode()
+    api, added = HfApi(), [CommitOperationAdd(name, content[name]) for name in sorted(content)]
+    api.create_repo(args.repo, private=args.private or None, exist_ok=True)
+    commit = api.create_commit(args.repo, added, commit_message=f"{len(added)} files by ola-vlm push")
+    print(f"{commit.repo_url}: {len(added)} files, revision {commit.oid}")
+    tell(
+        f"Next: look at its card on {commit.repo_url}; a Space that shows it: docs/space.md",
+    )

@@ -1,13 +1,13 @@
 """
 The reference implementation's checkpoints (Llama and Phi-3) -> OLA-VLM, and its probes -> ours, by a table of keys:
-`ola-vlm convert`.
+`ola-vlm convert` (commands/convert.py).
 
 Nothing is guessed: a key of the checkpoint that the table doesn't know, and a weight of ours that no key provides, are
 errors that list them. `DROPPED` says what is dropped, and why.
 """
 
-import argparse
 import re
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, TimmWrapperModel
 
+from ..commands.running import command, tell
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes
 from ..probing.states import PROMPT
@@ -28,7 +29,6 @@ from ..targets.loading import (
     TEXTS,
     check_place,
     loading_from,
-    one_line,
     read_bin,
     read_json_object,
     read_safetensors,
@@ -347,30 +347,24 @@ def convert_probes(reference: str | Path) -> tuple[Probes, str]:
     return probes, f"{fates(heads, layers)}\n{others} dropped: of the model that was probed, which was frozen"
 
 
-def main(argv: list[str] | None = None):
-    """`ola-vlm convert REFERENCE_DIR OUT [--vision-tower DIR] [--tokenizer DIR]`."""
-    parser = argparse.ArgumentParser(prog="ola-vlm convert", description=__doc__)
-    parser.add_argument("reference", metavar="REFERENCE_DIR", help="folder or repository of a checkpoint of it")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--vision-tower", help="folder or repository with the vision tower's config")
-    parser.add_argument("--tokenizer", help="of the LLM, folder or repository (default: the checkpoint's own)")
-    args = parser.parse_args(argv)
+@command("convert")
+def main(args: Namespace) -> None:
+    folder = find_checkpoint(args.reference)
     try:
-        folder = find_checkpoint(args.reference)
         if "probe_mode" in read_json_object(folder / "config.json"):
             probes, became = convert_probes(folder)
+            print(terminal(became))
             probes.save(args.out)
-            print(
-                f"{terminal(became)}\nWrote probes to {args.out}: for `ola-vlm visualize --probes` and `load_probes`."
-            )
+            print(f"Wrote probes to {args.out}: for `ola-vlm visualize --probes` and `load_probes`.")
             return
         model, processor, became = convert_reference(folder, args.vision_tower, args.tokenizer)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"ola-vlm convert: {one_line(error)}") from error
+    except RuntimeError as error:  # keys that are missing or unknown
+        raise ValueError(error) from error
     print(terminal(became))
     model.save_pretrained(args.out)
     if processor is None:
         print(f"Wrote the model alone to {args.out}: without --tokenizer there is no processor.")
-    else:
-        processor.save_pretrained(args.out)
-        print(f"Wrote model and processor to {args.out}.")
+        return
+    processor.save_pretrained(args.out)
+    print(f"Wrote model and processor to {args.out}.")
+    tell(f"Next: ola-vlm chat {args.out} IMAGE, or ola-vlm export {args.out} OUT for serving engines")

@@ -1,15 +1,14 @@
-"""An open_clip checkpoint with a trunk of timm's -> a folder that is a vision tower: `ola-vlm convert-tower`.
-
-The paper's ConvNeXt-XXL makes 24x24 tokens of 768 pixels (`recipes.paper.VISION_TOWERS`): `ola-vlm convert-tower
-laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup weights/clip_convnext_xxl --image-size 768`.
+"""An open_clip checkpoint with a trunk of timm's -> a folder that is a vision tower: `ola-vlm convert-tower`
+(commands/convert_tower.py).
 """
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
 
 from transformers import TimmWrapperConfig, TimmWrapperModel
 from transformers.utils.hub import cached_file
 
+from ..commands.running import command, tell
 from ..targets.loading import find_file, loading_from, read_bin, read_json_object, read_safetensors
 
 TRUNK = "visual.trunk."
@@ -42,16 +41,12 @@ def convert_tower(checkpoint: str, image_size: int | None = None) -> TimmWrapper
     return model.eval()
 
 
-def main(argv: list[str] | None = None):
-    """`ola-vlm convert-tower OPEN_CLIP OUT [--image-size N]`."""
-    parser = argparse.ArgumentParser(prog="ola-vlm convert-tower", description=__doc__)
-    parser.add_argument("checkpoint", metavar="OPEN_CLIP", help="folder or repository of an open_clip model")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--image-size", type=int, help="pixels a side (its own training's by default)")
-    args = parser.parse_args(argv)
+@command("convert-tower")
+def main(args: Namespace) -> None:
     try:
         tower = convert_tower(args.checkpoint, args.image_size)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"ola-vlm convert-tower: {error}") from error
+    except RuntimeError as error:  # weights that are missing or unknown
+        raise ValueError(error) from error
     tower.save_pretrained(args.out)
     print(f"Wrote the vision tower to {args.out}.")
+    tell(f"Next: ola-vlm train with --vision_tower {args.out}")

@@ -7,21 +7,20 @@ docs/evaluation.md.
 
 import difflib
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers.utils import logging
 
 from ..targets.files import inside
 from ..targets.images import ImageError
-from ..world.dataset import write_questions
 from . import schemas
 from .question_files import Row, image_source, read_rows
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_IN_PARENTHESES = (
@@ -161,6 +160,8 @@ def locate(name: str, data: str | None = None, revision: str | None = None, make
     if name == "miniature" and not (Path(data) / "test.jsonl").exists():
         if not make and data != MINIATURE_FOLDER:
             raise ValueError(f"{data} has no test.jsonl: give --data, a folder that has it or where it may be written")
+        from ..world.dataset import write_questions  # with all that renders scenes
+
         write_questions(Path(data))
     if data is not None and Path(data).is_dir():
         if revision is not None:

@@ -1,21 +1,20 @@
-"""Compare two models' answers to the same questions: `ola-vlm compare A B --out DIR`.
+"""Two models' answers to the same questions: `ola-vlm compare` (commands/compare.py).
 
-A and B are files of answers (or their folders) of one benchmark. Prints and writes (DIR/comparison.json) B minus A for
-everything that `ola-vlm score` reports, with a 95% interval (bootstrap over questions) and a paired two-sided test:
-McNemar's, exact, where answers are right or wrong; a sign-flip permutation of weighted means and of VQA's scores.
-DIR/disagreements.html shows the questions on which one is better: image, question, both answers, truth.
+B minus A for everything that `ola-vlm score` reports, with a 95% interval (bootstrap over questions) and a paired
+two-sided test: McNemar's, exact, where answers are right or wrong; a sign-flip permutation of weighted means and of
+VQA's scores. A page shows the questions on which one is better: image, question, both answers, truth.
 """
 
-import argparse
 import base64
 import io
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from html import escape
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..commands.running import command, tell
 from ..targets.escapes import one_line
 from ..targets.files import write_json, write_whole
 from ..targets.images import open_image
@@ -153,31 +152,19 @@ def page(
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm compare", description=__doc__, formatter_class=layout)
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="default: comparison")
-    parser.add_argument("--data", help="where the images are, if not where A found them")
-    anyway = "answers of two variants, prompts or truths, too; table and page say in what they differ"
-    parser.add_argument("--anyway", action="store_true", help=anyway)
-    parser.add_argument("--limit", type=int, default=48, help="questions on the page at most (about 10 kB each)")
-    args = parser.parse_args(argv)
-    try:
-        records_a, records_b = read_answers(args.a), read_answers(args.b)
-        compared = compare_records(records_a, records_b, args.anyway)
-        notes = differences(records_a, records_b)
-        run = records_a[0]["run"]
-        known = None if run["revision"].startswith("sha256:") else run["revision"]
-        place = {"data": args.data} if args.data else {"data": run["data"], "revision": known, "make": False}
-        folder, revision = locate(run["benchmark"], **place)
-        if revision != run["revision"] and not (known and args.data):
-            raise ValueError(f"{folder} holds other questions ({revision}) than those answered ({run['revision']})")
-        read_image = load_questions(run["benchmark"], folder, run["variant"])[1]
-        text = page(records_a, records_b, compared, read_image, args.limit, notes)
-    except ValueError as error:
-        raise SystemExit(f"ola-vlm compare: {error}") from error
+@command("compare")
+def main(args: Namespace) -> None:
+    records_a, records_b = read_answers(args.a), read_answers(args.b)
+    compared = compare_records(records_a, records_b, args.anyway)
+    notes = differences(records_a, records_b)
+    run = records_a[0]["run"]
+    known = None if run["revision"].startswith("sha256:") else run["revision"]
+    place = {"data": args.data} if args.data else {"data": run["data"], "revision": known, "make": False}
+    folder, revision = locate(run["benchmark"], **place)
+    if revision != run["revision"] and not (known and args.data):
+        raise ValueError(f"{folder} holds other questions ({revision}) than those answered ({run['revision']})")
+    read_image = load_questions(run["benchmark"], folder, run["variant"])[1]
+    text = page(records_a, records_b, compared, read_image, args.limit, notes)
     models = {letter: records[0]["run"] for letter, records in zip("AB", (records_a, records_b), strict=True)}
     write_json(args.out / "comparison.json", {**models, "differ_in": notes, "B - A": compared})
     write_whole(args.out / "disagreements.html", text)
@@ -186,3 +173,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, *cells, test in describe(compared):
         print(f"{one_line(name):<28}" + "".join(f"{cell:>16}" for cell in cells) + f"   {test}")
     print(f"disagreements: {args.out / 'disagreements.html'}")
+    tell(f"Results: {args.out} (comparison.json, disagreements.html)", "Next: open the page in a browser")

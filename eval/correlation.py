@@ -1,11 +1,10 @@
-"""Do better probes go with better answers (paper, Figure 2)? `ola-vlm correlation OUT EVAL_DIR... --figure FILE`.
+"""Do better probes go with better answers (paper, Figure 2)? `ola-vlm correlation` (commands/correlation.py).
 
-OUT: of `ola-vlm probe`, with several checkpoints. EVAL_DIRs: of `ola-vlm eval`, one a checkpoint, all of one
-benchmark. A checkpoint's probe score is the mean over its layers. Prints Pearson's r by task, with the range that is
-left of it when any two checkpoints are taken out, and draws the points; they tell nothing about causes.
+A checkpoint's probe score is the mean over its layers. Pearson's r by task, with the range that is left of it when any
+two checkpoints are taken out; the points tell nothing about causes.
 """
 
-import argparse
+from argparse import Namespace
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ..commands.running import command, tell
 from ..probing.figures import STYLE, method_styles
 from ..targets.escapes import mathtext, one_line, terminal
 from ..targets.files import read_object, save_figure
@@ -110,21 +110,10 @@ def draw(path: Path, points: dict, benchmark: str, plain: bool) -> dict[str, dic
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm correlation", description=__doc__, formatter_class=layout)
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("folders", type=Path, nargs="+", metavar="EVAL_DIR")
-    parser.add_argument("--figure", type=Path, required=True, help="the .png to write")
-    parser.add_argument("--score", default="overall", help="of results.json")
-    parser.add_argument(
-        "--plain", action="store_true", help="the paper's plain cosine instead of the mean-centered one"
-    )
-    args = parser.parse_args(argv)
-    try:
-        points, benchmark = read_points(args.out, args.folders, args.score, args.plain)
-        found = draw(args.figure, points, benchmark, args.plain)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ola-vlm correlation: {error}") from error
+@command("correlation")
+def main(args: Namespace) -> None:
+    points, benchmark = read_points(args.out, args.folders, args.score, args.plain)
+    found = draw(args.figure, points, benchmark, args.plain)
     for task, one in found.items():
         print(terminal(f"{one_line(task):<8} {describe(one)}; {benchmark}"))
+    tell(f"Results: {args.figure}", "Next: more checkpoints make it say more: ola-vlm probe and ola-vlm eval them")

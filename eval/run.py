@@ -1,15 +1,13 @@
-"""Ask a checkpoint a benchmark's questions, score the answers: `ola-vlm eval CHECKPOINT --benchmark NAME --out DIR`.
+"""Ask a checkpoint a benchmark's questions, score the answers: `ola-vlm eval` (commands/eval.py).
 
-CHECKPOINT: any image-text-to-text model of transformers, a folder or a name on the Hub. DIR gets answers.jsonl (each
-line has its prompt, the raw answer and all that scoring needs) and results.json. Interrupted, the same command goes
-on; when all is answered it only scores. Processes share the questions: `torchrun --nproc_per_node 8 -m ola_vlm.cli
-eval ...`.
+The folder gets answers.jsonl (each line has its prompt, the raw answer and all that scoring needs) and results.json.
+Interrupted, the same command goes on; when all is answered it only scores. Processes share the questions.
 """
 
-import argparse
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -18,11 +16,12 @@ from tqdm import tqdm
 from transformers import __version__
 from transformers.utils import logging
 
+from ..commands.running import command, tell
 from ..inference.checkpoints import load_checkpoint, processes, weights_state
 from ..inference.generate import generate_answers
 from ..targets.escapes import terminal
 from ..targets.files import only_one, whole_file
-from .benchmarks import BENCHMARKS, evenly, find_benchmark, find_variant, load_questions, locate
+from .benchmarks import evenly, find_benchmark, find_variant, load_questions, locate
 from .scoring import table, write_results
 
 logger = logging.get_logger(__name__)
@@ -102,38 +101,17 @@ def answer(
             part.unlink()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm eval", description=__doc__, formatter_class=layout)
-    parser.add_argument("checkpoint")
-    known = f"one or more of {', '.join(BENCHMARKS)}, or a file with your own questions (.json, .jsonl)"
-    parser.add_argument("--benchmark", required=True, nargs="+", metavar="NAME", help=known)
-    parser.add_argument("--out", type=Path, required=True, help="with several benchmarks each has a folder of its own")
-    names = "; ".join(f"{name}: {', '.join(benchmark.variants)}" for name, benchmark in BENCHMARKS.items())
-    parser.add_argument("--variant", help=f"prompt and scoring by name, the first is the default ({names})")
-    data = (
-        "folder with the benchmark's files, or a name on the Hub (default: its own); of your own questions the images'"
+@command("eval")
+def main(args: Namespace) -> None:
+    for results in _evaluate(args):
+        print(terminal(table(results)))
+    tell(
+        f"Results: {args.out} (answers.jsonl, results.json; with several benchmarks in a folder each)",
+        f"Next: ola-vlm compare {args.out} ANOTHER_MODELS_OUT",
     )
-    parser.add_argument("--data", help=data)
-    parser.add_argument("--revision", help="of the data on the Hub, all 40 digits")
-    parser.add_argument("--limit", type=int, help="ask about this many questions only, evenly spaced")
-    unreadable = "questions whose image can't be opened count as unanswered (default: they stop it in the end)"
-    parser.add_argument("--count_unreadable", action="store_true", help=unreadable)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--max_new_tokens", type=int, default=16)
-    dtypes = "float32, bfloat16, ... (auto: the checkpoint's, float32 on a CPU)"
-    parser.add_argument("--dtype", default="auto", help=dtypes)
-    parser.add_argument("--device_map", help="auto, cuda:1, ... (default: each process its own device)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
-    args = parser.parse_args(argv)
-    try:
-        for results in _evaluate(args):
-            print(terminal(table(results)))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ola-vlm eval: {error}") from error
 
 
-def _evaluate(args: argparse.Namespace) -> Iterator[dict]:
+def _evaluate(args: Namespace) -> Iterator[dict]:
     """Each benchmark's results, as soon as they are there; in the first process only."""
     # What costs nothing to see is seen before anything is downloaded, rendered or loaded.
     if args.limit is not None and args.limit < 1:
@@ -175,7 +153,3 @@ def _evaluate(args: argparse.Namespace) -> Iterator[dict]:
             answer(load, questions, read_image, folders[name], run, args.batch_size, args.count_unreadable)
         if state.is_main_process:
             yield write_results(folders[name])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,16 @@
-"""Score a file of answers: `ola-vlm score answers.jsonl`. It needs the file alone: no model, no data.
+"""Scores of a file of answers: `ola-vlm score` (commands/score.py). It needs the file alone: no model, no data.
 
-Prints and writes (results.json beside it) the benchmark's headline numbers, then every task's and source's, each with
-its standard error over questions.
+The benchmark's headline numbers, then every task's and source's, each with its standard error over questions.
 """
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..commands.running import command, tell
 from ..targets.escapes import one_line, terminal
 from ..targets.files import write_json
 from .benchmarks import BENCHMARKS, MEAN_OF_TASKS
@@ -154,11 +154,7 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm score", description=__doc__, formatter_class=layout)
-    parser.add_argument("answers", help="answers.jsonl, or the folder with it")
-    try:
-        print(terminal(table(write_results(parser.parse_args(argv).answers))))
-    except ValueError as error:
-        raise SystemExit(f"ola-vlm score: {error}") from error
+@command("score")
+def main(args: Namespace) -> None:
+    print(terminal(table(write_results(args.answers))))
+    tell("Results: results.json beside the answers", f"Next: ola-vlm compare {args.answers} ANOTHER_MODELS_ANSWERS")

@@ -1,21 +1,13 @@
-"""Target tasks (the paper's Table 8): what probes (`ola-vlm probe`'s OUT) are worth once the teachers decode them.
-
-    ola-vlm target-tasks OUT [--da2k FOLDER] [--coco FOLDER] [--miniature ROOT] [--gallery DIR]
-
-depth: DA-2K accuracy, the share of point pairs whose closer point has the larger decoded inverse depth. seg: mIoU over
-the data set, and the reference's variant (mean over images); teacher-assisted, as only the last stage of the teacher's
-backbone is decoded from features. gen: Frechet distance between features of the images and of what is decoded from
-their embeddings; here the image of --gallery with the nearest gen embedding stands in for unCLIP's, and --features
-(the gen teacher by default) for Inception.
+"""Target tasks (the paper's Table 8): what probes are worth once the teachers decode them: `ola-vlm target-tasks`
+(commands/target_tasks.py, which says what the scores are).
 
 Each for the probes of every layer, for the model's own predictors if it has some, and as bounds for the teacher
-itself, its targets decoded the same way, and the mean target. Writes OUT/target_tasks.json and prints a table; a model
-that is done is not done again.
+itself, its targets decoded the same way, and the mean target.
 """
 
-import argparse
 import hashlib
 import json
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..commands.running import command, tell
 from ..inference.checkpoints import load_checkpoint, processes, weights_state
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes, load_probes
@@ -252,36 +245,17 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm target-tasks", description=__doc__, formatter_class=layout)
-    parser.add_argument("out", type=Path, metavar="OUT", help="of `ola-vlm probe`")
-    parser.add_argument("--da2k", type=Path, help="DA-2K's folder: annotations.json and the images it names")
-    parser.add_argument("--coco", type=Path, help="folder of panoptic_val2017.json, panoptic_val2017 and val2017")
-    parser.add_argument("--miniature", type=Path, help="a study's folder, whose test scenes have exact truth")
-    parser.add_argument("--gallery", type=Path, help="images, the nearest of which stands for a generated one")
-    parser.add_argument("--gallery_pattern", default="**/*", help='of its files ("train_*" in a study\'s data/images)')
-    features = "the extractor of the Frechet distance's features, as JSON like a recipe's teachers (the gen teacher)"
-    parser.add_argument("--features", type=json.loads, help=features)
-    parser.add_argument(
-        "--max_images", type=int, help="of each data set, the first ones; of the gallery, ten times that"
-    )
-    parser.add_argument("--device_map")
-    parser.add_argument("--model_dtype", default="auto")
-    trust = "run code that comes with a model, and with a teacher that probes.json names"
-    parser.add_argument("--trust_remote_code", action="store_true", help=trust)
-    args = parser.parse_args(argv)
-    try:
-        with only_one(args.out):
-            results = run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ola-vlm target-tasks: {error}") from error
+@command("target-tasks")
+def main(args: Namespace) -> None:
+    with only_one(args.out):
+        results = run(args)
     print(terminal(table(results)))
     features = one_line(results["features"])
     print(f"Frechet features: {features}; seg is teacher-assisted: finer stages are the teacher's own")
+    tell(f"Results: {args.out / 'target_tasks.json'}", "Next: ola-vlm visualize shows what was scored")
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: Namespace) -> dict:
     """target_tasks.json's content."""
     if not (args.out / "probes.json").exists():
         raise ValueError(f"{args.out} has no probes.json: `ola-vlm probe` writes it")

@@ -1,16 +1,13 @@
-"""Talk to a checkpoint in the terminal: `ola-vlm chat DIR_OR_REPO [IMAGE ["question"]]`.
-
-DIR_OR_REPO: any image-text-to-text model of transformers, a folder or a name on the Hub. With a question it answers
-and ends; without one it converses: several turns, several images, Ctrl-C stops an answer. The Space (space/app.py)
-talks through the same `Chat`.
+"""Talk to a checkpoint about images: `ola-vlm chat` (commands/chat.py) in the terminal, the Space (space/app.py) in a
+browser, both through `Chat`.
 """
 
-import argparse
 import math
 import numbers
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import TextIteratorStreamer
 
+from ..commands.running import command
 from ..targets.escapes import terminal
 from ..targets.images import open_image
 from ..training.rows import brief
@@ -205,46 +203,34 @@ def converse(chat: Chat, read: Callable[[str], str], write: Callable[[str], obje
             messages = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm chat", description=__doc__, formatter_class=layout)
-    parser.add_argument("checkpoint")
-    parser.add_argument("image", nargs="?", type=Path)
-    parser.add_argument("question", nargs="?")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, ... (auto: the checkpoint's, float32 on a CPU)"
+@command("chat")
+def main(args: Namespace) -> None:
+    sampling = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    images = [open_image(args.image)] if args.image else []
+    chat = Chat.load(
+        args.checkpoint,
+        dtype=args.dtype,
+        device_map=args.device_map,
+        trust_remote_code=args.trust_remote_code,
     )
-    parser.add_argument("--device_map", help="auto, cuda:1, ...")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
-    args = parser.parse_args(argv)
-    sampling = {name: vars(args)[name] for name in ("temperature", "top_p", "max_new_tokens")}
-    try:
-        sampling_options(**sampling)
-    except ValueError:
-        parser.error("choose --temperature >= 0, 0 < --top_p <= 1 and --max_new_tokens >= 1")
-    loading = {name: vars(args)[name] for name in ("dtype", "device_map", "trust_remote_code")}
 
     def write(text: str) -> None:
         print(terminal(text), end="", flush=True)  # the model's words, too, are a stranger's
 
-    try:
-        images = [open_image(args.image)] if args.image else []
-        chat = Chat.load(args.checkpoint, **loading)
-        if args.question is not None:
-            write("".join(f"! {remark}\n" for remark in chat.remarks(args.question)))
-            content = [{"type": "image", "image": images[0]}, {"type": "text", "text": args.question}]
-            answer = ""
-            for piece in chat.stream([{"role": "user", "content": content}], **sampling):
-                answer += piece
-                write(piece)
-            write(option_words(args.question, answer))
-            write("\n")
-            return
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"ola-vlm chat: {error}") from error
+    if args.question is not None:
+        write("".join(f"! {remark}\n" for remark in chat.remarks(args.question)))
+        content = [{"type": "image", "image": images[0]}, {"type": "text", "text": args.question}]
+        answer = ""
+        for piece in chat.stream([{"role": "user", "content": content}], **sampling):
+            answer += piece
+            write(piece)
+        write(option_words(args.question, answer))
+        write("\n")
+        return
     with suppress(ImportError):  # not on every system; lines can then be edited and called back
         import readline  # noqa: F401
     converse(chat, input, write, images, **sampling)

@@ -6,8 +6,7 @@ follow later, and an `--out` of `ola-vlm miniature` brings its llava and ola_vlm
 written of all that is done so far: ablations.md, ablations.json and a figure a table.
 """
 
-import argparse
-import os
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ..commands.running import command, tell
 from ..probing.figures import METHODS, STYLE, TASK_COLORS
 from ..recipes.miniature import ABLATIONS, TASKS, ablation_run
 from ..targets.files import save_figure, write_json, write_whole
@@ -135,28 +135,14 @@ def write_report(root: Path, names: Sequence[str], arms: list[tuple[str, int]]) 
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm study", description=__doc__, formatter_class=layout)
-    parser.add_argument("study", choices=["ablations"])
-    parser.add_argument("--tables", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS), metavar="TABLE",
-                        help=f"some of {', '.join(ABLATIONS)}; default: all")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=1, help="seeds a row (1)")
-    steps = "steps of PT and of IFT, for a short sweep (default: the miniature's own)"
-    parser.add_argument("--steps", type=int, nargs=2, metavar=("PT", "IFT"), help=steps)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: runs/ablations")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="arms at a time (a core each)")
-    parser.add_argument("--report", action="store_true", help="only report what is done so far")
-    parser.add_argument("--shrunk", action="store_true", help="4 steps on a few scenes: checks the chain only")
-    args = parser.parse_args(argv)
-    if args.seeds < 1 or args.workers < 1 or min(args.steps or [1]) < 1:
-        parser.error("--seeds, --workers and --steps must be at least 1")
+@command("study")
+def main(args: Namespace) -> None:
     root, size = args.out.resolve(), SHRUNK if args.shrunk else FULL
     runs = dict.fromkeys(ablation_run(name, row) for name in args.tables for row in ABLATIONS[name])
     arms = [(run, seed) for seed in range(args.seeds) for run in runs]
     if args.report:
         if not root.exists():
-            parser.error(f"{args.out} does not exist: nothing is done yet")
+            raise ValueError(f"{args.out} does not exist: nothing is done yet")
         print(write_report(root, args.tables, arms))
         return
     overrides, settings = dict(size["overrides"]), {"shrunk": args.shrunk}
@@ -164,9 +150,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings["steps"] = args.steps
         for stage, count in zip(STAGES, args.steps, strict=True):
             overrides[stage] = overrides.get(stage, {}) | {"max_steps": count}
-    try:
-        prepare(root, size, settings)
-    except ValueError as error:
-        parser.error(str(error))
+    prepare(root, size, settings)
     run_arms(root, arms, overrides, args.workers, partial(write_report, root, args.tables, arms))
     print(write_report(root, args.tables, arms))
+    tell(
+        f"Results: {args.out} (ablations.md, ablations.json, a figure a table)",
+        "Next: the same command with more --tables or --seeds; what is done is not done again",
+    )

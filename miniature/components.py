@@ -5,7 +5,6 @@
 Interrupted runs resume from ``--work``. Every part is measured on held-out scenes; the command fails below a floor.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -36,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..commands.parsing import Parser
 from ..targets.encoders import OneFormerEncoder
 from ..targets.files import write_whole
 from ..world import language, render
@@ -438,7 +438,7 @@ TRAINERS = {
 
 def main(argv=None) -> int:
     """Train the chosen parts, print and write their quality; 1 when one lies below its floor."""
-    parser = argparse.ArgumentParser(prog="python -m ola_vlm.miniature.components", description=__doc__)
+    parser = Parser("ola_vlm.miniature.components", __doc__, start="python -m")
     parser.add_argument("--only", nargs="+", choices=list(TRAINERS), default=list(TRAINERS), help="parts to train")
     parser.add_argument("--work", type=Path, default=Path("runs/components"), help="training states and scenes")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the finished parts go")

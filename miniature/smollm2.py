@@ -6,7 +6,6 @@ scenes. Language model -> data -> PT -> IFT -> report.json, report.md and losses
 goes on where it was interrupted.
 """
 
-import argparse
 import importlib.util
 import json
 from collections import defaultdict
@@ -22,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, set_seed
 
+from ..commands.parsing import Parser
 from ..eval.multiple_choice import score
 from ..inference.generate import generate_answers
 from ..probing.figures import STYLE, TASK_COLORS
@@ -398,9 +398,9 @@ def draw_losses(results: dict, path: Path) -> None:
 
 def main(argv=None) -> dict:
     """Runs what is not done yet, prints report.md and returns report.json's content."""
-    parser = argparse.ArgumentParser(prog="python -m ola_vlm.miniature.smollm2", description=__doc__)
+    parser = Parser("ola_vlm.miniature.smollm2", __doc__, start="python -m")
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
-    parser.add_argument("--language-model", help="a folder with another 30-layer language model")
+    parser.add_argument("--language_model", help="a folder with another 30-layer language model")
     parser.add_argument("--shrunk", action="store_true", help="2 steps a stage on a few rows: checks the chain only")
     args = parser.parse_args(argv)
     results = Run(args.out, args.language_model, args.shrunk).results()

@@ -4,7 +4,6 @@ World -> components -> targets -> arms (a process each, one thread) -> report. E
 --resume a step that is done is not done again.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -12,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from tqdm import tqdm
 from transformers import logging
 
+from ..commands.running import command, tell
 from ..eval.statistics import compare_answers
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes
@@ -205,29 +206,15 @@ def prepare(root: Path, size: dict, settings: dict) -> tuple[Clock, dict]:
     return clock, checks
 
 
-def main(argv=None) -> dict:
+@command("miniature")
+def main(args: Namespace) -> dict:
     """Runs the study and returns report.json's content."""
-    parser = argparse.ArgumentParser(prog="ola-vlm miniature", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=1, help="seeds a method")
-    methods = {"choices": [*recipe.METHODS, *recipe.FUSIONS], "default": list(recipe.METHODS)}
-    parser.add_argument("--methods", nargs="+", **methods, help="by default all but the multi-encoder baselines")
-    parser.add_argument("--out", type=Path, default=Path("runs/miniature"))
-    parser.add_argument("--resume", action="store_true", help="go on with what an earlier run left in --out")
-    parser.add_argument("--workers", type=int, default=(os.cpu_count() or 1) + 1, help="arms at a time")
-    parser.add_argument("--shrunk", action="store_true", help="4 steps on a few scenes: checks the chain only")
-    parser.add_argument("--ship", action="store_true", help="put half-precision checkpoints into miniature/weights")
-    args = parser.parse_args(argv)
-    if args.seeds < 1 or args.workers < 1:
-        parser.error("--seeds and --workers must be at least 1")
     args.methods = list(dict.fromkeys(args.methods))  # each once
     root = args.out.resolve()
     if root.exists() and any(root.iterdir()) and not args.resume:
-        parser.error(f"{args.out} is not empty: add --resume to go on with it, or choose another --out")
+        raise ValueError(f"{args.out} is not empty: add --resume to go on with it, or choose another --out")
     size = SHRUNK if args.shrunk else FULL
-    try:
-        clock, checks = prepare(root, size, {"shrunk": args.shrunk})
-    except ValueError as error:
-        parser.error(str(error))
+    clock, checks = prepare(root, size, {"shrunk": args.shrunk})
     run_arms(root, [(m, seed) for seed in range(args.seeds) for m in args.methods], size["overrides"], args.workers)
     clock.lap("arms")
     arms = [(method, seed) for method in args.methods for seed in range(args.seeds)]
@@ -236,4 +223,8 @@ def main(argv=None) -> dict:
         decoded_figures(root)
     results = collect(root, args.methods, args.seeds, clock.seconds, checks)
     print(write_report(root, results).read_text())
+    tell(
+        f"Results: {args.out} (report.md, report.json, figures; each trial's checkpoints in METHOD/seedN)",
+        f"Next: ola-vlm chat {args.out}/ola_vlm/seed0/finetune, or ola-vlm study ablations --out {args.out}",
+    )
     return results

@@ -1,18 +1,13 @@
-"""Probe a frozen model's layers: `ola-vlm probe MODEL... --images DIR --out OUT [--recipe NAME] [--any_field value]`.
+"""Probes on every layer of frozen models: `ola-vlm probe` (commands/probe.py).
 
-MODEL: any image-text-to-text model of transformers, folders or names on the Hub. A probe on every layer of the LLM, 0
-(the embeddings) to the last, tells how well the layer's states predict the features of the recipe's teachers, on
-images that were held out. OUT gets probes.json (all scores), probes.png (all curves), and a folder a model with its
-probes (`probing.probes.load_probes`). Interrupted, the same command goes on; more models can be added to an OUT. Of a
-recipe (llama3_vit_pretrain, the paper's) its tasks, teachers, target cache, seed, and for resamplers learning_rate and
-standardize_targets matter here.
+A probe on every layer of the LLM, 0 (the embeddings) to the last, tells how well the layer's states predict the
+features of the recipe's teachers, on images that were held out.
 """
 
-import argparse
 import hashlib
 import json
 import re
-import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
 
+from ..commands.running import command, tell
 from ..configuration_ola_vlm import PAPER_TASKS
 from ..inference.checkpoints import load_checkpoint, processes, weights_state
-from ..recipes.command_line import parse_arguments
+from ..recipes import RECIPES
+from ..recipes.arguments import make_arguments
 from ..targets.escapes import one_line, terminal
 from ..targets.files import only_one, read_finished, write_json
 from ..targets.fill import make_teachers
@@ -104,26 +101,6 @@ def split(count: int, seed: int, has_test: bool) -> dict[str, np.ndarray]:
     }
 
 
-def options_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or names on the Hub")
-    parser.add_argument("--images", required=True, help="a folder of images, a .json of rows, or a data set's name")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--targets", nargs="+", metavar="TASK", help="tasks of the recipe; all by default")
-    parser.add_argument("--probe", choices=["ridge", "resampler"], default="ridge")
-    parser.add_argument("--test_images", help="held-out images of their own; by default a fifth of --images")
-    parser.add_argument("--max_images", type=int, help="of --images, drawn by the seed; all by default")
-    parser.add_argument("--batch_size", type=int, default=16, help="images a forward pass")
-    parser.add_argument("--epochs", type=int, default=2, help="of a resampler")
-    parser.add_argument("--step_images", type=int, default=256, help="images an optimizer step of a resampler")
-    parser.add_argument("--prompt", default=PROMPT, help="the words after the image")
-    parser.add_argument("--no_square", action="store_true", help="don't pad images to the square that teachers see")
-    parser.add_argument("--model_dtype", default="auto", help="auto: the checkpoint's, float32 on a CPU")
-    parser.add_argument("--device_map", help="auto, cuda:1, ...")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a checkpoint")
-    return parser
-
-
 def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -140,7 +117,7 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
     return {model: "/".join(path) for model, path in zip(models, paths, strict=True)}
 
 
-def find_tasks(options: argparse.Namespace, args: OlaVlmArguments) -> list[dict]:
+def find_tasks(options: Namespace, args: OlaVlmArguments) -> list[dict]:
     tasks = [{**PAPER_TASKS.get(task["name"], {}), **task} for task in args.tasks or []]
     if not tasks or not args.teachers:
         raise ValueError("the recipe has no tasks and teachers: name another one, or give --tasks and --teachers")
@@ -164,7 +141,7 @@ class ProbeRun:
     statistics: of the training images' targets, of tasks whose targets are standardized.
     """
 
-    options: argparse.Namespace
+    options: Namespace
     args: OlaVlmArguments
     models: list[str]
     tasks: list[dict]
@@ -185,7 +162,7 @@ class ProbeRun:
 class LoadedModel:
     """The model that was asked for last, which stays in memory; another one takes its place."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: Namespace):
         self.options = options
         self.name: str | None = None
         self.state_reader: StateReader | None = None
@@ -203,7 +180,7 @@ class LoadedModel:
 
 
 # ------------------------------------------------------------------------- what is done before any model is loaded
-def prepare(options: argparse.Namespace, args: OlaVlmArguments) -> ProbeRun:
+def prepare(options: Namespace, args: OlaVlmArguments) -> ProbeRun:
     """Finds tasks, images and targets. ValueError for what can't work, before anything slow."""
     tasks = find_tasks(options, args)
     images = find_images(options.images, args)
@@ -244,7 +221,7 @@ def prepare(options: argparse.Namespace, args: OlaVlmArguments) -> ProbeRun:
     )
 
 
-def find_models(options: argparse.Namespace) -> list[str]:
+def find_models(options: Namespace) -> list[str]:
     """Those that were asked for, then those that OUT has fitted probes of."""
     models = list(options.models)
     for path in sorted(options.out.glob(f"*/{FITTED_FILES[options.probe]}")):
@@ -261,7 +238,7 @@ def check_held_out(test_images: Images, images: Images) -> None:
         raise ValueError(f"{len(both)} of --test_images are among --images ({both[0]}): held out means others")
 
 
-def make_settings(options: argparse.Namespace, args: OlaVlmArguments, tasks: list[dict], images: list) -> dict:
+def make_settings(options: Namespace, args: OlaVlmArguments, tasks: list[dict], images: list) -> dict:
     digest = hashlib.blake2b(digest_size=8)
     for image in images:
         digest.update(image.encode() if isinstance(image, str) else image["bytes"])
@@ -470,31 +447,25 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[2:] if argv is None else argv)
-    if {"-h", "--help"} & set(argv):  # without the training arguments' seven hundred lines
-        parser = argparse.ArgumentParser(
-            "ola-vlm probe",
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[options_parser()],
-        )
-        parser.add_argument("--recipe", metavar="NAME", help="whose tasks and teachers (llama3_vit_pretrain)")
-        parser.print_help()
-        return
-    if not any(argument.split("=")[0] == "--recipe" for argument in argv):
-        argv += ["--recipe", "llama3_vit_pretrain"]
+@command("probe")
+def main(options: Namespace) -> None:
+    if not options.values:
+        options.values = RECIPES["llama3_vit_pretrain"]()
+    if options.prompt is None:
+        options.prompt = PROMPT
     # Nothing is trained in bf16 here, and a recipe's wish for it would fail on a CPU.
-    args, options = parse_arguments(argv, "ola-vlm probe", options_parser(), bf16=False)
+    args = make_arguments(options, "ola-vlm probe", bf16=False)
     if processes().num_processes > 1:
-        raise SystemExit("ola-vlm probe: it runs in one process; give --device_map auto for a model on several GPUs")
+        raise ValueError("it runs in one process; give --device_map auto for a model on several GPUs")
     options.models = list(dict.fromkeys(options.models))
-    try:
-        run = prepare(options, args)
-        with only_one(options.out):
-            results = compute_results(run)
-            write_json(options.out / "probes.json", results)
-            curves_figure(options.out / "probes.png", results)
-        print(terminal(table(results)))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ola-vlm probe: {error}") from error
+    run = prepare(options, args)
+    with only_one(options.out):
+        results = compute_results(run)
+        write_json(options.out / "probes.json", results)
+        curves_figure(options.out / "probes.png", results)
+    print(terminal(table(results)))
+    first = options.models[0]
+    tell(
+        f"Results: {options.out} (probes.json, probes.png, a folder of probes a model)",
+        f"Next: ola-vlm visualize {first} IMAGE --probes {model_folder(options.out, first)}",
+    )

@@ -1,24 +1,17 @@
-"""What each layer sees: `ola-vlm visualize CHECKPOINT IMAGE... --out DIR` (the paper's Figures 6 and VI).
-
-A layer's predicted embeddings are decoded by the teachers: depth maps, and for gen either images that unCLIP makes of
-them or the nearest of a set of images; of segmentation features the difference to the mean target is drawn. DIR gets a
-PNG for each task and layers.html with all of them in one file. A row is an image: the image, the teacher's own output,
-its target decoded as the layers are (the best that one of them can look like), the mean target (what one sees who sees
-nothing), then a column a layer, each with its score. With `--compare` other checkpoints' rows stand above, such as a
-LLaVA's above an OLA-VLM's.
+"""What each layer sees: `ola-vlm visualize` (commands/visualize.py; the paper's Figures 6 and VI).
 
 The predictions are those of probes, which `ola-vlm probe` fits to every layer of any vision-language model
-(`--probes`, or a checkpoint's own folder "probes"), else of the checkpoint's predictors, which learnt to read the
+(`--probes`, or a checkpoint's own folder "probes"), else of the checkpoint's predictors, which learned to read the
 states of pre-training: fine-tuning has changed these.
 
 N images, Q positions, E width, S side of the teacher's square in pixels.
 """
 
-import argparse
 import base64
 import io
 import math
 import textwrap
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
@@ -36,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..commands.running import command, tell
 from ..inference.checkpoints import ADAPTER, adapter_base, load_checkpoint
 from ..recipes import RECIPES
 from ..targets.encoders import (
@@ -637,7 +631,7 @@ def page(
     return "\n".join(parts) + "\n"
 
 
-def load_compared(args: argparse.Namespace, viewer: LayerViewer, run: Mapping) -> list[LayerViewer]:
+def load_compared(args: Namespace, viewer: LayerViewer, run: Mapping) -> list[LayerViewer]:
     """Those of --compare, by the teachers of `viewer`."""
     folders = args.compare_probes or [None] * len(args.compare)
     viewers = []
@@ -648,54 +642,29 @@ def load_compared(args: argparse.Namespace, viewer: LayerViewer, run: Mapping) -
     return viewers
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ola-vlm visualize", description=__doc__, formatter_class=layout)
-    parser.add_argument("checkpoint")
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--out", type=Path, default=Path("layers"), help="default: layers")
-    teachers = "whose teachers decode (default: those of the run that trained the checkpoint)"
-    parser.add_argument("--recipe", choices=list(RECIPES), metavar="NAME", help=teachers)
-    probes = "folder of `ola-vlm probe`, or none (default: the checkpoint's own probes, else its predictors)"
-    parser.add_argument("--probes", metavar="DIR", help=probes)
-    compare = "other checkpoints, whose rows stand above, by their own probes or --compare_probes"
-    parser.add_argument("--compare", nargs="+", default=[], metavar="CHECKPOINT", help=compare)
-    of_compared = "folders of `ola-vlm probe`, one for each of --compare"
-    parser.add_argument("--compare_probes", nargs="+", metavar="DIR", help=of_compared)
-    parser.add_argument("--layers", type=int, nargs="+", help=f"default: all, or {DRAWN_LAYERS} of them")
-    bank = "gen: show the nearest image of this folder (default: of the recipe's training images)"
-    parser.add_argument("--images_for_gen", metavar="DIR", help=bank)
-    parser.add_argument("--unclip", help="gen: let this unCLIP pipeline draw, folder or name")
-    parser.add_argument("--prompt", default=PROMPT, help="for predictors: the user's words behind the image")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...")
-    trust = "believe all of the checkpoint's run.json: its teachers' code runs, its training images are shown for gen"
-    parser.add_argument("--trust_run", action="store_true", help=trust)
-    args = parser.parse_args(argv)
-    count = len(args.compare_probes or args.compare)
-    if count != len(args.compare):
-        parser.error(f"{count} --compare_probes for {len(args.compare)} --compare: give one for each")
-    try:
-        images = [open_image(path) for path in args.images]
-        fields = find_teachers(args.recipe, args.probes, args.checkpoint, trust=args.trust_run)
-        bank = image_files(args.images_for_gen) if args.images_for_gen else None
-        if args.images_for_gen and not bank:
-            raise ValueError(f"{args.images_for_gen} has no images for gen")
-        model, processor = load_checkpoint(args.checkpoint, args.dtype)
-        options = {"layers": args.layers, "prompt": args.prompt, "probes": args.probes}
-        options |= {"images_for_gen": bank, "unclip": args.unclip}
-        viewer = LayerViewer.load(args.checkpoint, model, processor, fields, **options)
-        viewers = [*load_compared(args, viewer, fields), viewer]
-        checkpoints = [*args.compare, args.checkpoint]
-        names = display_names(checkpoints)
-        of_models = {name: of.pictures(images) for name, of in zip(names, viewers, strict=True)}
-        shown = compared(of_models)
-        # Their names are of the checkpoint.
-        files = {task: inside(args.out, f"{task}.png") for task in shown}
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"ola-vlm visualize: {error}") from error
+@command("visualize")
+def main(args: Namespace) -> None:
+    if args.prompt is None:
+        args.prompt = PROMPT
+    images = [open_image(path) for path in args.images]
+    fields = find_teachers(args.recipe, args.probes, args.checkpoint, trust=args.trust_run)
+    bank = image_files(args.images_for_gen) if args.images_for_gen else None
+    if args.images_for_gen and not bank:
+        raise ValueError(f"{args.images_for_gen} has no images for gen")
+    model, processor = load_checkpoint(args.checkpoint, args.dtype)
+    options = {"layers": args.layers, "prompt": args.prompt, "probes": args.probes}
+    options |= {"images_for_gen": bank, "unclip": args.unclip}
+    viewer = LayerViewer.load(args.checkpoint, model, processor, fields, **options)
+    viewers = [*load_compared(args, viewer, fields), viewer]
+    checkpoints = [*args.compare, args.checkpoint]
+    names = display_names(checkpoints)
+    of_models = {name: of.pictures(images) for name, of in zip(names, viewers, strict=True)}
+    shown = compared(of_models)
+    # Their names are of the checkpoint.
+    files = {task: inside(args.out, f"{task}.png") for task in shown}
     if not shown:
         reasons = "; ".join(f"{task}: {why}" for task, why in viewer.left_out.items())
-        raise SystemExit(f"ola-vlm visualize: nothing can be shown: {reasons}")
+        raise ValueError(f"nothing can be shown: {reasons}")
     by = "; ".join(dict.fromkeys(of.by for of in viewers))
     remarks = dict.fromkeys(of.remark for of in viewers if of.remark)
     labels = {}
@@ -719,7 +688,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path, picture in zip(args.images, squares, strict=False):
             if note_of(picture):
                 print(one_line(f"{path} is {' '.join(OUTSIDE.split())} of {name}"))
-
-
-if __name__ == "__main__":
-    main()
+    tell(f"Next: open {args.out / 'layers.html'} in a browser, or python space/app.py --checkpoint {args.checkpoint}")

@@ -1,18 +1,12 @@
-"""Check data before training on it: `ola-vlm check-data --recipe NAME`, or `--data FILE --image_folder FOLDER`.
+"""`ola-vlm check-data`: what is in the data, and what of it can't be trained on (commands/check_data.py)."""
 
-Counts rows, images and answers; finds images that are missing, undecodable or outside the image folder, and rows in no
-known form. With a model's parts (a recipe's, or --checkpoint) also rows without a supervised token or beyond
-max_length. No weights are loaded. Ends with status 1 if there are bad rows, unless --on_bad_rows is drop.
-"""
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from argparse import Namespace
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, LlavaProcessor
 
 from ..baselines.build import multi_encoder_processor
+from ..commands.running import command, tell
 from ..configuration_ola_vlm import normalize_task
 from ..convert.parts import build_processor, measure_tower
 from ..inference.checkpoints import read_processor
@@ -24,7 +18,7 @@ from ..training.arguments import OlaVlmArguments
 from ..training.check import check_rows
 from ..training.collator import OlaVlmCollator
 from ..training.rows import PROBLEMS, StreamRows
-from .command_line import check_data_is_made, parse_arguments
+from .arguments import check_data_is_made, make_arguments
 
 
 def load_processor(args: OlaVlmArguments) -> LlavaProcessor | None:
@@ -68,15 +62,13 @@ def table(report: dict, with_text: bool, with_images: bool) -> str:
     return "\n".join(f"{name:<36} {text:>12}" for name, text in shown.items())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--no_decode", action="store_true", help="look whether images are there, don't open them")
-    own.add_argument("--out", type=Path, help="a JSON file for the report and the names of all bad rows")
-    args, options = parse_arguments(argv, "ola-vlm check-data", own, use_cpu=True)
-    check_data_is_made(args, options.recipe)
+@command("check-data")
+def main(options: Namespace) -> None:
+    args = make_arguments(options, "ola-vlm check-data", use_cpu=True)
+    check_data_is_made(args)
     rows = args.load_rows()
     if isinstance(rows, StreamRows):
-        raise SystemExit("a stream's rows are checked as they come: give --streaming false")
+        raise ValueError("a stream's rows are checked as they come: give --streaming false")
     processor, collator = load_processor(args), None
     if processor is not None:
         truncate = args.on_long_rows == "truncate"
@@ -93,5 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(one_line(f"row {bad['row']}: {bad['reason']}"))
         if len(report.named) > 20:
             print(f"... and {len(report.named) - 20} more: --out FILE names all")
-    if args.on_bad_rows == "stop" and any(bad["problem"] != "too_long" for bad in report.named):
+    stops = args.on_bad_rows == "stop" and any(bad["problem"] != "too_long" for bad in report.named)
+    if options.out is not None:
+        tell(f"Results: {options.out}")
+    if stops:
+        tell("Next: mend or delete the bad rows, or train without them: --on_bad_rows drop")
         raise SystemExit(1)
+    tell("Next: ola-vlm train with the same fields; with a recipe that has teachers, ola-vlm targets before")

@@ -1,35 +1,22 @@
-"""Compute the teachers' targets in advance: `ola-vlm targets --recipe NAME [--any_field value] [--shard i/n]`.
+"""`ola-vlm targets`: the teachers' targets of a recipe, computed in advance (commands/targets.py)."""
 
-It computes what the recipe's target cache lacks, and goes on when it is called again. Several processes take a part
-each: `torchrun --nproc_per_node 8 -m ola_vlm.cli targets --recipe NAME`; so do several machines, by --shard.
-"""
+from argparse import Namespace
 
-import argparse
-from collections.abc import Sequence
-
+from ..commands.running import command, tell
 from ..configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
 from ..targets.fill import make_teachers
 from ..targets.loading import loading_from
 from ..training.check import drop_bad_rows
 from ..training.targets import fill_caches, find_images
-from .command_line import check_data_is_made, parse_arguments
+from .arguments import check_data_is_made, make_arguments
 
 
-def shard(text: str) -> slice:
-    """The second of eight parts, from "2/8"."""
-    number, total = map(int, text.split("/"))
-    if not 1 <= number <= total:
-        raise ValueError(text)
-    return slice(number - 1, None, total)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--shard", type=shard, default="1/1", metavar="i/n", help="the i-th of n parts of the images")
-    args, options = parse_arguments(argv, "ola-vlm targets", own)
+@command("targets")
+def main(options: Namespace) -> None:
+    args = make_arguments(options, "ola-vlm targets")
     if not (args.data and args.teachers and args.target_cache and (args.tasks or args.checkpoint)):
-        raise SystemExit("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
-    check_data_is_made(args, options.recipe)
+        raise ValueError("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
+    check_data_is_made(args)
     tasks = args.tasks
     if not tasks:
         with loading_from(args.checkpoint, weights=False):
@@ -48,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
         if args.should_log and len(cache):
             print(f"{name}: {len(cache)} images, {size / len(cache):.0f} bytes each, in {cache.folder}")
-
-
-if __name__ == "__main__":
-    main()
+    if args.should_log:
+        tell(
+            f"Results: {args.target_cache}",
+            f"Next: train with this cache, --target_cache {args.target_cache} (a recipe's own is known to it)",
+        )

@@ -5,28 +5,28 @@ for 665,000 rows: 16 rows a step and at least 100 steps let a few rows teach, to
 """
 
 from .paper import SCHEDULE
+from .tables import Run, Table
 
-
-def lora() -> dict:
-    """Adapters of the LLM, and the projector: python train.py --recipe lora --checkpoint CHECKPOINT --data ROWS."""
-    return SCHEDULE | {
-        "stage": "finetune",
-        "output_dir": "runs/lora/finetune",
-        "lora_rank": 128,
-        "num_train_epochs": 1,
-        "min_steps": 100,
-        "dataloader_drop_last": False,
-        "dtype": "auto",
-        "activation_checkpointing": True,
-        "max_length": 2048,
-        "on_long_rows": "truncate",
-        "learning_rate": 2e-4,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 4,
-        "save_total_limit": 2,
-    }
-
-
-def qlora() -> dict:
-    """The same with the LLM's blocks in 4 bits: python train.py --recipe qlora --checkpoint CHECKPOINT --data ROWS."""
-    return lora() | {"load_in_4bit": True, "output_dir": "runs/qlora/finetune"}
+LORA = SCHEDULE | {
+    "stage": "finetune",
+    "output_dir": "runs/lora/finetune",
+    "lora_rank": 128,
+    "num_train_epochs": 1,
+    "min_steps": 100,
+    "dataloader_drop_last": False,
+    "dtype": "auto",
+    "activation_checkpointing": True,
+    "max_length": 2048,
+    "on_long_rows": "truncate",
+    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "save_total_limit": 2,
+}
+TABLE = Table(
+    "Adapters on a checkpoint and rows of your own (give --checkpoint and --data); qlora: the LLM's blocks in 4 bits.",
+    runs=[
+        Run("lora", None, {"finetune": LORA}, stage_in_name=False),
+        Run("qlora", "lora", {"finetune": {"load_in_4bit": True}}, stage_in_name=False),
+    ],
+)

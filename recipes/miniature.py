@@ -6,6 +6,7 @@ Before them the study renders the data (`runs/miniature/data`); the parts are in
 from pathlib import Path
 
 from .paper import FUSIONS, SCHEDULE
+from .tables import Run, Table
 
 METHODS = ("llava", "ola_vlm", "ola_vlm_shuffled")  # and, when asked for, those of FUSIONS
 WEIGHTS = Path(__file__).parents[1] / "miniature" / "weights"
@@ -136,3 +137,10 @@ def finetune(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
         "per_device_train_batch_size": 16,
         **changes,
     }
+
+
+TABLE = Table(
+    "The miniature, minutes on a CPU core.",
+    runs=[Run("miniature", None, {"pretrain": pretrain(), "finetune": finetune()})],
+    made_by="`make miniature` (or `ola-vlm miniature`)",
+)

@@ -1,12 +1,18 @@
 """The paper's runs (arXiv 2412.09585, section 4): the stages of `llama3_vit`, and what Tables 1 and 2 change in them.
 
 A run is named by its method ("ola_vlm" is not said), language model, base encoder and variant: `llava_phi3_convnext`,
-`llama3_convnext_vpt`; a recipe by a run and a stage. The function of a table gives, for each stage that a run does not
-share with another one, the recipe that it changes and the changed fields. They need GPUs, LLaVA's data and the real
-weights, and have not been run by this project yet; the small local form of each is in `recipes/miniature.py`.
+`llama3_convnext_vpt`; a recipe by a run and a stage. They need GPUs, LLaVA's data and the real weights, and have not
+been run by this project yet; the small local form of each is in `recipes/miniature.py`.
 """
 
-from ..configuration_ola_vlm import default_tasks
+from .tables import Run, Table
+
+# The paper's three tasks in its token order (section 4.1 and Table III), as in `configuration_ola_vlm.PAPER_TASKS`.
+TASKS = {
+    "gen": {"name": "gen", "layers": [12, 20], "target_length": 1, "target_dim": 1024},
+    "depth": {"name": "depth", "layers": [8, 20], "target_length": 576, "target_dim": 1024, "output_mlp": True},
+    "seg": {"name": "seg", "layers": [10, 18], "target_length": 576, "target_dim": 1536},
+}
 
 
 def chat_template(first: str, head: str, end: str) -> str:
@@ -60,10 +66,10 @@ WEIGHTS["unclip"]["subfolder"] = "image_encoder"
 # The paper's are not for commercial use, because of the depth teacher.
 TEACHERS = {"gen": WEIGHTS["unclip"], "depth": WEIGHTS["depth_large"], "seg": WEIGHTS["oneformer_coco"]}
 COMMERCIAL_TEACHERS = TEACHERS | {"depth": WEIGHTS["depth_small"]}
-COMMERCIAL_TASKS = [task | ({"target_dim": 384} if task["name"] == "depth" else {}) for task in default_tasks()]
+COMMERCIAL_TASKS = [TASKS["gen"], TASKS["depth"] | {"target_dim": 384}, TASKS["seg"]]
 FUSIONS = {"feature_concat": "feature", "token_concat": "token"}  # Table 1's multi-encoder LLaVAs
 METHODS = {  # -> fields of the pre-training
-    "ola_vlm": {"tasks": default_tasks(), "teachers": TEACHERS},
+    "ola_vlm": {"tasks": list(TASKS.values()), "teachers": TEACHERS},
     "commercial": {"tasks": COMMERCIAL_TASKS, "teachers": COMMERCIAL_TEACHERS},
     "llava": {"tasks": [], "teachers": {}},
 }
@@ -94,14 +100,8 @@ COMMON = {
 }
 
 
-Changes = dict[str, tuple[str, dict]]  # stage -> (the recipe that is changed, the fields that are)
-
-
 def pretrain() -> dict:
-    """PT of `llama3_vit`: captions, next-token prediction and the embedding losses; batch 256, lr 1e-3.
-
-    torchrun --nproc_per_node 8 --nnodes 2 ... train.py --recipe llama3_vit_pretrain (`LAUNCHERS`)
-    """
+    """PT of `llama3_vit`: captions, next-token prediction and the embedding losses; batch 256, lr 1e-3."""
     return COMMON | {
         "stage": "pretrain",
         "output_dir": "runs/llama3_vit/pretrain",
@@ -118,10 +118,7 @@ def pretrain() -> dict:
 
 
 def finetune() -> dict:
-    """IFT of `llama3_vit`: LLaVA-665K, next-token prediction, task tokens frozen; batch 128, lr 2e-5.
-
-    accelerate launch --config_file recipes/accelerate/fsdp2.yaml ... train.py --recipe llama3_vit_finetune
-    """
+    """IFT of `llama3_vit`: LLaVA-665K, next-token prediction, task tokens frozen; batch 128, lr 2e-5."""
     return COMMON | {
         "stage": "finetune",
         "output_dir": "runs/llama3_vit/finetune",
@@ -134,54 +131,98 @@ def finetune() -> dict:
     }
 
 
-def table_1(run: str) -> Changes:
-    """Table 1: methods, language models and base encoders.
-
-    torchrun ... train.py --recipe RUN_pretrain, then, sharded, accelerate launch ... train.py --recipe RUN_finetune
-    (`ola-vlm recipes` has both commands in full).
-    On 16 MI300X, estimated (`recipes.show.estimated_hours`): Llama-3 PT 0.7 h to 0.8 h, IFT 1.7 h; Phi-3
-    0.4 h to 0.5 h and 0.9 h to 1.0 h.
-    `commercial`, not in the paper, has a smaller depth teacher, whose licence allows commercial use. `feature_concat`
-    and `token_concat` are LLaVA with the teachers as further encoders; their checkpoints hold the teachers.
-
-    CV-Bench's Count, Depth, Relation and Distance, MMStar, RealWorldQA, OK-VQA, their average:
-        llava_phi3_vit              52.4 67.2 75.2 56.3 36.5 57.1 56.7 57.3
-        phi3_vit                    52.4 68.7 76.0 56.7 36.0 58.0 56.4 57.7
-        llava_phi3_convnext         51.8 70.8 74.0 55.3 36.4 58.0 55.9 57.4
-        phi3_convnext               49.4 72.5 77.2 60.3 38.4 58.4 56.5 58.9
-        llava_llama3_vit            50.4 73.3 64.9 48.7 38.8 57.8 56.9 55.1
-        feature_concat_llama3_vit   45.3 75.5 70.9 54.3 36.1 57.5 58.3 56.8
-        token_concat_llama3_vit     45.9 75.7 68.9 52.7 37.8 56.5 59.3 56.7
-        llama3_vit                  51.3 74.2 69.4 54.3 39.5 57.9 56.6 57.6
-        llava_llama3_convnext       54.1 62.8 69.5 49.8 37.4 57.5 56.3 55.3
-        llama3_convnext             57.4 71.5 66.8 52.8 38.5 55.0 59.0 57.3
-    """
-    *method, llm, encoder = run.split("_")
-    if method:
-        parent, changes = f"{llm}_{encoder}", METHODS["_".join(method)]
-    elif encoder != "vit":
-        parent, changes = f"{llm}_vit", {"vision_tower": VISION_TOWERS[encoder]}
-    else:
-        template = {"chat_template": CHAT_TEMPLATES[llm]}
-        parent, changes = "llama3_vit", {"language_model": LANGUAGE_MODELS[llm], "model_overrides": template}
-    return {"pretrain": (f"{parent}_pretrain", changes), "finetune": (f"{parent}_finetune", {})}
+def both(**changes) -> dict[str, dict]:
+    """A pre-training of its own, and therefore a fine-tuning of its own, which begins there."""
+    return {"pretrain": changes, "finetune": {}}
 
 
-def table_2(run: str) -> Changes:
-    """Table 2: visual pre-training of the whole model between PT and IFT, on ALLaVA-Caption-663K.
+LLAMA3_VIT = "llama3_vit"
+PHI3 = {"language_model": LANGUAGE_MODELS["phi3"], "model_overrides": {"chat_template": CHAT_TEMPLATES["phi3"]}}
+CONVNEXT = {"vision_tower": VISION_TOWERS["convnext"]}
+ALLAVA = {"stage": "visual_pretrain", "data": "data/ALLaVA/ALLaVA-Caption-663K.json", "image_folder": "data/ALLaVA"}
+VPT = {"visual_pretrain": ALLAVA, "finetune": {}}
 
-    accelerate launch --config_file recipes/accelerate/fsdp2.yaml ... train.py --recipe RUN_visual_pretrain, then
-    --recipe RUN_finetune in the same way (`ola-vlm recipes` has the command in full); before it the PT of the run
-    without `_vpt`. The data are ALLaVA's two files of captions in one: jq -s add A.json B.json
-    On 16 MI300X, estimated (`recipes.show.estimated_hours`): Llama-3 VPT 1.8 h, IFT 1.7 h; Phi-3 1.1 h and
-    1.0 h.
+# `commercial`, not in the paper, has a smaller depth teacher, whose license allows commercial use. `feature_concat`
+# and `token_concat` are LLaVA with the teachers as further encoders; their checkpoints hold the teachers.
+TABLE_1 = Table(
+    "Table 1: methods, language models and base encoders.",
+    columns="CV-Bench's Count, Depth, Relation and Distance, MMStar, RealWorldQA, OK-VQA, their average",
+    runs=[
+        Run(
+            LLAMA3_VIT,
+            None,
+            {"pretrain": pretrain(), "finetune": finetune()},
+            scores=(51.3, 74.2, 69.4, 54.3, 39.5, 57.9, 56.6, 57.6),
+        ),
+        Run(
+            "phi3_vit",
+            LLAMA3_VIT,
+            both(**PHI3),
+            scores=(52.4, 68.7, 76.0, 56.7, 36.0, 58.0, 56.4, 57.7),
+        ),
+        Run(
+            "llama3_convnext",
+            LLAMA3_VIT,
+            both(**CONVNEXT),
+            scores=(57.4, 71.5, 66.8, 52.8, 38.5, 55.0, 59.0, 57.3),
+        ),
+        Run(
+            "phi3_convnext",
+            "phi3_vit",
+            both(**CONVNEXT),
+            scores=(49.4, 72.5, 77.2, 60.3, 38.4, 58.4, 56.5, 58.9),
+        ),
+        Run(
+            "llava_llama3_vit",
+            LLAMA3_VIT,
+            both(**METHODS["llava"]),
+            scores=(50.4, 73.3, 64.9, 48.7, 38.8, 57.8, 56.9, 55.1),
+        ),
+        Run(
+            "llava_phi3_vit",
+            "phi3_vit",
+            both(**METHODS["llava"]),
+            scores=(52.4, 67.2, 75.2, 56.3, 36.5, 57.1, 56.7, 57.3),
+        ),
+        Run(
+            "llava_llama3_convnext",
+            "llama3_convnext",
+            both(**METHODS["llava"]),
+            scores=(54.1, 62.8, 69.5, 49.8, 37.4, 57.5, 56.3, 55.3),
+        ),
+        Run(
+            "llava_phi3_convnext",
+            "phi3_convnext",
+            both(**METHODS["llava"]),
+            scores=(51.8, 70.8, 74.0, 55.3, 36.4, 58.0, 55.9, 57.4),
+        ),
+        Run(
+            "feature_concat_llama3_vit",
+            LLAMA3_VIT,
+            both(**METHODS["feature_concat"]),
+            scores=(45.3, 75.5, 70.9, 54.3, 36.1, 57.5, 58.3, 56.8),
+        ),
+        Run(
+            "token_concat_llama3_vit",
+            LLAMA3_VIT,
+            both(**METHODS["token_concat"]),
+            scores=(45.9, 75.7, 68.9, 52.7, 37.8, 56.5, 59.3, 56.7),
+        ),
+        Run("commercial_llama3_vit", LLAMA3_VIT, both(**METHODS["commercial"])),
+        Run("commercial_phi3_vit", "phi3_vit", both(**METHODS["commercial"])),
+    ],
+)
 
-    CV-Bench's Count, Depth, Relation and Distance, their average:
-        llava_phi3_convnext_vpt     49.7 70.0 72.6 58.7 61.8
-        phi3_convnext_vpt           53.7 72.0 73.1 58.5 63.4
-        llava_llama3_convnext_vpt   56.3 76.8 73.1 50.3 63.3
-        llama3_convnext_vpt         60.0 75.0 70.8 55.2 64.6
-    """
-    parent = f"{run.removesuffix('_vpt')}_finetune"
-    data = {"data": "data/ALLaVA/ALLaVA-Caption-663K.json", "image_folder": "data/ALLaVA"}
-    return {"visual_pretrain": (parent, {"stage": "visual_pretrain", **data}), "finetune": (parent, {})}
+# Before it comes the PT of the run without `_vpt`. The data are ALLaVA's two files of captions in one:
+# jq -s add A.json B.json
+TABLE_2 = Table(
+    "Table 2: visual pre-training of the whole model between PT and IFT, on ALLaVA-Caption-663K.",
+    columns="CV-Bench's Count, Depth, Relation and Distance, their average",
+    runs=[
+        Run("llama3_convnext_vpt", "llama3_convnext", VPT, scores=(60.0, 75.0, 70.8, 55.2, 64.6)),
+        Run("phi3_convnext_vpt", "phi3_convnext", VPT, scores=(53.7, 72.0, 73.1, 58.5, 63.4)),
+        Run("llava_llama3_convnext_vpt", "llava_llama3_convnext", VPT, scores=(56.3, 76.8, 73.1, 50.3, 63.3)),
+        Run("llava_phi3_convnext_vpt", "llava_phi3_convnext", VPT, scores=(49.7, 70.0, 72.6, 58.7, 61.8)),
+    ],
+)
+TABLES = (TABLE_1, TABLE_2)

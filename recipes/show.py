@@ -1,20 +1,18 @@
-"""All recipes, a line each, by table of the paper; or one of them in full: `ola-vlm recipes [NAME]`."""
+"""`ola-vlm recipes`: all recipes, a line each, or one of them as a file to train from."""
 
-import argparse
-import inspect
-import json
-import re
-from dataclasses import fields as fields_of
+from argparse import Namespace
 
-from transformers import TrainingArguments
-
-from ..configuration_ola_vlm import TASK_FIELDS
-from ..training.arguments import OlaVlmArguments
-from . import RECIPES, paper
+from ..commands.running import command, tell
+from . import RECIPES, TABLES, paper
+from .paper import LANGUAGE_MODELS, VISION_TOWERS
+from .run_file import run_file_text
+from .tables import Recipe
 
 # For the estimate. Forward passes in GFLOP: of a token through the LLM's blocks (2 x parameters), of an image through
 # the tower (CLIP-L: measured in the reference; ConvNeXt: 9 times timm's 396 at 256 pixels) and of a predictor.
-GFLOP = {"llama3": 13.96, "phi3": 7.25, "vit": 382.0, "convnext": 3565.0, "gen": 6.0, "depth": 96.0, "seg": 26.0}
+TOKEN_GFLOP = {LANGUAGE_MODELS["llama3"]: 13.96, LANGUAGE_MODELS["phi3"]: 7.25}
+IMAGE_GFLOP = {VISION_TOWERS["vit"]: 382.0, VISION_TOWERS["convnext"]: 3565.0}
+PREDICTOR_GFLOP = {"gen": 6.0, "depth": 96.0, "seg": 26.0}
 # Rows of each data set and, assumed, its tokens a row: an image's 576, task tokens, prompt and answers.
 DATA = {
     "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json": (558_128, 700),
@@ -25,101 +23,103 @@ DATA = {
 RATE = 16 * 1307e12 * 0.3  # 16 MI300X: their peak in dense bf16, 30% of it used
 
 
+def first_stage(recipe: Recipe) -> Recipe:
+    """The stage that builds the model from parts, before this one or itself."""
+    by_output = {other.fields["output_dir"]: other for other in RECIPES.values()}
+    while "language_model" not in recipe.fields:
+        recipe = by_output[recipe.fields["checkpoint"]]
+    return recipe
+
+
 def estimated_hours(name: str) -> float | None:
     """Hours of a recipe of the paper on 16 MI300X with targets in the cache: floating-point operations by `RATE`.
 
     Activations are recomputed; a frozen LLM passes gradients on to the projector: 3 forward passes' worth, 4 where it
     is trained. None for data of other runs."""
-    fields = RECIPES[name].fields
+    recipe = RECIPES[name]
+    fields = recipe.fields
     if fields.get("data") not in DATA:
         return None
-    (rows, tokens), words = DATA[fields["data"]], name.split("_")
-    (llm,), (encoder,) = (GFLOP.keys() & words & {"llama3", "phi3"}), (GFLOP.keys() & words & {"vit", "convnext"})
-    trained = fields["stage"] != "pretrain"
-    gflop = (4 if trained else 3) * tokens * GFLOP[llm]
-    gflop += (4 if fields["stage"] == "visual_pretrain" else 1) * GFLOP[encoder]
-    if fields.get("embedding_losses", not trained):
-        tasks = fields.get("tasks") or RECIPES["llama3_vit_pretrain"].fields["tasks"] * trained
-        gflop += 3 * sum(GFLOP[task["name"]] * len(task["layers"]) for task in tasks)
+    rows, tokens = DATA[fields["data"]]
+    parts = first_stage(recipe).fields
+    is_pretraining = fields["stage"] == "pretrain"
+    llm_passes = 3 if is_pretraining else 4
+    tower_passes = 4 if fields["stage"] == "visual_pretrain" else 1
+    gflop = llm_passes * tokens * TOKEN_GFLOP[parts["language_model"]]
+    gflop += tower_passes * IMAGE_GFLOP[parts["vision_tower"]]
+    if fields.get("embedding_losses", is_pretraining):
+        for task in parts["tasks"]:
+            gflop += 3 * PREDICTOR_GFLOP[task["name"]] * len(task["layers"])
     return rows * gflop * 1e9 / RATE / 3600
 
 
-def scores(name: str) -> str:
-    """The paper's numbers for the run that the recipe completes, from its table's docstring."""
-    recipe = RECIPES[name]
-    found = re.search(rf"^ *{re.escape(recipe.run)}\b[^_\n]*? {{2,}}(.+)$", inspect.getdoc(recipe.table), re.M)
-    return found[1] if found and recipe.fields["stage"] == "finetune" else ""
-
-
-def command(name: str) -> str:
+def start_command(name: str) -> str:
     """How the recipe is started: those of the paper on two machines of 8 GPUs, the others on this one."""
     launcher = "python"
     if RECIPES[name].fields.get("data") in DATA:
-        launcher = paper.LAUNCHERS[RECIPES[name].fields["stage"]]
+        launcher = paper.LAUNCHERS[RECIPES[name].stage]
     return f"{launcher} train.py --recipe {name}"
 
 
 def listing() -> str:
-    lines = [
-        "",
-        "The paper's runs on two machines of 8 GPUs with 80 GB each (docs/scale.md has other configurations):",
-    ]
-    for stage in paper.LAUNCHERS:
-        lines.append(f"{paper.LAUNCHERS[stage]} train.py --recipe RUN_{stage}")
-    table = None
-    for name, recipe in RECIPES.items():
-        if recipe.table is not table:
-            table, doc = recipe.table, inspect.getdoc(recipe.table)
-            columns = re.findall(r"^(\S.*):$", doc, re.M)
-            lines += ["", " ".join([doc.splitlines()[0], *columns[-1:]])]
-        hours = estimated_hours(name)
-        time = "" if hours is None else f"{hours:.1f} h"
-        lines.append(f"  {name:<58} {time:>6}  {scores(name)}".rstrip())
-    return "\n".join(lines[1:])
+    lines = ["The paper's runs on two machines of 8 GPUs with 80 GB each (docs/scale.md has other configurations):"]
+    for stage, launcher in paper.LAUNCHERS.items():
+        lines.append(f"{launcher} train.py --recipe RUN_{stage}")
+    for table in TABLES:
+        lines += ["", f"{table.title} {table.columns}".rstrip()]
+        for name, recipe in RECIPES.items():
+            if recipe.table is not table:
+                continue
+            hours = estimated_hours(name)
+            time = "" if hours is None else f"{hours:.1f} h"
+            scores = " ".join(f"{score:.1f}" for score in recipe.scores)
+            lines.append(f"  {name:<58} {time:>6}  {scores}".rstrip())
+    return "\n".join(lines)
 
 
-def changes(name: str) -> dict[str, list]:
-    """Field -> [the parent's value, the recipe's own] where they differ; of a task that both have, `tasks.NAME.FIELD`,
-    and `tasks` alone says the names in order."""
+def _flat(fields: dict, shared: set[str]) -> dict:
+    """The fields, those of the tasks in `shared` as `tasks.NAME.FIELD`; `tasks` are all names, in order."""
+    tasks = fields.get("tasks") or []
+    flat = dict(fields)
+    flat["tasks"] = [task["name"] for task in tasks]
+    for task in tasks:
+        if task["name"] in shared:
+            for field, value in task.items():
+                flat[f"tasks.{task['name']}.{field}"] = value
+    return flat
+
+
+def changes(name: str) -> dict:
+    """Field -> the recipe's value, where its parent has another one; of a task that both have, `tasks.NAME.FIELD`."""
     recipe = RECIPES[name]
     if recipe.parent is None:
         return {}
-
-    def flat(fields: dict) -> dict:
-        tasks = {task["name"]: TASK_FIELDS | task for task in fields.get("tasks") or [] if task["name"] in shared}
-        parts = {f"tasks.{name}.{field}": value for name, task in tasks.items() for field, value in task.items()}
-        return fields | parts | {"tasks": [task["name"] for task in fields.get("tasks") or []]}
-
-    both = RECIPES[recipe.parent].fields, recipe.fields
-    shared = set.intersection(*({task["name"] for task in fields.get("tasks") or []} for fields in both))
-    old, new = map(flat, both)
-    return {key: [old.get(key), new.get(key)] for key in old | new if old.get(key) != new.get(key)}
+    old = RECIPES[recipe.parent].fields
+    new = recipe.fields
+    shared = {task["name"] for task in old.get("tasks") or []} & {task["name"] for task in new.get("tasks") or []}
+    old_values = _flat(old, shared)
+    return {field: value for field, value in _flat(new, shared).items() if old_values.get(field) != value}
 
 
-def effective(name: str) -> dict:
-    """The recipe's fields, and the defaults of those that OLA-VLM adds to transformers' `TrainingArguments`."""
-    known = {field.name for field in fields_of(TrainingArguments)}
-    fields = {field.name: field.default for field in fields_of(OlaVlmArguments) if field.name not in known}
-    fields |= RECIPES[name]()
-    fields["tasks"] = fields["tasks"] and [TASK_FIELDS | task for task in fields["tasks"]]
-    return fields
+def as_file(name: str) -> str:
+    """The recipe as YAML to train from, with what it is as comments above."""
+    recipe = RECIPES[name]
+    comments = [
+        f"{name}. {recipe.table.title}",
+        f"Started as it is: {start_command(name)}",
+        "Started from this file: the same with its name in place of --recipe and the recipe's; any field may follow.",
+    ]
+    if recipe.parent is not None:
+        comments.append(f"What it changes in {recipe.parent}:")
+        comments += [f"  {field}: {value!r}" for field, value in changes(name).items()]
+    return "".join(f"# {comment}\n" for comment in comments) + run_file_text(recipe.fields)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """`ola-vlm recipes [NAME]`."""
-    parser = argparse.ArgumentParser(prog="ola-vlm recipes", description=__doc__)
-    parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe's effective configuration as JSON")
-    args = parser.parse_args(argv)
+@command("recipes")
+def main(args: Namespace) -> None:
     if args.name is None:
         print(listing())
-    elif args.name not in RECIPES:
-        raise SystemExit(f"there is no recipe {args.name}: `ola-vlm recipes` lists all")
-    else:
-        shown = {
-            "recipe": args.name,
-            "command": command(args.name),
-            "parent": RECIPES[args.name].parent,
-            "changes": changes(args.name),
-            "fields": effective(args.name),
-        }
-        print(json.dumps(shown, indent=2))
+        tell("Next: ola-vlm recipes NAME > my_run.yaml, or ola-vlm train --recipe NAME")
+        return
+    print(as_file(args.name), end="")
+    tell(f"Next: ola-vlm recipes {args.name} > my_run.yaml, change it, then ola-vlm train my_run.yaml")

@@ -6,9 +6,10 @@ the data. Tower and teachers are the miniature's.
 
 from pathlib import Path
 
-from ..configuration_ola_vlm import PAPER_TASKS
 from .miniature import TASKS, TEACHERS, WEIGHTS
 from .paper import SCHEDULE
+from .paper import TASKS as PAPER_TASKS
+from .tables import Run, Table
 
 DEPTH, PAPER_DEPTH = 30, 32  # layers of SmolLM2 and of the paper's LLMs, whose layers are taken in proportion
 
@@ -54,3 +55,10 @@ def finetune(root: str | Path = "runs/smollm2") -> dict:
         "max_steps": 240,
         "per_device_train_batch_size": 4,
     }
+
+
+TABLE = Table(
+    "SmolLM2-135M on photographs and scenes, on a CPU core.",
+    runs=[Run("smollm2", None, {"pretrain": pretrain(), "finetune": finetune()})],
+    made_by="`make smollm2` (or `python -m ola_vlm.miniature.smollm2`)",
+)

@@ -7,21 +7,21 @@ loader or lead elsewhere is the user's to say, on the command line.
 
 import errno
 import json
+import logging
 import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-
-from transformers.utils import logging
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -83,13 +83,18 @@ def only_one(folder: str | Path) -> Iterator[None]:
         os.close(opened)
 
 
+@lru_cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
 @contextmanager
 def as_hint() -> Iterator[None]:
     """What is written here only spares work later: on a full or read-only disk one goes on without."""
     try:
         yield
     except OSError as error:
-        logger.warning_once(f"{error}: it will be found out again next time")
+        _warn_once(f"{error}: it will be found out again next time")
 
 
 def read_object(path: str | Path) -> dict:

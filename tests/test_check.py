@@ -162,5 +162,5 @@ def test_command_on_files_and_on_a_checkpoint(tmp_path, capsys, tiny_parts):
     processor.save_pretrained(tmp_path / "model")
     cli.main(["check-data", *place, "--checkpoint", str(tmp_path / "model")])
     assert "longest row in tokens" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no data: give"):
+    with pytest.raises(SystemExit, match="no data: give"):
         cli.main(["check-data"])

@@ -14,11 +14,12 @@ HUB = ["configuration_ola_vlm", "modeling_ola_vlm", "processing_ola_vlm"]
 TRAVELLERS = [HUB, [f"baselines.{kind}_multi_encoder" for kind in ("configuration", "modeling", "processing")]]
 # A room imports from its own level and the levels before it.
 LEVELS = [
-    [*HUB, "targets", "world"],
+    [*HUB, "targets", "world", "commands.parsing", "commands.running", "commands.table"],
     ["training", "baselines"],
     ["recipes", "inference"],
     ["probing"],
     ["eval", "convert", "space"],
+    ["commands"],  # each command's arguments; the work is found by name when it is called
     ["train", "recipes.check_data", "recipes.fill_targets"],
     ["miniature"],
     ["cli"],
@@ -133,7 +134,11 @@ def test_importing_the_hub_files_imports_no_heavy_library():
 def test_no_bare_except_and_no_print_outside_the_commands(name):
     tree = TREES[name]
     commands = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "main"]
-    speaking = [tree] if name in {"cli", "train", "recipes.command"} or name.startswith("miniature") else commands
+    speaking = (
+        [tree]
+        if name in {"cli", "train", "commands.running", "commands.fields"} or name.startswith("miniature")
+        else commands
+    )
     may_print = {node for part in speaking for node in ast.walk(part)}
     for node in ast.walk(tree):
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{name}:{node.lineno} bare except"

@@ -14,12 +14,13 @@ from training_helpers import Interrupt, llava_sample, write_llava
 from transformers import LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 
+from ola_vlm.commands.table import parse
 from ola_vlm.convert.export import export_llava
 from ola_vlm.inference.generate import generate_answers
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES
-from ola_vlm.recipes.command_line import parse_arguments
+from ola_vlm.recipes.arguments import make_arguments
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.lora import four_bits
@@ -137,8 +138,8 @@ def test_adapters_on_4_bits(tmp_path):
 
 
 def by_recipe(recipe: str, *argv: str):
-    args, options = parse_arguments(["--recipe", recipe, "--disable_tqdm", "true", *argv], "train")
-    return train(args, recipe=options.recipe)
+    options = parse("train", ["--recipe", recipe, "--disable_tqdm", "true", *argv])
+    return train(make_arguments(options, "ola-vlm train"), recipe=options.recipe)
 
 
 def test_the_recipe_from_the_command_line(base, data, tmp_path):

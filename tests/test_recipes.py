@@ -1,6 +1,6 @@
 """Recipes say what the paper says: their fields, what trains and their losses, on tiny stand-ins of all parts."""
 
-import json
+import dataclasses
 import re
 from contextlib import nullcontext
 from functools import cache
@@ -35,9 +35,13 @@ from transformers import (
 
 from ola_vlm import cli, train
 from ola_vlm.baselines import build
+from ola_vlm.commands.table import parse
+from ola_vlm.configuration_ola_vlm import default_tasks
 from ola_vlm.convert import parts
-from ola_vlm.recipes import RECIPES, RUNS, ablations, miniature, paper, show
+from ola_vlm.recipes import RECIPES, TABLES, miniature, paper, show
+from ola_vlm.recipes.arguments import make_arguments
 from ola_vlm.recipes.paper import FUSIONS, METHODS, WEIGHTS
+from ola_vlm.recipes.tables import Run, Table, make_recipes
 from ola_vlm.targets.encoders import ENCODERS, ClipImageEncoder, DepthAnythingEncoder, OneFormerEncoder
 from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -51,8 +55,8 @@ LOCAL = ("miniature", "smollm2")
 ADAPTERS = ("lora", "qlora")
 BY_RUN = {}
 for name, recipe in RECIPES.items():
-    if recipe.run not in (*LOCAL, *ADAPTERS):  # which have their own tests
-        BY_RUN.setdefault(recipe.run, []).append(name)
+    if recipe.run.name not in (*LOCAL, *ADAPTERS):  # which have their own tests
+        BY_RUN.setdefault(recipe.run.name, []).append(name)
 ABLATIONS = {  # what each ablation changes in its parent, apart from folders
     "losses_none_pretrain": {"embedding_losses": False},
     "losses_pt_ift_finetune": {"embedding_losses": True},
@@ -172,17 +176,17 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
     for name, recipe in RECIPES.items():
         if name in ADAPTERS:
             continue
-        changed = {field: own for field, (_, own) in show.changes(name).items()}
+        changed = show.changes(name)
         if recipe.parent is None:
             assert not changed and name in {
                 f"{r}_{s}" for r in ("llama3_vit", *LOCAL) for s in ("pretrain", "finetune")
             }
             continue
-        assert changed.pop("output_dir") == f"runs/{recipe.run}/{recipe.fields['stage']}"
+        assert changed.pop("output_dir") == f"runs/{recipe.run.name}/{recipe.fields['stage']}"
         variant = name.removeprefix("llama3_vit_")
         begin = changed.pop("checkpoint", None)
         if begin is not None:  # its own earlier stage's end
-            assert begin in {RECIPES[other].fields["output_dir"] for other in BY_RUN[recipe.run]}
+            assert begin in {RECIPES[other].fields["output_dir"] for other in BY_RUN[recipe.run.name]}
         if variant in ABLATIONS:
             own = {field.removeprefix("tasks."): value for field, value in changed.items() if field != "teachers"}
             ours = ABLATIONS[variant]
@@ -190,7 +194,7 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
                 ((field, value),) = ours.items()
                 ours = {f"{task}.{field}": value for task in ("gen", "depth", "seg")}
             assert {field: value for field, value in own.items() if not field.startswith("target_")} == ours, name
-        elif recipe.table in (paper.table_1, paper.table_2):
+        elif recipe.table in paper.TABLES:
             method, _llm, encoder = ({word} & set(name.split("_")) for word in ("llava", "phi3", "convnext"))
             what = {"vision_tower"} if encoder else {"language_model", "model_overrides"}
             what = {"tasks", "teachers"} if method else what
@@ -210,57 +214,137 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
 def test_the_papers_recipes_load_bf16_and_shard_what_ddp_cannot_hold(capsys):
     """Frozen weights as the plan counts them (`benchmarks/plan.py`), and commands that fit GPUs of 80 GB."""
     for name, recipe in RECIPES.items():
-        if recipe.run in (*LOCAL, *ADAPTERS):
-            assert show.command(name) == f"python train.py --recipe {name}"
+        if recipe.run.name in (*LOCAL, *ADAPTERS):
+            assert show.start_command(name) == f"python train.py --recipe {name}"
             continue
         assert recipe.fields["dtype"] == "bfloat16" and recipe.fields["bf16"]
         sharded = recipe.fields["stage"] != "pretrain"
-        words = show.command(name).split()
+        words = show.start_command(name).split()
         assert words[:1] == (["accelerate"] if sharded else ["torchrun"]) and words[-2:] == ["--recipe", name]
         assert ("recipes/accelerate/fsdp2.yaml" in words) == sharded
-        assert (
-            "accelerate launch" in " ".join(recipe.table.__doc__.split())
-        ) or recipe.table.__module__ != paper.__name__
     cli.main(["recipes", "llama3_convnext_vpt_visual_pretrain"])
-    assert json.loads(capsys.readouterr().out)["command"].startswith("accelerate launch --config_file")
+    assert "# Started as it is: accelerate launch --config_file" in capsys.readouterr().out
 
 
-def test_docstrings_give_command_hours_and_the_papers_numbers():
+def test_every_run_of_the_paper_has_its_scores_and_hours():
     for name, recipe in RECIPES.items():
-        if recipe.run in (*LOCAL, *ADAPTERS):
-            assert show.estimated_hours(name) is None and f"--recipe {name}" in recipe.table.__doc__
+        if recipe.run.name in (*LOCAL, *ADAPTERS):
+            assert show.estimated_hours(name) is None and recipe.scores == ()
             continue
-        doc = recipe.table.__doc__
-        assert f"{show.estimated_hours(name):.1f} h" in doc and "16 MI300X, estimated" in doc, name
-        assert f"RUN_{recipe.fields['stage']}" in doc, name
-        if recipe.fields["stage"] == "finetune" and not name.startswith("commercial"):
-            assert re.fullmatch(r"\d+\.\d( \d+\.\d)*", show.scores(name)), name
-    assert show.scores("llama3_vit_finetune").endswith(" 57.6") and show.scores("llama3_vit_pretrain") == ""
-    # Tables I to V and 3 to 7 agree about the paper's own choice.
-    own = [
-        re.search(r"^ +llama3_vit \(.*\) +(.+)$", doc.__doc__, re.M)
-        for doc in RUNS
-        if doc.__module__ == ablations.__name__
-    ]
-    assert {match[1].split()[-1] for match in own if match} == {"54.1", "55.1", "61.4"}
+        assert 0.3 < show.estimated_hours(name) < 2.5, name
+        if recipe.stage != "finetune":
+            assert recipe.scores == (), name
+        elif not name.startswith("commercial"):
+            assert recipe.scores and all(40 < score < 80 for score in recipe.scores[-1:]), name
+    assert RECIPES["llama3_vit_finetune"].scores[-1] == 57.6
+    assert show.estimated_hours("llama3_vit_pretrain") == pytest.approx(0.755, abs=0.005)
+    assert show.estimated_hours("phi3_vit_finetune") == pytest.approx(0.866, abs=0.005)
+    assert show.estimated_hours("llama3_vit_losses_pt_ift_finetune") > show.estimated_hours("llama3_vit_finetune")
 
 
-def test_the_command_lists_and_prints_and_the_page_agrees(capsys):
+def test_scores_fit_their_columns():
+    for table in TABLES:
+        for run in table.runs:
+            if not run.scores:
+                continue
+            columns = re.split(r", | and ", table.columns.removeprefix("CV-Bench's "))
+            if len(run.scores) > 1:
+                assert len(run.scores) == len(columns), run.name
+
+
+def test_the_papers_tasks_are_those_of_the_configuration():
+    assert list(paper.TASKS.values()) == default_tasks()
+
+
+def test_recipes_are_data():
+    """One name each; a run's parent comes before it; nobody can change a recipe by what it gave."""
+    names = [run.name for table in TABLES for run in table.runs]
+    assert len(names) == len(set(names))
+    for run in (run for table in TABLES for run in table.runs):
+        assert run.parent is None or names.index(run.parent) < names.index(run.name)
+    RECIPES["llama3_vit_pretrain"]()["tasks"][0]["layers"].append(1)
+    assert RECIPES["llama3_vit_pretrain"]()["tasks"][0]["layers"] == [12, 20]
+    orphan = Table("", runs=[Run("child", "nobody", {"pretrain": {}})])
+    with pytest.raises(ValueError, match="no run nobody"):
+        make_recipes([orphan])
+
+
+def test_the_command_lists_and_the_page_agrees(capsys):
     cli.main(["recipes"])
     listing = capsys.readouterr().out
     assert all(len(re.findall(rf"^  {re.escape(name)} ", listing + " ", re.M)) <= 1 for name in RECIPES)
     assert {line.split()[0] for line in listing.splitlines() if line.startswith("  ")} == set(RECIPES)
     assert listing.strip() in PAGE.read_text(), "docs/recipes.md: paste what `ola-vlm recipes` prints"
-    cli.main(["recipes", "llama3_vit_tokens_4_pretrain"])
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["parent"] == "llama3_vit_pretrain" and shown["changes"]["tasks.gen.num_task_tokens"] == [8, 4]
-    assert shown["fields"]["tasks"][1]["keys"] == ["system", "image", "task", "text"]
-    assert shown["fields"]["learning_rate"] == 1e-3 and shown["fields"]["task_tokens"] is None
-    with pytest.raises(SystemExit, match="no recipe llama4"):
-        cli.main(["recipes", "llama4"])
+    with pytest.raises(SystemExit, match="no recipe 'llama3_vit_pretrian': did you mean llama3_vit_pretrain"):
+        cli.main(["recipes", "llama3_vit_pretrian"])
     with pytest.raises(SystemExit):
         cli.main(["recipes", "--help"])
     assert "ola-vlm recipes" in capsys.readouterr().out
+
+
+def test_a_recipe_says_what_it_changes(capsys):
+    cli.main(["recipes", "llama3_vit_tokens_4_pretrain"])
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert "# What it changes in llama3_vit_pretrain:" in comments
+    assert "#   tasks.gen.num_task_tokens: 4" in comments and not any("learning_rate" in line for line in comments)
+
+
+def as_trained(argv: list[str]) -> dict:
+    """The values of all fields for a command line."""
+    args = make_arguments(parse("train", argv), "ola-vlm train", bf16=False, use_cpu=True)
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.name != "logging_dir"}
+
+
+@pytest.mark.parametrize(
+    "name", ["miniature_pretrain", "smollm2_finetune", "qlora", "phi3_convnext_pretrain", "llama3_vit_finetune"]
+)
+def test_a_recipe_as_a_file_trains_the_same(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["recipes", name])
+    Path("my_run.yaml").write_text(capsys.readouterr().out)
+    more = ["--checkpoint", "a"] if name == "qlora" else []
+    expected = as_trained(["--recipe", name, *more])
+    assert as_trained(["my_run.yaml", *more]) == expected
+    assert as_trained([*more, "--recipe", "my_run.yaml"]) == expected
+    changed = as_trained(["my_run.yaml", *more, "--learning-rate", "0.5"])
+    assert changed["learning_rate"] == 0.5 and {**changed, "learning_rate": 0} == {**expected, "learning_rate": 0}
+    if name == "miniature_pretrain":
+        assert expected["tasks"][1]["layers"] == [2] and expected["max_steps"] == 400
+
+
+def test_a_file_may_change_a_recipe(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: miniature_pretrain\nlearning_rate: 2e-4\nmax_steps: 7\ncheck_images: no\n")
+    changed = as_trained([str(file)])
+    assert changed["learning_rate"] == 2e-4 and changed["max_steps"] == 7 and changed["check_images"] is False
+    assert changed["tasks"] == RECIPES["miniature_pretrain"].fields["tasks"]
+    assert parse("train", [str(file)]).recipe == "miniature_pretrain"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1\n", "mine.yaml: unknown field learning_rat: did you mean learning_rate"),
+        ("- 1\n", "mine.yaml holds no fields"),
+        ("a: [\n", "mine.yaml is no YAML"),
+        ("recipe: lora2\n", "there is no recipe lora2: did you mean lora"),
+        ("!!python/object/apply:os.getcwd []\n", "mine.yaml is no YAML"),
+        ("max_steps: ten\n", "max_steps.*invalid int value: 'ten'"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=message) as stopped:
+        as_trained([str(file)])
+    assert "\n" not in str(stopped.value)
+
+
+def test_no_file_and_a_file_with_a_recipe(tmp_path):
+    with pytest.raises(SystemExit, match=r"no file .*x\.yaml: `ola-vlm recipes NAME > .*x\.yaml` begins one"):
+        parse("train", [str(tmp_path / "x.yaml")])
+    with pytest.raises(SystemExit, match="give one of them"):
+        parse("train", ["x.yaml", "--recipe", "lora"])
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -454,7 +538,7 @@ def real_sizes(monkeypatch):
     monkeypatch.setattr(train, "load_encoders", real_encoders)
 
 
-TABLE_1 = [name for name, recipe in RECIPES.items() if recipe.table is paper.table_1 and name.endswith("_pretrain")]
+TABLE_1 = [name for name, recipe in RECIPES.items() if recipe.table is paper.TABLE_1 and name.endswith("_pretrain")]
 
 
 # The vocabularies are as large as the real ones: one model in the fast tests, all in the slow ones.

@@ -411,10 +411,11 @@ def as_process(body: str, *arguments: str, environment: dict | None = None, wait
     program = f"""
 import os, sys, time, types
 from ola_vlm import cli
+from ola_vlm.commands.table import Command
 def main(argv):
 {textwrap.indent(textwrap.dedent(body), "    ")}
 sys.modules["stand_in"] = types.SimpleNamespace(main=main)
-cli.COMMANDS["train"] = cli.COMMANDS["chat"] = ("stand_in", "")
+cli.COMMANDS["train"] = cli.COMMANDS["chat"] = Command("stand_in", "")
 cli.main()
 """
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_interrupts}

@@ -462,8 +462,11 @@ def test_command_line(world, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--max_step", "1"], "unknown field --max_step, 1: .*--help` lists all"),  # no abbreviations either
-        (["--recipe", "miniature_pretrain", "--nonsense=3"], "unknown field --nonsense=3"),
+        # No abbreviations either.
+        (["--max_step", "1"], "unknown field --max_step: did you mean --max_steps.*--help` lists all"),
+        (["--recipe", "miniature_pretrain", "--nonsense=3"], "unknown field --nonsense: .*--help` lists all"),
+        (["--recipe", "miniature_pretrian"], "no recipe miniature_pretrian: did you mean miniature_pretrain"),
+        (["--stage", "pretrian"], "no stage 'pretrian': did you mean pretrain"),
     ],
 )
 def test_unknown_fields_are_errors(argv, message):
@@ -473,13 +476,15 @@ def test_unknown_fields_are_errors(argv, message):
 
 def test_unknown_fields_of_a_recipe_are_errors(monkeypatch):
     monkeypatch.setitem(RECIPES, "broken", lambda: {"learning_rat": 1.0})
-    with pytest.raises(SystemExit, match=r"broken.*learning_rat"):
+    with pytest.raises(SystemExit, match=r"broken: unknown field learning_rat: did you mean learning_rate"):
         main(["--recipe", "broken"])
 
 
 def test_subcommands(capsys):
-    with pytest.raises(SystemExit, match="unknown subcommand 'dance'"):
+    with pytest.raises(SystemExit, match="unknown command 'dance'"):
         cli.main(["dance"])
+    with pytest.raises(SystemExit, match="unknown command 'trian': did you mean train"):
+        cli.main(["trian"])
     cli.main([])
     out = capsys.readouterr().out
     assert all(name in out for name in ("train", "check-data", "miniature", "convert", "export"))

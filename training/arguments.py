@@ -1,15 +1,14 @@
 """The arguments of a run: transformers' own, and what OLA-VLM adds."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import IntervalStrategy, TrainingArguments
-from transformers.hf_argparser import HfArg
 
-from ..targets.cache import STORAGE
+from .fields import GROUPS, AdapterFields, DataFields, ModelFields, RunFields, TeacherFields
 from .rows import Rows, StreamRows, load_rows
-from .stages import STAGES, TASK_TOKENS, find_stage
+from .stages import find_stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 JSON_FIELDS = ("tasks", "model_overrides", "teachers")  # may be given as text
@@ -23,74 +22,10 @@ FIXED = {
 
 
 @dataclass
-class OlaVlmArguments(TrainingArguments):
-    """`TrainingArguments` (all of them) plus the fields below; dicts and lists may be given as JSON strings."""
+class OlaVlmArguments(RunFields, ModelFields, DataFields, TeacherFields, AdapterFields, TrainingArguments):
+    """`TrainingArguments` (all of them) plus the fields of `training.fields`; dicts and lists may be given as JSON
+    strings."""
 
-    stage: str = HfArg(default="pretrain", help=f"what trains: one of {', '.join(STAGES)}")
-    embedding_losses: bool | None = HfArg(default=None, help="train predictors; by default in pretrain only")
-    task_tokens: str | None = HfArg(
-        default=None, help=f"one of {', '.join(TASK_TOKENS)} (rows of the vocabulary); the stage's by default"
-    )
-    checkpoint: str | None = HfArg(default=None, help="start from this folder or name: one of ours or a plain LLaVA")
-    vision_tower: str | None = HfArg(default=None, help="without a checkpoint: vision encoder, name or folder")
-    language_model: str | None = HfArg(default=None, help="without a checkpoint: language model, name or folder")
-    tokenizer: str | None = HfArg(default=None, help="name or folder; the language model's by default")
-    tasks: list | str | None = HfArg(
-        default=None, help="the task dicts of the configuration, in token order; none is plain LLaVA"
-    )
-    fusion: str | None = HfArg(
-        default=None, help="the multi-encoder baseline, its encoders being `teachers`: feature or token"
-    )
-    num_encoder_tokens: int = HfArg(default=8, help="tokens of each of its encoders, if fusion is token")
-    model_overrides: dict | str | None = HfArg(default=None, help="more arguments of convert.parts.build_ola_vlm")
-    lora_rank: int = HfArg(default=0, help="train adapters of this rank and the projector (finetune); 0: all weights")
-    lora_alpha: float | None = HfArg(default=None, help="their scale times the rank, twice the rank by default")
-    lora_dropout: float = HfArg(default=0.0, help="of the adapters' input")
-    load_in_4bit: bool = HfArg(default=False, help="QLoRA: the language model's blocks in 4 bits (bitsandbytes)")
-    dtype: str = HfArg(
-        default="float32",
-        help="of the weights as they are loaded, and saved in the end; with bf16 or fp16 what trains is float32 "
-        f"meanwhile: {', '.join(DTYPES)}, or auto: bfloat16 and bf16 on a GPU, else float32",
-    )
-    data: str | None = HfArg(
-        default=None, help="a .json or .jsonl file (LLaVA's or TRL's rows), or a folder or name that `datasets` loads"
-    )
-    data_config: str | None = HfArg(default=None, help="the dataset's configuration, if `datasets` loads it")
-    data_split: str = HfArg(default="train", help="the dataset's split, if `datasets` loads it")
-    streaming: bool = HfArg(default=False, help="read a dataset as it comes; needs max_steps")
-    image_folder: str | None = HfArg(default=None, help="where image paths begin; the data's own folder by default")
-    eval_data: str | None = HfArg(
-        default=None, help="evaluate on the rows of this file or data set, or on a share of `data`, such as 0.02"
-    )
-    eval_questions: str | None = HfArg(
-        default=None, help="a JSON file of questions about images, which each evaluation answers (docs/recipes.md)"
-    )
-    min_steps: int = HfArg(default=0, help="as many epochs as make this many steps, if num_train_epochs makes fewer")
-    max_length: int | None = HfArg(default=None, help="tokens of a row, image tokens included")
-    on_long_rows: str = HfArg(default="drop", help="longer rows: drop or truncate")
-    on_bad_rows: str = HfArg(default="stop", help="rows that can't be trained on, found before the run: stop or drop")
-    check_images: bool = HfArg(default=True, help="open every image before the run, unless a target cache does it")
-    max_bad_rows: float = HfArg(
-        default=0.01, help="bad rows met in training are dropped up to this share of the run's rows"
-    )
-    teachers: dict | str | None = HfArg(
-        default=None,
-        help='task -> {"encoder": one of targets.encoders.ENCODERS, "path", more arguments of its from_pretrained}',
-    )
-    target_cache: str | None = HfArg(
-        default=None, help="folder of stored targets; teachers run in training if there is none"
-    )
-    target_storage: str = HfArg(default="float32", help=f"numeric type in the cache: one of {', '.join(STORAGE)}")
-    target_fill: bool = HfArg(
-        default=False, help="compute what the cache lacks as the run starts, else that is an error"
-    )
-    standardize_targets: bool = HfArg(
-        default=False, help="center and scale targets by the training images' statistics; needs target_cache"
-    )
-    losses_until: float | None = HfArg(
-        default=None, help="the share of the steps after which embedding losses are off; the tasks' `until` by default"
-    )
-    shuffle_targets: bool = HfArg(default=False, help="the control: each image gets the targets of another one")
     # The trainer needs `targets` and `row_ids`, which are no arguments of the model's forward.
     remove_unused_columns: bool = False
 
@@ -124,16 +59,12 @@ class OlaVlmArguments(TrainingArguments):
             self.bf16 = True
 
     def _check_choices(self) -> None:
-        choices = {
-            "dtype": [*DTYPES, "auto"],
-            "target_storage": list(STORAGE),
-            "on_long_rows": ["drop", "truncate"],
-            "on_bad_rows": ["stop", "drop"],
-        }
-        for name, names in choices.items():
-            value = getattr(self, name)
-            if value not in names:
-                raise ValueError(f"{name} {value!r} is unknown: choose one of {names}")
+        for group in GROUPS.values():
+            for one in fields(group):
+                value = getattr(self, one.name)
+                choices = one.metadata.get("choices")
+                if choices and value not in choices and not (value is None and one.default is None):
+                    raise ValueError(f"{one.name} {value!r} is unknown: choose one of {list(choices)}")
 
     def _check_fixed_fields(self) -> None:
         for name, (value, reason) in FIXED.items():

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers.utils import logging
 
+from .fields import TASK_TOKENS
+
 logger = logging.get_logger(__name__)
 
 # A component of a parameter's name -> the part of the model that it belongs to; the first one here counts, as a part's
@@ -51,7 +53,6 @@ STAGES = {
     "visual_pretrain": Stage(("vision_tower", "projector", "language_model"), False, "trained"),
     "finetune": Stage(("projector", "language_model"), False, "frozen"),
 }
-TASK_TOKENS = ("queries", "frozen", "trained")
 
 
 def find_stage(name: str, embedding_losses: bool | None = None, task_tokens: str | None = None) -> Stage:

@@ -5,9 +5,13 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 
 from ..targets.escapes import log_to_terminal, one_line, terminal
+from .table import parse
 
 # Commands that can be interrupted without loss -> what their command line then needs, to go on where they were.
 GOES_ON = {
@@ -25,14 +29,49 @@ class Terminated(SystemExit):
     """SIGTERM: what a scheduler, a container or torchrun sends before it kills."""
 
 
+@contextmanager
+def mistakes_in_one_line(name: str) -> Iterator[None]:
+    """A user's mistake becomes a SystemExit of one line, which names the command; a fault of ours stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        raise SystemExit(f"ola-vlm {name}: {one_line(error)}") from error
+
+
+def command(name: str) -> Callable:
+    """Decorator: `main(args)` becomes `main(argv)`, which takes the command's arguments as text, or parsed already,
+    and turns mistakes into one line."""
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def main(argv: Sequence[str] | Namespace | None = None):
+            args = argv if isinstance(argv, Namespace) else parse(name, argv)
+            with mistakes_in_one_line(name):
+                return function(args)
+
+        return main
+
+    return decorate
+
+
+def tell(*lines: str) -> None:
+    """What a command says last: where its results are, what can be done next. On stderr: its output stays as it is."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for line in lines:
+        print(terminal(line), file=sys.stderr)
+
+
 def as_command(
     name: str,
     function: Callable[[Sequence[str]], object],
     argv: Sequence[str] | None = None,
     start: str = "ola-vlm",
 ) -> None:
-    """Calls `function(argv)` as what this process is for: a user's mistake ends in one line and status 1, Ctrl-C and
-    SIGTERM in one that says how to go on, and 130 or 143. A fault of ours has its traceback.
+    """Calls `function(argv)` as what this process is for: a user's mistake (of `command`) ends in one line and status
+    1, Ctrl-C and SIGTERM in one that says how to go on, and 130 or 143. A fault of ours has its traceback.
 
     `start`: how this process was called, for the line to say.
     """
@@ -57,18 +96,10 @@ def as_command(
         if isinstance(error.code, str):
             error.code = terminal(error.code)
         raise
-    except Exception as error:
-        if shows_traceback or not is_mistake(error):
-            raise
-        message = f"ola-vlm {name}: {one_line(error)}"
-        status = 1
-    # Here what the command had open is closed: its bars are drawn, its workers have ended.
-    if status != 1:
-        message = f"ola-vlm {name}: {how_to_go_on(name, argv, start)}"
-        # The same Ctrl-C ended the loader's workers, of which torch complains as this process ends.
-        sys.unraisablehook = lambda unraisable: None
-    if os.environ.get("RANK", "0") == "0" or status == 1:
-        print(message, file=sys.stderr)
+    # Here what the command had open is closed: its bars are drawn, its workers have ended. The same
+    # Ctrl-C ended them, of which torch complains as this process ends.
+    sys.unraisablehook = lambda unraisable: None
+    tell(f"ola-vlm {name}: {how_to_go_on(name, argv, start)}")
     sys.exit(status)
 
 
@@ -92,9 +123,10 @@ def how_to_go_on(name: str, argv: Sequence[str], start: str = "ola-vlm") -> str:
 
 def is_mistake(error: Exception) -> bool:
     """Whether its message is for the user: what we and the libraries raise for wrong input, files and networks."""
+    # The subclasses of LookupError, KeyError and IndexError, are faults.
+    if isinstance(error, (ValueError, OSError, ImportError)) or type(error) is LookupError:
+        return True
     from huggingface_hub.errors import HTTPError  # of httpx: no OSError
     from safetensors import SafetensorError
 
-    kinds = (ValueError, OSError, ImportError, HTTPError, SafetensorError)
-    is_lookup = type(error) is LookupError  # its subclasses, KeyError and IndexError, are faults
-    return isinstance(error, kinds) or is_lookup
+    return isinstance(error, (HTTPError, SafetensorError))
