@@ -114,7 +114,9 @@ def test_the_model_sees_pictures_as_in_training(make_model, questions, tmp_path,
 def test_no_way_of_asking_emits_image_or_task_tokens(make_model, questions, tmp_path, monkeypatch):
     """In an evaluation, and in a chat."""
     model, processor = make_model()
-    model.lm_head.weight[model.never_emitted] *= 1e3  # they would win everywhere
+    direction = 1e3 * torch.randn(model.lm_head.in_features, generator=torch.Generator().manual_seed(0))
+    for i, token_id in enumerate(model.never_emitted):  # whatever the state is, half of them would win
+        model.lm_head.weight[token_id] = direction if i % 2 else -direction
     emitted, generate = [], model.generate
 
     def generate_and_look(**inputs):

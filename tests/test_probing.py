@@ -2,6 +2,7 @@
 the command that fits them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from conftest import random_image
 from datasets import Dataset
 from datasets import Image as HfImage
 from PIL import Image
+from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from tiny_teachers import random_images, save_tiny_teachers
@@ -24,14 +26,14 @@ from transformers import LlavaForConditionalGeneration
 from ola_vlm.convert import reference
 from ola_vlm.convert.reference import convert_state_dict
 from ola_vlm.eval import correlation, target_tasks
-from ola_vlm.inference.checkpoints import weights_state
-from ola_vlm.probing import run
+from ola_vlm.inference.checkpoints import load_checkpoint, weights_state
+from ola_vlm.probing import figures, run
 from ola_vlm.probing.fit import batches, fit
 from ola_vlm.probing.probes import Probes, centered_cosine, flat_cosine, load_probes, score
 from ola_vlm.probing.resampler import ResamplerFit
 from ola_vlm.probing.ridge import RidgeFit, RidgeProbe, choose_alpha
 from ola_vlm.probing.states import ImageStates, StateReader, to_positions
-from ola_vlm.targets.encoders import DepthAnythingEncoder, open_image
+from ola_vlm.targets.encoders import ENCODERS, DepthAnythingEncoder, open_image
 from ola_vlm.targets.statistics import TargetStatistics
 from ola_vlm.training.arguments import OlaVlmArguments
 
@@ -411,6 +413,19 @@ def test_resamplers_are_those_of_a_plain_training_loop(make_model):
     torch.testing.assert_close(fitted.means["depth"], target.mean(0))
 
 
+def test_every_epoch_has_an_order_of_its_own():
+    def epochs(seed: int) -> list[list[int]]:
+        tasks = tasks_of({"gen": random_targets()["gen"]})
+        fitter = ResamplerFit(tasks, 2, 8, images=16, epochs=3, step_images=6, seed=seed)
+        return torch.cat(fitter.plan(16, 5)).view(3, 16).tolist()
+
+    orders = epochs(seed=0)
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
+    assert epochs(seed=0) == orders
+    assert epochs(seed=7)[0] != orders[0]
+
+
 def test_an_interrupted_fit_goes_on_to_the_same_result(make_model, tmp_path):
     model, processor = make_model()
     targets = {task: random_targets()[task] for task in ("gen", "seg")}
@@ -527,6 +542,121 @@ def test_the_command(study, probed, tmp_path, monkeypatch, capsys):
         assert next(scores) == pytest.approx(next(scores), rel=1e-4)
 
 
+def images_of(study, found: dict, part: str) -> list[str]:
+    """Those of a part of the split that the command made."""
+    files = [str(path) for path in sorted((study.root / "data" / "images").iterdir())]
+    places = run.split(len(files), found["run"]["seed"], found["run"]["test_images"] is not None)
+    return [files[i] for i in places[part]]
+
+
+def open_encoders(study) -> dict:
+    kinds = {"gen": ("clip_image", 1), "depth": ("depth_anything", 8), "seg": ("oneformer", 8)}
+    folder = study.root / "teachers"
+    return {name: ENCODERS[kind].from_pretrained(folder / kind, grid=grid) for name, (kind, grid) in kinds.items()}
+
+
+def assert_is_mean_of_trained(study, found: dict, mean: torch.Tensor) -> None:
+    """Of the depth targets of the images that the probes were fitted on, but for bfloat16 of the cache; not of all."""
+    encoder = open_encoders(study)["depth"]
+    trained = encoder.encode(list(map(open_image, images_of(study, found, "train"))))
+    others = encoder.encode(list(map(open_image, images_of(study, found, "validation"))))
+    error = (mean - trained.mean(0)).norm()
+    assert error < 0.1 * (mean - torch.cat([trained, others]).mean(0)).norm()
+
+
+def scores_by_hand(study, model: str, probes: Probes, images: list[str]) -> dict:
+    sources = {name: encoder.encode for name, encoder in open_encoders(study).items()}
+    reader = probes.reader(*load_checkpoint(model))
+    return score(batches(reader, sources, images, 4), {0: probes})[0][0]
+
+
+def test_images_are_split_by_the_seed_and_each_is_in_one_part():
+    parts, others = run.split(200, 0, False), run.split(200, 1, False)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(200))
+    assert {name: len(places) for name, places in parts.items()} == {"train": 140, "validation": 20, "test": 40}
+    for name, places in run.split(200, 0, False).items():
+        assert np.array_equal(places, parts[name]) and not np.array_equal(places, others[name])
+    assert len(run.split(200, 0, True)["test"]) == 0
+
+
+def test_scores_are_of_held_out_images_and_alphas_of_validation_images(study, probed):
+    """Each number by hand: a probe scores far better on what it was fitted on."""
+    out, found = probed
+    model = study.models[1]
+    folder = out / found["models"][model]["folder"]
+    probes = load_probes(folder)
+    validation = json.loads((folder / "validation.json").read_text())
+    expected = {"test": found["models"][model]["scores"], "validation": {}}
+    for task, alpha in found["alphas"].items():
+        expected["validation"][task] = validation[str(alpha)][task]
+    for part, of_part in expected.items():
+        by_hand = scores_by_hand(study, model, probes, images_of(study, found, part))
+        for task, layers in of_part.items():
+            for layer, values in layers.items():
+                assert values == pytest.approx(by_hand[task][layer], abs=5e-3), (part, task, layer)
+    # What the scores are centered by is the mean of the images that the probes were fitted on.
+    assert_is_mean_of_trained(study, found, probes.means["depth"])
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (["--prompt", "something else"], "prompt"),
+        (["--own_geometry"], "square"),
+        (["--max_images", "9"], "images_hash"),
+        (["--test_images", "."], "test_images"),
+        (["--seed", "5"], "seed"),
+        (["--batch_size", "2"], "batch_size"),
+        (["--model_dtype", "bfloat16"], "model_dtype"),
+        (["--probe", "resampler"], "probe"),
+    ],
+)
+def test_an_out_has_probes_of_one_setting(study, probed, tmp_path, change, name):
+    """What is there would else be taken for what is asked for."""
+    random_image(0).save(tmp_path / "other.png")
+    change = [str(tmp_path) if one == "." else one for one in change]
+    with pytest.raises(SystemExit, match=rf"has probes with another .*\b{name}\b"):
+        run.main([study.models[0], *study.recipe, "--out", str(probed[0]), *change])
+
+
+def test_resamplers_and_chosen_images_are_drawn_by_the_seed(study, tmp_path):
+    more = ["--probe", "resampler", "--targets", "gen", "--epochs", "1", "--learning_rate", "0", "--max_images", "6"]
+    hashes = []
+    for seed in (3, 4):
+        found = run_probe(study, tmp_path / str(seed), *more, "--seed", str(seed), models=study.models[:1])
+        hashes.append(found["run"]["images_hash"])
+        probes = load_probes(tmp_path / str(seed))
+        begun = Probes("resampler", found["run"]["tasks"], 5, 32, seed=seed)  # nothing was learned
+        assert all(x.equal(begun.modules.state_dict()[name]) for name, x in probes.modules.state_dict().items())
+    assert hashes[0] != hashes[1]
+
+
+def test_curves_and_counts_are_those_of_the_results(probed, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, *place, **options: drawn.append(figure))
+    _, found = probed
+    figures.curves_figure("curves.png", found)
+    (figure,) = drawn
+    assert re.findall(r"\d+", figure.get_suptitle()) == ["12", "4"]  # fitted on, and held out
+    for column, task in enumerate(SHAPES):
+        for row, kind in ((0, "ridge"), (1, "ridge_plain")):
+            lines = figure.axes[3 * row + column].get_lines()
+            for line, one in zip(lines[:-1], found["models"].values(), strict=True):
+                assert line.get_xdata().tolist() == [0, 1, 2, 3, 4]
+                assert line.get_ydata().tolist() == [one["scores"][task][layer][kind] for layer in "01234"]
+            zero = 0 if kind == "ridge" else found["zero"][task]
+            assert set(lines[-1].get_ydata()) == {zero}
+
+
+def test_the_best_layer_is_the_best_by_the_centered_score():
+    values = {"0": (0.1, 0.9), "1": (0.5, 0.2), "2": (0.3, 0.4)}
+    layers = {layer: {"ridge": centered, "ridge_plain": plain} for layer, (centered, plain) in values.items()}
+    one = {"name": "m", "scores": {"depth": layers}}
+    text = run.table({"run": {"probe": "ridge"}, "image_counts": {"test": 4}, "models": {"m": one}})
+    numbers = re.findall(r"[\d.]+", text.splitlines()[-1])
+    assert numbers == ["0.300", "0.500", "1", "0.500", "0.200", "0.300", "0.400"]  # mean, best (layer 1), last
+
+
 def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_path):
     more = ["--probe", "resampler", "--targets", "depth", "--step_images", "4", "--standardize_targets", "true"]
     for i in range(3):
@@ -538,6 +668,12 @@ def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_
     (one,) = found["models"].values()
     assert list(one["scores"]) == ["depth"] and set(one["scores"]["depth"]["3"]) == {"resampler", "resampler_plain"}
     assert not list(tmp_path.glob("*/fit.safetensors"))
+    probes = load_probes(tmp_path)
+    assert_is_mean_of_trained(study, found, probes.statistics["depth"].mean)
+    assert_is_mean_of_trained(study, found, probes.means["depth"])
+    held_out = [str(path) for path in sorted(tmp_path.parent.glob("*.JPG"))]
+    by_hand = scores_by_hand(study, study.models[0], probes, held_out)
+    assert one["scores"]["depth"]["3"] == pytest.approx(by_hand["depth"]["3"], abs=1e-4)
     with pytest.raises(SystemExit, match="18 of --test_images are among --images"):
         run_probe(
             study, tmp_path / "again", "--test_images", str(study.root / "data" / "images"), models=study.models[:1]
@@ -623,6 +759,13 @@ def test_target_tasks(study, probed, tmp_path, capsys, monkeypatch):
             target_tasks.main(
                 [str(out), "--miniature", str(study.root), *options, "--gallery_pattern", "train_*[1-9].png"]
             )
+        content = (out / "probes.json").read_text()
+        other = json.loads(content)
+        other["alphas"] = dict.fromkeys(other["alphas"], 0.5)
+        (out / "probes.json").write_text(json.dumps(other))
+        with pytest.raises(pytest.fail.Exception, match="loaded"):  # or of other probes
+            target_tasks.main([str(out), "--miniature", str(study.root), *options])
+        (out / "probes.json").write_text(content)
     folders = []
     for i, model in enumerate(study.models):
         folders.append(tmp_path / f"eval{i}")
@@ -637,6 +780,51 @@ def test_target_tasks(study, probed, tmp_path, capsys, monkeypatch):
     assert f"depth    r = {r:+.2f}" in capsys.readouterr().out and (tmp_path / "figure.png").exists()
     with pytest.raises(SystemExit, match="give at least 3 checkpoints"):
         correlation.main([str(out), *map(str, folders[:2]), "--figure", str(tmp_path / "figure.png")])
+
+
+def test_the_closer_point_is_the_one_of_less_depth(study):
+    stored = load_numpy(study.root / "data" / "test.safetensors")
+    items = target_tasks.miniature_items(study.root)
+    assert len(items) == len(stored["depth"])
+    for item, depth, mask in zip(items, stored["depth"], stored["mask"], strict=True):
+        assert np.array_equal(item["mask"], mask) and item["pairs"]
+        for pair in item["pairs"]:
+            far = {"point1": "point2", "point2": "point1"}[pair["closer_point"]]
+            assert depth[tuple(pair[pair["closer_point"]])] < depth[tuple(pair[far])]
+
+
+def test_the_most_similar_image_of_the_gallery_stands_for_an_embedding():
+    """By direction and not by length; what is compared then are the extractor's features of it."""
+    embeddings = torch.tensor([[1.0, 0], [-1, 0], [0, 10], [0, -10]])
+    pictures = [Image.new("RGB", (4, 4), (10 * i, 0, 0)) for i in range(4)]
+
+    def number(image) -> int:
+        return image.getpixel((0, 0))[0] // 10
+
+    encoder = SimpleNamespace(encode=lambda images: embeddings[[number(image) for image in images]][:, None])
+    extractor = SimpleNamespace(encode=lambda images: torch.tensor([[[100.0 + number(image)]] for image in images]))
+    gallery = target_tasks.Gallery(pictures, encoder, extractor, batch_size=3)
+    assert gallery.nearest(torch.tensor([[2.0, 1], [-3, 1], [1, -2]])).tolist() == [[100], [101], [103]]
+
+
+def test_no_image_stands_for_itself(study, probed, monkeypatch):
+    """The gallery may be the folder with the images that are asked about."""
+    asked = []
+    monkeypatch.setattr(target_tasks, "Gallery", lambda sources, *how: asked.extend(sources) or 1 / 0)
+    images = study.root / "data" / "images"
+    with pytest.raises(ZeroDivisionError):
+        target_tasks.main([str(probed[0]), "--miniature", str(study.root), "--gallery", str(images)])
+    assert asked == [str(path) for path in sorted(images.glob("train_*"))]
+
+
+def test_the_best_layer_has_the_highest_accuracy_or_the_lowest_distance():
+    depth = {f"probe {layer}": {"accuracy": value, "n": 9} for layer, value in enumerate((0.6, 0.8, 0.7))}
+    gen = {f"probe {layer}": {"Frechet distance": value, "n": 3} for layer, value in enumerate((7.0, 5.0, 9.0))}
+    text = target_tasks.table({"scores": {"m": {"data": {"depth": depth, "gen": gen}}}})
+    rows = [line.split() for line in text.splitlines()[1:]]
+    assert [row[1] for row in rows] == ["depth", "gen"]
+    assert rows[0][3:5] == ["probe", "1"] and "80.0%" in rows[0]
+    assert rows[1][3:5] == ["probe", "1"] and "5.000" in rows[1]
 
 
 def test_maps_lie_on_the_image_and_not_on_its_padding():

@@ -8,7 +8,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ola_vlm.eval.correlation import describe, draw, range_without_two
+from ola_vlm.eval import correlation
+from ola_vlm.eval.correlation import describe, draw, range_without_two, read_points
 from ola_vlm.miniature import study
 from ola_vlm.miniature.ablations import numbers, row_label
 from ola_vlm.miniature.report import (
@@ -243,3 +244,32 @@ def test_two_of_seven_points_make_no_correlation(tmp_path):
     assert found["depth"]["r"] == pytest.approx(np.corrcoef(x, y)[0, 1]) and "p" not in found["depth"]
     text = describe(found["depth"])
     assert text.startswith("r = -0.9") and f"without any two: {low:+.2f} to {high:+.2f}" in text
+
+
+def test_points_are_means_over_layers_and_one_standard_error(tmp_path, monkeypatch):
+    """The centered score unless the plain one is asked for; each checkpoint's own benchmark score."""
+    models = {}
+    for i in range(7):
+        layers = {str(layer): {"ridge": 0.1 * i + layer, "ridge_plain": 5.0 - i + layer} for layer in range(3)}
+        models[f"m{i}"] = {"name": f"m{i}", "weights": f"w{i}", "scores": {"depth": layers}}
+        (tmp_path / str(i)).mkdir()
+        run = {"benchmark": "cvbench", "variant": "official", "model": f"m{i}", "weights": f"w{i}"}
+        scores = {"overall": {"score": 0.5 + 0.01 * i, "standard_error": 0.02, "n": 100}}
+        (tmp_path / str(i) / "results.json").write_text(json.dumps({"run": run, "scores": scores}))
+    (tmp_path / "probes.json").write_text(json.dumps({"run": {"probe": "ridge"}, "models": models}))
+    folders = [tmp_path / str(i) for i in reversed(range(7))]
+    drawn = []
+    monkeypatch.setattr(correlation, "save_figure", lambda figure, *place, **options: drawn.append(figure))
+    for plain, first, r in ((False, 0.6 + 1, 1), (True, 5 - 6 + 1, -1)):
+        points, _ = read_points(tmp_path, folders, "overall", plain)
+        assert points["depth"][0] == pytest.approx(("m6", first, 0.56, 0.02))
+        assert draw(tmp_path / "figure.png", points, "a benchmark", plain)["depth"]["r"] == pytest.approx(r)
+        (axis,) = drawn[-1].axes
+        (bar,) = axis.containers[0].lines[2][0].get_segments()
+        assert bar[:, 1] == pytest.approx([54, 58])
+        # A line is drawn where the sign stands without any two points.
+        assert sum(len(line.get_xdata()) == 2 for line in axis.get_lines()) == 1
+    places = [(1, 5), (2, 6), (3, 5), (4, 6), (5, 5), (9, 9), (10, 1)]
+    unclear = [(f"m{i}", x, y, 0.01) for i, (x, y) in enumerate(places)]
+    draw(tmp_path / "figure.png", {"depth": unclear}, "a benchmark", plain=False)
+    assert not any(len(line.get_xdata()) == 2 for line in drawn[-1].axes[0].get_lines())

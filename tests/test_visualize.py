@@ -374,6 +374,10 @@ def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, cap
     text = (tmp_path / "out" / "layers.html").read_text()
     rows = [text.index(f"<b>{label}</b>") for label in ("LLaVA", checkpoint.name)]
     assert rows[0] < rows[1] and text.count("<b>LLaVA</b>") == 2 * 2  # depth and seg of two images
+    # A compared checkpoint is shown by the probes that are named for it, whatever this one is shown by.
+    its_own = ["--probes", "none", "--compare", str(tmp_path / "llava"), "--compare_probes", str(tmp_path / "others")]
+    main([str(checkpoint), image, *its_own, "--out", str(tmp_path / "own")])
+    assert "fitted to another/model" in (tmp_path / "own" / "layers.html").read_text()
     with pytest.raises(SystemExit):
         main([str(checkpoint), image, *other, "--compare_probes", out, out])
     assert "2 --compare_probes for 1 --compare" in capsys.readouterr().err
