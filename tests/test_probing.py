@@ -602,7 +602,7 @@ def test_scores_are_of_held_out_images_and_alphas_of_validation_images(study, pr
     ("change", "name"),
     [
         (["--prompt", "something else"], "prompt"),
-        (["--own_geometry"], "square"),
+        (["--no_square"], "square"),
         (["--max_images", "9"], "images_hash"),
         (["--test_images", "."], "test_images"),
         (["--seed", "5"], "seed"),
