@@ -126,7 +126,11 @@ def find_tasks(options: Namespace, args: OlaVlmArguments) -> list[dict]:
     unknown = set(wanted) - set(names)
     if unknown:
         raise ValueError(f"the recipe has no task {', '.join(sorted(unknown))}: choose one of {', '.join(names)}")
-    return [task for task in tasks if task["name"] in wanted]
+    chosen = [task for task in tasks if task["name"] in wanted]
+    of_words = [task["name"] for task in chosen if task.get("target") == "words"]
+    if of_words and (options.targets or len(of_words) == len(chosen)):
+        raise ValueError(f"{', '.join(of_words)}: words are no features that a probe predicts: name other --targets")
+    return [task for task in chosen if task["name"] not in of_words]
 
 
 @dataclass(frozen=True)

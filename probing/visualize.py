@@ -145,11 +145,16 @@ def predictor_features(model, processor, statistics: Mapping[str, TargetStatisti
         inputs = processor(text=[text] * len(images), images=list(images), **options).to(model.device, model.dtype)
         predictions = model(**inputs, output_predictions=True, logits_to_keep=1).predictions
 
-        def restored(task: str, prediction: Tensor) -> Tensor:
-            prediction = prediction.float().cpu()
-            return statistics[task].restore(prediction) if task in statistics else prediction
-
-        return {task: {layer: restored(task, one) for layer, one in of.items()} for task, of in predictions.items()}
+        found: Features = {}
+        for task in predicted_tasks(model):
+            name = task["name"]
+            found[name] = {}
+            for layer, prediction in predictions[name].items():
+                prediction = prediction[..., : task["target_dim"]].float().cpu()  # without its place code
+                if name in statistics:
+                    prediction = statistics[name].restore(prediction)
+                found[name][layer] = prediction
+        return found
 
     return features
 
@@ -195,9 +200,17 @@ def local_folder(checkpoint: str | Path) -> Path:
 
 
 def predicted_tasks(model) -> list[dict]:
-    """Those that a model has predictors for."""
+    """Those of features that a model has predictors for."""
     config = model.config
-    return getattr(config, "tasks", []) if getattr(config, "has_predictors", True) else []
+    if not getattr(config, "has_predictors", True):
+        return []
+    return [task for task in getattr(config, "tasks", []) if is_of_features(task)]
+
+
+def is_of_features(task: dict) -> bool:
+    """Whether predictions are features, which a teacher decodes: words aren't, nor what has no content."""
+    # An attached model's, saved by an earlier version, lack these fields.
+    return task.get("target", "features") == "features" and task.get("loss") != "moments"
 
 
 def statistics_of(checkpoint: str | Path) -> dict[str, TargetStatistics]:

@@ -300,6 +300,16 @@ class OneFormerEncoder(TargetEncoder):
         decoded = model.transformer_module(pixel.multi_scale_features, pixel.mask_features, task_token)
         return decoded.prediction_class, decoded.prediction_masks
 
+    def class_scores(self, stages: list[Tensor]) -> Tensor:
+        """(N, classes, h, w) from the backbone's `stages`, as OneFormer's image processor makes them: without the null
+        class, masks weighted by their queries' classes."""
+        if self.task_inputs is None:
+            raise ValueError("no ids of 'the task is semantic': save a tokenizer with the teacher or pass task_inputs")
+        task_inputs = torch.tensor([self.task_inputs]).expand(len(stages[-1]), -1)
+        classes, masks = self.class_and_mask_logits(stages, task_inputs)
+        classes = classes.float().softmax(-1)[..., :-1]
+        return torch.einsum("nqc,nqhw->nchw", classes, masks.float().sigmoid())
+
     @torch.no_grad()
     def decode(self, features: Tensor | None, images: list[Image.Image]) -> Tensor:
         """Class maps of targets or predictions. **Teacher-assisted**: the features replace the last backbone stage
@@ -311,19 +321,13 @@ class OneFormerEncoder(TargetEncoder):
             images: the N images.
         Returns: (N, S, S) class indices, int64.
         """
-        if self.task_inputs is None:
-            raise ValueError("no ids of 'the task is semantic': save a tokenizer with the teacher or pass task_inputs")
         labels = []
         for i, image in enumerate(images):
             stages = list(self.model.model.pixel_level_module.encoder(self.pixel_values([image])).feature_maps)
             if features is not None:
                 grid = features[i : i + 1].to(stages[-1]).transpose(1, 2).unflatten(2, (self.grid, self.grid))
                 stages[-1] = _resize(grid, stages[-1].shape[-2:])
-            classes, masks = self.class_and_mask_logits(stages, torch.tensor([self.task_inputs]))
-            # As OneFormer's image processor: without the null class, masks weighted by their queries' classes.
-            classes, masks = classes.float().softmax(-1)[..., :-1], masks.float().sigmoid()
-            scores = torch.einsum("nqc,nqhw->nchw", classes, masks)
-            labels.append(_resize(scores, self.size).argmax(1).cpu())
+            labels.append(_resize(self.class_scores(stages), self.size).argmax(1).cpu())
         return torch.cat(labels)
 
 

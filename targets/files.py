@@ -173,6 +173,10 @@ def _is_view(value) -> bool:
     )
 
 
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
 # Field of a teacher -> whether a value is one that a stranger's file may give.
 TEACHER_FIELDS = {
     "encoder": _is_text,
@@ -189,10 +193,13 @@ TEACHER_FIELDS = {
     "dtype": lambda value: value in ("auto", "float32", "float16", "bfloat16"),
     "attn_implementation": lambda value: value in ("eager", "sdpa"),  # others are fetched and run
     "task_inputs": lambda value: isinstance(value, list) and all(type(number) is int for number in value),
-    "unused": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "unused": _are_texts,
     "revision": _is_plain_path,
     "subfolder": _is_plain_path,
     "config": _is_view,
+    "words": lambda value: _are_texts(value) or (isinstance(value, Mapping) and _are_texts([*value, *value.values()])),
+    "bins": lambda value: value == "quantiles" or (isinstance(value, list) and all(map(_is_number, value))),
+    "larger_is_closer": lambda value: isinstance(value, bool),
 }
 
 
@@ -204,7 +211,7 @@ def teachers_of_file(teachers: object, file: str | Path) -> dict[str, dict]:
     """
     if not isinstance(teachers, Mapping) or not all(isinstance(entry, Mapping) for entry in teachers.values()):
         raise ValueError(f"{file}: its teachers are no objects by task: give --recipe")
-    for task, entry in teachers.items():
+    for task, entry in entries_of(teachers).items():
         refused = [
             name for name, value in entry.items() if name not in TEACHER_FIELDS or not TEACHER_FIELDS[name](value)
         ]
@@ -212,3 +219,15 @@ def teachers_of_file(teachers: object, file: str | Path) -> dict[str, dict]:
             what = f"{file}: the teacher of {task!r} has {', '.join(map(repr, refused))}, which a file may not set"
             raise ValueError(f"{what} to this: give the teachers yourself, by --recipe")
     return {str(task): dict(entry) for task, entry in teachers.items()}
+
+
+def entries_of(teachers: Mapping) -> dict[str, Mapping]:
+    """The entries of `teachers`, of a task that has one for each kind of word those, by "<task>.<kind>"."""
+    entries = {}
+    for task, entry in teachers.items():
+        kinds = {kind: value for kind, value in entry.items() if isinstance(value, Mapping)}
+        if kinds and len(kinds) == len(entry):
+            entries.update({f"{task}.{kind}": value for kind, value in kinds.items()})
+        else:
+            entries[task] = entry
+    return entries

@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import extract_commit_hash, logging
 
+from ..configuration_ola_vlm import TASK_FIELDS
 from .cache import OncePerBatch, TargetCache, image_key, is_key
 from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder
 from .files import as_hint, read_finished, write_json, write_whole
 from .images import ImageError, open_image, source_name
 from .loading import loading_from
+from .words import WORDS_ENCODERS, WordsEncoder, storage_of
 
 logger = logging.get_logger(__name__)
 
@@ -45,9 +47,14 @@ class Teacher:
         self.device = device
         self.shape = (task["target_length"], task["target_dim"])
         self.entry = {name: value for name, value in entry.items() if name != "motion"}
-        if entry.get("encoder") not in ENCODERS or "path" not in entry:
-            need = f"give its path, and as encoder one of {list(ENCODERS)}"
+        encoders = list(WORDS_ENCODERS if task.get("target") == "words" else ENCODERS)
+        if entry.get("encoder") not in encoders or "path" not in entry:
+            need = f"give its path, and as encoder one of {encoders}"
             raise ValueError(f"teachers[{task['name']!r}] is {entry}: {need}")
+
+    @property
+    def gives_words(self) -> bool:
+        return self.entry["encoder"] in WORDS_ENCODERS
 
     @cached_property
     def encoder(self) -> TargetEncoder:
@@ -72,7 +79,7 @@ class Teacher:
 
     def _parts(self) -> tuple[type[TargetEncoder], str, dict]:
         options = {"device": self.device, **self.entry, "grid": math.isqrt(self.task["target_length"])}
-        encoder_class = ENCODERS[options.pop("encoder")]
+        encoder_class = {**ENCODERS, **WORDS_ENCODERS}[options.pop("encoder")]
         path = options.pop("path")
         return encoder_class, path, options
 
@@ -87,15 +94,35 @@ class Teacher:
         entry (but for what changes no feature), `FEATURES_VERSION`, and these files of weights (their sizes and dates;
         their commit for a name on the Hub). Where the weights are not at all, as after a cache was moved, the note is
         believed."""
+        return self._known(folder)["fingerprint"]
+
+    def _known(self, folder: str | Path) -> dict:
+        """The note's content, written if there is none that counts."""
         note = self._note(folder)
         files = self._files()
         known = _read_note(note)
         if known is not None and (files is None or known.get("files") == files):
-            return known["fingerprint"]
+            return known
         known = {"teacher": self.entry, "files": files, "fingerprint": self.encoder.fingerprint}
+        if isinstance(self.encoder, WordsEncoder):
+            known["words"] = self.encoder.words
         with as_hint():
             write_json(note, known)
-        return known["fingerprint"]
+        return known
+
+    def words(self, folder: str | Path | None = None) -> list[str]:
+        """What the numbers say that it gives as targets. ValueError if the teacher isn't there, and no cache in
+        `folder` knows it."""
+        if folder is not None and self._files() is None and self._note(folder).exists():
+            words = self._known(folder).get("words")
+            if isinstance(words, list) and all(isinstance(word, str) for word in words):
+                return words
+            raise ValueError(
+                f"{self._note(folder)} doesn't say which words its cache has: the teacher has to be there"
+            )
+        encoder_class, path, options = self._parts()
+        with loading_from(path, options.get("subfolder", "")):
+            return encoder_class.list_words(path, **options)
 
     def _note(self, folder: str | Path) -> Path:
         change_nothing = {"batch_size", "device", "license", "licence"}
@@ -138,13 +165,15 @@ def _read_note(note: Path) -> dict | None:
 
 
 def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu") -> dict[str, Teacher]:
-    """Each task's, entries without a task are ignored; tasks whose entries differ in "motion" only share one."""
+    """Each task's, entries without a task are ignored; tasks whose entries differ in "motion" only share one. A task
+    whose targets are words has one for each kind, "<task>.<kind>", from entries by kind."""
     names = [task["name"] for task in tasks]
     if not set(names) <= set(entries):
         raise ValueError(f"the tasks {names} need one teacher each, `teachers` has {list(entries)}")
     teachers: dict[str, Teacher] = {}
-    for task in tasks:
-        teacher = Teacher(task, entries[task["name"]], device)
+    parts = [part for task in tasks for part in _with_entries(task, entries[task["name"]])]
+    for task, entry in parts:
+        teacher = Teacher(task, entry, device)
         for other in teachers.values():
             if other.entry == teacher.entry and other.shape == teacher.shape:
                 teacher = other
@@ -153,14 +182,28 @@ def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu")
     return teachers
 
 
+def _with_entries(task: dict, entry: dict) -> list[tuple[dict, dict]]:
+    """A task and its teacher's entry; of words, a task and an entry for each kind."""
+    if task.get("target") != "words":
+        return [(task, entry)]
+    kinds = task.get("words", TASK_FIELDS["words"])
+    lacking = [kind for kind in kinds if not isinstance(entry.get(kind), dict)]
+    if lacking:
+        need = f"give entries for the kinds of words {list(kinds)}, each with an encoder of {list(WORDS_ENCODERS)}"
+        raise ValueError(f"teachers[{task['name']!r}] has none for {lacking}: {need}")
+    return [({**task, "name": f"{task['name']}.{kind}", "target_dim": 1}, entry[kind]) for kind in kinds]
+
+
 def open_caches(folder: str | Path, teachers: dict[str, Teacher], storage: str = "float32") -> dict[str, TargetCache]:
+    """Each teacher's, with targets in `storage`; of words, in the type that their number needs."""
     batch_keys = OncePerBatch()
     by_fingerprint: dict[str, TargetCache] = {}  # tasks of one teacher share its cache
     caches = {}
     for name, teacher in teachers.items():
         fingerprint = teacher.fingerprint(folder)
         if fingerprint not in by_fingerprint:
-            by_fingerprint[fingerprint] = TargetCache(folder, fingerprint, storage, batch_keys=batch_keys)
+            numeric_type = storage_of(teacher.words(folder)) if teacher.gives_words else storage
+            by_fingerprint[fingerprint] = TargetCache(folder, fingerprint, numeric_type, batch_keys=batch_keys)
         caches[name] = by_fingerprint[fingerprint]
     return caches
 

@@ -1,15 +1,22 @@
 """Objectives other than the paper's: what patches and the projector's output are compared with, and when."""
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import encode, random_rows
+from conftest import encode, random_image, random_rows
+from tiny_vlms import FAMILIES
 from torch.nn import functional as F
-from training_helpers import Interrupt, losses, make_trainer, weights
+from training_helpers import Interrupt, losses, make_trainer, target_source, weights
 
 from ola_vlm.configuration_ola_vlm import normalize_task, target_shape
 from ola_vlm.modeling_ola_vlm import PatchPredictor
 from ola_vlm.targets.place_code import append_place_code, place_code
-from ola_vlm.training.stages import part_of
+from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.attach import attach_predictors
+from ola_vlm.training.collator import AttachedCollator
+from ola_vlm.training.stages import apply_stage, part_of
+from ola_vlm.training.trainer import OlaVlmTrainer
 
 PATCH = {"name": "patch", "predictor": "patch", "layers": [2], "target_length": 16, "target_dim": 6}
 WORDS = {"name": "words", "predictor": "none", "target": "words", "layers": [0], "target_length": 16, "loss": "mse"}
@@ -278,3 +285,97 @@ def test_saved_and_loaded_again(make_model, tmp_path):
     for name, layers in predict(loaded.eval(), inputs).predictions.items():
         for layer, predicted in layers.items():
             assert predicted.equal(predict(model.eval(), inputs).predictions[name][layer])
+
+
+# Attached to models of other families
+
+
+def attach(family: str, tasks: list[dict], **sizes):
+    torch.manual_seed(0)
+    model, processor = FAMILIES[family]()
+    for name, value in sizes.items():
+        setattr(processor.image_processor, name, value)
+    model = attach_predictors(model, tasks, processor)
+    sources = {task["name"]: target_source(task) for task in model.config.tasks}
+    return model, processor, AttachedCollator(processor, sources, model.config.tasks)
+
+
+# Qwen2.5-VL: 64 x 64 pixels make 4 x 4 tokens. Idefics3 (as SmolVLM): without tiles 2 x 2.
+ONE_SIZE = {
+    "qwen2_5_vl": {"size": {"shortest_edge": 64 * 64, "longest_edge": 64 * 64}},
+    "idefics3": {"do_image_splitting": False},
+}
+TOKENS = {"qwen2_5_vl": 16, "idefics3": 4}
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_words_and_moments_on_an_attached_models_projector(family, tmp_path):
+    length = TOKENS[family]
+    tasks = [{**task, "target_length": length} for task in (WORDS, MOMENTS, {**PATCH, "layers": [0, 2]})]
+    model, processor, collator = attach(family, tasks, **ONE_SIZE[family])
+    for name in ("words", "moments"):
+        kinds = collator.target_sources[name].sources
+        collator.target_sources[name].sources = {
+            kind: partial(source, length=length) for kind, source in kinds.items()
+        }
+    apply_stage(model, "pretrain")
+    args = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 0.01}
+    args |= {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "lr_scheduler_type": "constant"}
+    trainer = OlaVlmTrainer(
+        model,
+        OlaVlmArguments(output_dir=str(tmp_path), **args),
+        data_collator=collator,
+        train_dataset=random_rows(8, [1, 0, 2, 1] * 2),
+        processing_class=processor,
+    )
+    batch = collator(random_rows(3, [1, 0, 2]))
+    inputs = {
+        name: value for name, value in batch.items() if name not in ("targets", "row_ids", "bad_rows", "long_rows")
+    }
+    entering = []
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    predictions = model.eval()(**inputs, output_predictions=True).predictions
+    owner, states = batch["image_owner"], entering[0]
+    is_pixel = batch["input_ids"] == model.config.image_token_id
+    for n in range(3):
+        own = states[(owner == n) & is_pixel]
+        assert predictions["words"][0][n].equal(own)
+        torch.testing.assert_close(predictions["patch"][0][n], model.predictors["patch"]["0"](own))
+    before = weights(model)
+    trainer.train()
+    steps = losses(trainer)
+    assert len(steps) == 2 and all(
+        step[f"loss/{name}"] > 0
+        for step in steps
+        for name in ("words/0/mse", "moments/0/moments", "patch/0/smooth_l1", "patch/2/smooth_l1")
+    )
+    moved = {part_of(name) for name, value in weights(model).items() if not value.equal(before[name])}
+    assert moved == {"projector", "predictors", "logit_scales"}
+
+
+def test_an_attached_models_tiles_make_no_grid():
+    model, _, collator = attach("idefics3", [{**PATCH, "target_length": 4}])
+    rows = random_rows(1, 1)
+    rows[0]["images"] = [random_image(0, (64, 64))]  # four tiles and the whole
+    batch = collator(rows)
+    inputs = {
+        name: value for name, value in batch.items() if name not in ("targets", "row_ids", "bad_rows", "long_rows")
+    }
+    with pytest.raises(
+        ValueError, match="task 'patch': an image has 5 tiles, which make no grid: set its processor's"
+    ):
+        model(**inputs, output_predictions=True)
+
+
+def test_an_attached_models_images_of_any_size_have_the_targets_grid():
+    """Qwen's have as many tokens as they have pixels."""
+    model, _, collator = attach("qwen2_5_vl", [{**PATCH, "target_length": 4}])
+    rows = random_rows(2, 1)
+    rows[0]["images"] = [random_image(0, (64, 64))]
+    rows[1]["images"] = [random_image(1, (32, 32))]
+    batch = collator(rows)
+    inputs = {
+        name: value for name, value in batch.items() if name not in ("targets", "row_ids", "bad_rows", "long_rows")
+    }
+    assert [int((batch["image_owner"] == n).sum()) for n in range(2)] == [16, 4]
+    assert model(**inputs, output_predictions=True).predictions["patch"][2].shape == (2, 4, 6)

@@ -5,14 +5,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from ..configuration_ola_vlm import TASK_FIELDS, OlaVlmConfig, normalize_task
 from ..targets.encoders import load_vision_config
-from ..targets.fill import make_teachers
+from ..targets.fill import Teacher, make_teachers
 from ..targets.loading import check_place, find_file, loading_from, read_json_object
 from .arguments import OlaVlmArguments
 from .stages import find_stage
+from .words import encode_words
 
 FUSIONS = ("feature", "token")
 FUSED = ("clip_image", "depth_anything", "oneformer")  # teachers that the baseline can have as a part
@@ -42,10 +43,23 @@ def check_run(args: OlaVlmArguments) -> list[dict]:
         if task["place_code"] > 0 and (args.teachers or {}).get(task["name"], {}).get("motion"):
             raise ValueError(f"task {task['name']!r}: places don't move: give place_code 0 with a teacher's motion")
     if args.teachers is not None:  # a program may leave them out and bring targets of its own
-        for teacher in make_teachers(trained, args.teachers).values():
+        teachers = make_teachers(trained, args.teachers)
+        for teacher in teachers.values():
             teacher.check(args.target_cache)
+        _check_words(args, teachers)
     _check_evaluation(args, trained)
     return trained
+
+
+def _check_words(args: OlaVlmArguments, teachers: dict[str, Teacher]) -> None:
+    """ValueError for a teacher's word that the language model's tokenizer can't say."""
+    words = [word for teacher in teachers.values() if teacher.gives_words for word in teacher.words(args.target_cache)]
+    if not words:
+        return
+    path = args.tokenizer or args.checkpoint or args.language_model
+    with loading_from(path, weights=False):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    encode_words(tokenizer, words)
 
 
 def _tasks_of_checkpoint(checkpoint: str) -> list[dict]:

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..targets.files import read_object, write_whole
+from ..targets.files import entries_of, read_object, write_whole
 from ..targets.statistics import TargetStatistics, statistics_in
 from .arguments import OlaVlmArguments
 from .rows import JsonRows, Rows, StreamRows
@@ -269,7 +269,7 @@ def describe_run(args: OlaVlmArguments, identity: dict, recipe: str | None) -> d
 def local_paths(args: OlaVlmArguments) -> list[str]:
     """What of the run's fields is a path of this machine: somewhere else it would look like a name on the Hub."""
     values = [args.data, args.image_folder, args.target_cache, *(getattr(args, name) for name in PLACES)]
-    values += [teacher.get("path") for teacher in (args.teachers or {}).values()]
+    values += [teacher.get("path") for teacher in entries_of(args.teachers or {}).values()]
     return sorted({value for value in values if value and Path(value).exists()})
 
 

@@ -21,6 +21,7 @@ from ..targets.statistics import FOLDER, TargetStatistics, own_statistics
 from .arguments import OlaVlmArguments
 from .collator import TargetSource
 from .rows import Rows, Sources, StreamRows
+from .words import WordSource
 
 logger = logging.get_logger(__name__)
 
@@ -160,7 +161,9 @@ def target_sources(
         filled = None
         sources = {name: teacher.encoder.encode for name, teacher in teachers.items()}
     sources = _shared(sources, teachers)
-    for name in teachers:
+    for name, teacher in teachers.items():
+        if teacher.gives_words:
+            continue
         is_motion = args.teachers[name].get("motion", False)
         if args.standardize_targets and filled is not None and filled.keys:
             # The training images' statistics, which go with the run: predictions are restored before decoding.
@@ -170,10 +173,21 @@ def target_sources(
             _save_statistics(args, name, statistics, is_motion)
         if is_motion:
             sources[name] = Motion(sources[name])
-    for task in tasks:
-        if task["place_code"] > 0:
-            sources[task["name"]] = partial(_with_place_code, sources[task["name"]], task["place_code"])
-    return sources
+    return {task["name"]: _source_of_task(task, sources, teachers, args.target_cache) for task in tasks}
+
+
+def _source_of_task(
+    task: dict, sources: dict[str, TargetSource], teachers: dict[str, Teacher], folder: str | None
+) -> TargetSource:
+    """From its teachers' sources: features and their place code, or words of several kinds."""
+    name = task["name"]
+    if task["target"] == "words":
+        by_kind = {kind: f"{name}.{kind}" for kind in task["words"]}
+        words = {kind: teachers[part].words(folder) for kind, part in by_kind.items()}
+        return WordSource(words, {kind: sources[part] for kind, part in by_kind.items()})
+    if task["place_code"] > 0:
+        return partial(_with_place_code, sources[name], task["place_code"])
+    return sources[name]
 
 
 def _fill_for_rows(args: OlaVlmArguments, teachers: dict[str, Teacher], parts: list[Rows]) -> FilledCaches:

@@ -24,7 +24,14 @@ class WordSource:
         self.words, self.sources = words, sources
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
-        return torch.cat([source(images) for source in self.sources.values()], dim=-1)
+        """ValueError for a number that stands for no word."""
+        numbers = {kind: source(images) for kind, source in self.sources.items()}
+        for kind, numbers_NQ1 in numbers.items():
+            largest = int(numbers_NQ1.max()) if len(numbers_NQ1) > 0 else 0
+            count = len(self.words[kind])
+            if largest >= count:
+                raise ValueError(f"a teacher of {kind!r} words gives the number {largest}, but has {count} words")
+        return torch.cat(list(numbers.values()), dim=-1)
 
 
 def encode_word(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:

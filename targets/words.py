@@ -1,0 +1,251 @@
+"""Teachers whose target for a patch is the number of a word: what their decoded output shows there.
+
+N images, Q patches (grid * grid, row by row from the top left), S pixels a side. A number takes a byte, so that an
+image of 576 patches takes 576 bytes a kind of word: a five-thousandth of its features. The words themselves are with
+the teacher (`words`, a part of its fingerprint) and in its note beside the cache; what they are to a language model is
+seen in training (`training.words`).
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_DEPTH_ESTIMATION_MAPPING,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
+)
+
+from .encoders import OneFormerEncoder, TargetEncoder, load_teacher, read_preprocessing
+from .loading import loading_from
+
+logger = logging.getLogger(__name__)
+
+DEPTH_WORDS = ("very close", "close", "halfway", "far", "very far")
+# Depth models by their type: whether what they predict is larger where it is closer.
+LARGER_IS_CLOSER = {"depth_anything": True, "dpt": True, "glpn": False, "zoedepth": False}
+# What data sets append to a class's name that no speaker would.
+SUFFIXES = ("merged", "other", "stuff")
+UNNAMED = re.compile(r"LABEL_\d+")
+
+
+def storage_of(words: Sequence[str]) -> str:
+    """The numeric type in the cache that holds the words' numbers."""
+    return "uint8" if len(words) <= 256 else "int16"
+
+
+def speakable(label: str) -> str:
+    """A class's name as one would say it: of synonyms the first, "tree-merged" is a tree."""
+    name = re.split("[,;(]", label)[0]
+    words = re.split(r"[\s_-]+", name.strip())
+    while len(words) > 1 and words[-1] in SUFFIXES:
+        words.pop()
+    return " ".join(words)
+
+
+def class_words(path, config: PreTrainedConfig, given: Sequence[str] | Mapping[str, str] | None) -> list[str]:
+    """A word for each class: `given`, a list, or changes by a class's name; by default the names as they are said."""
+    labels = [config.id2label[i] for i in range(config.num_labels)]
+    if isinstance(given, Sequence):
+        if len(given) != len(labels):
+            raise ValueError(f"{path}: {len(given)} words for {len(labels)} classes: give one for each, or a dict")
+        return list(given)
+    changes = given or {}
+    unknown = sorted(set(changes) - set(labels))
+    if unknown:
+        raise ValueError(
+            f"{path}: words for {unknown}, which are none of its classes: its config.json's id2label has them"
+        )
+    nameless = [label for label in labels if UNNAMED.fullmatch(label) and label not in changes]
+    if nameless:
+        raise ValueError(
+            f"{path}: its classes have no names ({nameless[0]}): give its teacher words, one for each class"
+        )
+    return [changes.get(label, speakable(label)) for label in labels]
+
+
+def read_config(path, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedConfig:
+    with loading_from(path, weights=False):
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+class WordsEncoder(TargetEncoder):
+    """A teacher whose features are numbers of `words`: E is 1."""
+
+    words: list[str]
+
+    @classmethod
+    def list_words(cls, path, words=None, revision="main", **options) -> list[str]:
+        """What `words` would be; it reads the configuration alone."""
+        raise NotImplementedError
+
+    def _know_words(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        self.view["words"] = self.words
+
+
+class ClassWordsEncoder(WordsEncoder):
+    """The word of the class that most of a patch's pixels have, by any semantic or universal segmentation model of
+    transformers; OneFormer decodes with its own features.
+
+    `words` (`class_words`): classes with the same word count together. `task_inputs`: OneFormer's.
+    """
+
+    name = "class_words"
+
+    def __init__(self, model, size, grid, image_mean, image_std, words, segmenter=None, **options):
+        super().__init__(model, 1, size, grid, image_mean, image_std, **options)
+        self.segmenter = segmenter
+        self._know_words(dict.fromkeys(words))
+        self.word_of_class = torch.tensor([self.words.index(word) for word in words])
+        self.view["word_of_class"] = self.word_of_class.tolist()
+
+    @classmethod
+    def list_words(cls, path, words=None, revision="main", **options) -> list[str]:
+        code = options.get("trust_remote_code", False)
+        return list(dict.fromkeys(class_words(path, read_config(path, revision, code), words)))
+
+    @classmethod
+    def _open(
+        cls,
+        path,
+        grid: int = 24,
+        words=None,
+        size=None,
+        task_inputs=None,
+        geometry="pad",
+        batch_size=8,
+        revision="main",
+        **loading,
+    ):
+        config = read_config(path, revision, loading.get("trust_remote_code", False))
+        words = class_words(path, config, words)
+        own_size, mean, std = read_preprocessing(path, revision=revision)
+        options = {"geometry": geometry, "batch_size": batch_size}
+        size = size or own_size
+        if config.model_type == "oneformer":
+            segmenter = OneFormerEncoder._open(path, grid, task_inputs, revision=revision, **options, **loading)
+            return cls(segmenter.model, size, grid, mean, std, words, segmenter, **options)
+        for mapping in (MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING):
+            if type(config) in mapping:
+                model = load_teacher(mapping[type(config)], path, config=config, revision=revision, **loading)
+                return cls(model, size, grid, mean, std, words, **options)
+        raise ValueError(f"{path} is a {config.model_type}, no segmentation model: take one as the teacher of words")
+
+    def _scores(self, pixels: Tensor) -> Tensor:
+        """(N, classes, h, w)."""
+        if self.segmenter is not None:
+            stages = list(self.model.model.pixel_level_module.encoder(pixels).feature_maps)
+            return self.segmenter.class_scores(stages)
+        output = self.model(pixels)
+        if "logits" in output:
+            return output.logits
+        # As these models' image processors: without the null class, masks weighted by their queries' classes.
+        classes = output.class_queries_logits.float().softmax(-1)[..., :-1]
+        masks = output.masks_queries_logits.float().sigmoid()
+        return torch.einsum("nqc,nqhw->nchw", classes, masks)
+
+    def _features(self, pixels):
+        numbers = [self._words_of_patches(scores_CHW) for scores_CHW in self._scores(pixels)]
+        return torch.stack(numbers)[..., None].float()
+
+    def _words_of_patches(self, scores_CHW: Tensor) -> Tensor:
+        """(Q,): for each patch the number of its most frequent word, of equally frequent ones the least."""
+        scores = F.interpolate(scores_CHW[None].float(), size=self.size, mode="bilinear", align_corners=False)
+        words_SS = self.word_of_class.to(scores.device)[scores[0].argmax(0)]
+        cell_S = torch.arange(self.size, device=scores.device) * self.grid // self.size
+        cell_SS = cell_S[:, None] * self.grid + cell_S
+        count = self.target_length * len(self.words)
+        counts = torch.bincount((cell_SS * len(self.words) + words_SS).flatten(), minlength=count)
+        return counts.view(self.target_length, len(self.words)).argmax(1)
+
+
+class DepthWordsEncoder(WordsEncoder):
+    """The word of a patch's depth, by any depth estimation model of transformers.
+
+    Args:
+        words: from near to far; `DEPTH_WORDS` by default.
+        bins: "quantiles", which give each word the same share of an image's patches; or [value of the nearest, value
+            of the farthest], what the model predicts there, between which words are as wide as each other on a log
+            scale (for a model whose predictions mean the same in all images).
+        larger_is_closer: what the model predicts, as inverse depth; for quantiles, and known of `LARGER_IS_CLOSER`.
+        size: pixels a side that the model sees; its preprocessing's by default.
+    """
+
+    name = "depth_words"
+
+    def __init__(self, model, size, grid, image_mean, image_std, words, bins, larger_is_closer, **options):
+        super().__init__(model, 1, size, grid, image_mean, image_std, **options)
+        self._know_words(words)
+        self.bins, self.larger_is_closer = bins, larger_is_closer
+        self.view.update(bins=bins, larger_is_closer=larger_is_closer)
+
+    @classmethod
+    def list_words(cls, path, words=None, revision="main", **options) -> list[str]:
+        words = list(DEPTH_WORDS if words is None else words)
+        if len(words) < 2 or len(set(words)) < len(words):
+            raise ValueError(f"{path}: depth words {words}: give two or more different ones, from near to far")
+        return words
+
+    @classmethod
+    def _open(
+        cls,
+        path,
+        grid: int = 24,
+        words=None,
+        bins: str | list[float] = "quantiles",
+        larger_is_closer: bool | None = None,
+        size=None,
+        geometry="pad",
+        batch_size=8,
+        revision="main",
+        **loading,
+    ):
+        words = cls.list_words(path, words)
+        config = read_config(path, revision, loading.get("trust_remote_code", False))
+        if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
+            raise ValueError(f"{path} is a {config.model_type}, no depth model: take one as the teacher of words")
+        is_range = isinstance(bins, list | tuple) and len(bins) == 2 and min(bins) > 0 and bins[0] != bins[1]
+        if bins != "quantiles" and not is_range:
+            need = '"quantiles", or [value of the nearest, value of the farthest], two positive numbers'
+            raise ValueError(f"{path}: bins are {bins!r}: give {need}")
+        if larger_is_closer is None and bins == "quantiles":
+            larger_is_closer = _larger_is_closer(path, config)
+        own_size, mean, std = read_preprocessing(path, revision=revision)
+        model_class = MODEL_FOR_DEPTH_ESTIMATION_MAPPING[type(config)]
+        model = load_teacher(model_class, path, config=config, revision=revision, **loading)
+        options = {"geometry": geometry, "batch_size": batch_size}
+        return cls(model, size or own_size, grid, mean, std, words, bins, larger_is_closer, **options)
+
+    def _features(self, pixels):
+        depth_NHW = self.model(pixels).predicted_depth.float()
+        value_NQ = F.adaptive_avg_pool2d(depth_NHW[:, None], self.grid).flatten(1)
+        number_NQ = self._by_rank(value_NQ) if self.bins == "quantiles" else self._by_value(value_NQ)
+        return number_NQ[..., None].float()
+
+    def _by_rank(self, value_NQ: Tensor) -> Tensor:
+        order_NQ = value_NQ.argsort(dim=1, descending=self.larger_is_closer, stable=True)
+        rank_NQ = order_NQ.argsort(dim=1)
+        return rank_NQ * len(self.words) // value_NQ.shape[1]
+
+    def _by_value(self, value_NQ: Tensor) -> Tensor:
+        nearest, farthest = torch.tensor(self.bins, device=value_NQ.device).log()
+        tiny = torch.finfo(value_NQ.dtype).tiny
+        share_NQ = (value_NQ.clamp(min=tiny).log() - nearest) / (farthest - nearest)
+        return (share_NQ * len(self.words)).floor().clamp(0, len(self.words) - 1)
+
+
+def _larger_is_closer(path, config: PreTrainedConfig) -> bool:
+    if config.model_type == "depth_anything":
+        return config.depth_estimation_type == "relative"
+    if config.model_type not in LARGER_IS_CLOSER:
+        need = "true if what it predicts is larger where it is closer, else false"
+        raise ValueError(f"{path} is a {config.model_type}: give its teacher larger_is_closer, {need}")
+    return LARGER_IS_CLOSER[config.model_type]
+
+
+WORDS_ENCODERS = {encoder.name: encoder for encoder in (ClassWordsEncoder, DepthWordsEncoder)}

@@ -1,0 +1,413 @@
+"""Words as targets: teachers' maps to numbers, numbers in the cache, words to tokens, tokens to embeddings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WORDS, make_tokenizer, random_image, random_rows
+from tiny_teachers import SIZE, random_images, save_depth_anything, save_oneformer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from training_helpers import TEST_WORDS, llava_sample, losses, make_trainer, random_words, write_llava
+from transformers import (
+    DPTConfig,
+    DPTForDepthEstimation,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedTokenizerFast,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SwinConfig,
+)
+
+from ola_vlm import cli
+from ola_vlm.convert.parts import build_ola_vlm
+from ola_vlm.recipes.miniature import WEIGHTS
+from ola_vlm.targets.encoders import OneFormerEncoder
+from ola_vlm.targets.fill import make_teachers, open_caches
+from ola_vlm.targets.words import DEPTH_WORDS, ClassWordsEncoder, DepthWordsEncoder, speakable
+from ola_vlm.train import train
+from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.words import WordSource, encode_word, encode_words
+
+GRID = 4
+TASK = {"name": "words", "predictor": "none", "target": "words", "layers": [0], "target_length": 16, "loss": "mse"}
+TASK |= {"contrastive_weight": 0.0}
+COLORS = ["red", "green", "blue", "red", "near"]  # of five classes, two of them alike
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teachers")
+    save_oneformer(folder / "seg")
+    save_depth_anything(folder / "depth")
+    return folder
+
+
+def entries(folders: Path, **depth) -> dict:
+    seg = {"encoder": "class_words", "path": str(folders / "seg"), "words": COLORS}
+    depth = {"encoder": "depth_words", "path": str(folders / "depth"), "words": ["near", "far"], **depth}
+    return {"words": {"class": seg, "depth": depth}}
+
+
+def save_preprocessing(folder: Path, size: int = SIZE):
+    fields = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": size, "width": size}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+
+
+class OneMap:
+    """A model whose scores are the same for each image."""
+
+    def __init__(self, scores_CHW: torch.Tensor):
+        self.scores = scores_CHW
+
+    def __call__(self, pixels):
+        return self.scores.expand(len(pixels), *self.scores.shape)
+
+
+def class_map(encoder: ClassWordsEncoder, classes_SS: torch.Tensor) -> torch.Tensor:
+    """The numbers of words for a map of classes (size, size)."""
+    scores = torch.nn.functional.one_hot(classes_SS, len(encoder.word_of_class)).permute(2, 0, 1).float()
+    return encoder._words_of_patches(scores)
+
+
+def test_the_most_frequent_word_of_a_patch(folders):
+    encoder = ClassWordsEncoder.from_pretrained(folders / "seg", grid=GRID, words=COLORS)
+    assert encoder.words == ["red", "green", "blue", "near"] and encoder.target_dim == 1
+    classes = torch.ones(SIZE, SIZE, dtype=torch.long)
+    # The first patch (16 x 16): 96 pixels of green, 80 each of two classes that are both red.
+    classes[:5, :16] = 0
+    classes[5:10, :16] = 3
+    # The second: two words equally often.
+    classes[:8, 16:32] = 4
+    classes[8:16, 16:32] = 2
+    numbers = class_map(encoder, classes)
+    assert numbers.tolist() == [0, 2, *[1] * 14]
+
+
+def test_patches_of_a_map_that_they_do_not_divide(folders):
+    encoder = ClassWordsEncoder.from_pretrained(folders / "seg", grid=3, words=COLORS)
+    classes = torch.zeros(SIZE, SIZE, dtype=torch.long)
+    classes[22:43, 43:] = 2  # 64 pixels in 3 patches: the second begins at 22, the third at 43
+    assert class_map(encoder, classes).tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0]
+
+
+def test_oneformers_words_are_those_of_its_own_class_map():
+    """The miniature's, which is trained."""
+    options = {"grid": 8, "task_inputs": [1, 1, 1, 1]}
+    words = ["sky", "floor", "red", "blue", "green", "yellow", "purple", "cyan"]
+    encoder = ClassWordsEncoder.from_pretrained(WEIGHTS / "seg", words=words, batch_size=2, **options)
+    images = random_images(5)
+    classes = OneFormerEncoder.from_pretrained(WEIGHTS / "seg", **options).decode(None, images)
+    expected = torch.stack([class_map(encoder, one) for one in classes])
+    numbers = encoder.encode(images)
+    assert numbers.shape == (5, 64, 1) and numbers[..., 0].equal(expected.float())
+    assert len(numbers.unique()) > 3
+    assert encoder.encode([]).shape == (0, 64, 1)
+
+
+def test_any_segmenter_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    labels = {0: "tree-merged", 1: "sky, heavens", 2: "dining table"}
+    options = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+    segformer = SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2], sr_ratios=[2, 1],
+        patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, **options,
+    )  # fmt: skip
+    SegformerForSemanticSegmentation(segformer).eval().save_pretrained(tmp_path / "semantic")
+    backbone = SwinConfig(
+        image_size=SIZE, patch_size=2, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"], drop_path_rate=0.0,
+    )  # fmt: skip
+    mask2former = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, num_queries=6,
+        encoder_feedforward_dim=32, dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_attention_heads=4,
+        **options,
+    )  # fmt: skip
+    Mask2FormerForUniversalSegmentation(mask2former).eval().save_pretrained(tmp_path / "universal")
+    for kind in ("semantic", "universal"):
+        save_preprocessing(tmp_path / kind)
+        assert ClassWordsEncoder.list_words(tmp_path / kind) == ["tree", "sky", "dining table"]
+        assert ClassWordsEncoder.target_shape(tmp_path / kind, grid=GRID) == (16, 1)
+        encoder = ClassWordsEncoder.from_pretrained(tmp_path / kind, grid=GRID)
+        images = random_images(3)
+        numbers = encoder.encode(images)
+        assert numbers.shape == (3, 16, 1) and numbers.max() < 3
+        with torch.no_grad():
+            output = encoder.model(encoder.pixel_values(images))
+        if kind == "semantic":
+            maps = torch.nn.functional.interpolate(output.logits, size=SIZE, mode="bilinear").argmax(1)
+            assert numbers[..., 0].equal(torch.stack([class_map(encoder, one) for one in maps]).float())
+
+
+def test_classes_as_one_says_them():
+    said = {
+        "tree-merged": "tree",
+        "wall-other-merged": "wall",
+        "door-stuff": "door",
+        "dining table": "dining table",
+        "streetlight, street lamp": "streetlight",
+        "floor-wood": "floor wood",
+        "other": "other",
+    }
+    assert {label: speakable(label) for label in said} == said
+
+
+def test_depth_words_by_value(folders):
+    options = {"words": ["z0", "z1", "z2", "z3"], "bins": [8.0, 0.5]}
+    encoder = DepthWordsEncoder.from_pretrained(folders / "depth", grid=2, **options)
+    # 8 to .5 in four steps of a factor of 2; beyond it the first and last word.
+    values = torch.tensor([[9.0, 7.9, 3.9, 1.9], [0.9, 0.4, 0.0, 4.1]])
+    assert encoder._by_value(values).tolist() == [[0, 0, 1, 2], [3, 3, 3, 0]]
+    far_first = DepthWordsEncoder.from_pretrained(folders / "depth", grid=2, words=options["words"], bins=[0.5, 8.0])
+    assert far_first._by_value(values).tolist() == [[3, 3, 2, 1], [0, 0, 0, 3]]
+
+
+def test_depth_words_by_quantiles(folders):
+    encoder = DepthWordsEncoder.from_pretrained(folders / "depth", grid=2, words=["near", "far"])
+    assert encoder.larger_is_closer
+    assert encoder._by_rank(torch.tensor([[0.1, 5.0, 4.0, 0.2], [1.0, 1.0, 1.0, 1.0]])).tolist() == [
+        [1, 0, 0, 1],
+        [0, 0, 1, 1],
+    ]
+    metric = DepthWordsEncoder.from_pretrained(
+        folders / "depth", grid=2, words=["near", "far"], larger_is_closer=False
+    )
+    assert metric._by_rank(torch.tensor([[0.1, 5.0, 4.0, 0.2]])).tolist() == [[0, 1, 1, 0]]
+    numbers = encoder.encode(random_images(2))
+    depth = encoder.model(encoder.pixel_values(random_images(2))).predicted_depth
+    closest = torch.nn.functional.adaptive_avg_pool2d(depth[:, None], 2).flatten(1).argmax(1)
+    assert (numbers[torch.arange(2), closest] == 0).all() and (numbers.sum((1, 2)) == 2).all()
+    assert DepthWordsEncoder.list_words(folders / "depth") == list(DEPTH_WORDS)
+
+
+def test_another_depth_model(tmp_path):
+    torch.manual_seed(0)
+    config = DPTConfig(
+        image_size=SIZE, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=48, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16],
+        fusion_hidden_size=16, reassemble_factors=[4, 2, 1, 0.5],
+    )  # fmt: skip
+    DPTForDepthEstimation(config).eval().save_pretrained(tmp_path)
+    save_preprocessing(tmp_path)
+    encoder = DepthWordsEncoder.from_pretrained(tmp_path, grid=GRID)
+    assert encoder.larger_is_closer
+    numbers = encoder.encode(random_images(2)).long()
+    assert [sorted(one.bincount().tolist()) for one in numbers[..., 0]] == [[3, 3, 3, 3, 4]] * 2
+
+
+def test_a_teachers_fields_that_do_not_fit_are_refused(folders, tmp_path):
+    seg, depth = folders / "seg", folders / "depth"
+    for path, encoder, options, message in [
+        (seg, ClassWordsEncoder, {}, r"its classes have no names \(LABEL_0\): give its teacher words"),
+        (seg, ClassWordsEncoder, {"words": ["a"]}, "1 words for 5 classes: give one for each"),
+        (seg, ClassWordsEncoder, {"words": {"cat": "pet"}}, r"words for \['cat'\], which are none of its classes"),
+        (depth, ClassWordsEncoder, {"words": {}}, "no names|depth_anything, no segmentation model"),
+        (seg, DepthWordsEncoder, {}, "is a oneformer, no depth model"),
+        (depth, DepthWordsEncoder, {"words": ["near"]}, "give two or more different ones"),
+        (depth, DepthWordsEncoder, {"bins": [1.0, 0.0]}, 'give "quantiles", or'),
+        (depth, DepthWordsEncoder, {"bins": "log"}, 'give "quantiles", or'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            encoder.from_pretrained(path, grid=GRID, **options)
+    with pytest.raises(ValueError, match=r"teachers\['words'\] has none for \['depth'\]: give entries for the kinds"):
+        make_teachers([TASK], {"words": {"class": entries(folders)["words"]["class"]}})
+    wrong = {"class": {"encoder": "oneformer", "path": str(seg)}, "depth": entries(folders)["words"]["depth"]}
+    with pytest.raises(
+        ValueError, match=r"teachers\['words\.class'\] is .* as encoder one of \['class_words', 'depth"
+    ):
+        make_teachers([TASK], {"words": wrong})
+
+
+@pytest.fixture
+def fields(folders, tiny_parts, tmp_path) -> dict:
+    """Of a run on six images with words from two teachers."""
+    names = [f"{i}.png" for i in range(6)]
+    data = write_llava(tmp_path, [llava_sample(i, name) for i, name in enumerate(names)], names)
+    return {
+        "data": str(data),
+        "vision_tower": tiny_parts.vision_tower,
+        "language_model": tiny_parts.language_model,
+        "tasks": [TASK],
+        "teachers": entries(folders),
+        "target_cache": str(tmp_path / "targets"),
+        "target_fill": True,
+        "output_dir": str(tmp_path / "run"),
+        "stage": "pretrain",
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+def run(fields: dict, **changes):
+    return train(OlaVlmArguments(**{**fields, **changes}))
+
+
+def test_cached_words_train_as_teachers_do_and_are_small(fields, folders, tmp_path):
+    cached = losses(run(fields))
+    assert len(cached) == 2 and all(step["loss/words/0/mse"] > 0 for step in cached)
+    on_the_fly = losses(run(fields, target_cache=None, target_fill=False, output_dir=str(tmp_path / "other")))
+    for step, expected in zip(cached, on_the_fly, strict=True):
+        assert step == pytest.approx(expected, rel=1e-5)
+    assert losses(run(fields, output_dir=str(tmp_path / "third"), target_fill=False)) == cached
+
+    caches = open_caches(fields["target_cache"], make_teachers([TASK], fields["teachers"]))
+    assert list(caches) == ["words.class", "words.depth"]
+    for cache in caches.values():
+        assert cache.dtype == torch.uint8 and len(cache) == 6 and cache.folder.name.endswith("-uint8")
+    notes = [json.loads(path.read_text()) for path in Path(fields["target_cache"]).glob("*_words-*.json")]
+    assert sorted(note["words"] for note in notes) == [["near", "far"], ["red", "green", "blue", "near"]]
+
+
+def test_an_image_of_the_papers_grid_takes_less_than_two_kilobytes(folders, tmp_path):
+    task = {**TASK, "target_length": 576}
+    caches = open_caches(tmp_path, make_teachers([task], entries(folders)))
+    size = 0
+    for cache in caches.values():
+        cache.store([f"{i:032x}" for i in range(64)], torch.randint(2, (64, 576, 1)).float())
+        cache.flush()
+        size += sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
+        assert cache.read([f"{5:032x}"]).shape == (1, 576, 1)
+    assert size / 64 < 2000
+
+
+def test_another_list_of_words_is_refused(fields):
+    run(fields)
+    other = {**fields["teachers"]["words"]["class"], "words": ["red", "green", "blue", "near", "far"]}
+    changed = {"words": {**fields["teachers"]["words"], "class": other}}
+    with pytest.raises(ValueError, match=r"lacks targets of 6 of 6 images \(6 of words\.class\): compute them by"):
+        run(fields, teachers=changed, target_fill=False, output_dir=fields["output_dir"] + "2")
+    source = WordSource({"class": ["red"]}, {"class": lambda images: torch.ones(1, 4, 1)})
+    with pytest.raises(ValueError, match="a teacher of 'class' words gives the number 1, but has 1 words"):
+        source([random_image(0)])
+
+
+def test_a_cache_that_was_moved_knows_its_words(fields, folders, tmp_path):
+    run(fields)
+    gone = json.loads(json.dumps(fields["teachers"]).replace(str(folders), str(tmp_path / "gone")))
+    for kind in ("class", "depth"):
+        (note,) = Path(fields["target_cache"]).glob(f"{kind}_words-*.json")
+        before = make_teachers([TASK], fields["teachers"])[f"words.{kind}"]
+        after = make_teachers([TASK], gone)[f"words.{kind}"]
+        note.rename(after._note(fields["target_cache"]))
+        assert after.words(fields["target_cache"]) == before.words()
+    again = run(fields, teachers=gone, target_fill=False, output_dir=fields["output_dir"] + "2")
+    assert losses(again)[0]["loss/words/0/mse"] > 0
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_refused_before_anything_slow(fields, monkeypatch):
+    monkeypatch.setattr("ola_vlm.train.load_model", None)
+    depth = {**fields["teachers"]["words"]["depth"], "words": ["near", "distant"]}
+    changed = {"words": {**fields["teachers"]["words"], "depth": depth}}
+    with pytest.raises(ValueError, match="the tokenizer can't say the word 'distant': give another one"):
+        run(fields, teachers=changed)
+
+
+def test_shuffled_words_are_another_images(fields, tmp_path):
+    mine = losses(run(fields))
+    others = losses(run(fields, shuffle_targets=True, output_dir=str(tmp_path / "shuffled")))
+    assert mine[0]["loss/ntp"] == others[0]["loss/ntp"]
+    assert mine[0]["loss/words/0/mse"] != others[0]["loss/words/0/mse"]
+
+
+def test_the_command_fills_words_and_says_what_they_take(fields, capsys):
+    shown = {name: fields[name] for name in ("data", "target_cache", "output_dir")}
+    shown |= {"tasks": json.dumps([TASK]), "teachers": json.dumps(fields["teachers"]), "use_cpu": "true"}
+    cli.main(["targets", *(f"--{name}={value}" for name, value in shown.items())])
+    printed = capsys.readouterr().out
+    assert "words.class: 6 images, " in printed and "words.depth: 6 images, " in printed
+
+
+# Words to tokens
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """A BPE whose words begin with a mark, also at a text's begin."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
+    backend.train_from_iterator([WORDS * 3, "very close"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([WORDS * 3, "a very close cube and a far cube"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("make", [sentencepiece_like, byte_level, make_tokenizer])
+@pytest.mark.parametrize("word", ["cube", "near far", "."])
+def test_a_word_has_the_tokens_that_it_has_inside_a_sentence(make, word):
+    tokenizer = make()
+    ids = encode_word(tokenizer, word)
+    sentence = tokenizer(f"the {word}", add_special_tokens=False)["input_ids"]
+    assert ids == sentence[len(tokenizer("the", add_special_tokens=False)["input_ids"]) :]
+
+
+def test_words_of_different_lengths_are_padded():
+    tokenizer = make_tokenizer()
+    red, blue, cube = tokenizer.convert_tokens_to_ids(["red", "blue", "cube"])
+    assert encode_words(tokenizer, ["red", "blue cube"]).tolist() == [[red, -1], [blue, cube]]
+    with pytest.raises(ValueError, match="can't say the word 'elephant'"):
+        encode_words(tokenizer, ["red", "elephant"])
+
+
+# Tokens to embeddings
+
+
+def test_targets_are_sums_of_the_language_models_own_embeddings(make_model, tmp_path):
+    """By hand, from the vocabulary's rows."""
+    model, processor = make_model([TASK])
+    trainer = make_trainer(model, processor, tmp_path)
+    rows = random_rows(3, [1, 0, 2])
+    batch = trainer.data_collator(rows)
+    table = model.get_input_embeddings().weight.detach()
+    ids = processor.tokenizer.convert_tokens_to_ids
+    words = {kind: torch.stack([table[ids(word.split())].mean(0) for word in TEST_WORDS[kind]]) for kind in TASK_KINDS}
+    images = [image for row in rows for image in row["images"]]
+    target = sum(words[kind][random_words(kind, images)[..., 0].long()] for kind in TASK_KINDS)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    prediction = model(**inputs, output_predictions=True).predictions["words"][0]
+    variance = target.flatten(0, 1).var(0, correction=0).mean()
+    expected = (prediction - target).square().mean() / variance
+    trainer.compute_loss(model, batch)
+    found = trainer._sums["eval" if not model.training else "train"]["loss/words/0/mse"]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+TASK_KINDS = ("class", "depth")
+
+
+def test_scaled_embeddings_count_as_the_lookup_gives_them(tiny_parts):
+    """Gemma multiplies rows by the root of the width."""
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(tokenizer)}
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
+    model, _ = build_ola_vlm(tiny_parts.vision_tower, gemma, tokenizer, tasks=[TASK])
+    ids = encode_words(tokenizer, ["red", "blue cube"])
+    (table,) = model.word_embeddings({"words": [ids]})["words"]
+    rows = model.get_input_embeddings().weight.detach()
+    assert model.lookup_scale(rows.dtype) == pytest.approx(32**0.5, rel=1e-3)
+    torch.testing.assert_close(table[0], rows[ids[0, 0]] * 32**0.5, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(table[1], rows[ids[1]].mean(0) * 32**0.5, rtol=1e-3, atol=1e-6)
+    assert not table.requires_grad
+
+
+def test_a_source_without_words_is_refused(make_model, tmp_path):
+    model, processor = make_model([TASK])
+    with pytest.raises(ValueError, match=r"task .words. has words as targets: give it a .*WordSource"):
+        make_trainer(model, processor, tmp_path, sources={"words": lambda images: torch.zeros(len(images), 16, 2)})
