@@ -75,6 +75,22 @@ def tiny_tasks() -> list[dict]:
     ]
 
 
+def table_rows(text: str) -> list[dict[str, str]]:
+    """The rows of all Markdown tables of a text, as heading -> cell, whatever their widths and order."""
+    rows = []
+    headings = None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            headings = None
+            continue
+        cells = [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+        if headings is None:
+            headings = cells
+        elif not set("".join(cells)) <= set("-: "):
+            rows.append(dict(zip(headings, cells, strict=True)))
+    return rows
+
+
 def random_image(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)

@@ -1,6 +1,7 @@
 """`ola-vlm push` to a Hub of this machine, and what others then load from it by name, without the package."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import table_rows
 from hub_server import serve
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
@@ -123,21 +125,26 @@ def test_the_card_says_what_the_run_was(runs, tmp_path, capsys):
     assert card.data.base_model == ["org/llm"] and "arxiv:2412.09585" in card.data.tags
     (result,) = card.data.eval_results
     assert (result.dataset_type, result.metric_value) == ("nyu-visionx/CV-Bench", 61.4)
-    for line in (
-        "| pretrain | llama3_vit_pretrain | `data.json` | 1 | 2 | 5e-05 | 17 | all of the stage's weights |",
-        "| finetune | none | `data.json` | 1 | 2 | 0.01 | 42 | all of the stage's weights |",
-        "| depth | 1, 3 | depth_anything | `org/depth` | cc-by-nc-4.0 |",
-        "| overall | 61.4 ± 1.2 | 2638 |",
-        "**Not for commercial use**, for its teachers' licences: depth (cc-by-nc-4.0)",
-        "Built from vision tower `tower` and language model `org/llm`.",
-        'pipeline("image-text-to-text", "me/x", trust_remote_code=True)',
-        "arXiv:2412.09585",
-    ):
-        assert line in text, line
+    stages = {row["stage"]: row for row in table_rows(text) if "stage" in row}
+    assert list(stages) == ["pretrain", "finetune"]
+    recorded = {"pretrain": ("llama3_vit_pretrain", 5e-05, 17), "finetune": ("none", 0.01, 42)}
+    for stage, (recipe, learning_rate, seed) in recorded.items():
+        row = stages[stage]
+        assert (row["recipe"], row["data"], row["steps"], row["batch"]) == (recipe, "`data.json`", "1", "2")
+        assert (float(row["learning rate"]), int(row["seed"])) == (learning_rate, seed)
+    (teacher,) = (row for row in table_rows(text) if row.get("task") == "depth")
+    assert {"1, 3", "depth_anything", "`org/depth`", "cc-by-nc-4.0"} <= set(teacher.values())
+    (scored,) = (row for row in table_rows(text) if "overall" in row.values())
+    assert scored["questions"] == "2638" and re.findall(r"[\d.]+", scored["score"]) == ["61.4", "1.2"]
+    limits = text.split("## Limits")[1]
+    assert "Not for commercial use" in limits and "depth (cc-by-nc-4.0)" in limits
+    assert "`tower`" in text and "`org/llm`" in text and "arXiv:2412.09585" in text
+    assert 'pipeline("image-text-to-text", "me/x", trust_remote_code=True)' in text  # which is to be copied
     assert str(runs) not in text
     push.main([str(runs / "adapter"), "me/x", "--dry-run", "--base", "me/base"])
     text = capsys.readouterr().out
-    assert "| finetune | none | `data.json` | 1 | 2 | 0.01 | 42 | adapters of rank 2 |" in text
+    stages = {row["stage"]: row for row in table_rows(text) if "stage" in row}
+    assert "rank 2" in stages["finetune"]["trained"] and "rank" not in stages["pretrain"]["trained"]
     assert "No results were given." in text and 'from_pretrained("me/base"' in text
 
 
@@ -155,13 +162,14 @@ def test_the_card_tells_what_was_done_and_not_what_was_planned(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(last))
     (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 345}))
     card = push.make_card(tmp_path, "me/x")
-    table = [line.strip("| ").split(" | ") for line in str(card).splitlines() if line.startswith("| ")]
-    rows = {row[0]: row for row in table}
-    assert rows["pretrain"][2:7] == ["`org/data`", "700", "48", "0.001", "1"]
-    assert rows["finetune"][2:7] == ["`org/data`", "345", "24", "0.001", "2"]
-    stages = [row[0] for row in table if row[0] in ("pretrain", "finetune")]
-    assert stages == ["pretrain", "finetune"]
-    assert rows["depth"][-2:] == ["`org/first`", "mit"] and rows["seg"][-2:] == ["`org/second`", "cc-by-nc-4.0"]
+    rows = table_rows(str(card))
+    stages = {row["stage"]: row for row in rows if "stage" in row}
+    assert list(stages) == ["pretrain", "finetune"]
+    counted = ("steps", "batch", "learning rate", "seed")
+    assert [stages["pretrain"][name] for name in counted] == ["700", "48", "0.001", "1"]
+    assert [stages["finetune"][name] for name in counted] == ["345", "24", "0.001", "2"]
+    taught = {row["task"]: set(row.values()) for row in rows if "task" in row}
+    assert {"`org/first`", "mit"} <= taught["depth"] and {"`org/second`", "cc-by-nc-4.0"} <= taught["seg"]
     assert card.data.base_model == ["org/llm"]
 
 
@@ -172,7 +180,9 @@ def test_a_checkpoint_of_which_nothing_is_known(tmp_path, capsys):
     push.main([str(ROOT / "miniature/weights/llava"), "me/x", "--dry-run", "--results", str(tmp_path)])
     text = capsys.readouterr().out
     assert "Not recorded: there was no run.json" in text and "taught to predict" not in text
-    assert "| llava | 2 | 85.0 ± 7.1 | 75.0 ± 7.1 |" in text
+    (row,) = (row for row in table_rows(text) if "llava" in row.values())
+    assert row["training seeds"] == "2"
+    assert [cell for cell in row.values() if "±" in cell] == ["85.0 ± 7.1", "75.0 ± 7.1"]
 
 
 def test_wrong_input_is_refused_before_anything_is_sent(runs, tmp_path, monkeypatch):

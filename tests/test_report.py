@@ -1,9 +1,11 @@
 """miniature/report.py: the report is a pure function of report.json, and says no more than the numbers do."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+from conftest import table_rows
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -98,6 +100,11 @@ def line_of(text, start):
     return next(line for line in text.splitlines() if line.startswith(start))
 
 
+def gains_of(line: str) -> dict[int, float]:
+    """x: +gain, of a line of the report."""
+    return {int(x): float(gain) for x, gain in re.findall(r"(\d+): ([+-][\d.]*\d)", line)}
+
+
 def test_verdicts_are_no_stronger_than_the_tests(results):
     text = report_text(results, [])
     assert "**better**. +10.0 points [+8.0, +12.0], p = 0.001" in line_of(text, "- count:")
@@ -121,12 +128,16 @@ def test_holm_corrects_for_the_number_of_tasks():
 
 def test_tables_and_checks(results):
     text = report_text(results, [])
-    assert "| chance | 25.0 | 50.0 | 50.0 | 50.0 | 43.8 |" in text
-    assert "| llava | 70.5 ± 0.7 |" in text
-    assert "| ola_vlm | 10 | 20 | 512 |" in text
-    assert "- 0: +10.0, 100: +10.0, 200: +10.0." in text
-    assert "- depth after PT: 0: +0.100, 1: +0.100, 2: +0.100." in text
-    assert "- text-only accuracy: count 0.26, depth 0.51\n- components: seg (mIoU 0.4)" in text
+    rows = table_rows(text)
+    accuracies = {row["method"]: row for row in rows if "average" in row}
+    assert [float(accuracies["chance"][task]) for task in [*TASKS, "average"]] == [25, 50, 50, 50, 43.8]
+    assert accuracies["llava"]["count"] == "70.5 ± 0.7"  # mean and standard deviation over seeds
+    costs = {row["method"]: [float(cell) for cell in list(row.values())[1:]] for row in rows if "average" not in row}
+    assert costs["ola_vlm"] == [10, 20, 512]
+    assert gains_of(line_of(text, "- 0:")) == {0: 10, 100: 10, 200: 10}
+    assert gains_of(line_of(text, "- depth after PT:")) == {0: 0.1, 1: 0.1, 2: 0.1}
+    assert re.findall(r"[\d.]+", line_of(text, "- text-only accuracy:")) == ["0.26", "0.51"]
+    assert "0.4" in line_of(text, "- components:")
     assert "at least 10 points above chance" in text
     for seed in results["methods"]["llava"]["seeds"]:
         seed["accuracy"] |= {"count": 0.95, "depth": 0.55}
@@ -138,7 +149,8 @@ def test_tables_and_checks(results):
 def test_a_run_of_one_method_without_probes_or_losses_still_reports(results, tmp_path):
     seed = {**results["methods"]["llava"]["seeds"][0], "probes": {}, "losses": {}}
     text = write_report(tmp_path, {"methods": {"mine": {"seeds": [seed]}}, "chance": results["chance"]}).read_text()
-    assert "| mine | 70.0 |" in text and "(accuracy.png)" in text and "probes.png" not in text
+    (row,) = (row for row in table_rows(text) if row.get("method") == "mine" and "average" in row)
+    assert row["average"] == "70.0" and "(accuracy.png)" in text and "probes.png" not in text
 
 
 def test_a_method_has_one_color_and_name_in_all_figures(results):
