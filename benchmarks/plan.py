@@ -29,6 +29,7 @@ from transformers import (
 
 from ola_vlm.configuration_ola_vlm import OlaVlmConfig, default_tasks
 from ola_vlm.modeling_ola_vlm import EmbeddingPredictor, OlaVlmForConditionalGeneration
+from ola_vlm.recipes.objectives import WORD_TEACHERS, WORDS
 from ola_vlm.targets.cache import BLOCK
 from ola_vlm.training.losses import embedding_loss
 from ola_vlm.training.stages import apply_stage
@@ -342,6 +343,8 @@ def main() -> None:
     values = sum(task["target_length"] * task["target_dim"] for task in default_tasks())
     for storage, size in BYTES.items():
         print(f"  {storage:<36} {values * size / 1e6:>12.2f} {values * size * args.images / 1e12:>8.2f}")
+    numbers = WORDS["target_length"] * len(WORD_TEACHERS)  # a byte each
+    print(f"  {'words of two kinds':<36} {numbers / 1e6:>12.4f} {numbers * args.images / 1e12:>8.4f}")
 
     print_pretraining(args)
     print_finetuning(args)

@@ -3,7 +3,7 @@
 Nothing heavy is imported here: recipes are data.
 """
 
-from . import ablations, finetune, miniature, paper, smollm2
+from . import ablations, finetune, miniature, objectives, paper, smollm2
 from .tables import make_recipes
 
 TABLES = (
@@ -12,5 +12,6 @@ TABLES = (
     finetune.TABLE,
     *paper.TABLES,
     *ablations.TABLES,
+    *objectives.TABLES,
 )
 RECIPES = make_recipes(TABLES)

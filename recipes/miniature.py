@@ -23,6 +23,31 @@ TEACHERS = {
     "seg": {"encoder": "oneformer", "path": str(WEIGHTS / "seg"), "task_inputs": [1, 1, 1, 1]},
 }
 
+# Objectives other than the paper's (docs/targets.md). Words: the colors of what a patch shows, a full stop for sky and
+# floor, as the language model was taught to read patches, and the depth in the steps of its coordinate words: the
+# teacher predicts 4 / depth, for which it has words from 3.5 to 9.5 meters.
+WORDS = {
+    "name": "words",
+    "layers": [0],
+    "predictor": "none",
+    "target": "words",
+    "target_length": 64,
+    "loss": "mse",
+    "loss_weight": 1.0,
+    "contrastive_weight": 0.0,
+}
+MOMENTS = WORDS | {"name": "moments", "loss": "moments"}
+WORD_TEACHERS = {
+    "class": TEACHERS["seg"]
+    | {"encoder": "class_words", "words": [".", ".", "red", "blue", "green", "yellow", "purple", "cyan"]},
+    "depth": TEACHERS["depth"]
+    | {"encoder": "depth_words", "words": [f"z{i}" for i in range(12)], "bins": [4 / 3.5, 4 / 9.5]},
+}
+PATCH = [
+    {"name": "depth", "layers": [2], "predictor": "patch", "target_length": 64, "target_dim": 128},
+    {"name": "seg", "layers": [2], "predictor": "patch", "target_length": 64, "target_dim": 192},
+]
+
 BY_LETTER = {task["name"][0]: task for task in TASKS}
 
 
@@ -79,6 +104,31 @@ def ablation_run(table: str, row: str) -> str:
 VARIANTS = {ablation_run(table, row): changes for table, rows in ABLATIONS.items() for row, changes in rows.items()}
 
 
+# Of the stages that they begin with; the others are `miniature`'s.
+_WORDS = {"tasks": [WORDS], "teachers": {"words": WORD_TEACHERS}}
+_PATCH = {"tasks": PATCH, "teachers": {name: TEACHERS[name] for name in ("depth", "seg")}}
+_MOMENTS = {"tasks": [MOMENTS], "teachers": {"moments": WORD_TEACHERS}}
+_BOTH = {"tasks": [*TASKS, WORDS], "teachers": TEACHERS | {"words": WORD_TEACHERS}}
+_IN_HALF_OF_FINETUNING = {
+    "embedding_losses": True,
+    "losses_until": 0.5,
+    "teachers": _PATCH["teachers"],
+}
+_SHUFFLED = {"shuffle_targets": True}
+OBJECTIVES = {
+    "words": {"pretrain": _WORDS},
+    "words_shuffled": {"pretrain": _WORDS | _SHUFFLED},
+    "moments": {"pretrain": _MOMENTS},
+    "patch": {"pretrain": _PATCH},
+    "patch_shuffled": {"pretrain": _PATCH | _SHUFFLED},
+    "patch_half": {"pretrain": _PATCH, "finetune": _IN_HALF_OF_FINETUNING},
+    "patch_half_shuffled": {"pretrain": _PATCH | _SHUFFLED, "finetune": _IN_HALF_OF_FINETUNING | _SHUFFLED},
+    "words_ola_vlm": {"pretrain": _BOTH},
+    "words_ola_vlm_shuffled": {"pretrain": _BOTH | _SHUFFLED},
+}
+VARIANTS |= OBJECTIVES
+
+
 def run_folder(method: str, seed: int, root: str | Path = "runs/miniature") -> Path:
     return Path(root) / method / f"seed{seed}"
 
@@ -99,7 +149,7 @@ def _common(method: str, seed: int, root: str | Path, stage: str) -> dict:
     }
 
 
-def _targets(root: str | Path) -> dict:
+def stored_targets(root: str | Path = "runs/miniature") -> dict:
     """Where targets are stored and what makes them."""
     stored = {"target_cache": str(Path(root) / "targets"), "target_fill": True, "standardize_targets": True}
     return {"teachers": TEACHERS, **stored}
@@ -109,7 +159,7 @@ def pretrain(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
     """PT on captions: python train.py --recipe miniature_pretrain."""
     return (
         _common(method, seed, root, "pretrain")
-        | _targets(root)
+        | stored_targets(root)
         | {
             "vision_tower": str(WEIGHTS / "vision_tower"),
             "language_model": str(WEIGHTS / "language_model"),
@@ -130,7 +180,7 @@ def finetune(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
     """IFT on questions, task tokens frozen: python train.py --recipe miniature_finetune."""
     changes = (VARIANTS.get(method) or {}).get("finetune", {})
     if changes.get("embedding_losses"):
-        changes = _targets(root) | changes
+        changes = stored_targets(root) | changes
     return _common(method, seed, root, "finetune") | {
         "checkpoint": str(run_folder(method, seed, root) / "pretrain"),
         "max_steps": 450,

@@ -10,7 +10,7 @@ from .tables import Recipe
 
 # For the estimate. Forward passes in GFLOP: of a token through the LLM's blocks (2 x parameters), of an image through
 # the tower (CLIP-L: measured in the reference; ConvNeXt: 9 times timm's 396 at 256 pixels) and of a predictor.
-TOKEN_GFLOP = {LANGUAGE_MODELS["llama3"]: 13.96, LANGUAGE_MODELS["phi3"]: 7.25}
+TOKEN_GFLOP = {LANGUAGE_MODELS["llama3"]: 13.96, LANGUAGE_MODELS["phi3"]: 7.25, "Qwen/Qwen3-8B": 13.89}
 IMAGE_GFLOP = {VISION_TOWERS["vit"]: 382.0, VISION_TOWERS["convnext"]: 3565.0}
 PREDICTOR_GFLOP = {"gen": 6.0, "depth": 96.0, "seg": 26.0}
 # Rows of each data set and, assumed, its tokens a row: an image's 576, task tokens, prompt and answers.
@@ -49,7 +49,8 @@ def estimated_hours(name: str) -> float | None:
     gflop += tower_passes * IMAGE_GFLOP[parts["vision_tower"]]
     if fields.get("embedding_losses", is_pretraining):
         for task in parts["tasks"]:
-            gflop += 3 * PREDICTOR_GFLOP[task["name"]] * len(task["layers"])
+            if task.get("predictor") != "none":
+                gflop += 3 * PREDICTOR_GFLOP[task["name"]] * len(task["layers"])
     return rows * gflop * 1e9 / RATE / 3600
 
 
