@@ -2,6 +2,7 @@
 lie within two standard errors."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binomtest, sem
@@ -10,6 +11,28 @@ from scipy.stats import t as student_t
 from .multiple_choice import is_correct
 
 DRAWS = 20_000
+
+
+@dataclass
+class Stratum:
+    """Questions that are averaged together, and what their mean counts.
+
+    wins: score of b minus that of a, (S, n).
+    """
+
+    wins: np.ndarray
+    weight: float
+
+    @property
+    def seed_differences(self) -> np.ndarray:
+        """(S,)"""
+        return self.wins.mean(1) * self.weight
+
+    def distinct_effects(self) -> tuple[np.ndarray, np.ndarray]:
+        """What a question adds to the difference, each value once, and how many questions add it. Questions with the
+        same sum over seeds are exchangeable: a test draws how often each sum occurs, not each question."""
+        sums, counts = np.unique(self.wins.sum(0).round(9), return_counts=True)
+        return sums * self.weight / self.wins.size, counts
 
 
 def paired_comparison(
@@ -30,43 +53,79 @@ def paired_comparison(
     All these speak of new questions for *these* trained models. Of new training seeds speak `seed_differences` (one
     a seed) and `p_seeds`, a paired t-test over seeds (None with one seed).
     """
-    a, b = np.atleast_2d(np.asarray(correct_a, float)), np.atleast_2d(np.asarray(correct_b, float))
+    a = np.atleast_2d(np.asarray(correct_a, float))
+    b = np.atleast_2d(np.asarray(correct_b, float))
     if a.shape != b.shape or not a.size:
         raise ValueError(f"paired answers need equal, non-empty shapes (seeds, questions): got {a.shape}, {b.shape}")
-    num_seeds, num_questions = a.shape
-    wins_SN = b - a
-    labels, stratum_N = np.unique([0] * num_questions if strata is None else strata, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    seed_differences, resampled, flipped = np.zeros(num_seeds), np.zeros(DRAWS), np.zeros(DRAWS)
-    for stratum, label in enumerate(labels):
-        wins, weight = wins_SN[:, stratum_N == stratum], 1 / len(labels) if weights is None else weights[label]
-        seed_differences += wins.mean(1) * weight
-        # Questions with the same sum over seeds are exchangeable: draw how often each sum occurs, not each question.
-        sums, counts = np.unique(wins.sum(0).round(9), return_counts=True)
-        effects = sums * weight / wins.size
-        resampled += rng.multinomial(counts.sum(), counts / counts.sum(), DRAWS) @ effects
-        flipped += (2 * rng.binomial(counts, 0.5, (DRAWS, len(counts))) - counts) @ effects
-    difference, p_seeds = seed_differences.mean(), None
-    if num_seeds == len(labels) == 1 and np.isin(wins_SN, [-1, 0, 1]).all():
-        better, worse = int((wins_SN > 0).sum()), int((wins_SN < 0).sum())
-        p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    wins = b - a
+    num_seeds, num_questions = wins.shape
+    parts = split_strata(wins, strata, weights)
+    seed_differences = sum(part.seed_differences for part in parts)
+    difference = float(seed_differences.mean())
+    resampled, flipped = draw_differences(parts, np.random.default_rng(seed))
+    if num_seeds == len(parts) == 1 and np.isin(wins, [-1, 0, 1]).all():
         test = "exact McNemar"
+        p = mcnemar(wins)
     else:
-        p = (1 + (np.abs(flipped) >= abs(difference) - 1e-12).sum()) / (1 + DRAWS)
-        test = "sign-flip permutation over questions" + (f", mean of {num_seeds} seeds" if num_seeds > 1 else "")
-    if num_seeds > 1:
-        # What one question weighs is the least spread: seeds that agree exactly did so by luck.
-        error = max(sem(seed_differences), num_seeds**-0.5 / num_questions)
-        p_seeds = float(2 * student_t.sf(abs(difference) / error, num_seeds - 1))
+        test = "sign-flip permutation over questions"
+        if num_seeds > 1:
+            test += f", mean of {num_seeds} seeds"
+        p = sign_flip(difference, flipped)
     return {
-        "difference": float(difference),
+        "difference": difference,
         "ci95": np.quantile(resampled, [0.025, 0.975]).tolist(),
-        "p": float(p),
+        "p": p,
         "n": num_questions,
         "test": test,
-        "p_seeds": p_seeds,
+        "p_seeds": t_test_over_seeds(seed_differences, num_questions) if num_seeds > 1 else None,
         "seed_differences": seed_differences.tolist(),
     }
+
+
+def split_strata(wins_SN: np.ndarray, strata: Sequence | None, weights: Mapping | None) -> list[Stratum]:
+    if strata is None:
+        strata = [0] * wins_SN.shape[1]
+    labels, stratum_N = np.unique(strata, return_inverse=True)
+    parts = []
+    for number, label in enumerate(labels):
+        weight = 1 / len(labels) if weights is None else weights[label]
+        parts.append(Stratum(wins=wins_SN[:, stratum_N == number], weight=weight))
+    return parts
+
+
+def draw_differences(parts: Sequence[Stratum], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(DRAWS,) differences of the bootstrap, and as many if each question's sign were a coin's."""
+    resampled = np.zeros(DRAWS)
+    flipped = np.zeros(DRAWS)
+    for part in parts:
+        effects, counts = part.distinct_effects()
+        resampled += rng.multinomial(counts.sum(), counts / counts.sum(), DRAWS) @ effects
+        heads = rng.binomial(counts, 0.5, (DRAWS, len(counts)))
+        flipped += (2 * heads - counts) @ effects
+    return resampled, flipped
+
+
+def mcnemar(wins: np.ndarray) -> float:
+    """p of the exact test: of the questions on which the models differ, each is as likely to be the better one."""
+    better = int((wins > 0).sum())
+    worse = int((wins < 0).sum())
+    if better + worse == 0:
+        return 1.0
+    return float(binomtest(better, better + worse).pvalue)
+
+
+def sign_flip(difference: float, flipped: np.ndarray) -> float:
+    """p of the permutation test. What was seen is one of the draws, so that p is never 0."""
+    as_large = np.abs(flipped) >= abs(difference) - 1e-12
+    return float((1 + as_large.sum()) / (1 + len(flipped)))
+
+
+def t_test_over_seeds(seed_differences: np.ndarray, num_questions: int) -> float:
+    """p of the paired t-test."""
+    num_seeds = len(seed_differences)
+    # What one question weighs is the least spread: seeds that agree exactly did so by luck.
+    error = max(sem(seed_differences), num_seeds**-0.5 / num_questions)
+    return float(2 * student_t.sf(abs(seed_differences.mean()) / error, num_seeds - 1))
 
 
 def compare_answers(seeds_a: Sequence[Sequence[dict]], seeds_b: Sequence[Sequence[dict]]) -> dict[str, dict]:
@@ -76,10 +135,25 @@ def compare_answers(seeds_a: Sequence[Sequence[dict]], seeds_b: Sequence[Sequenc
     """
     if len(seeds_a) != len(seeds_b):
         raise ValueError(f"seeds are paired: got {len(seeds_a)} of one model and {len(seeds_b)} of the other")
-    ids = [[record["id"] for record in records] for records in (*seeds_a, *seeds_b)]
-    if any(of_seed != ids[0] for of_seed in ids):
+    ids = [record["id"] for record in seeds_a[0]]
+    for records in (*seeds_a, *seeds_b):
+        if [record["id"] for record in records] == ids:
+            continue
         raise ValueError("both models must answer the same questions in the same order in every seed")
     tasks = np.array([record["task"] for record in seeds_a[0]])
-    a, b = (np.array([[is_correct(r) for r in records] for records in seeds]) for seeds in (seeds_a, seeds_b))
-    compared = {str(t): paired_comparison(a[:, tasks == t], b[:, tasks == t]) for t in dict.fromkeys(tasks)}
-    return {**compared, "average": paired_comparison(a, b, strata=tasks)}
+    correct_a = _correct(seeds_a)
+    correct_b = _correct(seeds_b)
+    compared = {}
+    for task in dict.fromkeys(tasks):
+        chosen = tasks == task
+        compared[str(task)] = paired_comparison(correct_a[:, chosen], correct_b[:, chosen])
+    compared["average"] = paired_comparison(correct_a, correct_b, strata=tasks)
+    return compared
+
+
+def _correct(seeds: Sequence[Sequence[dict]]) -> np.ndarray:
+    """(S, N) bool."""
+    by_seed = []
+    for records in seeds:
+        by_seed.append([is_correct(record) for record in records])
+    return np.array(by_seed)

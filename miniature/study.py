@@ -24,9 +24,11 @@ from transformers import logging
 from ..commands.running import command, tell
 from ..eval.statistics import compare_answers
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ..probing.features import find_run
+from ..probing.pictures import LayerViewer
 from ..probing.probes import Probes
 from ..probing.ridge import choose_alpha
-from ..probing.visualize import LayerViewer, find_run, pictures_figure
+from ..probing.visualize import pictures_figure
 from ..processing_ola_vlm import OlaVlmProcessor
 from ..recipes import miniature as recipe
 from ..targets.files import write_whole
@@ -148,11 +150,11 @@ def decoded_figures(root: Path, count: int = 4) -> None:
     stored = load_file(root / "data" / "test.safetensors")
     truths = {"depth": 1 / stored["depth"][:count].astype(float), "seg": stored["mask"][:count].astype(int)}
     for task, columns in viewer.pictures(probe_paths(root, {"test": count})["test"]).items():
-        painter = viewer.painters[task]
-        truth = {"truth": list(map(painter.draw, truths[task]))} if task in truths else {}
+        decoder = viewer.decoders[task]
+        truth = {"truth": list(map(decoder.draw, truths[task]))} if task in truths else {}
         columns = {"image": columns.pop("image"), **truth, **columns}
         title = f"{task}, right after pre-training: {viewer.caption(task)}"
-        pictures_figure(root / f"decoded_{task}.png", columns, title, painter.legend)
+        pictures_figure(root / f"decoded_{task}.png", columns, title, decoder.legend)
 
 
 def fit_probes(root: Path, checkpoint: Path, splits: dict[str, int], strengths: dict[str, float]) -> Probes:

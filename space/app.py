@@ -38,8 +38,9 @@ from PIL import Image
 
 from ola_vlm.inference.chat import NO_IMAGE, Chat, has_image
 from ola_vlm.inference.questions import option_words, without_option_words
-from ola_vlm.probing.visualize import NOTHING_SEEN as MEAN
-from ola_vlm.probing.visualize import OUTSIDE, TARGET, LayerViewer, find_teachers, has_classes, note_of
+from ola_vlm.probing.features import find_teachers
+from ola_vlm.probing.pictures import NOTHING_SEEN as MEAN
+from ola_vlm.probing.pictures import OUTSIDE, TARGET, LayerViewer, has_classes, note_of
 from ola_vlm.recipes.miniature import WEIGHTS
 from ola_vlm.targets.images import LONGEST_STRIP, DamagedImage, ImageError, open_image
 from ola_vlm.world import language, render
@@ -388,10 +389,10 @@ class Handlers:
         self.examples = examples
         self.viewer = viewer
         self.other = other
-        self.painters = {} if isinstance(viewer, str) else viewer.painters
-        self.tasks = [task for task in TASKS if task in self.painters]
-        # a painter's colors: class -> color
-        legends = {task: getattr(self.painters[task], "legend", {}) for task in self.tasks}
+        self.decoders = {} if isinstance(viewer, str) else viewer.decoders
+        self.tasks = [task for task in TASKS if task in self.decoders]
+        # a decoder's colors: class -> color
+        legends = {task: getattr(self.decoders[task], "legend", {}) for task in self.tasks}
         self.legends = {task: legend for task, legend in legends.items() if legend}
         self.truths = {}
         for example in examples:
@@ -569,7 +570,7 @@ def legend(colors: Mapping[str, tuple], pictures: Sequence[Image.Image]) -> str:
 
 
 def depth_scale() -> str:
-    """The colors of `visualize.draw_depth` from far to close, as HTML."""
+    """The colors of `pictures.draw_depth` from far to close, as HTML."""
     steps = matplotlib.colormaps["inferno"](np.linspace(0, 1, 9), bytes=True)[:, :3].tolist()
     colors = ", ".join(f"rgb{tuple(color)}" for color in steps)
     return f'far<i class="scale" style="background:linear-gradient(to right, {colors})"></i>close'
@@ -679,7 +680,7 @@ def layers_column(handlers: Handlers) -> tuple[list[gr.Gallery], list[gr.HTML], 
     for task in handlers.tasks:
         with gr.Column(elem_classes="task", min_width=300):
             key = depth_scale() if task == "depth" else ""
-            heading = f"<b>{TASKS[task]}</b>: {escape(handlers.painters[task].caption)} {key}"
+            heading = f"<b>{TASKS[task]}</b>: {escape(handlers.decoders[task].caption)} {key}"
             gr.HTML(heading, padding=False, elem_classes="heading")
             if task in handlers.legends:
                 legends[task] = gr.HTML(padding=False, elem_classes="heading")

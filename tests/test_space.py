@@ -67,12 +67,12 @@ class FakeViewer:
     """`LayerViewer` as the page knows it; its pictures tell the image's first pixel."""
 
     def __init__(self):
-        self.painters = {task: SimpleNamespace(caption="bright is close") for task in ("depth", "seg")}
+        self.decoders = {task: SimpleNamespace(caption="bright is close") for task in ("depth", "seg")}
         self.by = "probes"
 
     def pictures(self, images):
         shown = [Image.new("RGB", (8, 8), image.getpixel((0, 0))) for image in images]
-        return {task: {"image": images, "teacher": shown, "layer 2": shown} for task in self.painters}
+        return {task: {"image": images, "teacher": shown, "layer 2": shown} for task in self.decoders}
 
 
 class Visitor:

@@ -24,9 +24,9 @@ from ola_vlm.convert import push
 from ola_vlm.eval.benchmarks import load_questions, locate
 from ola_vlm.eval.dense import load_da2k
 from ola_vlm.eval.target_tasks import coco_items, miniature_items
-from ola_vlm.probing import visualize
+from ola_vlm.probing import features, visualize
+from ola_vlm.probing.features import find_run, find_teachers
 from ola_vlm.probing.figures import curves_figure
-from ola_vlm.probing.visualize import find_run, find_teachers
 from ola_vlm.targets.escapes import TerminalFormatter, code, markdown, mathtext, one_line, terminal
 from ola_vlm.targets.files import inside, only_one, read_finished, teachers_of_file, whole_file, write_whole
 from ola_vlm.targets.fill import Teacher
@@ -131,8 +131,8 @@ def test_a_file_names_no_images_to_be_shown(tmp_path):
     """A page of layers would have them in it."""
     write_run(tmp_path, {"depth": {"encoder": "vision", "path": "x"}}, data=str(tmp_path), images=str(tmp_path))
     Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
-    assert visualize.images_of_run(find_run(tmp_path)) == []
-    assert visualize.images_of_run(find_run(tmp_path, trust=True)) == [str(tmp_path / "private.png")]
+    assert features.images_of_run(find_run(tmp_path)) == []
+    assert features.images_of_run(find_run(tmp_path, trust=True)) == [str(tmp_path / "private.png")]
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", '{"teachers": [1]}', '{"teachers": {"depth": 1}}', "\xff"])

@@ -16,29 +16,25 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ola_vlm.probing import visualize
+from ola_vlm.probing import features as features_module
+from ola_vlm.probing.features import find_teachers
 from ola_vlm.probing.fit import fit
-from ola_vlm.probing.probes import centered_cosine, load_probes
-from ola_vlm.probing.ridge import RidgeFit
-from ola_vlm.probing.states import StateReader
-from ola_vlm.probing.visualize import (
+from ola_vlm.probing.pictures import (
     NOTHING_SEEN,
     TARGET,
     LayerViewer,
     NearestImages,
-    Painter,
     UnclipImages,
     class_color,
-    compared,
-    display_names,
     draw_depth,
-    find_teachers,
-    main,
+    feature_decoder,
     note_of,
-    page,
-    pictures_figure,
     square,
 )
+from ola_vlm.probing.probes import centered_cosine, load_probes
+from ola_vlm.probing.ridge import RidgeFit
+from ola_vlm.probing.states import StateReader
+from ola_vlm.probing.visualize import compared, display_names, main, page, pictures_figure
 from ola_vlm.targets.encoders import ENCODERS, open_image
 from ola_vlm.targets.statistics import TargetStatistics
 from ola_vlm.training.run_record import load_statistics
@@ -104,15 +100,15 @@ def test_class_colors():
     assert len(colors) == 133
 
 
-def test_painters_show_what_the_teachers_decode(encoders):
+def test_decoders_show_what_the_teachers_decode(encoders):
     images = random_images(2, size=(90, 30))
-    depth, seg = Painter(encoders["depth"]), Painter(encoders["seg"])
+    depth, seg = feature_decoder(encoders["depth"]), feature_decoder(encoders["seg"])
     target = encoders["depth"].encode(images)
-    assert same(depth(target, images)[1], draw_depth(encoders["depth"].decode(target)[1].numpy()))
+    assert same(depth.decode(target, images)[1], draw_depth(encoders["depth"].decode(target)[1].numpy()))
     own = encoders["depth"].model(encoders["depth"].pixel_values(images)).predicted_depth.detach()
-    assert same(depth(None, images)[0], draw_depth(own[0].numpy()))
+    assert same(depth.teacher_output(images)[0], draw_depth(own[0].numpy()))
     classes = encoders["seg"].decode(None, images)
-    picture = np.asarray(seg(None, images)[0])
+    picture = np.asarray(seg.teacher_output(images)[0])
     for i, color in enumerate(seg.legend.values()):
         np.testing.assert_array_equal((picture == color).all(-1), classes[0].numpy() == i)
     assert "teacher-assisted" in seg.caption
@@ -122,17 +118,17 @@ def test_segmentation_is_drawn_from_the_features_alone(encoders):
     """OneFormer's decoder draws the objects whatever the features are; these pictures are gray for who sees nothing,
     the same for every image, and as colorful as the target only for the target."""
     images = random_images(2)
-    seg = Painter(encoders["seg"])
+    seg = feature_decoder(encoders["seg"])
     targets = encoders["seg"].encode(images)
     mean = targets.mean(0) + 0.1
-    nothing = seg(mean.expand_as(targets), images, targets, mean)
+    nothing = seg.decode(mean.expand_as(targets), images, targets, mean)
     assert same(nothing[0], nothing[1]) and set(np.asarray(nothing[0]).ravel().tolist()) == {128}
-    best = seg(targets, images, targets, mean)
+    best = seg.decode(targets, images, targets, mean)
     assert not same(best[0], best[1]) and np.asarray(best[0]).std() > 20
-    half = seg(mean + (targets - mean) / 2, images, targets, mean)
+    half = seg.decode(mean + (targets - mean) / 2, images, targets, mean)
     assert abs(np.asarray(half[0]).std() / np.asarray(best[0]).std() - 0.5) < 0.1
-    assert same(best[0], seg(targets, images[::-1], targets, mean)[0])  # nothing of the image itself
-    assert same(seg(targets, images)[0], seg(targets, images, targets)[0])  # no mean target is known
+    assert same(best[0], seg.decode(targets, images[::-1], targets, mean)[0])  # nothing of the image itself
+    assert same(seg.decode(targets, images)[0], seg.decode(targets, images, targets)[0])  # no mean target is known
 
 
 def test_scores_are_under_the_pictures(encoders):
@@ -166,10 +162,10 @@ def test_rows_of_several_models():
         "LLaVA": {"depth": {"image": [picture(1), picture(2)], "layer 2": [picture(3), picture(4)]}},
         "OLA-VLM": {"depth": {"image": [picture(1), picture(2)], "layer 10": [picture(5), picture(6)]}},
     }
-    columns, labels = compared(shown)["depth"]
-    assert list(columns) == ["image", "layer 2", "layer 10"]
-    assert labels == ["LLaVA", "OLA-VLM"] * 2
-    values = {name: [one and one.getpixel((0, 0)) for one in column] for name, column in columns.items()}
+    grid = compared(shown)["depth"]
+    assert list(grid.columns) == ["image", "layer 2", "layer 10"]
+    assert grid.labels == ["LLaVA", "OLA-VLM"] * 2
+    values = {name: [one and one.getpixel((0, 0)) for one in column] for name, column in grid.columns.items()}
     assert values == {"image": [1, 1, 2, 2], "layer 2": [3, None, 4, None], "layer 10": [None, 5, None, 6]}
     assert display_names(["a/llava", "b/ola_vlm/"]) == ["LLaVA", "OLA-VLM"]
     assert display_names(["a/run", "b/run"]) == ["a/run", "b/run"]
@@ -180,10 +176,11 @@ def test_nearest_images(encoders):
     images = random_images(6)
     nearest = NearestImages(images, encoders["gen"])
     embeddings = encoders["gen"].encode(images)[:, 0]
-    found = nearest(nearest.mean + 3 * (embeddings[[4, 1]] - nearest.mean))  # the length does not matter
+    mean = embeddings.mean(0)
+    found = nearest(mean + 3 * (embeddings[[4, 1]] - mean))  # the length does not matter
     assert same(found[0], images[4]) and same(found[1], images[1])
     assert note_of(found[0]) == "nearest +1.00"
-    away = nearest(2 * nearest.mean - embeddings[:1])  # nothing near it
+    away = nearest(2 * nearest.nearest.mean - embeddings[:1])  # nothing near it
     assert float(note_of(away[0]).split()[1]) < 0.9
     with pytest.raises(ValueError, match="no images"):
         NearestImages([], encoders["gen"])
@@ -361,7 +358,7 @@ def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, cap
     assert others.are_outside([blue]) == [False] and "not known" in others.remark
     expected = {(task, layer): one for task, layer, one in probes.predict(probes.reader(model, processor)(images[:1]))}
     torch.testing.assert_close(viewer.features(images[:1])["seg"][3], expected["seg", 3])
-    assert same(shown["depth"]["layer 3"][0], viewer.painters["depth"](expected["depth", 3], images[:1])[0])
+    assert same(shown["depth"]["layer 3"][0], viewer.decoders["depth"].decode(expected["depth", 3], images[:1])[0])
     out, image = str(tmp_path / "out"), str(checkpoint / "images" / "0.png")
     (tmp_path / "llava" / "run.json").write_text((checkpoint / "run.json").read_text())
     main([str(tmp_path / "llava"), image, "--out", out])  # by the probes beside it
@@ -415,7 +412,7 @@ def test_nothing_to_show_is_said(checkpoint, tmp_path, monkeypatch):
 
     def gen_alone(*args, **options):
         viewer = load(*args, **options)
-        viewer.painters.clear()
+        viewer.decoders.clear()
         return viewer
 
     monkeypatch.setattr(LayerViewer, "load", gen_alone)
@@ -454,8 +451,8 @@ def test_the_first_run_that_names_teachers_decodes(tmp_path):
 
 
 def test_of_a_checkpoint_on_the_hub_probes_and_statistics_are_fetched(checkpoint, monkeypatch):
-    monkeypatch.setattr(visualize, "snapshot_download", lambda name, allow_patterns: str(checkpoint))
-    assert visualize.local_folder("me/not-here") == checkpoint
+    monkeypatch.setattr(features_module, "snapshot_download", lambda name, allow_patterns: str(checkpoint))
+    assert features_module.local_folder("me/not-here") == checkpoint
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,17 @@
+"""Pages and cards from template files (Jinja2), beside the module that fills them in."""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+def render(template: Path, **values) -> str:
+    """The template's text with the values in it. In an .html file they are escaped; a value that is missing is an
+    error."""
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=template.suffix == ".html",
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template.name).render(values)
