@@ -616,6 +616,25 @@ def test_frechet_distance_is_the_closed_form(count):
     assert frechet_distance(units * s + 1, units * t) == pytest.approx(3 + ((s - t) ** 2).sum())
 
 
+def test_answers_of_another_run_are_not_taken_for_this_ones(folders, checkpoint, tmp_path):
+    """Whatever makes other answers: the numeric type, the length, the questions, the weights."""
+    out = tmp_path / "out"
+    ask(checkpoint, "vstar", folders["vstar"], out)
+    before = (out / "answers.jsonl").read_bytes()
+    changes = {
+        "max_new_tokens": ["--max_new_tokens", "3"],
+        "dtype": ["--dtype", "bfloat16"],
+        "questions": ["--limit", "1"],
+    }
+    for name, more in changes.items():
+        with pytest.raises(SystemExit, match=rf"answers of a run with another .*\b{name}\b"):
+            ask(checkpoint, "vstar", folders["vstar"], out, *more)
+    (Path(checkpoint) / "model.safetensors").touch()
+    with pytest.raises(SystemExit, match=r"answers of a run with another .*\bweights\b"):
+        ask(checkpoint, "vstar", folders["vstar"], out)
+    assert (out / "answers.jsonl").read_bytes() == before
+
+
 # Comparison ---------------------------------------------------------------------------------------------------------
 def as_run(records, model):
     about = {"benchmark": "cvbench", "revision": "sha256:0", "model": model, "questions": len(records), "variant": "x"}

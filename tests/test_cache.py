@@ -121,6 +121,9 @@ def test_other_content_or_other_teacher_is_not_found(paths, folder):
     with pytest.raises(LookupError, match=r"1 of 2 images .*ola-vlm targets"):
         cache([Image.open(paths[1]), changed])
     assert len(cache) == 10 and len(TargetCache(folder, "another")) == 0
+    assert len(TargetCache(folder, "fake")) == 10
+    for storage in STORAGE:  # each numeric type has a cache of its own
+        assert len(TargetCache(folder, "fake", storage)) == (10 if storage == "float32" else 0)
     with pytest.raises(ValueError, match=r"fake is not .*another.*'s teacher any more"):
         teacher = SimpleNamespace(encoder=FakeEncoder(), entry={"path": "fake"})
         fill(folder, {"depth": teacher}, {"depth": TargetCache(folder, "another")}, paths, progress=False)
@@ -638,6 +641,11 @@ class TestTeacher:
         entries = {"depth": entry, "motion": entry | {"motion": True}, "other": entry | {"dtype": "bfloat16"}}
         teachers = make_teachers(tasks, entries)
         assert teachers["depth"] is teachers["motion"] is not teachers["other"]
+
+    def test_tasks_of_two_grids_share_none(self, entry):
+        tasks = [TASK, TASK | {"name": "same"}, TASK | {"name": "coarse", "target_length": 4}]
+        teachers = make_teachers(tasks, {task["name"]: entry for task in tasks})
+        assert teachers["depth"] is teachers["same"] is not teachers["coarse"]
 
     def test_damaged_note(self, entry, known, loads, folder):
         (note,) = folder.glob("*.json")

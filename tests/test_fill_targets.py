@@ -13,6 +13,7 @@ from safetensors import safe_open
 from tiny_teachers import save_clip_image
 
 from ola_vlm import cli
+from ola_vlm.commands.targets import shard
 from ola_vlm.targets.fill import make_teachers, open_caches
 
 
@@ -134,3 +135,11 @@ def test_help_names_the_options(capsys):
         cli.main(["targets", "--help"])
     out = capsys.readouterr().out
     assert "usage: ola-vlm targets" in out and "--shard i/n" in out and "--target_storage" in out
+
+
+def test_parts_of_the_images_cover_each_exactly_once():
+    images = list(range(23))
+    for total in (1, 4, 23):
+        parts = [images[shard(f"{number}/{total}")] for number in range(1, total + 1)]
+        assert sorted(image for part in parts for image in part) == images
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -7,8 +7,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ola_vlm.inference.checkpoints import load_checkpoint
 from ola_vlm.miniature import ablations, components, study
+from ola_vlm.probing.fit import batches
+from ola_vlm.probing.probes import load_probes, score
 from ola_vlm.recipes import miniature as recipe
+from ola_vlm.targets.fill import make_teachers, open_caches
 from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.world import language
@@ -41,6 +45,22 @@ def test_report_has_every_field_of_every_method(run):
         assert all(value > 0 for name in embedding for _, value in seed["losses"][name])
         assert seed["peak_memory_mb"] > 100
         assert {"pretrain", "finetune", "answering", "probing"} <= set(seed["seconds"])
+
+
+@torch.no_grad()
+def test_probes_are_scored_on_test_images(run):
+    """By hand: the published probes, which are the fine-tuned model's, on the first test images of the world."""
+    out, results = run
+    (seed,) = results["methods"]["ola_vlm"]["seeds"]
+    probes = load_probes(out / "ola_vlm" / "probes")
+    reader = probes.reader(*load_checkpoint(str(out / "ola_vlm")))
+    targets = open_caches(out / "targets", make_teachers(recipe.TASKS, recipe.TEACHERS))
+    count = study.SHRUNK["overrides"]["probe_splits"]["test"]
+    images = sorted((out / "data" / "images").glob("test_*.png"))[:count]
+    by_hand, _ = score(batches(reader, targets, images, 8), {0: probes})
+    for task, layers in seed["probes"]["finetune"].items():
+        for layer, values in layers.items():
+            assert values == pytest.approx(by_hand[0][task][layer], abs=2e-3), (task, layer)
 
 
 def test_methods_share_their_start_and_differ_after_it(run):

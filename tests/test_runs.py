@@ -19,7 +19,7 @@ from ola_vlm.train import train
 from ola_vlm.training import arguments as arguments_module
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.rows import load_rows
-from ola_vlm.training.run_record import last_checkpoint, read_run, run_identity, run_lock
+from ola_vlm.training.run_record import last_checkpoint, read_run, run_identity, run_lock, write_run
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
@@ -165,6 +165,11 @@ def test_what_makes_a_run_another_one(fields, tmp_path):
     for name, value in free.items():
         assert identity(**{name: value}) == own, name
     assert identity(tmp_path / "elsewhere") == own
+    begun = []  # from one place, where another run has been meanwhile
+    for seed in (1, 2):
+        write_run(tmp_path / "before", {"identity": {"seed": seed}})
+        begun.append(identity(checkpoint=str(tmp_path / "before")))
+    assert begun[0] != begun[1]
 
 
 def test_the_rows_to_evaluate_on_are_drawn_by_the_seed(fields, tmp_path):
