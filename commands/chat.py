@@ -6,9 +6,8 @@ and ends; without one it converses: several turns, several images, Ctrl-C stops 
 
 import argparse
 import math
-from pathlib import Path
 
-from .parsing import Parser, add_loading_options, count
+from .parsing import Parser, add_loading_options, count, shipped
 
 
 def temperature(text: str) -> float:
@@ -27,8 +26,8 @@ def top_p(text: str) -> float:
 
 def parser() -> Parser:
     parser = Parser("chat", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or name on the Hub")
-    parser.add_argument("image", metavar="IMAGE", nargs="?", type=Path, help="to begin with")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=shipped, help="folder or name on the Hub")
+    parser.add_argument("image", metavar="IMAGE", nargs="?", type=shipped, help="to begin with")
     parser.add_argument("question", metavar="QUESTION", nargs="?", help="to be answered, once")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top_p", type=top_p, default=1.0, help="sample from this share of the probability (1)")

@@ -9,12 +9,12 @@ eval ...`.
 from pathlib import Path
 
 from ..eval.benchmarks import BENCHMARKS
-from .parsing import Parser, add_loading_options
+from .parsing import Parser, add_loading_options, shipped
 
 
 def parser() -> Parser:
     parser = Parser("eval", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or name on the Hub")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=shipped, help="folder or name on the Hub")
     parser.add_argument(
         "--benchmark",
         required=True,

@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 from ..recipes.run_file import read_run_file
 from ..training.fields import GROUPS
-from .parsing import Parser, did_you_mean, one_of
+from .parsing import Parser, did_you_mean, one_of, shipped
+
+SHIPPED_PARTS = ("checkpoint", "vision_tower", "language_model")  # the package has some of its own
 
 
 class Option(NamedTuple):
@@ -134,12 +136,13 @@ class FieldParser(Parser):
             section = self.add_argument_group(f"fields: {title}")
             for one in fields(group):
                 choices = one.metadata.get("choices")
+                taken_as = shipped if one.name in SHIPPED_PARTS else str
                 self._add_field(
                     section,
                     one.name,
                     own_options()[one.name],
                     help=one.metadata["help"].replace("%", "%%") if title in shown else argparse.SUPPRESS,
-                    type=one_of(choices, one.name) if choices else str,
+                    type=one_of(choices, one.name) if choices else taken_as,
                 )
         for field_name, option in transformers_options().items():
             if field_name not in own_options():

@@ -4,8 +4,12 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 from ..targets.escapes import one_line
+
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = ("miniature/weights/", "docs/scene.png")  # where the package's own files begin that a command may be given
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
@@ -81,6 +85,14 @@ def one_of(known: Collection[str], what: str) -> Callable[[str], str]:
         return word
 
     return find
+
+
+def shipped(path: str) -> str:
+    """An argument's type: a path. Those of the package's own weights and scene are found from any folder."""
+    if Path(path).exists() or not path.startswith(SHIPPED):
+        return path
+    own = PACKAGE / path
+    return str(own) if own.exists() else path
 
 
 def count(text: str) -> int:

@@ -11,13 +11,13 @@ standardize_targets matter here.
 from pathlib import Path
 
 from .fields import FieldParser
-from .parsing import one_of
+from .parsing import one_of, shipped
 
 
 def parser() -> FieldParser:
     takes = "MODEL... --images DIR --out OUT [--recipe NAME]"
     parser = FieldParser("probe", __doc__, shown=("teachers",), takes=takes, takes_file=False)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or names on the Hub")
+    parser.add_argument("models", nargs="+", metavar="MODEL", type=shipped, help="folders or names on the Hub")
     parser.add_argument(
         "--images", required=True, help="a folder of images, a .json of rows, or a Hugging Face data set"
     )

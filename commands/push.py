@@ -6,12 +6,16 @@ targets, and a README.md. Stays here: run.json (it has paths of this machine), c
 
 from pathlib import Path
 
-from .parsing import Parser
+from .parsing import Parser, shipped
+
+
+def _folder(path: str) -> Path:
+    return Path(shipped(path))
 
 
 def parser() -> Parser:
     parser = Parser("push", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a model or of an adapter")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_folder, help="folder of a model or of an adapter")
     parser.add_argument("repo", metavar="REPO", help="name/name on the Hub; made if it is not there")
     parser.add_argument("--private", action="store_true", help="if it is made: for its owner only")
     parser.add_argument(

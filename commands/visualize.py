@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from ..recipes import RECIPES
-from .parsing import Parser, one_of
+from .parsing import Parser, one_of, shipped
 
 
 class VisualizeParser(Parser):
@@ -35,8 +35,8 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
 
 def parser() -> Parser:
     parser = VisualizeParser("visualize", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or name on the Hub")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=shipped, help="folder or name on the Hub")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=shipped, help="files")
     parser.add_argument("--out", type=Path, default=Path("layers"), help="default: layers")
     parser.add_argument(
         "--recipe",
@@ -52,6 +52,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--compare",
         nargs="+",
+        type=shipped,
         default=[],
         metavar="CHECKPOINT",
         help="other checkpoints, whose rows stand above, by their own probes or --compare_probes",

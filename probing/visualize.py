@@ -248,4 +248,7 @@ def main(args: Namespace) -> None:
         for path, picture in zip(args.images, squares, strict=False):
             if note_of(picture):
                 print(one_line(f"{path} is {' '.join(OUTSIDE.split())} of {name}"))
-    tell(f"Next: open {args.out / 'layers.html'} in a browser, or python space/app.py --checkpoint {args.checkpoint}")
+    tell(
+        f"Next: open {args.out / 'layers.html'} in a browser, or look at the layers live:",
+        f"python -m ola_vlm.space.app --checkpoint {args.checkpoint}",
+    )

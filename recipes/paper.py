@@ -80,8 +80,9 @@ TARGETS = {"target_cache": "runs/targets", "target_storage": "bfloat16"}
 # How a stage is started on two machines of 8 GPUs with 80 GB each (`benchmarks/plan.py` counts what it takes): where
 # the language model trains, its weights, gradients and moments are sharded. docs/scale.md has other configurations.
 DDP = "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500"
+FSDP2_CONFIG = "recipes/accelerate/fsdp2.yaml"
 FSDP2 = (
-    "accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_machines 2 --num_processes 16 "
+    f"accelerate launch --config_file {FSDP2_CONFIG} --num_machines 2 --num_processes 16 "
     "--machine_rank RANK --main_process_ip HOST --main_process_port 29500"
 )
 LAUNCHERS = {"pretrain": DDP, "finetune": FSDP2, "visual_pretrain": FSDP2}

@@ -1,6 +1,7 @@
 """`ola-vlm recipes`: all recipes, a line each, or one of them as a file to train from."""
 
 from argparse import Namespace
+from pathlib import Path
 
 from ..commands.running import command, tell
 from . import RECIPES, TABLES, paper
@@ -8,6 +9,7 @@ from .paper import LANGUAGE_MODELS, VISION_TOWERS
 from .run_file import run_file_text
 from .tables import Recipe
 
+PACKAGE = Path(__file__).parents[1]
 # For the estimate. Forward passes in GFLOP: of a token through the LLM's blocks (2 x parameters), of an image through
 # the tower (CLIP-L: measured in the reference; ConvNeXt: 9 times timm's 396 at 256 pixels) and of a predictor.
 TOKEN_GFLOP = {LANGUAGE_MODELS["llama3"]: 13.96, LANGUAGE_MODELS["phi3"]: 7.25, "Qwen/Qwen3-8B": 13.89}
@@ -54,18 +56,26 @@ def estimated_hours(name: str) -> float | None:
     return rows * gflop * 1e9 / RATE / 3600
 
 
+def from_here(launcher: str) -> str:
+    """The launcher and the training script, as they are found from the working directory."""
+    if Path("train.py").exists() and Path(paper.FSDP2_CONFIG).exists():
+        return f"{launcher} train.py"
+    launcher = launcher.replace(paper.FSDP2_CONFIG, str(PACKAGE / paper.FSDP2_CONFIG))
+    return f"{launcher} -m ola_vlm.train"
+
+
 def start_command(name: str) -> str:
     """How the recipe is started: those of the paper on two machines of 8 GPUs, the others on this one."""
     launcher = "python"
     if RECIPES[name].fields.get("data") in DATA:
         launcher = paper.LAUNCHERS[RECIPES[name].stage]
-    return f"{launcher} train.py --recipe {name}"
+    return f"{from_here(launcher)} --recipe {name}"
 
 
 def listing() -> str:
     lines = ["The paper's runs on two machines of 8 GPUs with 80 GB each (docs/scale.md has other configurations):"]
     for stage, launcher in paper.LAUNCHERS.items():
-        lines.append(f"{launcher} train.py --recipe RUN_{stage}")
+        lines.append(f"{from_here(launcher)} --recipe RUN_{stage}")
     for table in TABLES:
         lines += ["", f"{table.title} {table.columns}".rstrip()]
         for name, recipe in RECIPES.items():

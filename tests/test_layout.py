@@ -150,7 +150,7 @@ def test_the_root_is_the_package():
     """Every room is installed; a conftest.py in the root would land in the wheel."""
     assert not (ROOT / "conftest.py").exists()
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    expected = {"ola_vlm": ".", **{f"ola_vlm.{room}": room for room in ROOMS}}
+    expected = {"ola_vlm": ".", **{f"ola_vlm.{room}": room for room in [*ROOMS, "space"]}}
     assert setuptools["package-dir"] == expected
     assert sorted(setuptools["packages"]) == sorted(expected)
 
