@@ -82,6 +82,18 @@ def images_per_second(reader: Checked, rounds: int = 6) -> tuple[float, float]:
     return count / seconds, WORKERS * len(order) / cores
 
 
+def size_of_words(images: list[Image.Image]) -> float:
+    """Bytes an image of numbers of words of two kinds, checksums and keys included, at the paper's 576 positions."""
+    size = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("class", "depth"):
+            cache = TargetCache(folder, kind, "uint8")
+            cache.store(list(map(image_key, images)), torch.randint(12, (len(images), 576, 1)).float())
+            cache.flush()
+            size += sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
+    return size / len(images)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64)
@@ -108,6 +120,9 @@ def main() -> None:
             pairs = ["{:.0f} ({:.0f})".format(*np.median(side, axis=0)) for side in (read, floor)]
             ratio, total = np.median(read[:, 1] / floor[:, 1]), size * LLAVA_558K / 1e9
             print(f"{storage:10}{pairs[0]:>14}{pairs[1]:>14}{ratio:7.2f}{size:13.0f}{total:9.0f} GB")
+
+    size = size_of_words(images)
+    print(f"{'words':10}{'':35}{size:13.0f}{size * LLAVA_558K / 1e9:9.1f} GB")
 
     print("\n1 - cosine of stored and exact targets, mean over positions (after taking the mean target off)")
     scenes = [Image.fromarray(image) for image in render.render_scenes(render.sample_scenes(64, seed=0))["image"]]

@@ -1,4 +1,4 @@
-"""Objectives other than the paper's, each a change of a run: what tasks compare with what, and when (docs/targets.md).
+"""Objectives other than the paper's, each a change of a run (docs/objectives.md).
 
 `words`: the projector's output is pulled to the language model's embeddings of the words for what two teachers see in
 each patch. `moments`: to the mean and deviation of these alone. `patch`: a linear layer predicts the teachers'

@@ -1,6 +1,8 @@
 """Recipes of other objectives: what each changes, and a step of each on the miniature's own parts."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +10,9 @@ from PIL import Image
 from training_helpers import losses
 from transformers import AutoTokenizer
 
-from ola_vlm.configuration_ola_vlm import normalize_task
+from ola_vlm.configuration_ola_vlm import TASK_FIELDS, normalize_task
 from ola_vlm.recipes import RECIPES, miniature, objectives, show
+from ola_vlm.targets.fill import make_teachers
 from ola_vlm.targets.words import class_words
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -109,3 +112,20 @@ def test_a_step_of_each(scenes, tmp_path, name):
     names = [parameter for parameter, _ in stages["pretrain"].model.named_parameters()]
     has_predictors = any(part_of(parameter) == "predictors" for parameter in names)
     assert has_predictors == (name not in ("words", "moments"))
+
+
+def test_the_pages_examples_are_tasks_and_teachers():
+    text = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    examples = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.S)]
+    tasks = [normalize_task(example, 4096, 32) for example in examples if "name" in example]
+    assert [(task["predictor"], task["loss"]) for task in tasks] == [
+        ("resampler", "smooth_l1"),
+        ("patch", "cosine"),
+        ("none", "mse"),
+        ("none", "moments"),
+    ]
+    (teachers,) = [example for example in examples if "name" not in example]
+    assert list(make_teachers(tasks[2:3], teachers)) == ["words.class", "words.depth"]
+    for field in TASK_FIELDS.keys() - {"name", "num_task_tokens", "target_length", "target_dim"}:
+        is_the_resamplers = field in ("predictor_heads", "predictor_head_dim", "predictor_ffn_mult", "output_mlp")
+        assert is_the_resamplers or f"`{field}`" in text, field
