@@ -6,7 +6,7 @@ effective configuration goes to `output_dir/run.json`, model and processor to `o
 
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
@@ -54,10 +54,13 @@ def load_model(args: OlaVlmArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def train(
-    args: OlaVlmArguments, callbacks: Sequence[TrainerCallback] = (), recipe: str | None = None
+    args: OlaVlmArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+    recipe: str | None = None,
+    make_collator: Callable[..., OlaVlmCollator] = OlaVlmCollator,
 ) -> OlaVlmTrainer | None:
     """Runs one stage to its end and returns the `OlaVlmTrainer` (`.model`, `.state.log_history`); None if the run that
-    is to be resumed has finished already."""
+    is to be resumed has finished already. `make_collator` takes the arguments of `OlaVlmCollator`."""
     check_run(args)
     callbacks = [*callbacks, *answering_callbacks(args)]
     with run_record.run_lock(args.output_dir) if args.process_index == 0 else nullcontext():
@@ -73,7 +76,8 @@ def train(
         rows, eval_rows = args.split_eval_rows(rows)
         Plan.make(args, rows)  # before the model is loaded: rows may be too few
         record = run_record.describe_run(args, identity, recipe)
-        return run_stage(args, rows, eval_rows, checkpoint, record, [*callbacks, run_record.RunIdentity(identity)])
+        callbacks = [*callbacks, run_record.RunIdentity(identity)]
+        return run_stage(args, rows, eval_rows, checkpoint, record, callbacks, make_collator)
 
 
 def run_stage(
@@ -83,6 +87,7 @@ def run_stage(
     checkpoint: str | None,
     record: dict,
     callbacks: Sequence[TrainerCallback],
+    make_collator: Callable[..., OlaVlmCollator] = OlaVlmCollator,
 ) -> OlaVlmTrainer:
     """From the rows to the saved model; from `checkpoint` on if there is one. `record`: run.json's."""
     set_seed(args.seed)
@@ -98,7 +103,7 @@ def run_stage(
     parts = [part for part in (rows, eval_rows) if part is not None]
     for part in parts:
         if isinstance(part, Rows):  # a stream's are checked as they come
-            collator = OlaVlmCollator(processor, **lengths)
+            collator = make_collator(processor, **lengths)
             drop_bad_rows(part, collator, args.on_bad_rows, args.dataloader_num_workers, decode)
     sources = target_sources(args, tasks, *parts) if tasks else no_targets(args)
     if tasks and args.shuffle_targets:
@@ -114,7 +119,7 @@ def run_stage(
     trainer = OlaVlmTrainer(
         model,
         args,
-        data_collator=OlaVlmCollator(processor, sources, tasks, **options),
+        data_collator=make_collator(processor, sources, tasks, **options),
         train_dataset=rows,
         eval_dataset=eval_rows,
         processing_class=processor,

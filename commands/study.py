@@ -1,39 +1,31 @@
-"""The paper's ablations in miniature: `ola-vlm study ablations`. Tables 3 to 6 and I to V, each with its rows and
-seeds over the world of `ola-vlm miniature`.
+"""Studies in miniature, each with its own arguments (`ola-vlm study NAME --help`):
 
-Rows are trials, a process of one thread each; what is done is not done again, so that more tables, rows or seeds can
-follow later, and an `--out` of `ola-vlm miniature` brings its llava and ola_vlm along. After each trial the report is
-written of all that is done so far: ablations.md, ablations.json and a figure a table.
+ablations    the paper's, Tables 3 to 6 and I to V
+objectives   which visual objective makes answers better, and at which number of labels (docs/STUDY.md)
 """
 
-import os
-from pathlib import Path
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
 
-from ..recipes.miniature import ABLATIONS
-from .parsing import Parser, count, one_of
+from . import study_ablations, study_objectives
+from .parsing import Parser, one_of
+
+STUDIES = {"ablations": study_ablations.parser, "objectives": study_objectives.parser}
+
+
+class StudyParser(Parser):
+    """The first word chooses the study, whose parser reads the others."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None):
+        words = list(sys.argv[1:] if args is None else args)
+        if words and words[0] in STUDIES:
+            name, *others = words
+            return STUDIES[name]().parse_args(others, Namespace(study=name))
+        return super().parse_args(words, namespace)
 
 
 def parser() -> Parser:
-    parser = Parser("study", __doc__)
-    parser.add_argument("study", type=one_of(["ablations"], "study"), metavar="STUDY", help="ablations")
-    parser.add_argument(
-        "--tables",
-        nargs="+",
-        type=one_of(ABLATIONS, "table"),
-        default=list(ABLATIONS),
-        metavar="TABLE",
-        help=f"some of {', '.join(ABLATIONS)}; default: all",
-    )
-    parser.add_argument("--seeds", type=count, default=1, help="seeds a row (1)")
-    parser.add_argument(
-        "--steps",
-        type=count,
-        nargs=2,
-        metavar=("PT", "IFT"),
-        help="steps of PT and of IFT, for a short sweep (default: the miniature's own)",
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: runs/ablations")
-    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="trials at a time (a core each)")
-    parser.add_argument("--report", action="store_true", help="only report what is done so far")
-    parser.add_argument("--shrunk", action="store_true", help="4 steps on a few scenes: checks the chain only")
+    parser = StudyParser("study", __doc__)
+    parser.add_argument("study", type=one_of(STUDIES, "study"), metavar="NAME", help=" or ".join(STUDIES))
     return parser

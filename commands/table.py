@@ -26,7 +26,9 @@ COMMANDS = {
         "ola_vlm.recipes.check_data", "count rows, images and answers, and find what can't be trained on"
     ),
     "miniature": Command("ola_vlm.miniature.study", "train LLaVA and OLA-VLM in miniature, probe both, compare them"),
-    "study": Command("ola_vlm.miniature.ablations", "the paper's ablations in miniature: study ablations"),
+    "study": Command(
+        "ola_vlm.miniature.studies", "the paper's ablations, and visual objectives: study ablations | objectives"
+    ),
     "probe": Command(
         "ola_vlm.probing.run", "how well each layer of frozen models tells what teachers see: MODEL... --images DIR"
     ),

@@ -35,6 +35,58 @@ class Stratum:
         return sums * self.weight / self.wins.size, counts
 
 
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of values that are drawn anew each (one a training seed), and its Student interval; NaN with one value."""
+    values = np.asarray(values, float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    half = float(sem(values) * student_t.ppf((1 + level) / 2, len(values) - 1))
+    return mean, mean - half, mean + half
+
+
+def paired_t(differences: Sequence[float]) -> dict:
+    """Of one difference a seed: `difference`, their mean; `ci95`; `ci90`, outside of which an effect is excluded by
+    two one-sided tests at 5%; `p`, two-sided; `n`; `positive`, how many are above 0. With one seed intervals and p are
+    NaN."""
+    differences = np.asarray(differences, float)
+    mean, *ci95 = t_interval(differences, 0.95)
+    _, *ci90 = t_interval(differences, 0.90)
+    p = float("nan")
+    if len(differences) > 1:
+        # Seeds that agree to the last digit give no infinite t.
+        error = max(sem(differences), 1e-12)
+        p = float(2 * student_t.sf(abs(mean) / error, len(differences) - 1))
+    positive = int((differences > 0).sum())
+    return {"difference": mean, "ci95": ci95, "ci90": ci90, "p": p, "n": len(differences), "positive": positive}
+
+
+def holm_adjusted(p_values: Mapping) -> dict:
+    """p-values of hypotheses that are asked together, by Holm's step-down procedure: one that is at most 5% falls when
+    the chance of any false finding is to be 5%. NaN stays NaN and counts as not asked."""
+    asked = sorted((name for name in p_values if not np.isnan(p_values[name])), key=p_values.get)
+    adjusted = dict(p_values)
+    largest = 0.0
+    for rank, name in enumerate(asked):
+        largest = max(largest, min(1.0, (len(asked) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def labels_needed(budgets: Sequence[float], accuracies: Sequence[float], wanted: float) -> float:
+    """How many labels (above 0, rising) reach an accuracy, interpolated in the logarithm of the labels where the
+    largest accuracy so far first reaches it. The least budget if that is enough; infinity if none is."""
+    reached = np.maximum.accumulate(np.asarray(accuracies, float))
+    at = int(np.searchsorted(reached, wanted))
+    if at == len(reached):
+        return float("inf")
+    if at == 0:
+        return float(budgets[0])
+    share = (wanted - reached[at - 1]) / (reached[at] - reached[at - 1])
+    low, high = np.log(budgets[at - 1]), np.log(budgets[at])
+    return float(np.exp(low + share * (high - low)))
+
+
 def paired_comparison(
     correct_a: np.ndarray,
     correct_b: np.ndarray,

@@ -8,8 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate, zip_longest
-from operator import and_
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..eval.statistics import holm_adjusted
 from ..probing.figures import METHODS, STYLE, method_styles
 from ..targets.files import save_figure, write_whole
 
@@ -96,9 +96,7 @@ def chance_of(results: dict) -> dict[str, float]:
 
 def holm(p_values: dict[str, float]) -> dict[str, bool]:
     """Which hypotheses fall at ALPHA when all of them are asked at once (Holm's step-down procedure)."""
-    names = sorted(p_values, key=p_values.get)
-    passed = (p_values[name] <= ALPHA / (len(names) - rank) for rank, name in enumerate(names))
-    return dict(zip(names, accumulate(passed, and_), strict=True))
+    return {name: p <= ALPHA for name, p in holm_adjusted(p_values).items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- text

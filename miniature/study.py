@@ -8,9 +8,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
-import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors.numpy import load_file
-from tqdm import tqdm
 from transformers import logging
 
 from ..commands.running import command, tell
@@ -34,6 +30,7 @@ from ..recipes import miniature as recipe
 from ..targets.files import write_whole
 from ..targets.fill import fill, make_teachers, open_caches
 from ..world import dataset, language
+from .processes import Job, run_jobs
 from .report import write_report
 from .trial import PROBE_SPLITS, PROMPT, STAGES, Clock, fit_ridge, probe_paths, read_json
 
@@ -66,35 +63,13 @@ def run_arms(
 ) -> None:
     """Arms as parallel one-thread processes, their logs in their folders; `done` is called as one has ended. Raises
     RuntimeError with the end of an arm's log when it fails; the other arms are stopped and can be resumed."""
-    folders = {arm: recipe.run_folder(*arm, root) for arm in arms}
-    waiting = [arm for arm, folder in folders.items() if not (folder / "result.json").exists()]
-    running: dict[tuple[str, int], subprocess.Popen] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    bar = tqdm(total=100 * len(arms), desc="arms", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                method, seed = arm = waiting.pop(0)
-                settings = {"method": method, "seed": seed, "root": str(root), "overrides": overrides}
-                command = [sys.executable, "-m", "ola_vlm.miniature.trial", json.dumps(settings)]
-                folders[arm].mkdir(parents=True, exist_ok=True)
-                with (folders[arm] / "log.txt").open("ab") as log:
-                    running[arm] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-            time.sleep(1)
-            shares = [path.read_text() for folder in folders.values() if (path := folder / "progress").exists()]
-            bar.n = 100 * sum(float(share or 0) for share in shares)
-            bar.set_postfix_str(", ".join(f"{method} {seed}" for method, seed in running))
-            for arm in [arm for arm, process in running.items() if process.poll() is not None]:
-                if running.pop(arm).returncode:
-                    log = (folders[arm] / "log.txt").read_text(errors="replace")
-                    raise RuntimeError(f"arm {arm} failed; the end of its log:\n{log[-3000:]}")
-                done()
-    finally:
-        bar.close()
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
+    jobs = {}
+    for method, seed in arms:
+        folder = recipe.run_folder(method, seed, root)
+        settings = {"method": method, "seed": seed, "root": str(root), "overrides": overrides}
+        if not (folder / "result.json").exists():
+            jobs[method, seed] = Job(folder, "ola_vlm.miniature.trial", json.dumps(settings))
+    run_jobs(jobs, workers, "arm", done, finished=len(arms) - len(jobs))
 
 
 def read_arms(root: Path, arms: list[tuple[str, int]]) -> tuple[dict[str, list[dict]], dict[str, float]]:

@@ -10,6 +10,7 @@ import pytest
 from ola_vlm import __version__, cli
 from ola_vlm.commands import fields, running
 from ola_vlm.commands.parsing import Parser, count, one_of
+from ola_vlm.commands.study import STUDIES
 from ola_vlm.commands.table import COMMANDS, parse
 from ola_vlm.recipes.arguments import FieldValues
 from ola_vlm.targets.cache import STORAGE
@@ -69,7 +70,8 @@ def test_every_command_is_declared_where_its_work_is():
     """Its arguments' module is named as it is, and its work's `main` takes what was parsed."""
     commands = Path(cli.__file__).parent / "commands"
     files = {path.stem for path in commands.glob("*.py")} - {"__init__", "parsing", "running", "table", "fields"}
-    assert files == {name.replace("-", "_") for name in COMMANDS}
+    studies = {f"study_{name}" for name in STUDIES}
+    assert files == {name.replace("-", "_") for name in COMMANDS} | studies
     for name, command in COMMANDS.items():
         source = Path(*command.work.split(".")[1:]).with_suffix(".py")
         assert f'@command("{name}")\ndef main(' in (commands.parent / source).read_text(), name

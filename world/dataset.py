@@ -21,7 +21,7 @@ from . import language, render
 
 SIZES = {"train": 6000, "validation": 600, "test": 1400}
 SEEDS = {"train": 101, "validation": 102, "test": 104}
-QUESTIONS = {"test": 400}  # a task
+QUESTIONS = {"validation": 144, "test": 400}  # a task
 PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *render.COLORS.values()])  # a colour for each class
 TURNS = 8  # question-answer turns an image in instruction tuning
 

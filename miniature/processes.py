@@ -1,0 +1,58 @@
+"""Parallel processes of one thread each, with one bar for all of them."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+POLL_SECONDS = 1.0
+
+
+class Job(NamedTuple):
+    """`python -m module argument`; in `folder` lie its log.txt and `progress`, its share done from 0 to 1."""
+
+    folder: Path
+    module: str
+    argument: str
+
+
+def run_jobs(
+    jobs: dict[Hashable, Job], workers: int, what: str, done: Callable[[], None] = lambda: None, finished: int = 0
+) -> None:
+    """Runs the jobs, `workers` at a time, in their order; `done` is called as one has ended. `finished`: how many are
+    done already, for the bar. RuntimeError with the end of a job's log when it fails; the others are stopped."""
+    waiting = list(jobs)
+    running: dict[Hashable, subprocess.Popen] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    total = 100 * (len(jobs) + finished)
+    bar = tqdm(total=total, desc=f"{what}s", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name = waiting.pop(0)
+                job = jobs[name]
+                command = [sys.executable, "-m", job.module, job.argument]
+                job.folder.mkdir(parents=True, exist_ok=True)
+                with (job.folder / "log.txt").open("ab") as log:
+                    running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            time.sleep(POLL_SECONDS)
+            files = [job.folder / "progress" for job in jobs.values()]
+            shares = [file.read_text() for file in files if file.exists()]
+            bar.n = 100 * (finished + sum(float(share or 0) for share in shares))
+            bar.set_postfix_str(", ".join(" ".join(map(str, name)) for name in running))
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if running.pop(name).returncode:
+                    log = (jobs[name].folder / "log.txt").read_text(errors="replace")
+                    raise RuntimeError(f"{what} {name} failed; the end of its log:\n{log[-3000:]}")
+                done()
+    finally:
+        bar.close()
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()

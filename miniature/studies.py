@@ -1,0 +1,11 @@
+"""`ola-vlm study NAME` -> the study's own module."""
+
+import importlib
+from argparse import Namespace
+
+from ..commands.running import command
+
+
+@command("study")
+def main(args: Namespace) -> None:
+    importlib.import_module(f".{args.study}", __package__).main(args)

@@ -1,0 +1,578 @@
+"""`ola-vlm study objectives`: 2 steps a stage on a few scenes, with the shipped components; its trials run in this
+process, one after the other."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ola_vlm.eval.multiple_choice import is_correct
+from ola_vlm.eval.statistics import holm_adjusted, labels_needed, paired_t, t_interval
+from ola_vlm.inference.generate import generate_answers
+from ola_vlm.miniature import asking, objective_report, objective_results, objective_trial, objectives
+from ola_vlm.miniature.asking import Questions, permuted, token_placement
+from ola_vlm.miniature.objective_trial import Evaluations, Trial, labelled_scenes
+from ola_vlm.miniature.stored_vision import StoredCollator, StoredVision, features_as_pixels
+from ola_vlm.recipes import miniature as recipe
+from ola_vlm.recipes import study as arms
+from ola_vlm.training.arguments import OlaVlmArguments
+
+SCALE = objectives.SHRUNK["scale"]
+BUDGETS = [0, 8, 24]
+TWO_ARMS = ["llava", "ola_vlm_shuffled"]
+SETTINGS = dict(arms.DEFAULT_SETTINGS)
+
+
+class Stopped(Exception):
+    """An interruption."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A study's folder with its world, prepared once; nothing is trained in it."""
+    root = tmp_path_factory.mktemp("objectives") / "study"
+    objectives.prepare(root, objectives.SHRUNK)
+    return root
+
+
+@pytest.fixture
+def root(world, tmp_path):
+    """A study's folder of a test's own, over the prepared world."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    for name in ("data", "targets", "features", "study.json", "settings.json", "seconds.json", "world.png"):
+        (folder / name).symlink_to(world / name)
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Trials run here, not in processes of their own."""
+
+    def run_jobs(jobs, workers, what, done=lambda: None, finished=0):
+        for job in jobs.values():
+            job.folder.mkdir(parents=True, exist_ok=True)
+            Trial(**json.loads(job.argument)).run()
+            done()
+
+    monkeypatch.setattr(objectives, "run_jobs", run_jobs)
+    monkeypatch.setattr(objectives, "prepare", lambda root, size: None)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What trials do, in order: ("batch", row ids, targets' images) and ("asked", split, change)."""
+    events = []
+    call, correct = StoredCollator.__call__, Questions.correct
+
+    def called(self, rows):
+        if self.processor is not None:
+            others = [row.get("target_images") for row in rows]
+            events.append(("batch", [row["id"] for row in rows], others))
+        return call(self, rows)
+
+    def asked(self, model, change=None):
+        events.append(("asked", self.questions[0]["id"].split("_")[0], change))
+        return correct(self, model, change)
+
+    monkeypatch.setattr(StoredCollator, "__call__", called)
+    monkeypatch.setattr(Questions, "correct", asked)
+    return events
+
+
+def trial(root, arm="llava", seed=0, stage="confirm", budgets=BUDGETS, settings=SETTINGS) -> Trial:
+    return Trial(str(root), stage, arm, seed, budgets, settings, SCALE)
+
+
+def batches(events) -> list:
+    return [ids for kind, ids, _ in events if kind == "batch"]
+
+
+# ------------------------------------------------------------------------------------------------------ the whole
+
+
+def test_a_study_from_tuning_to_the_report(root, in_process, seen, capsys, tmp_path, monkeypatch):
+    rounds = (("pretrain_lr", (1e-2, 1e-3), (0,)), ("weight", (1.0, 3.0), (0,)), ("finetune_lr_few", (1e-3,), (8,)))
+    monkeypatch.setattr(arms, "ROUNDS", rounds)
+    options = ["objectives", "--shrunk", "--out", str(root), "--settings", str(tmp_path / "settings.json")]
+    options += ["--arms", *TWO_ARMS]
+    objectives.main([*options, "--stage", "tune", "--seeds", "100"])
+    tuned = json.loads((tmp_path / "settings.json").read_text())
+    assert set(tuned["settings"]) == set(TWO_ARMS)
+    assert set(tuned["scores"]["llava"]) == {"pretrain_lr", "finetune_lr_few"}
+    assert set(tuned["scores"]["ola_vlm_shuffled"]["weight"]) == {"1", "3"}
+    for arm, by_setting in tuned["scores"].items():
+        for setting, scores in by_setting.items():
+            assert scores[f"{tuned['settings'][arm][setting]:g}"] == max(scores.values())
+    assert {split for kind, split, _ in seen if kind == "asked"} == {"validation"}
+
+    capsys.readouterr()
+    options += ["--budgets", "0", "24"]
+    objectives.main([*options, "--seeds", "0", "1"])
+    printed = capsys.readouterr().out
+    assert "8 results of confirming runs" in printed and "ola_vlm_shuffled - llava" in printed
+    files = sorted((root / "results" / "confirm").glob("*/*.json"))
+    assert len(files) == 8
+    result = json.loads((root / "results" / "confirm" / "llava" / "seed1_budget24.json").read_text())
+    assert len(result["correct"]) == sum(result["questions"].values()) and set(result["correct"]) <= {"0", "1"}
+    share = result["correct"][: result["questions"]["count"]].count("1") / result["questions"]["count"]
+    assert result["accuracy"]["count"] == pytest.approx(share, abs=1e-5)
+    assert result["identity"]["pretrain.learning_rate"] == tuned["settings"]["llava"]["pretrain_lr"]
+    assert result["peak_memory_mb"] > 100 and result["seconds"]["finetune"] > 0
+    assert set(result["probes"]["test"]["0.1"]) == {"gen", "depth", "seg"}
+
+    stamps = [file.stat().st_mtime_ns for file in files]
+    seen.clear()
+    objectives.main([*options, "--seeds", "0", "1"])
+    assert [file.stat().st_mtime_ns for file in files] == stamps and not seen
+
+    packed = tmp_path / "packed"
+    objectives.main(["objectives", "--report", "--out", str(root), "--pack", str(packed)])
+    assert sorted(path.name for path in packed.glob("*.jsonl")) == ["llava.jsonl", "ola_vlm_shuffled.jsonl"]
+    first = (root / "report.md").read_text()
+    objectives.main(["objectives", "--report", "--out", str(packed)])
+    assert (packed / "report.md").read_text() == first and (packed / "accuracy.png").exists()
+    with pytest.raises(SystemExit, match="no settings of ola_vlm"):
+        objectives.main([*options, "--arms", "ola_vlm"])
+
+
+def test_an_interrupted_trial_goes_on(root, monkeypatch, seen):
+    finetune = Trial.finetune
+
+    def stopped(self, budget):
+        if budget == 24:
+            raise Stopped
+        finetune(self, budget)
+
+    monkeypatch.setattr(Trial, "finetune", stopped)
+    with pytest.raises(Stopped):
+        trial(root).run()
+    done = [trial(root).result_file(budget) for budget in BUDGETS]
+    assert [file.exists() for file in done] == [True, True, False]
+    stamps = [file.stat().st_mtime_ns for file in done[:2]]
+    monkeypatch.undo()
+    trial(root).run()
+    assert done[2].exists() and [file.stat().st_mtime_ns for file in done[:2]] == stamps
+
+    other = root.parent / "whole"
+    other.mkdir()
+    for name in ("data", "targets", "features", "study.json"):
+        (other / name).symlink_to(root / name)
+    trial(other).run()
+    again = json.loads(trial(other).result_file(24).read_text())
+    went_on = json.loads(done[2].read_text())
+    for name in ("correct", "validation", "chosen_step", "changes", "identity"):
+        assert went_on[name] == again[name], name
+
+
+def test_results_of_another_study_are_refused_by_name(root):
+    trial(root, budgets=[0]).run()
+    others = {**SETTINGS, "pretrain_lr": 3e-4}
+    with pytest.raises(ValueError, match=r"seed0_budget0\.json is of another study: pretrain\.learning_rate 0\.001"):
+        trial(root, budgets=[0], settings=others).run()
+    file = trial(root).result_file(0)
+    result = json.loads(file.read_text())
+    result["identity"]["language_model"] = "another"
+    file.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="language_model another"):
+        trial(root, budgets=[0]).run()
+    file.with_name("seed1_budget0.json").write_text(json.dumps(json.loads(file.read_text()) | {"seed": 1}))
+    result["identity"]["language_model"] = "a third"
+    file.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="mixes results of different language_model: a third, another"):
+        objective_results.read_results(root)
+
+
+def test_seeds_of_tuning_do_not_confirm(tmp_path):
+    with pytest.raises(SystemExit, match=r"\[100\] are those of tuning"):
+        objectives.main(["objectives", "--seeds", "0", "100", "--out", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"--budgets \[7\]: choose of \[0, 75, 300, 1000, 6000\]"):
+        objectives.main(["objectives", "--budgets", "7", "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
+def test_settings_of_other_components_are_refused(world, tmp_path):
+    found = {"settings": {"llava": SETTINGS}, "scores": {"llava": {}}}
+    file = tmp_path / "settings.json"
+    objectives.write_settings(file, world, [100], found)
+    objectives.write_settings(file, world, [100], {"settings": {"ola_vlm": SETTINGS}, "scores": {"ola_vlm": {}}})
+    assert objectives.read_settings(file, world, ["llava", "ola_vlm"])["ola_vlm"] == SETTINGS
+    content = json.loads(file.read_text())
+    content["world"]["depth"] = "another"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tuned with another depth: run --stage tune"):
+        objectives.read_settings(file, world, ["llava"])
+
+
+# -------------------------------------------------------------------------------------------------------- pairing
+
+
+def test_a_seed_pairs_all_arms(root, seen):
+    by_arm = {}
+    for arm, seed in [("llava", 0), ("ola_vlm_shuffled", 0), ("ola_vlm_shuffled", 1)]:
+        seen.clear()
+        trial(root, arm, seed, budgets=[8]).run()
+        by_arm[arm, seed] = list(seen)
+    llava, shuffled, of_seed_1 = by_arm.values()
+    assert len(batches(llava)) == 5  # three of pre-training, the last one not used, and two of fine-tuning
+    assert batches(llava) == batches(shuffled)
+    assert batches(shuffled)[:3] != batches(of_seed_1)[:3]
+    assert labelled(shuffled) != labelled(of_seed_1)
+    assert all(other is None for others in targets_of(llava).values() for other in others)
+    own, others = targets_of(shuffled), targets_of(of_seed_1)
+    assert all(image is not None and name not in image[0] for name, (image,) in own.items())
+    assert any(own[name] != others[name] for name in own.keys() & others.keys())
+
+
+def labelled(events) -> set[str]:
+    """The scenes that fine-tuning saw, in its two batches."""
+    return {name for batch in batches(events)[-2:] for name in batch}
+
+
+def targets_of(events) -> dict[str, list]:
+    """Image -> whose targets it got in pre-training: its first three batches."""
+    found = {}
+    for _, names, others in [event for event in events if event[0] == "batch"][:3]:
+        found.update({name: [of_name] for name, of_name in zip(names, others, strict=True)})
+    return found
+
+
+def test_arms_begin_with_the_same_projector(world, tmp_path):
+    from ola_vlm.train import load_model
+
+    projectors = []
+    for arm, seed in [("llava", 0), ("ola_vlm", 0), ("llava", 1)]:
+        fields = arms.pretrain_fields(arm, seed, SETTINGS, SCALE, world, tmp_path)
+        model, _ = load_model(OlaVlmArguments(**fields))
+        projectors.append(model.model.multi_modal_projector.linear_1.weight)
+    assert torch.equal(projectors[0], projectors[1]) and not torch.equal(projectors[0], projectors[2])
+
+
+def test_labelled_scenes_are_nested_and_hang_on_the_seed():
+    small, large = labelled_scenes(6000, 3, 75), labelled_scenes(6000, 3, 300)
+    assert len(small) == 75 and set(small) < set(large)
+    assert set(small) != set(labelled_scenes(6000, 4, 75))
+    assert (small == labelled_scenes(6000, 3, 75)).all()
+
+
+def test_test_questions_are_asked_once_and_last(root, seen):
+    trial(root, "ola_vlm", budgets=[0, 8]).run()
+    asked = [(split, change) for kind, split, change in seen if kind == "asked"]
+    ends = [("test", None), *(("validation", change) for change in asking.CHANGES)]
+    assert asked == [("validation", None), *ends, ("validation", None), ("validation", None), *ends]
+
+
+@pytest.mark.parametrize("arm", arms.ARMS)
+def test_arms_are_known_fields(arm):
+    """OlaVlmArguments raises for fields and values that it does not know."""
+    for budget in arms.BUDGETS:
+        settings = {**SETTINGS, "finetune_lr_few": 2e-3, "weight": 2.0}
+        fields = arms.pretrain_fields(arm, 5, settings, arms.SCALE, "root", "out")
+        args = OlaVlmArguments(**fields)
+        weights = [task.get("loss_weight", 0.5) for task in arms.ARMS[arm]["pretrain"].get("tasks", [])]
+        assert [task["loss_weight"] for task in args.tasks] == [2 * weight for weight in weights]
+        assert set(args.teachers) == {task["name"] for task in args.tasks}
+        if budget > 0:
+            fields = arms.finetune_fields(arm, 5, budget, settings, arms.SCALE, "root", "out", "pt", "data.json")
+            args = OlaVlmArguments(**fields)
+            assert args.learning_rate == (2e-3 if budget <= arms.FEW else 1e-3)
+            assert (args.seed, args.data_seed) == (5, 5)
+
+
+@pytest.mark.parametrize(("own", "control"), arms.CONTROLS.items())
+def test_a_control_differs_by_whose_targets_it_gets(own, control):
+    for stage in ("pretrain", "finetune"):
+        former, latter = arms.ARMS[own][stage], arms.ARMS[control][stage]
+        trains_losses = stage == "pretrain" or former.get("embedding_losses", False)
+        assert latter == ({**former, "shuffle_targets": True} if trains_losses else former)
+
+
+def test_settings_that_do_not_matter_change_no_identity(world):
+    for changed, budget, same in [
+        ({"finetune_lr_many": 9.0}, 24, True),
+        ({"finetune_lr_few": 9.0}, 0, True),
+        ({"finetune_lr_few": 9.0}, 24, False),
+        ({"weight": 9.0}, 24, True),
+    ]:
+        found = [
+            objective_trial.identity(world, "llava", 0, budget, settings, SCALE)
+            for settings in (SETTINGS, {**SETTINGS, **changed})
+        ]
+        assert (found[0] == found[1]) == same, changed
+    weights = [
+        objective_trial.identity(world, "ola_vlm", 0, 0, {**SETTINGS, "weight": weight}, SCALE)
+        for weight in (1.0, 2.0)
+    ]
+    assert weights[0]["pretrain.tasks"] != weights[1]["pretrain.tasks"]
+
+
+@pytest.mark.parametrize("arm", ["words_shuffled", "patch_half", "moments_ola_vlm"])
+def test_arms_train_what_they_say(root, arm):
+    """The losses that their runs log, and whose targets lie on disk."""
+    trial(root, arm, budgets=[0, 8]).run()
+    results = [json.loads(trial(root, arm).result_file(budget).read_text()) for budget in (0, 8)]
+    losses = [{name.split("/")[1] for name in result["losses"]} for result in results]
+    tasks = {task["name"] for task in arms.ARMS[arm]["pretrain"]["tasks"]}
+    assert losses[0] == {"ntp", *tasks}
+    assert losses[1] == {"ntp", *(tasks if arm == "patch_half" else ())}
+    assert results[0]["target_bytes"] > 0
+    assert set(results[1]["changes"]) == (set(asking.CHANGES) if "ola_vlm" in arm else {"permuted_patches"})
+
+
+# ---------------------------------------------------------------------------------------------------- evaluations
+
+
+class Control:
+    should_training_stop = False
+
+
+def test_the_best_step_is_kept_and_patience_ends():
+    model = torch.nn.Linear(1, 1, bias=False)
+    scores = {2: 0.5, 4: 0.7, 6: 0.7, 8: 0.6}
+
+    class State:
+        max_steps = 20
+        global_step = 0
+
+    evaluations = Evaluations(lambda _: {"accuracy": {"average": scores[State.global_step]}}, count=10, patience=2)
+    control = Control()
+    for step in range(1, 9):
+        State.global_step = step
+        with torch.no_grad():
+            model.weight.fill_(step)
+        evaluations.on_step_end(None, State, control, model)
+        assert control.should_training_stop == (step == 8)
+    assert [point["step"] for point in evaluations.curve] == [2, 4, 6, 8]
+    assert evaluations.best["step"] == 4
+    evaluations.restore(model)
+    assert model.weight.item() == 4
+
+
+# -------------------------------------------------------------------------------------------------------- asking
+
+
+@pytest.fixture(scope="module")
+def shipped(world):
+    """The shipped OLA-VLM, its processor, a store and 20 validation questions, 5 a task."""
+    model = AutoModelForImageTextToText.from_pretrained(recipe.WEIGHTS / "ola_vlm", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(recipe.WEIGHTS / "ola_vlm", trust_remote_code=True)
+    images = sorted((world / "data" / "images").glob("*.png"))
+    store = StoredVision.prepare(world / "features", recipe.WEIGHTS / "vision_tower", images)
+    questions = json.loads((world / "data" / "validation_questions.json").read_text())
+    few = [
+        question for task in dict.fromkeys(q["task"] for q in questions) for question in of_task(questions, task)[:5]
+    ]
+    return model.float().eval(), processor, store, few
+
+
+def of_task(questions, task):
+    return [question for question in questions if question["task"] == task]
+
+
+def test_answers_are_those_of_generate_answers(shipped, world):
+    model, processor, store, questions = shipped
+    answered = generate_answers(model, processor, questions, world / "data" / "images")
+    right = [is_correct(record) for record in answered]
+    assert Questions(questions, processor, store).correct(model) == right
+    assert any(right) and not all(right)
+
+
+def test_stored_features_are_the_towers(shipped, world):
+    model, processor, store, questions = shipped
+    names = [question["image"] for question in questions[:4]]
+    images = [store.open(str(world / "data" / "images" / name)) for name in names]
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        live = torch.stack(list(model.model.get_image_features(pixels).pooler_output))
+        with features_as_pixels(model):
+            stored = torch.stack(list(model.model.get_image_features(store.features(names)).pooler_output))
+    torch.testing.assert_close(stored, live, atol=1e-4, rtol=1e-4)
+    assert model.model.vision_tower is not None and type(model.model.vision_tower).__name__ != "StoredTower"
+
+
+def test_features_of_another_tower_are_made_anew(world, tmp_path):
+    images = sorted((world / "data" / "images").glob("*.png"))[:3]
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    for file in (recipe.WEIGHTS / "vision_tower").iterdir():
+        (tower / file.name).write_bytes(file.read_bytes())
+    first = StoredVision.prepare(tmp_path, tower, images)
+    config = tower / "config.json"
+    config.write_text(config.read_text() + "\n")
+    StoredVision.prepare(tmp_path, tower, images)
+    assert len(list(tmp_path.glob("features_*.npy"))) == 2
+    assert first.features([images[1].name]).shape == (1, 65, 128)
+
+
+def test_given_its_own_task_tokens_a_model_answers_the_same_and_given_others_not(shipped):
+    model, processor, store, questions = shipped
+    asked = Questions(questions, processor, store)
+    ((chosen, encoded),) = asked.batches
+    features = store.features([questions[i]["image"] for i in chosen])
+    inputs = {**encoded, "pixel_values": features}
+    is_task = torch.isin(encoded["input_ids"], torch.tensor(model.config.task_token_ids))
+    assert is_task.sum(1).tolist() == [3] * len(questions)
+    with torch.no_grad(), features_as_pixels(model):
+        states = asking.task_token_states(model, inputs, is_task)
+        assert [of_layer.shape for of_layer in states] == [(20, 3, 128)] * 4
+        # Behind an image each has a state of its own; on entry they are all alike.
+        assert torch.equal(states[0][0], states[0][1]) and not torch.allclose(states[1][0], states[1][1])
+        plain = model(**inputs).logits[:, -1]
+        with asking.given_task_token_states(model, states, is_task):
+            own = model(**inputs).logits[:, -1]
+        with asking.given_task_token_states(model, [of_layer.roll(1, 0) for of_layer in states], is_task):
+            others = model(**inputs).logits[:, -1]
+        after = model(**inputs).logits[:, -1]
+    assert torch.equal(after, plain)
+    torch.testing.assert_close(own, plain, atol=1e-3, rtol=1e-3)
+    assert (others - plain).abs().max() > 1e-2
+
+
+def test_patches_are_permuted_within_their_image():
+    features = torch.arange(2 * 65 * 3, dtype=torch.float).view(2, 65, 3)
+    moved = permuted(features, seed=0)
+    assert torch.equal(moved[:, 0], features[:, 0]) and not torch.equal(moved, features)
+    assert torch.equal(moved[:, 1:].sort(1).values, features[:, 1:])
+    assert not torch.equal(moved[0, 1:] - features[0, 1:], moved[1, 1:] - features[1, 1:])
+    assert torch.equal(permuted(features, seed=0), moved)
+
+
+def test_only_task_tokens_can_be_swapped(shipped):
+    model, *_ = shipped
+    assert asking.changes_of(model) == ["permuted_patches", "removed_task_tokens", "swapped_task_tokens"]
+    llava = AutoModelForImageTextToText.from_pretrained(recipe.WEIGHTS / "llava", trust_remote_code=True)
+    assert asking.changes_of(llava) == ["permuted_patches"]
+
+
+def test_placement_of_words_themselves():
+    """A projector that gives twice a word's embedding: twice the norm, cosine 1."""
+    table = torch.nn.Embedding(6, 4)
+    with torch.no_grad():
+        table.weight[5] = 100.0  # an image token's row, no word
+
+    class Model:
+        class model:
+            multi_modal_projector = staticmethod(lambda features: 2 * features)
+
+        get_input_embeddings = staticmethod(lambda: table)
+
+    words = table.weight[:5].detach()
+    found = token_placement(
+        Model, torch.stack([torch.zeros(6, 4), torch.zeros(6, 4)]) + torch.cat([words[:1], words]), 5
+    )
+    assert found["token_norm"] == pytest.approx(2 * words.norm(dim=1).mean().item(), rel=1e-5)
+    assert found["embedding_norm"] == pytest.approx(words.norm(dim=1).mean().item(), rel=1e-5)
+    assert found["largest_cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def test_mixed_questions_are_refused(shipped):
+    _, processor, store, questions = shipped
+    with pytest.raises(ValueError, match="sort them by task"):
+        Questions([questions[0], questions[-1], questions[1]], processor, store)
+
+
+# ------------------------------------------------------------------------------------------------ statistics, report
+
+
+def test_t_interval_by_hand():
+    """Of 1, 2, 3, 4: mean 2.5, standard error sqrt(5/3)/2 = .6455, t(.975, 3) = 3.1824."""
+    mean, low, high = t_interval([1, 2, 3, 4])
+    assert (mean, low, high) == pytest.approx((2.5, 2.5 - 2.0543, 2.5 + 2.0543), abs=1e-3)
+    mean, low, high = t_interval([3.0])
+    assert mean == 3 and math.isnan(low) and math.isnan(high)
+
+
+def test_paired_t_by_hand():
+    """t = 2.5 / .6455 = 3.873 with 3 degrees of freedom: p = .0305; t(.95, 3) = 2.3534."""
+    found = paired_t([1, 2, 3, 4])
+    assert found["p"] == pytest.approx(0.0305, abs=1e-4)
+    assert found["ci90"] == pytest.approx([2.5 - 1.5191, 2.5 + 1.5191], abs=1e-3)
+    assert (found["n"], found["positive"]) == (4, 4)
+    assert paired_t([-1, 1])["p"] == pytest.approx(1)
+    assert paired_t([0.0, 0.0])["p"] == pytest.approx(1)
+    assert math.isnan(paired_t([1.0])["p"])
+
+
+def test_holm_by_hand():
+    """.01 * 3, max(.03, .04 * 1), .02 * 2."""
+    assert holm_adjusted({"a": 0.04, "b": 0.01, "c": 0.02}) == pytest.approx({"a": 0.04, "b": 0.03, "c": 0.04})
+    found = holm_adjusted({"a": 0.6, "b": float("nan"), "c": 0.7})
+    assert found["a"] == found["c"] == 1.0 and math.isnan(found["b"])
+
+
+def test_labels_needed_by_hand():
+    """Half-way in accuracy is half-way in the logarithm: sqrt(100 * 400) = 200."""
+    assert labels_needed([100, 400, 1600], [50, 60, 70], 55) == pytest.approx(200)
+    assert labels_needed([100, 400, 1600], [50, 60, 70], 70) == pytest.approx(1600)
+    assert labels_needed([100, 400, 1600], [50, 60, 70], 40) == 100
+    assert labels_needed([100, 400, 1600], [50, 60, 70], 71) == math.inf
+    assert labels_needed([100, 400, 1600], [50, 49, 70], 60) == pytest.approx(800)
+
+
+def made_up(gains: dict[str, float], seeds=4, budgets=(0, 75, 6000)) -> dict:
+    """Results of arms that answer better than 50, 60 and 70% by so many points, with the same noise for a seed."""
+    found = {}
+    for arm, gain in gains.items():
+        for seed in range(seeds):
+            noise = np.random.default_rng([seed, len(arm)]).normal(0, 0.2) + seed
+            for budget, level in zip(budgets, (50, 60, 70), strict=True):
+                share = (level + gain + noise) / 100
+                task = dict.fromkeys(("count", "relation", "depth", "distance", "average"), share)
+                place = {"token_norm": 5.0, "embedding_norm": 1.3, "largest_cosine": 0.3}
+                layers = {"0": 0.9, "1": share - 0.2, "2": share - 0.1}
+                probes = {"test": {"0.1": {"depth": layers}, "10": {"depth": dict.fromkeys(layers, -0.5)}}}
+                probes["validation"] = {"0.1": {"depth": 0.4}, "10": {"depth": 0.3}}
+                found[arm, seed, budget] = {
+                    "arm": arm, "seed": seed, "budget": budget, "accuracy": task, "identity": {},
+                    "validation": [{"step": 7, "accuracy": {"average": share + 0.01}, "placement": place}],
+                    "chosen_step": 7, "changes": {"permuted_patches": {"average": share - 0.04}},
+                    "seconds": {"pretrain": 80.0, "finetune": 100.0}, "peak_memory_mb": 900, "target_bytes": 5e6,
+                    "probes": probes,
+                }  # fmt: skip
+    return found
+
+
+def test_report_says_what_is_shown_and_what_is_excluded(tmp_path):
+    numbers = objective_results.collect(made_up({"llava": 0, "ola_vlm": 5, "ola_vlm_shuffled": 0.1}))
+    assert numbers["accuracy"]["ola_vlm"][0]["mean"] == pytest.approx(56.5, abs=0.3)
+    family = {(row["arm"], row["budget"]): row for row in numbers["comparisons"]["against LLaVA"]}
+    assert set(family) == {("ola_vlm", budget) for budget in (0, 75, 6000)}
+    row = family["ola_vlm", 75]
+    assert row["difference"] == pytest.approx(5, abs=0.5) and row["p_holm"] == pytest.approx(3 * row["p"])
+    (control,) = [row for row in numbers["comparisons"]["controls against LLaVA"] if row["budget"] == 0]
+    text = objective_report.write_report(tmp_path, numbers)
+    assert objective_report.verdict(row) == "better" and "| ola_vlm - llava | 75 | +" in text
+    assert "not shown; excluded: above" in objective_report.verdict(control)
+    assert 75 < numbers["labels"]["ola_vlm"][75] < 6000 and numbers["labels"]["ola_vlm"][6000] == math.inf
+    assert "more than 6000" in text
+    (change,) = [row for row in numbers["changes"] if (row["arm"], row["budget"]) == ("llava", 0)]
+    assert change["permuted_patches"][0] == pytest.approx(5)
+    assert {row["target"] for row in numbers["probes"]} == {"depth"}
+    assert all(row["r"] > 0.9 for row in numbers["probes"])
+    for name in ("accuracy.png", "accuracy_by_task.png", "report.json"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_one_seed_says_nothing(tmp_path):
+    numbers = objective_results.collect(made_up({"llava": 0, "ola_vlm": 5}, seeds=1))
+    text = objective_report.write_report(tmp_path, numbers)
+    assert "one seed says nothing" in text and "nan" not in text
+
+
+def test_packed_results_come_back(tmp_path):
+    results = made_up({"llava": 0, "ola_vlm": 1}, seeds=2)
+    objective_results.pack(results, tmp_path)
+    assert objective_results.read_results(tmp_path) == copy.deepcopy(results)
+    objective_results.unpack(tmp_path)
+    file = tmp_path / "results" / "confirm" / "ola_vlm" / "seed1_budget75.json"
+    assert json.loads(file.read_text()) == results["ola_vlm", 1, 75]
+
+
+def test_probes_take_the_alpha_that_validation_chose_and_no_embeddings():
+    scores = objective_results.probe_scores(made_up({"llava": 0}, seeds=1))
+    share = 0.50 + np.random.default_rng([0, 5]).normal(0, 0.2) / 100
+    assert scores["llava", 0, 0]["depth"] == pytest.approx(share - 0.15)
