@@ -20,15 +20,21 @@ from .modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
 from .processing_multi_encoder import MultiEncoderLlavaProcessor
 
 OURS = {"model_type", "tasks", "task_token_ids", "has_predictors", "auto_map", "architectures", "transformers_version"}
+VIEW_FIELDS = ("do_pad", "do_center_crop", "size", "image_mean", "image_std")  # of an encoder's preprocessing
 FIRST_LAYER = "model.multi_modal_projector.linear_1.weight"
 
 
 def multi_encoder_processor(
     processor: OlaVlmProcessor, num_image_tokens: int, views: Sequence[dict] = ()
 ) -> MultiEncoderLlavaProcessor:
-    options = {"chat_template": processor.chat_template, "image_token": processor.image_token}
-    options |= {"num_image_tokens": num_image_tokens, "views": views}
-    return MultiEncoderLlavaProcessor(processor.image_processor, processor.tokenizer, **options)
+    return MultiEncoderLlavaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        chat_template=processor.chat_template,
+        image_token=processor.image_token,
+        num_image_tokens=num_image_tokens,
+        views=views,
+    )
 
 
 def load_encoders(entries: dict[str, dict], length: int) -> dict[str, TargetEncoder]:
@@ -36,7 +42,8 @@ def load_encoders(entries: dict[str, dict], length: int) -> dict[str, TargetEnco
     encoders = {}
     for name, entry in entries.items():
         options = dict(entry)
-        kind, path = options.pop("encoder", None), options.pop("path", None)
+        kind = options.pop("encoder", None)
+        path = options.pop("path", None)
         if kind not in ENCODERS or path is None:
             raise ValueError(f"teachers[{name!r}] is {entry}: give its path, and as encoder one of {list(ENCODERS)}")
         encoders[name] = ENCODERS[kind].from_pretrained(path, grid=round(length**0.5), **options)
@@ -58,10 +65,18 @@ def trunk(encoder: TargetEncoder) -> tuple[PreTrainedModel, str]:
 def encoder_fields(name: str, encoder: TargetEncoder) -> dict:
     """An entry of `config.encoders`."""
     model, features = trunk(encoder)
-    config = model.config.to_diff_dict() | {"model_type": model.config.model_type}
-    config = {field: value for field, value in config.items() if field not in (*OURS - {"model_type"}, "dtype")}
-    size, dim = encoder.view["size"], encoder.target_dim
-    return {"name": name, "config": config, "size": size, "features": features, "dim": dim}
+    config = {}
+    for field, value in model.config.to_diff_dict().items():
+        if field not in OURS and field != "dtype":
+            config[field] = value
+    config["model_type"] = model.config.model_type
+    return {
+        "name": name,
+        "config": config,
+        "size": encoder.view["size"],
+        "features": features,
+        "dim": encoder.target_dim,
+    }
 
 
 @torch.no_grad()
@@ -87,6 +102,7 @@ def build_multi_encoder(
     weights = llava.state_dict()
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
+    # The first layer gets columns for the encoders' channels: it is made anew, and LLaVA's columns are put into it.
     base = weights.pop(FIRST_LAYER) if fusion == "feature" else None
     for name, encoder in encoders.items():
         model, _ = trunk(encoder)
@@ -97,6 +113,8 @@ def build_multi_encoder(
     if base is not None:
         model.state_dict()[FIRST_LAYER][:, : base.shape[1]] = base
     model.generation_config = llava.generation_config
-    seen = ("do_pad", "do_center_crop", "size", "image_mean", "image_std")
-    views = [{field: encoder.image_processor.to_dict()[field] for field in seen} for encoder in encoders.values()]
+    views = []
+    for encoder in encoders.values():
+        preprocessing = encoder.image_processor.to_dict()
+        views.append({field: preprocessing[field] for field in VIEW_FIELDS})
     return model.eval(), multi_encoder_processor(processor, config.num_image_tokens, views)

@@ -39,7 +39,7 @@ def build_processor(
     geometry="pad",
 ) -> OlaVlmProcessor:
     """
-    Processor for a tower (`vision_config`: `measure_tower`'s): pads an image to a square with its mean colour, never
+    Processor for a tower (`vision_config`: `measure_tower`'s): pads an image to a square with its mean color, never
     crops (the teachers see the same square); with `geometry` "reference" it crops the middle square, as the reference
     implementation does. Adds `<image>` and the task tokens to the tokenizer. `statistics`: (mean, std) of the tower's
     pixel values, CLIP's by default. `class_tokens`: of the tower, one of which the `strategy` "default" leaves out.
@@ -48,20 +48,30 @@ def build_processor(
     if geometry not in ("pad", "reference"):
         raise ValueError(f'geometry {geometry!r} is unknown: choose "pad" or "reference"')
     mean, std = statistics or (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    side, pad = {"height": vision_config.image_size, "width": vision_config.image_size}, geometry == "pad"
-    size = side if pad else {"shortest_edge": vision_config.image_size}
+    square = {"height": vision_config.image_size, "width": vision_config.image_size}
+    pads = geometry == "pad"
     image_processor = LlavaImageProcessor(
-        do_pad=pad, size=size, crop_size=side, do_center_crop=not pad, image_mean=mean, image_std=std
+        do_pad=pads,
+        size=square if pads else {"shortest_edge": vision_config.image_size},
+        crop_size=square,
+        do_center_crop=not pads,
+        image_mean=mean,
+        image_std=std,
     )
     task_tokens = task_token_strings(tasks)
     tokenizer.add_tokens([IMAGE_TOKEN, *task_tokens], special_tokens=True)
     if tokenizer.pad_token is None:  # Llama-3's has none; labels and masks go by position, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
-    class_token = {"num_additional_image_tokens": class_tokens, "vision_feature_select_strategy": strategy}
     template = chat_template or default_template(tokenizer.chat_template)
-    template = taking_images(template, **tokenizer.special_tokens_map)
-    options = {"chat_template": template, "task_tokens": task_tokens, **class_token}
-    processor = OlaVlmProcessor(image_processor, tokenizer, patch_size=vision_config.patch_size, **options)
+    processor = OlaVlmProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=vision_config.patch_size,
+        chat_template=taking_images(template, **tokenizer.special_tokens_map),
+        task_tokens=task_tokens,
+        num_additional_image_tokens=class_tokens,
+        vision_feature_select_strategy=strategy,
+    )
     with contextlib.suppress(ValueError):  # which training raises
         fit_chat_template(processor)
     return processor
@@ -169,10 +179,12 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
 def measure_tower(vision_tower: PreTrainedModel) -> tuple[PreTrainedConfig, int]:
     """A tower's configuration, completed by what LLaVA asks for if it is a convolutional one of timm, and its tokens
     beyond its patches: CLIP's has one, SigLIP's none. ValueError for other layouts."""
-    config, name = copy.deepcopy(vision_tower.config), type(vision_tower).__name__
+    config = copy.deepcopy(vision_tower.config)
+    name = type(vision_tower).__name__
     is_timm = config.model_type == "timm_wrapper"
     if is_timm:
-        config.image_size, name = config.pretrained_cfg["input_size"][-1], f"timm's {config.architecture}"
+        name = f"timm's {config.architecture}"
+        config.image_size = config.pretrained_cfg["input_size"][-1]
     side = config.image_size
     if not isinstance(side, int):
         raise ValueError(f"{name} has an image_size of {side}, not one number: take another vision tower")
@@ -182,7 +194,8 @@ def measure_tower(vision_tower: PreTrainedModel) -> tuple[PreTrainedConfig, int]
         shape = tuple(features.shape)
         raise ValueError(f"{name} gives features {shape}: take a convolutional net of timm, or a ViT of transformers")
     if is_timm:
-        config.hidden_size, config.patch_size = features.shape[1], side // features.shape[-1]
+        config.hidden_size = features.shape[1]
+        config.patch_size = side // features.shape[-1]
         return config, 0
     return config, features.shape[1] - (side // config.patch_size) ** 2
 
@@ -224,16 +237,15 @@ def names_of(language_model: PreTrainedModel, parameter: torch.nn.Parameter) -> 
 
 def parts_weights(vision_tower: PreTrainedModel, language_model: PreTrainedModel, copied: tuple[bool, bool]) -> dict:
     """All weights of the parts by OLA-VLM's names, those of a tied head left out."""
+    copy_tower, copy_language_model = copied
     weights = {}
-    for part, prefix, copy_it in [
-        (vision_tower, "model.vision_tower.", copied[0]),
-        (language_model.base_model, BACKBONE, copied[1]),
-    ]:
-        for name, value in part.state_dict().items():
-            weights[prefix + name] = value.clone() if copy_it else value
+    for name, value in vision_tower.state_dict().items():
+        weights["model.vision_tower." + name] = value.clone() if copy_tower else value
+    for name, value in language_model.base_model.state_dict().items():
+        weights[BACKBONE + name] = value.clone() if copy_language_model else value
     if not language_model.config.tie_word_embeddings:
         head = language_model.get_output_embeddings().weight.data
-        weights[HEAD] = head.clone() if copied[1] else head
+        weights[HEAD] = head.clone() if copy_language_model else head
     return weights
 
 
@@ -261,7 +273,8 @@ def build_ola_vlm(
     towers of another layout (`measure_tower`), for an LLM whose logits LLaVA can't give (`check_logits`) and for a
     tokenizer whose new tokens would take the rows of others (`added_ids`).
     """
-    if unknown := config_overrides.keys() - {field.name for field in dataclasses.fields(OlaVlmConfig)}:
+    unknown = config_overrides.keys() - {field.name for field in dataclasses.fields(OlaVlmConfig)}
+    if unknown:
         raise ValueError(f"config_overrides has {sorted(unknown)}: no fields of OlaVlmConfig")
     statistics = None
     tower_is_ours = isinstance(vision_tower, str)
@@ -269,8 +282,14 @@ def build_ola_vlm(
         vision_config = load_vision_config(vision_tower)
         if has_preprocessing(vision_tower, vision_config):
             _, *statistics = vision_preprocessing(vision_tower, vision_config)
-        options = {"config": vision_config, "key_mapping": OF_VISION_TOWER, "unused": ["pooler."]}
-        vision_tower = load_whole(AutoModel, vision_tower, trust_remote_code=False, **options)
+        vision_tower = load_whole(
+            AutoModel,
+            vision_tower,
+            trust_remote_code=False,
+            config=vision_config,
+            key_mapping=OF_VISION_TOWER,
+            unused=["pooler."],
+        )
     language_model_is_ours = isinstance(language_model, str)
     if language_model_is_ours:
         with loading_from(language_model):

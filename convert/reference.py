@@ -10,6 +10,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from ..commands.running import command, tell
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes
 from ..probing.states import PROMPT
-from ..processing_ola_vlm import added_ids
+from ..processing_ola_vlm import OlaVlmProcessor, added_ids
 from ..targets.encoders import load_vision_config
 from ..targets.escapes import terminal
 from ..targets.loading import (
@@ -61,11 +62,13 @@ TEACHER = "a frozen teacher: it is loaded from its own checkpoint where it is ne
 BUFFER = "a buffer, which is computed"
 DROPPED = {
     r"predictors\.depth\.\d+\.linear_[23]\..+": "a twin of linear_1 that got no gradient; for the depth picture only",
-    r"da_v2_head\..+": "the depth teacher's decoder: visualisation takes the teacher's own",
+    r"da_v2_head\..+": "the depth teacher's decoder: visualization takes the teacher's own",
     r"(dav2_backbone|oneformer|gen_encoder)\..+": TEACHER,
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": BUFFER,
     r"model\.vision_tower\.vision_tower\.vision_model\.embeddings\.position_ids": BUFFER,
 }
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
 HEAD = re.compile(r"image_(gen|depth|seg)_heads\.(\d+)\.")
 
 
@@ -92,12 +95,13 @@ def rename_key(key: str, layers: dict[str, list[int]]) -> str | None:
         return None
     name = task_key(key, layers)
     for pattern, ours in KEYS.items():
-        if match := re.fullmatch(pattern, name):
+        match = re.fullmatch(pattern, name)
+        if match is not None:
             return match.expand(ours)
     return key
 
 
-def fates(keys: Iterable[str], layers: dict[str, list[int]], has_predictors: bool = True) -> str:
+def conversion_report(keys: Iterable[str], layers: dict[str, list[int]], has_predictors: bool = True) -> str:
     """A line for each kind of key (numbers are *): how many, and what became of them."""
     counts = Counter()
     dropped = Counter()
@@ -105,13 +109,13 @@ def fates(keys: Iterable[str], layers: dict[str, list[int]], has_predictors: boo
         reason = reason_to_drop(key, layers)
         if reason is not None:
             dropped[key] += 1
-            became = f"dropped: {reason}"
+            fate = f"dropped: {reason}"
         elif QUERIES.fullmatch(key) and not has_predictors:
-            became = "its groups' means, the task tokens' rows of the vocabulary"
+            fate = "its groups' means, the task tokens' rows of the vocabulary"
         else:
-            became = rename_key(key, layers)
-        counts[re.sub(r"\d+", "*", key), re.sub(r"\d+", "*", became)] += 1
-    lines = [f"{count:>5}  {key}  ->  {became}" for (key, became), count in counts.items()]
+            fate = rename_key(key, layers)
+        counts[re.sub(r"\d+", "*", key), re.sub(r"\d+", "*", fate)] += 1
+    lines = [f"{count:>5}  {key}  ->  {fate}" for (key, fate), count in counts.items()]
     teachers = sum(reason_to_drop(key, layers) == TEACHER for key in dropped)
     if teachers:
         lines.append(f"{teachers} of the dropped are the frozen teachers', which were saved inside the checkpoint")
@@ -172,9 +176,13 @@ def find_checkpoint(reference: str | Path) -> Path:
 
 def convert_state_dict(state_dict: dict[str, Tensor], layers: dict[str, list[int]]) -> dict[str, Tensor]:
     """All weights under our names; those that the table doesn't know keep theirs."""
-    renamed = {rename_key(key, layers): value for key, value in state_dict.items()}
-    renamed.pop(None, None)
-    return {name: value.reshape(1) if "logit_scales" in name else value for name, value in renamed.items()}
+    converted = {}
+    for key, value in state_dict.items():
+        name = rename_key(key, layers)
+        if name is None:
+            continue
+        converted[name] = value.reshape(1) if "logit_scales" in name else value
+    return converted
 
 
 def read_task(config: dict, name: str, depth_mlp: bool) -> dict:
@@ -220,7 +228,7 @@ def read_text_config(fields: dict) -> PreTrainedConfig:
 
 def convert_reference(reference: str | Path, vision_tower: str | None = None, tokenizer: str | None = None):
     """
-    Model, processor or None without a tokenizer, and what became of each key (`fates`).
+    Model, processor or None without a tokenizer, and what became of each key (`conversion_report`).
 
     Args:
         reference: folder or repository of a checkpoint. An instruction-tuned one has no heads: the model keeps the
@@ -243,74 +251,136 @@ def convert_reference(reference: str | Path, vision_tower: str | None = None, to
         raise ValueError(f"{folder / 'config.json'} lacks {error}, which the reference's checkpoints have") from error
 
 
-def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: str | None):
-    vision_config = load_vision_config(vision_tower or find_vision_tower(folder, fields["mm_vision_tower"]))
-    tower = {"strategy": "default", "class_tokens": 1}
-    if vision_config.model_type == "timm_wrapper":
-        with torch.device("meta"):
-            vision_config, class_tokens = measure_tower(TimmWrapperModel(vision_config))
-        tower = {"strategy": "full", "class_tokens": class_tokens}
-    text_config = read_text_config(fields)
+@dataclass
+class Tower:
+    """What a vision tower's configuration says of the tokens of an image."""
 
-    state_dict = read_weights(folder)
-    names = fields["aux_mode"].split("-") if "aux_mode" in fields else []  # none: the reference's plain LLaVA baseline
-    has_heads = any(HEAD.match(key) for key in state_dict)
-    if not has_heads and not fields.get("num_task_tokens"):
-        names = []  # neither predictors nor task tokens: a LLaVA
-    has_predictors = has_heads or not names
-    depth_mlp = any(".linear_1." in key for key in state_dict)
-    tasks = [read_task(fields, name, depth_mlp) for name in names]
-    layers = {task["name"]: task["layers"] for task in tasks}
-    converted = convert_state_dict(state_dict, layers)
-    if has_heads and not fields.get("use_contrastive", True):  # ours always has the scales, which nothing then uses
-        converted |= {f"logit_scales.{name}": torch.full((1,), 2.0) for name in names}
+    config: PreTrainedConfig
+    strategy: str  # LLaVA's: "default" leaves the class token out
+    class_tokens: int
 
-    processor = None
-    known = range(text_config.vocab_size)
-    num_tokens = len(known) + 1 + sum(task["num_task_tokens"] for task in tasks)
-    ids = list(range(len(known), num_tokens))
-    added = ids
+
+def read_tower(name: str) -> Tower:
+    config = load_vision_config(name)
+    if config.model_type != "timm_wrapper":
+        return Tower(config=config, strategy="default", class_tokens=1)
+    with torch.device("meta"):
+        config, class_tokens = measure_tower(TimmWrapperModel(config))
+    return Tower(config=config, strategy="full", class_tokens=class_tokens)
+
+
+@dataclass
+class Vocabulary:
+    """ids: of the image token and the task tokens; known: of the LLM's own tokens; added: of new rows."""
+
+    processor: OlaVlmProcessor | None
+    ids: list[int]
+    known: Iterable[int]
+    added: list[int]
+    num_tokens: int
+
+
+def read_vocabulary(
+    folder: Path, tokenizer: str | None, text_config: PreTrainedConfig, tower: Tower, tasks: list[dict]
+) -> Vocabulary:
+    """The checkpoint's tokenizer, or another one, with our tokens. Without any they come after the LLM's."""
     if tokenizer is None and (folder / "tokenizer_config.json").is_file():
         tokenizer = str(folder)
-    if tokenizer is not None:
-        with loading_from(tokenizer, weights=False):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer, config=text_config, trust_remote_code=False)
-        vocabulary = tokenizer.get_vocab()
-        known = vocabulary.values()
-        processor = build_processor(tokenizer, vision_config, tasks, **tower)
-        ids = [processor.image_token_id, *processor.task_token_ids]
-        added = added_ids(tokenizer, vocabulary)
-        num_tokens = max(tokenizer.get_vocab().values()) + 1
-    # A ConvNeXt's last map is taken, whatever layer the reference's configuration says.
-    features = {"vision_feature_layer": fields["mm_vision_select_layer"] if tower["class_tokens"] else -1}
-    features["vision_feature_select_strategy"] = tower["strategy"]
-    features["has_predictors"] = has_predictors
-    config = build_config(text_config, vision_config, tasks, ids, num_tokens, **features)
-    dtype = converted.get("model.language_model.embed_tokens.weight", next(iter(converted.values()))).dtype
-    for name in {"lm_head.weight", "model.language_model.embed_tokens.weight"} & converted.keys():
-        converted[name] = resize_embedding(converted[name], known, added=added, rows=config.text_config.vocab_size)
+    if tokenizer is None:
+        known = range(text_config.vocab_size)
+        num_tokens = len(known) + 1 + sum(task["num_task_tokens"] for task in tasks)
+        ids = list(range(len(known), num_tokens))
+        return Vocabulary(processor=None, ids=ids, known=known, added=ids, num_tokens=num_tokens)
+    with loading_from(tokenizer, weights=False):
+        loaded = AutoTokenizer.from_pretrained(tokenizer, config=text_config, trust_remote_code=False)
+    vocabulary = loaded.get_vocab()
+    processor = build_processor(loaded, tower.config, tasks, strategy=tower.strategy, class_tokens=tower.class_tokens)
+    return Vocabulary(
+        processor=processor,
+        ids=[processor.image_token_id, *processor.task_token_ids],
+        known=vocabulary.values(),
+        added=added_ids(loaded, vocabulary),
+        num_tokens=max(loaded.get_vocab().values()) + 1,
+    )
+
+
+def read_tasks(fields: dict, state_dict: dict[str, Tensor], has_heads: bool) -> list[dict]:
+    """None of the reference's plain LLaVA baseline."""
+    if "aux_mode" not in fields or not (has_heads or fields.get("num_task_tokens")):
+        return []
+    depth_mlp = any(".linear_1." in key for key in state_dict)
+    return [read_task(fields, name, depth_mlp) for name in fields["aux_mode"].split("-")]
+
+
+def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: str | None):
+    tower = read_tower(vision_tower or find_vision_tower(folder, fields["mm_vision_tower"]))
+    text_config = read_text_config(fields)
+    state_dict = read_weights(folder)
+    has_heads = any(HEAD.match(key) for key in state_dict)
+    tasks = read_tasks(fields, state_dict, has_heads)
+    has_predictors = has_heads or not tasks
+    layers = {task["name"]: task["layers"] for task in tasks}
+    converted = convert_state_dict(state_dict, layers)
+    if has_heads and not fields.get("use_contrastive", True):
+        # Ours always has the scales, which nothing then uses.
+        for task in tasks:
+            converted[f"logit_scales.{task['name']}"] = torch.full((1,), 2.0)
+
+    vocabulary = read_vocabulary(folder, tokenizer, text_config, tower, tasks)
+    config = build_config(
+        text_config,
+        tower.config,
+        tasks,
+        vocabulary.ids,
+        vocabulary.num_tokens,
+        # A ConvNeXt's last map is taken, whatever layer the reference's configuration says.
+        vision_feature_layer=fields["mm_vision_select_layer"] if tower.class_tokens else -1,
+        vision_feature_select_strategy=tower.strategy,
+        has_predictors=has_predictors,
+    )
+    dtype = converted.get(EMBEDDINGS, next(iter(converted.values()))).dtype
+    rows = config.text_config.vocab_size
+    for name in (EMBEDDINGS, OUTPUT):
+        if name in converted:
+            converted[name] = resize_embedding(converted[name], vocabulary.known, added=vocabulary.added, rows=rows)
     if config.tie_word_embeddings:
-        converted["lm_head.weight"] = converted["model.language_model.embed_tokens.weight"]
+        converted[OUTPUT] = converted[EMBEDDINGS]
     tables = {}
-    if not has_predictors:  # the tables have no other place than the rows that are made of them
-        tables = {task["name"]: converted.pop(f"queries.{task['name']}", None) for task in tasks}
-        if lacking := [name for name, table in tables.items() if table is None]:
-            raise RuntimeError(f"Missing key(s): the tables of task tokens of {', '.join(lacking)}")
+    if not has_predictors:
+        # The tables have no other place than the rows that are made of them.
+        tables = take_tables(converted, tasks)
+
     model = OlaVlmForConditionalGeneration(config).to(dtype)
     model.load_state_dict(converted)  # an error lists the weights that are missing and those that are unknown
     model.write_task_tokens()
     if tables:
         with torch.no_grad():
-            rows = model.task_token_embeddings(tables)
-            model.get_input_embeddings().weight[config.task_token_ids] = rows.to(dtype)
+            task_rows = model.task_token_embeddings(tables)
+            model.get_input_embeddings().weight[config.task_token_ids] = task_rows.to(dtype)
+    set_end_tokens(model, fields, vocabulary.processor)
+    return model.eval(), vocabulary.processor, conversion_report(state_dict, layers, has_predictors)
+
+
+def take_tables(converted: dict[str, Tensor], tasks: list[dict]) -> dict[str, Tensor]:
+    """Each task's query table, out of `converted`. RuntimeError for missing ones."""
+    tables = {task["name"]: converted.pop(f"queries.{task['name']}", None) for task in tasks}
+    missing = [name for name, table in tables.items() if table is None]
+    if missing:
+        raise RuntimeError(f"Missing key(s): the tables of task tokens of {', '.join(missing)}")
+    return tables
+
+
+def set_end_tokens(model: OlaVlmForConditionalGeneration, fields: dict, processor: OlaVlmProcessor | None) -> None:
     for field in ["bos_token_id", "eos_token_id", "pad_token_id"]:
         setattr(model.generation_config, field, fields.get(field))
-    if processor is not None and processor.tokenizer.eos_token_id is not None:
-        # Llama-3's chats end with another token than its texts.
-        ends = fields.get("eos_token_id")
-        ends = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.eos_token_id} - {None}
-        model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
-    return model.eval(), processor, fates(state_dict, layers, has_predictors)
+    if processor is None or processor.tokenizer.eos_token_id is None:
+        return
+    # Llama-3's chats end with another token than its texts.
+    ends = fields.get("eos_token_id")
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    ends.add(processor.tokenizer.eos_token_id)
+    ends.discard(None)
+    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
 
 
 def convert_probes(reference: str | Path) -> tuple[Probes, str]:
@@ -318,7 +388,8 @@ def convert_probes(reference: str | Path) -> tuple[Probes, str]:
     layer, the first head for layer 1), and what became of each key. ValueError for missing or unknown ones."""
     folder = find_checkpoint(reference)
     fields = read_json_object(folder / "config.json")
-    task, count = fields["probe_mode"], fields["num_hidden_layers"]
+    task = fields["probe_mode"]
+    num_layers = fields["num_hidden_layers"] + 1
     if task not in ("gen", "depth", "seg"):
         raise ValueError(f"probe_mode is {task!r}: only gen, depth and seg are known")
     size = fields[f"image_{task}"]
@@ -331,7 +402,7 @@ def convert_probes(reference: str | Path) -> tuple[Probes, str]:
         "predictor_ffn_mult": size["ff_mult"],
     }
     about = {"prompt": PROMPT, "square": True, "model": folder.name}
-    probes = Probes("resampler", [task], count + 1, fields["hidden_size"], about, first_layer=1)
+    probes = Probes("resampler", [task], num_layers, fields["hidden_size"], about, first_layer=1)
     layers = {task["name"]: list(probes.layers)}
     state_dict = read_weights(folder)
     heads = {key: value for key, value in state_dict.items() if key.startswith(f"image_{task['name']}_heads.")}
@@ -344,7 +415,10 @@ def convert_probes(reference: str | Path) -> tuple[Probes, str]:
     # The runs don't record their images' mean target; without it only the plain cosine is a score.
     probes.means = {task["name"]: torch.zeros(task["target_length"], task["target_dim"])}
     others = len(state_dict) - len(heads)
-    return probes, f"{fates(heads, layers)}\n{others} dropped: of the model that was probed, which was frozen"
+    return (
+        probes,
+        f"{conversion_report(heads, layers)}\n{others} dropped: of the model that was probed, which was frozen",
+    )
 
 
 @command("convert")
@@ -352,15 +426,15 @@ def main(args: Namespace) -> None:
     folder = find_checkpoint(args.reference)
     try:
         if "probe_mode" in read_json_object(folder / "config.json"):
-            probes, became = convert_probes(folder)
-            print(terminal(became))
+            probes, report = convert_probes(folder)
+            print(terminal(report))
             probes.save(args.out)
             print(f"Wrote probes to {args.out}: for `ola-vlm visualize --probes` and `load_probes`.")
             return
-        model, processor, became = convert_reference(folder, args.vision_tower, args.tokenizer)
+        model, processor, report = convert_reference(folder, args.vision_tower, args.tokenizer)
     except RuntimeError as error:  # keys that are missing or unknown
         raise ValueError(error) from error
-    print(terminal(became))
+    print(terminal(report))
     model.save_pretrained(args.out)
     if processor is None:
         print(f"Wrote the model alone to {args.out}: without --tokenizer there is no processor.")

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from ..eval.statistics import holm_adjusted
 from ..probing.figures import METHODS, STYLE, method_styles
 from ..targets.files import save_figure, write_whole
 
-BASELINE, OURS, CONTROL = "llava", "ola_vlm", "ola_vlm_shuffled"
+BASELINE = "llava"
+OURS = "ola_vlm"
+CONTROL = "ola_vlm_shuffled"
 STAGES = {"pretrain": "after PT", "finetune": "after IFT"}
 METRICS = {"ridge": "mean-centered cosine", "ridge_plain": "plain cosine"}
 CAPTIONS = {
@@ -67,7 +70,12 @@ def accuracy_curve(task: str) -> Reader:
 
 def probe_curve(stage: str, task: str, metric: str = "ridge") -> Reader:
     """{layer: the probe's cosine}."""
-    return lambda seed: {int(i): v[metric] for i, v in seed["probes"].get(stage, {}).get(task, {}).items()}
+
+    def read(seed: dict) -> dict[int, float]:
+        by_layer = seed["probes"].get(stage, {}).get(task, {})
+        return {int(layer): scores[metric] for layer, scores in by_layer.items()}
+
+    return read
 
 
 def over_seeds(method: dict, read: Reader) -> dict[object, tuple[float, float]]:
@@ -76,22 +84,38 @@ def over_seeds(method: dict, read: Reader) -> dict[object, tuple[float, float]]:
     for seed in method["seeds"]:
         for x, value in read(seed).items():
             values[x].append(value)
-    return {x: (np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0.0) for x, v in sorted(values.items())}
+    summary = {}
+    for x, of_seeds in sorted(values.items()):
+        deviation = np.std(of_seeds, ddof=1) if len(of_seeds) > 1 else 0.0
+        summary[x] = (np.mean(of_seeds), deviation)
+    return summary
 
 
 def distinct(results: dict, read: Callable[[dict], list]) -> list:
     """What `read` finds in any seed's results, each once, in the order of its first appearance."""
-    return list(dict.fromkeys(x for method in results["methods"].values() for s in method["seeds"] for x in read(s)))
+    seen = {}  # a dict keeps the order
+    for method in results["methods"].values():
+        for seed in method["seeds"]:
+            seen.update(dict.fromkeys(read(seed)))
+    return list(seen)
 
 
 def probed_tasks(results: dict) -> list[str]:
-    return distinct(results, lambda seed: [task for probes in seed["probes"].values() for task in probes])
+
+    def read(seed: dict) -> list[str]:
+        tasks = []
+        for probes in seed["probes"].values():
+            tasks += probes
+        return tasks
+
+    return distinct(results, read)
 
 
 def chance_of(results: dict) -> dict[str, float]:
     """Chance in % for every task in order, the last one being "average"."""
     chance = {task: 100 * value for task, value in results["chance"].items() if task != "average"}
-    return {**chance, "average": np.mean(list(chance.values()))}
+    chance["average"] = np.mean(list(chance.values()))
+    return chance
 
 
 def holm(p_values: dict[str, float]) -> dict[str, bool]:
@@ -104,42 +128,60 @@ def holm(p_values: dict[str, float]) -> dict[str, bool]:
 
 def report_text(results: dict, figures: list[str]) -> str:
     """report.md: verdicts first, then tables and figures."""
-    pictures = {name: ["", f"![{CAPTIONS[name]}]({name})", "", CAPTIONS[name]] for name in figures}
     seeds = ", ".join(f"{name} {len(method['seeds'])}" for name, method in results["methods"].items())
-    lines = ["# LLaVA-1.5 and OLA-VLM in miniature", "", f"Seeds: {seeds}.", *pictures.pop("summary.png", [])]
+    lines = ["# LLaVA-1.5 and OLA-VLM in miniature", "", f"Seeds: {seeds}."]
+    if "summary.png" in figures:
+        lines += picture_lines("summary.png")
     lines += ["", "## What is better, and what is not"]
-    compared = {f"{OURS} - {BASELINE}": results.get("comparison"), **results.get("comparisons", {})}
+    compared = {f"{OURS} - {BASELINE}": results.get("comparison")}
+    compared.update(results.get("comparisons", {}))
     for pair, by_task in compared.items():
         if by_task:
             lines += ["", f"**{pair}**, accuracy at the last IFT step:", "", *verdicts(by_task)]
     lines += [*speed_and_probes(results), "", "## Accuracy at the last IFT step (%, mean ± sd over seeds)", ""]
     lines += [*accuracy_table(results), "", *headroom(results)]
-    lines += [line for picture in pictures.values() for line in picture]
+    for name in figures:
+        if name != "summary.png":
+            lines += picture_lines(name)
     lines += ["", "## Cost (mean over seeds)", "", *cost_table(results)]
-    facts = {"machine": results.get("machine", "not recorded"), **results.get("world", {})}
     lines += ["", "## Machine, checks of the world and of the components", ""]
-    return "\n".join([*lines, *(f"- {name}: {inline(value)}" for name, value in facts.items()), ""])
+    lines += [f"- machine: {inline(results.get('machine', 'not recorded'))}"]
+    lines += [f"- {name}: {inline(value)}" for name, value in results.get("world", {}).items()]
+    return "\n".join([*lines, ""])
+
+
+def picture_lines(name: str) -> list[str]:
+    return ["", f"![{CAPTIONS[name]}]({name})", "", CAPTIONS[name]]
 
 
 def verdicts(compared: dict[str, dict]) -> list[str]:
     """One plain sentence a task. "Better" has to stand Holm's correction over the tasks (the average aside), and, said
     without reserve, a test over training seeds too: questions alone judge only the models that were trained."""
-    stands = holm({task: c["p"] for task, c in compared.items() if task != "average"})
+    stands = holm({task: comparison["p"] for task, comparison in compared.items() if task != "average"})
     lines = []
-    for task, c in compared.items():
-        p_seeds, gains = c.get("p_seeds"), c.get("seed_differences", [])
-        word = "better" if c["difference"] > 0 else "worse"
-        if not stands.get(task, c["p"] <= ALPHA):
-            word = "no difference shown"
-        elif p_seeds is None or p_seeds > ALPHA:
-            word += " for these trained models, not shown for new seeds"
-        points, low, high = (f"{100 * value:+.1f}" for value in (c["difference"], *c["ci95"]))
-        line = f"- {task}: **{word}**. {points} points [{low}, {high}], p = {c['p']:.2g} ({c['test']}, n = {c['n']})"
+    for task, comparison in compared.items():
+        p = comparison["p"]
+        is_shown = stands.get(task, p <= ALPHA)  # the average is asked alone
+        points, low, high = (f"{100 * value:+.1f}" for value in (comparison["difference"], *comparison["ci95"]))
+        test = f"p = {p:.2g} ({comparison['test']}, n = {comparison['n']})"
+        line = f"- {task}: **{verdict(comparison, is_shown)}**. {points} points [{low}, {high}], {test}"
+        p_seeds = comparison.get("p_seeds")
         if p_seeds is not None:
-            line += f"; over seeds ± {100 * np.std(gains, ddof=1):.1f}, positive in {sum(d > 0 for d in gains)} of "
-            line += f"{len(gains)}, p = {p_seeds:.2g} (t-test over seeds)"
+            gains = np.array(comparison.get("seed_differences", []))
+            line += f"; over seeds ± {100 * gains.std(ddof=1):.1f}, positive in {(gains > 0).sum()} of {len(gains)}, "
+            line += f"p = {p_seeds:.2g} (t-test over seeds)"
         lines.append(line + ".")
     return lines
+
+
+def verdict(comparison: dict, is_shown: bool) -> str:
+    if not is_shown:
+        return "no difference shown"
+    word = "better" if comparison["difference"] > 0 else "worse"
+    p_seeds = comparison.get("p_seeds")
+    if p_seeds is None or p_seeds > ALPHA:
+        word += " for these trained models, not shown for new seeds"
+    return word
 
 
 def speed_and_probes(results: dict) -> list[str]:
@@ -148,16 +190,23 @@ def speed_and_probes(results: dict) -> list[str]:
         return []
 
     def gains(name: str, read: Reader, digits: int) -> str:
-        base, own = (over_seeds(results["methods"][method], read) for method in (BASELINE, name))
-        return ", ".join(f"{x}: {own[x][0] - base[x][0]:+.{digits}f}" for x in own if x in base) + "."
+        baseline = over_seeds(results["methods"][BASELINE], read)
+        parts = []
+        for x, (mean, _) in over_seeds(results["methods"][name], read).items():
+            if x in baseline:
+                parts.append(f"{x}: {mean - baseline[x][0]:+.{digits}f}")
+        return ", ".join(parts) + "."
 
     lines = []
-    for name in (name for name in results["methods"] if name not in (BASELINE, CONTROL)):
+    for name in results["methods"]:
+        if name in (BASELINE, CONTROL):
+            continue
         lines += ["", f"**{name} - {BASELINE}** along IFT, mean of the tasks, points by step:", ""]
         lines += ["- " + gains(name, accuracy_curve("average"), 1)]
         lines += ["", f"**{name} - {BASELINE}**, probes (mean-centered cosine), by layer:", ""]
         for stage, when in STAGES.items():
-            lines += [f"- {task} {when}: {gains(name, probe_curve(stage, task), 3)}" for task in probed_tasks(results)]
+            for task in probed_tasks(results):
+                lines.append(f"- {task} {when}: {gains(name, probe_curve(stage, task), 3)}")
     return lines
 
 
@@ -165,9 +214,15 @@ def accuracy_table(results: dict) -> list[str]:
     chance = chance_of(results)
     rows = [["chance", *(f"{value:.1f}" for value in chance.values())]]
     for name, method in results["methods"].items():
-        found, spread = over_seeds(method, final_accuracy), len(method["seeds"]) > 1
-        cells = (found[task] for task in chance)
-        rows.append([name, *(f"{mean:.1f} ± {sd:.1f}" if spread else f"{mean:.1f}" for mean, sd in cells)])
+        accuracy = over_seeds(method, final_accuracy)
+        row = [name]
+        for task in chance:
+            mean, deviation = accuracy[task]
+            cell = f"{mean:.1f}"
+            if len(method["seeds"]) > 1:
+                cell += f" ± {deviation:.1f}"
+            row.append(cell)
+        rows.append(row)
     return table(["method", *chance], rows)
 
 
@@ -175,9 +230,12 @@ def headroom(results: dict) -> list[str]:
     """Is there something to learn and something left to learn? A saturated or a chance-level task compares nothing."""
     if BASELINE not in results["methods"]:
         return []
-    lines, found = [], over_seeds(results["methods"][BASELINE], final_accuracy)
-    for task, chance in list(chance_of(results).items())[:-1]:
-        mean, _ = found[task]
+    lines = []
+    accuracy = over_seeds(results["methods"][BASELINE], final_accuracy)
+    for task, chance in chance_of(results).items():
+        if task == "average":
+            continue
+        mean, _ = accuracy[task]
         if mean < chance + 10:
             lines.append(f"- {task}: {BASELINE} ends only {mean - chance:+.1f} points from chance.")
         elif mean > 92:
@@ -186,7 +244,8 @@ def headroom(results: dict) -> list[str]:
 
 
 def cost_table(results: dict) -> list[str]:
-    parts, rows = distinct(results, lambda seed: seed["seconds"]), []
+    parts = distinct(results, lambda seed: seed["seconds"])
+    rows = []
     for name, method in results["methods"].items():
         seconds = [np.mean([seed["seconds"].get(part, 0) for seed in method["seeds"]]) for part in parts]
         memory = max(seed["peak_memory_mb"] for seed in method["seeds"])
@@ -200,8 +259,11 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def inline(value) -> str:
     if isinstance(value, dict):
-        parts = {key: f"({inline(item)})" if isinstance(item, dict) else inline(item) for key, item in value.items()}
-        return ", ".join(f"{key} {part}" for key, part in parts.items())
+        parts = []
+        for key, item in value.items():
+            text = f"({inline(item)})" if isinstance(item, dict) else inline(item)
+            parts.append(f"{key} {text}")
+        return ", ".join(parts)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -211,23 +273,36 @@ def inline(value) -> str:
 @rc_context(STYLE)
 def draw_figures(results: dict, out_dir: Path) -> None:
     """Draw into `out_dir` what `results` hold data for."""
-    accuracy, probe, loss = (partial(panel, results) for panel in (accuracy_panel, probe_panel, loss_panel))
-    tasks, bands = probed_tasks(results), bands_of(results)
-    save_grid(out_dir / "accuracy.png", 3, [partial(accuracy, task) for task in chance_of(results)], bands)
-    if count := len(tasks):
-        centered, plain = ([partial(probe, stage, t, metric) for stage in STAGES for t in tasks] for metric in METRICS)
-        save_grid(out_dir / "probes.png", count, centered, bands, sharey="col")
-        save_grid(out_dir / "probes_plain.png", count, plain, bands, sharey="col")
-        summary = [partial(accuracy, "average"), *centered[:count], partial(gain_panel, results), *centered[count:]]
+    bands = bands_of(results)
+    accuracy_panels = [partial(accuracy_panel, results, task) for task in chance_of(results)]
+    save_grid(out_dir / "accuracy.png", 3, accuracy_panels, bands)
+    tasks = probed_tasks(results)
+    if tasks:
+        centered = probe_panels(results, "ridge")
+        save_grid(out_dir / "probes.png", len(tasks), centered, bands, sharey="col")
+        plain = probe_panels(results, "ridge_plain")
+        save_grid(out_dir / "probes_plain.png", len(tasks), plain, bands, sharey="col")
+        # A row a stage, each beginning with what all tasks' answers come to.
+        after_pretraining = [partial(accuracy_panel, results, "average"), *centered[: len(tasks)]]
+        after_finetuning = [partial(gain_panel, results), *centered[len(tasks) :]]
         note = f"{bands}; gain, bars: 95% intervals over questions"
-        save_grid(out_dir / "summary.png", 1 + count, summary, note)
-    if keys := distinct(results, lambda seed: [key for key in seed["losses"] if key.count("/") == 2]):
-        save_grid(out_dir / "losses.png", 2, [partial(loss, key) for key in keys], bands)
+        save_grid(out_dir / "summary.png", 1 + len(tasks), [*after_pretraining, *after_finetuning], note)
+    loss_keys = distinct(results, lambda seed: [key for key in seed["losses"] if key.count("/") == 2])
+    if loss_keys:
+        save_grid(out_dir / "losses.png", 2, [partial(loss_panel, results, key) for key in loss_keys], bands)
+
+
+def probe_panels(results: dict, metric: str) -> list[Callable[[Axes], None]]:
+    """A panel for each task after each stage."""
+    panels = []
+    for stage in STAGES:
+        panels += [partial(probe_panel, results, stage, task, metric) for task in probed_tasks(results)]
+    return panels
 
 
 def save_grid(path: Path, columns: int, panels: list[Callable[[Axes], None]], note: str, **shared) -> None:
     """Save panels row by row, 10 inches wide, the first one's legend above them all, `note` below."""
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(10, 2.9 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **shared).flat
     for ax, panel in zip_longest(axes, panels, fillvalue=Axes.set_axis_off):
@@ -280,8 +355,9 @@ def loss_panel(results: dict, key: str, ax) -> None:
 
 def gain_panel(results: dict, ax) -> None:
     """OLA-VLM minus LLaVA with its interval, for every task."""
-    if compared := results.get("comparison"):
-        gain, low, high = 100 * np.array([[c["difference"], *c["ci95"]] for c in compared.values()]).T
+    compared = results.get("comparison")
+    if compared:
+        gain, low, high = 100 * np.array([[one["difference"], *one["ci95"]] for one in compared.values()]).T
         ax.errorbar(gain, list(compared), xerr=[gain - low, high - gain], fmt="o", color=METHODS[OURS][1], capsize=3)
         ax.invert_yaxis()
         ax.set(title="gain (points)", xlabel=f"{METHODS[OURS][0]} minus {METHODS[BASELINE][0]}")
