@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from ola_vlm.recipes import miniature as recipe
 from ola_vlm.targets.fill import make_teachers, open_caches
 from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.world import language
+from ola_vlm.world import language, render
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,39 @@ def test_shipped_component_is_above_its_floor(name):
     measure, bound, smaller = components.FLOORS[name]
     quality = json.loads((components.WEIGHTS / "quality.json").read_text())[name][measure]
     assert quality <= bound if smaller else quality >= bound
+
+
+@pytest.mark.parametrize("train_part", [components.train_depth, components.train_seg])
+def test_a_component_is_measured_on_scenes_that_it_was_not_trained_on(train_part, tmp_path, monkeypatch):
+    """What it is measured on changes the figures, what it would be trained on does not."""
+    scenes = {}
+    for seed in range(3):
+        sampled = render.sample_scenes(12, seed)  # enough to show every class
+        scenes[seed] = (sampled, render.render_scenes(sampled, seed))
+    monkeypatch.setattr(components, "fit", lambda model, *how, **more: model.eval())  # as it begins
+
+    def measured(train: int, held_out: int) -> dict:
+        splits = {"train": scenes[train], "held_out": scenes[held_out]}
+        monkeypatch.setattr(components, "scene_arrays", lambda work, split="train": splits[split])
+        return train_part(tmp_path, tmp_path / "out", 1)
+
+    first = measured(train=0, held_out=1)
+    assert measured(train=2, held_out=1) == first != measured(train=0, held_out=2)
+
+
+def test_held_out_scenes_of_the_components_are_others(tmp_path, monkeypatch):
+    drawn = {}
+
+    def make_scenes(count: int, seed: int, desc: str):
+        drawn[desc] = seed
+        sampled = render.sample_scenes(2, seed)
+        return sampled, {"depth": sampled.z}
+
+    monkeypatch.setattr(components.render, "make_scenes", make_scenes)
+    parts = [components.scene_arrays(tmp_path, split)[0] for split in ("train", "held_out")]
+    assert len(set(drawn.values())) == 2 and not np.array_equal(parts[0].z, parts[1].z)
+    again = components.scene_arrays(tmp_path, "train")[0]  # from its own file
+    assert np.array_equal(again.z, parts[0].z)
 
 
 def test_shipped_weights_are_small():
