@@ -1,6 +1,7 @@
 """A pre-training step of OLA-VLM with cached targets against plain LLaVA's: `python benchmarks/step.py`.
 
 Both train in turns in one process, through the trainer's own loss; peak memory is measured in a process for each.
+--hidden_size and --rows take another language model and batch; --cpu counts processor time instead of the clock's.
 Prints times and FLOPs and their ratios, memory beside what autograd keeps by count, and where OLA-VLM's time goes.
 """
 
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from plan import count, count_step, student_config
@@ -33,26 +35,28 @@ METHODS = {"LLaVA": [], "OLA-VLM": [task | {"layers": LAYERS[task["name"]]} for 
 
 
 class Step:
-    """One optimiser step of a method on a random batch; the targets are there, as from the cache."""
+    """One optimizer step of a method on a random batch; the targets are there, as from the cache."""
 
-    def __init__(self, method: str):
+    def __init__(self, method: str, hidden_size: int = LLM["hidden_size"], rows: int = ROWS):
         torch.manual_seed(0)
-        self.config = config = student_config(LLM, TOWER, METHODS[method])
+        widths = {"hidden_size": hidden_size, "intermediate_size": hidden_size * 43 // 16}
+        self.config = config = student_config(LLM | widths, TOWER, METHODS[method])
         model = OlaVlmForConditionalGeneration(config)
         apply_stage(model, "pretrain")
         options = {"use_cpu": True, "report_to": "none", "output_dir": tempfile.gettempdir()}
-        self.trainer = OlaVlmTrainer(model, OlaVlmArguments(**options), train_dataset=[{}])
+        collator = SimpleNamespace(target_sources={})  # batches are made here
+        self.trainer = OlaVlmTrainer(model, OlaVlmArguments(**options), data_collator=collator, train_dataset=[{}])
         self.trainer.create_optimizer()
         special = torch.tensor([config.image_token_id] * config.image_seq_length + config.task_token_ids)
-        words = torch.randint(1000, (ROWS, WORDS))
-        ids = torch.cat([words[:, :40], special.expand(ROWS, -1), words[:, 40:]], 1)
+        words = torch.randint(1000, (rows, WORDS))
+        ids = torch.cat([words[:, :40], special.expand(rows, -1), words[:, 40:]], 1)
         labels = torch.full_like(ids, -100)
         labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
         side = config.vision_config.image_size
-        targets = {t["name"]: torch.randn(ROWS, t["target_length"], t["target_dim"]) for t in config.tasks}
+        targets = {t["name"]: torch.randn(rows, t["target_length"], t["target_dim"]) for t in config.tasks}
         self.batch = {
             "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "targets": targets,
-            "pixel_values": torch.randn(ROWS, 3, side, side), "row_ids": [],
+            "pixel_values": torch.randn(rows, 3, side, side), "row_ids": [],
         }  # fmt: skip
 
     def __call__(self):
@@ -61,7 +65,7 @@ class Step:
             loss = self.trainer.compute_loss(self.trainer.model, self.batch)
         with record_function("step: backward"):
             loss.backward()
-        with record_function("step: optimiser"):
+        with record_function("step: optimizer"):
             self.trainer.optimizer.step()
             self.trainer.optimizer.zero_grad()
 
@@ -71,9 +75,10 @@ class Step:
         return sum(4 * n * (4 if trained else 1) for n, trained in numbers)
 
 
-def peak_memory(method: str) -> int:
+def peak_memory(method: str, hidden_size: int, rows: int) -> int:
     """Bytes that two steps add to a fresh process, its libraries left out."""
-    code = f"from step import *; base = peak(); step = Step({method!r}); step(); step(); print(peak() - base)"
+    make = f"Step({method!r}, {hidden_size}, {rows})"
+    code = f"from step import *; base = peak(); step = {make}; step(); step(); print(peak() - base)"
     options = {"capture_output": True, "text": True, "check": True, "cwd": os.path.dirname(os.path.abspath(__file__))}
     return int(subprocess.run([sys.executable, "-c", code], **options).stdout)
 
@@ -87,23 +92,35 @@ def peak() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--hidden_size", type=int, default=LLM["hidden_size"], help="of the language model")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of the batch")
+    parser.add_argument("--cpu", action="store_true", help="processor time: other work on the machine counts less")
     args = parser.parse_args()
-    steps = {method: Step(method) for method in METHODS}
+    clock = time.process_time if args.cpu else time.perf_counter
+    steps = {method: Step(method, args.hidden_size, args.rows) for method in METHODS}
     seconds = {method: [] for method in METHODS}
     for round_number in range(args.rounds + 1):
         for method, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if round_number > 0:  # the first one warms up
-                seconds[method].append(time.perf_counter() - start)
+                seconds[method].append(clock() - start)
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    print(f"{platform.machine()}, {threads}, torch {torch.__version__}; {ROWS} rows of {WORDS} words and an image")
+    print(
+        f"{platform.machine()}, {threads}, torch {torch.__version__}; {'processor time' if args.cpu else 'the clock'}"
+    )
+    print(f"{args.rows} rows of {WORDS} words and an image, language model {args.hidden_size} wide")
     print(f"{'':<10}{'seconds':>9}{'GFLOP':>9}{'expected':>10}{'peak MiB':>10}{'expected':>10}")
     table = {}
     for method, step in steps.items():
         flops, kept = count(step, step.trainer.model.parameters())
-        expected = count_step(step.config, ROWS, WORDS, SUPERVISED)["flops"]
-        memory = statistics.median(seconds[method]), flops / 1e9, expected / 1e9, peak_memory(method) / MIB
+        expected = count_step(step.config, args.rows, WORDS, SUPERVISED)["flops"]
+        memory = (
+            statistics.median(seconds[method]),
+            flops / 1e9,
+            expected / 1e9,
+            peak_memory(method, args.hidden_size, args.rows) / MIB,
+        )
         table[method] = (*memory, (kept + step.weights()) / MIB)
         print(f"{method:<10}{table[method][0]:>9.2f}" + "".join(f"{value:>10.0f}" for value in table[method][1:]))
     time_ratio, flop_ratio, _, memory_ratio, expected = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..commands.running import command, tell
 from ..inference.checkpoints import adapter_base, read_checkpoint
-from ..targets.cache import statistics_files
+from ..training.run_record import statistics_files
 
 RECORD = "run.json"  # model cards tell the history from it
 

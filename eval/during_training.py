@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..inference.generate import generate_answers
-from ..targets.cache import write_whole
+from ..targets.files import write_whole
 from ..training.arguments import OlaVlmArguments
 from .multiple_choice import score
 
