@@ -25,6 +25,7 @@ COMMANDS = {
     "check-data": Command(
         "ola_vlm.recipes.check_data", "count rows, images and answers, and find what can't be trained on"
     ),
+    "data": Command("ola_vlm.world.dataset", "make data to begin with: data miniature"),
     "miniature": Command("ola_vlm.miniature.study", "train LLaVA and OLA-VLM in miniature, probe both, compare them"),
     "study": Command(
         "ola_vlm.miniature.studies", "the paper's ablations, and visual objectives: study ablations | objectives"

@@ -39,8 +39,8 @@ SHIPPED = ("llava", "ola_vlm")
 FULL = {"sizes": dataset.SIZES, "questions": dataset.QUESTIONS, "overrides": {"probe_splits": PROBE_SPLITS}}
 FOUR_STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1}
 SHRUNK = {
-    "sizes": {"train": 48, "validation": 24, "test": 320},
-    "questions": {"test": 24},
+    "sizes": dataset.SHRUNK_SIZES,
+    "questions": dataset.SHRUNK_QUESTIONS,
     "overrides": dict.fromkeys(STAGES, FOUR_STEPS) | {"probe_splits": {"train": 16, "validation": 8, "test": 8}},
 }
 PAIRS = [("llava", "ola_vlm"), ("llava", "ola_vlm_shuffled"), ("ola_vlm_shuffled", "ola_vlm")]

@@ -192,5 +192,5 @@ def finetune(method: str = "ola_vlm", seed: int = 0, root: str | Path = "runs/mi
 TABLE = Table(
     "The miniature, minutes on a CPU core.",
     runs=[Run("miniature", None, {"pretrain": pretrain(), "finetune": finetune()})],
-    made_by="`make miniature` (or `ola-vlm miniature`)",
+    made_by="`ola-vlm data miniature` (or the study, `make miniature`)",
 )

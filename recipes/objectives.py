@@ -52,7 +52,7 @@ MINIATURE = Table(
         for name in OBJECTIVES
         if not name.endswith("_shuffled")
     ],
-    made_by="`make miniature` (or `ola-vlm miniature`)",
+    made_by="`ola-vlm data miniature` (or the study, `make miniature`)",
 )
 LARGE = Table(
     "Other objectives on the paper's data: not run yet.",

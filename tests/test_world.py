@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from ola_vlm import cli
+from ola_vlm.recipes import RECIPES
 from ola_vlm.world import dataset, language, render
 
 
@@ -158,3 +160,20 @@ def test_world_on_disk_is_llava_data(tmp_path):
     stamp = (tmp_path / "images" / "train_00000.png").stat().st_mtime_ns
     assert dataset.write_world(tmp_path, sizes, questions) == checks
     assert (tmp_path / "images" / "train_00000.png").stat().st_mtime_ns == stamp
+
+
+def test_the_command_makes_what_recipes_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["data", "miniature", "--shrunk"])
+    said = capsys.readouterr()
+    assert "train            48 images" in said.out
+    assert "Next: ola-vlm check-data --recipe miniature_pretrain\n" in said.err
+    for stage in ("pretrain", "finetune"):
+        fields = RECIPES[f"miniature_{stage}"]()
+        rows = json.loads((tmp_path / fields["data"]).read_text())
+        assert len(rows) == 48 and all((tmp_path / fields["image_folder"] / row["image"]).is_file() for row in rows)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    cli.main(["data", "miniature", "--shrunk"])  # nothing is done again
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    with pytest.raises(SystemExit, match=r"ola-vlm data: .* has a world of another size: choose another --out"):
+        cli.main(["data", "miniature"])

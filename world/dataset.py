@@ -3,6 +3,7 @@ checks that its questions must be *seen* to be answered."""
 
 import json
 import textwrap
+from argparse import Namespace
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
-from ..targets.files import save_figure, write_json, write_whole
+from ..commands.running import command, tell
+from ..targets.files import read_object, save_figure, write_json, write_whole
 from ..targets.images import open_image
 from . import language, render
 
 SIZES = {"train": 6000, "validation": 600, "test": 1400}
 SEEDS = {"train": 101, "validation": 102, "test": 104}
 QUESTIONS = {"validation": 144, "test": 400}  # a task
+# To try the chain: its numbers mean nothing.
+SHRUNK_SIZES = {"train": 48, "validation": 24, "test": 320}
+SHRUNK_QUESTIONS = {"test": 24}
 PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *render.COLORS.values()])  # a colour for each class
 TURNS = 8  # question-answer turns an image in instruction tuning
 
@@ -170,3 +175,27 @@ def write_questions(folder: Path, scenes: int = SIZES["test"], per_task: int = Q
         for n, row in enumerate(asked)
     ]
     write_whole(folder / "test.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+@command("data")
+def main(args: Namespace) -> None:
+    sizes = SHRUNK_SIZES if args.shrunk else SIZES
+    questions = SHRUNK_QUESTIONS if args.shrunk else QUESTIONS
+    folder = args.out / "data"
+    done = folder / "world.json"
+    if done.exists() and read_object(done)["asked"] != {"sizes": sizes, "questions": questions}:
+        raise ValueError(f"{folder} has a world of another size: choose another --out")
+    checks = write_world(folder, sizes, questions)
+    for split, count in sizes.items():
+        print(f"{split:<12} {count:>6} images")
+    for task, share in checks["text_only"].items():
+        print(f"{task:<12} {100 * share:>6.1f}% of the test questions can be answered without the image")
+    recipe = "--recipe miniature_pretrain"
+    if args.out != Path("runs/miniature"):  # where the recipe looks
+        recipe += f" --data {folder / 'pretrain.json'} --image_folder {folder / 'images'}"
+        recipe += f" --target_cache {args.out / 'targets'}"
+    tell(
+        f"Results: {folder} (images, pretrain.json, finetune.json, contact_sheet.png to look at)",
+        f"Next: ola-vlm check-data {recipe}",
+        f"then: ola-vlm train {recipe} --output_dir runs/mine",
+    )
