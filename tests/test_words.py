@@ -399,8 +399,9 @@ def test_scaled_embeddings_count_as_the_lookup_gives_them(tiny_parts):
     gemma = Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
     model, _ = build_ola_vlm(tiny_parts.vision_tower, gemma, tokenizer, tasks=[TASK])
     ids = encode_words(tokenizer, ["red", "blue cube"])
-    (table,) = model.word_embeddings({"words": [ids]})["words"]
     rows = model.get_input_embeddings().weight.detach()
+    rows[0] = 1.0  # padding's, which is zero: it must not count for a shorter word
+    (table,) = model.word_embeddings({"words": [ids]})["words"]
     assert model.lookup_scale(rows.dtype) == pytest.approx(32**0.5, rel=1e-3)
     torch.testing.assert_close(table[0], rows[ids[0, 0]] * 32**0.5, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(table[1], rows[ids[1]].mean(0) * 32**0.5, rtol=1e-3, atol=1e-6)
