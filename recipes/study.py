@@ -77,8 +77,19 @@ CONTROLS = {
 # Run when they are asked for: their parts have controls of their own.
 ON_REQUEST = ("patch_half_shuffled", "words_ola_vlm_shuffled")
 DEFAULT_ARMS = tuple(arm for arm in ARMS if arm not in ON_REQUEST)
-# Arms that aren't tuned: whose settings they take.
-SETTINGS_OF = {"llava_longer": "llava"}
+# Arms that are not tuned -> whose settings they take: a control differs from its arm in content alone, and what is
+# added to an objective leaves that as it was.
+SETTINGS_OF = {
+    "llava_longer": "llava",
+    "ola_vlm_shuffled": "ola_vlm",
+    "patch_shuffled": "patch",
+    "patch_half": "patch",
+    "patch_half_shuffled": "patch",
+    "words_shuffled": "words",
+    "words_ola_vlm": "words",
+    "words_ola_vlm_shuffled": "words",
+    "moments_ola_vlm": "moments",
+}
 # Two objectives together -> the one that the other is added to.
 ON_TOP = {"words_ola_vlm": "words", "moments_ola_vlm": "moments"}
 NO_CONTENT = "moments"

@@ -99,12 +99,12 @@ def test_a_study_from_tuning_to_the_report(root, in_process, seen, capsys, tmp_p
     rounds = (("pretrain_lr", (1e-2, 1e-3), (0,)), ("weight", (1.0, 3.0), (0,)), ("finetune_lr_few", (1e-3,), (8,)))
     monkeypatch.setattr(arms, "ROUNDS", rounds)
     options = ["objectives", "--shrunk", "--out", str(root), "--settings", str(tmp_path / "settings.json")]
+    objectives.main([*options, "--arms", "llava", "ola_vlm", "ola_vlm_shuffled", "--stage", "tune", "--seeds", "100"])
     options += ["--arms", *TWO_ARMS]
-    objectives.main([*options, "--stage", "tune", "--seeds", "100"])
     tuned = json.loads((tmp_path / "settings.json").read_text())
-    assert set(tuned["settings"]) == set(TWO_ARMS)
+    assert set(tuned["settings"]) == {"llava", "ola_vlm"}  # a control takes its arm's
     assert set(tuned["scores"]["llava"]) == {"pretrain_lr", "finetune_lr_few"}
-    assert set(tuned["scores"]["ola_vlm_shuffled"]["weight"]) == {"1", "3"}
+    assert set(tuned["scores"]["ola_vlm"]["weight"]) == {"1", "3"}
     for arm, by_setting in tuned["scores"].items():
         for setting, scores in by_setting.items():
             assert scores[f"{tuned['settings'][arm][setting]:g}"] == max(scores.values())
@@ -122,6 +122,8 @@ def test_a_study_from_tuning_to_the_report(root, in_process, seen, capsys, tmp_p
     share = result["correct"][: result["questions"]["count"]].count("1") / result["questions"]["count"]
     assert result["accuracy"]["count"] == pytest.approx(share, abs=1e-5)
     assert result["identity"]["pretrain.learning_rate"] == tuned["settings"]["llava"]["pretrain_lr"]
+    control = json.loads((root / "results" / "confirm" / "ola_vlm_shuffled" / "seed1_budget24.json").read_text())
+    assert control["identity"]["pretrain.learning_rate"] == tuned["settings"]["ola_vlm"]["pretrain_lr"]
     assert result["peak_memory_mb"] > 100 and result["seconds"]["finetune"] > 0
     assert set(result["probes"]["test"]["0.1"]) == {"gen", "depth", "seg"}
 

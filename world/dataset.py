@@ -5,6 +5,7 @@ import json
 import textwrap
 from argparse import Namespace
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,9 +46,10 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
 
     images/<split>_<i>.png; <split>.safetensors (depth fp16 metres, mask uint8, scene.*); pretrain.json and
     finetune.json (LLaVA's format); <split>_questions.json (``id, image, question, choices, answer, task``);
-    contact_sheet.png. Nothing is done again if world.json is there with the same sizes.
+    contact_sheet.png. Nothing is done again if world.json is there with the same sizes and differences.
     """
-    asked = {"sizes": sizes, "questions": questions}
+    differences = {name: list(within) for name, within in asdict(language.ASKED).items()}
+    asked = {"sizes": sizes, "questions": questions, "differences": differences}
     done = folder / "world.json"
     if done.exists() and (checks := json.loads(done.read_text()))["asked"] == asked:
         return checks
