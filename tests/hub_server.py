@@ -1,9 +1,14 @@
-"""A Hub of this process's memory, as far as pushing and loading need one: HF_ENDPOINT=server.url."""
+"""A Hub of this process's memory, as far as pushing and loading need one: HF_ENDPOINT=server.url.
+
+`python tests/hub_server.py PORT` serves one for ten minutes, to try `ola-vlm push` without an account.
+"""
 
 import base64
 import hashlib
 import json
+import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
@@ -79,10 +84,10 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve():
-    """The running server: `.url`, `.repos`."""
+def serve(port: int = 0):
+    """The running server: `.url`, `.repos`; port 0 is any that is free."""
     repos: dict[str, dict] = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"repos": repos}))
+    server = ThreadingHTTPServer(("127.0.0.1", port), type("OneHub", (Hub,), {"repos": repos}))
     server.url, server.repos = f"http://127.0.0.1:{server.server_address[1]}", repos
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -90,3 +95,9 @@ def serve():
     finally:
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    with serve(int(sys.argv[1])) as running:
+        print(running.url, flush=True)
+        time.sleep(600)

@@ -69,6 +69,10 @@ def test_blocks_say_what_they_are(page):
     assert len(marks) == sum(bool(block.not_run or block.options) for block in blocks_of(page)), "a mark has no block"
 
 
+def needs_study(page: Path) -> bool:
+    return bool(re.search(r"runs/miniature|--recipe miniature_", "".join(block.text for block in to_run(page))))
+
+
 @pytest.fixture(scope="module")
 def study_runs(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("documents") / "miniature"
@@ -78,12 +82,13 @@ def study_runs(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)], ids=name_of)
-def test_blocks_run(page, study_runs, tmp_path):
+def test_blocks_run(page, request, tmp_path):
     for entry in ROOT.iterdir():
         if entry.name not in ("runs", "build"):
             (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "miniature").symlink_to(study_runs)
+    if needs_study(page):
+        (tmp_path / "runs" / "miniature").symlink_to(request.getfixturevalue("study_runs"))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {
         "PATH": path,
