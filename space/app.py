@@ -8,7 +8,6 @@ A visitor's conversation lives in their page, which sends it with every question
 is cheap (counts, files' headers, tokens) before it decodes a picture.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -36,6 +35,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from ola_vlm.commands.parsing import Parser
 from ola_vlm.inference.chat import NO_IMAGE, Chat, has_image
 from ola_vlm.inference.questions import option_words, without_option_words
 from ola_vlm.probing.features import find_teachers
@@ -792,8 +792,7 @@ def make_links(checkpoint: str | None, code: str) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser("app.py", __doc__, start="python")
     for name, text in {
         "checkpoint": "a folder or a name on the Hub",
         "compare": "a second one, to be asked beside it",
