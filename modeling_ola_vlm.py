@@ -1,5 +1,5 @@
 """
-OLA-VLM (arXiv 2412.09585): a LLaVA whose chosen LLM layers predict the features of specialised vision encoders.
+OLA-VLM (arXiv 2412.09585): a LLaVA whose chosen LLM layers predict the features of specialized vision encoders.
 
 Shapes: B batch, T sequence, N images of the batch in order, V image tokens an image, K task tokens of a task,
 Q queries of a task (= its target's length), R rows of its query table, H LLM width, D predictor width, E target width.
@@ -480,7 +480,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     @torch.no_grad()
     def _init_weights(self, module):
         # Only modules with parameters of their own come here, and not the backbone's: of the linear layers the head
-        # and the predictors'. The latter start as torch initialises them (and the reference does).
+        # and the predictors'. The latter start as torch initializes them (and the reference does).
         super()._init_weights(module)
         if isinstance(module, nn.Linear) and module is not self.lm_head:
             bound = 1 / math.sqrt(module.in_features)

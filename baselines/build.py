@@ -13,6 +13,7 @@ from ..targets.encoders import (
     DepthAnythingEncoder,
     OneFormerEncoder,
     TargetEncoder,
+    current_names,
 )
 from ..targets.weights import assemble
 from .configuration_multi_encoder import MultiEncoderLlavaConfig
@@ -41,7 +42,7 @@ def load_encoders(entries: dict[str, dict], length: int) -> dict[str, TargetEnco
     """The teachers of a recipe, for a base grid of `length` positions, in the recipe's order."""
     encoders = {}
     for name, entry in entries.items():
-        options = dict(entry)
+        options = current_names(entry)
         kind = options.pop("encoder", None)
         path = options.pop("path", None)
         if kind not in ENCODERS or path is None:

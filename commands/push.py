@@ -29,7 +29,7 @@ def parser() -> Parser:
         "--base", metavar="REPO", help="of an adapter: the base model's repository, if it is local here"
     )
     parser.add_argument(
-        "--licence", metavar="ID", help="of this repository, such as apache-2.0; none is stated otherwise"
+        "--license", metavar="ID", help="of this repository, such as apache-2.0; none is stated otherwise"
     )
     parser.add_argument(
         "--statistics",

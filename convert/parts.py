@@ -36,20 +36,21 @@ def build_processor(
     chat_template=None,
     class_tokens=1,
     strategy="default",
-    geometry="pad",
+    resize_mode="pad",
 ) -> OlaVlmProcessor:
     """
     Processor for a tower (`vision_config`: `measure_tower`'s): pads an image to a square with its mean color, never
-    crops (the teachers see the same square); with `geometry` "reference" it crops the middle square, as the reference
-    implementation does. Adds `<image>` and the task tokens to the tokenizer. `statistics`: (mean, std) of the tower's
-    pixel values, CLIP's by default. `class_tokens`: of the tower, one of which the `strategy` "default" leaves out.
+    crops (the teachers see the same square); with `resize_mode` "reference" it crops the middle square, as the
+    reference implementation does. Adds `<image>` and the task tokens to the tokenizer. `statistics`: (mean, std) of
+    the tower's pixel values, CLIP's by default. `class_tokens`: of the tower, one of which the `strategy` "default"
+    leaves out.
     `chat_template`: the tokenizer's by default, or what can be trained with in its place (`fit_chat_template`).
     """
-    if geometry not in ("pad", "reference"):
-        raise ValueError(f'geometry {geometry!r} is unknown: choose "pad" or "reference"')
+    if resize_mode not in ("pad", "reference"):
+        raise ValueError(f'resize_mode {resize_mode!r} is unknown: choose "pad" or "reference"')
     mean, std = statistics or (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     square = {"height": vision_config.image_size, "width": vision_config.image_size}
-    pads = geometry == "pad"
+    pads = resize_mode == "pad"
     image_processor = LlavaImageProcessor(
         do_pad=pads,
         size=square if pads else {"shortest_edge": vision_config.image_size},
@@ -256,7 +257,7 @@ def build_ola_vlm(
     tasks: list[dict] = (),
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
-    geometry: str = "pad",
+    resize_mode: str = "pad",
     pad_vocab_to_multiple_of: int = VOCAB_MULTIPLE,
     **config_overrides,
 ) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
@@ -268,7 +269,8 @@ def build_ola_vlm(
     the means of their query tables. The tables' length is a multiple of `pad_vocab_to_multiple_of`.
     Parts from folders and repositories are read once and not copied; those given as objects are, so that training
     doesn't change them.
-    `dtype`: the LLM's by default. `geometry`: `build_processor`'s. `config_overrides`: more fields of `OlaVlmConfig`.
+    `dtype`: the LLM's by default. `resize_mode`: `build_processor`'s. `config_overrides`: more fields of the
+    configuration.
     Raises ValueError for tasks that don't fit the LLM (`normalize_task`), for checkpoints that lack weights, for
     towers of another layout (`measure_tower`), for an LLM whose logits LLaVA can't give (`check_logits`) and for a
     tokenizer whose new tokens would take the rows of others (`added_ids`).
@@ -319,7 +321,7 @@ def build_ola_vlm(
         chat_template=chat_template,
         class_tokens=class_tokens,
         strategy=config_overrides["vision_feature_select_strategy"],
-        geometry=geometry,
+        resize_mode=resize_mode,
     )
     added = added_ids(tokenizer, known)
     config = build_config(

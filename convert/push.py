@@ -238,18 +238,18 @@ def training_text(runs: list[dict], config: dict) -> str:
         texts.append("Teachers of the embedding losses, which are no part of this repository:")
         layers = {task["name"]: ", ".join(map(str, task["layers"])) for task in config.get("tasks") or []}
         rows = []
-        for task, (kind, path, licence) in taught.items():
+        for task, (kind, path, license) in taught.items():
             weights = shown(path, local)
-            rows.append([markdown(task), markdown(layers.get(task, "")), markdown(kind), weights, markdown(licence)])
-        texts.append(table(["task", "layers of the LLM", "encoder", "weights", "their licence"], rows))
+            rows.append([markdown(task), markdown(layers.get(task, "")), markdown(kind), weights, markdown(license)])
+        texts.append(table(["task", "layers of the LLM", "encoder", "weights", "their license"], rows))
     return "\n\n".join(texts)
 
 
 def teachers(runs: list[dict]) -> dict[str, tuple[str, str, str]]:
-    """Task -> (encoder, weights, licence) of the stages that used them."""
+    """Task -> (encoder, weights, license) of the stages that used them."""
     used = [run["teachers"] for run in runs if run.get("teachers") and (run.get("tasks") or run.get("fusion"))]
     return {
-        task: (teacher["encoder"], teacher["path"], teacher.get("licence", "not recorded"))
+        task: (teacher["encoder"], teacher["path"], teacher.get("license", teacher.get("licence", "not recorded")))
         for entries in used
         for task, teacher in entries.items()
     }
@@ -333,15 +333,15 @@ def _of_study(report: dict) -> str:
 
 
 def limits(runs: list[dict], results: Sequence[str], is_adapter: bool) -> Iterator[str]:
-    licences = {task: licence for task, (_, _, licence) in teachers(runs).items()}
+    licenses = {task: license for task, (_, _, license) in teachers(runs).items()}
     if restricted := [
         f"{markdown(task)} ({markdown(one)})"
-        for task, one in licences.items()
+        for task, one in licenses.items()
         if re.search(r"\bNC\b", one, re.IGNORECASE)
     ]:
-        yield f"**Not for commercial use**, for its teachers' licences: {', '.join(restricted)}."
-    if "not recorded" in licences.values():
-        yield "A teacher's licence was not recorded: see its own page before use."
+        yield f"**Not for commercial use**, for its teachers' licenses: {', '.join(restricted)}."
+    if "not recorded" in licenses.values():
+        yield "A teacher's license was not recorded: see its own page before use."
     yield "The terms of the language model, the vision encoder and the data hold beside this repository's."
     yield "Answers may be wrong, and wrong without a sign of it. Nothing was done about harmful answers or biases."
     if not results:
@@ -351,7 +351,7 @@ def limits(runs: list[dict], results: Sequence[str], is_adapter: bool) -> Iterat
 
 
 def make_card(
-    checkpoint: Path, repo: str, results: Sequence[str] = (), base: str | None = None, licence: str | None = None
+    checkpoint: Path, repo: str, results: Sequence[str] = (), base: str | None = None, license: str | None = None
 ) -> ModelCard:
     """Of a checkpoint's folder; `base`: repository of an adapter's base model. ValueError for wrong `results`."""
     runs = history(checkpoint)
@@ -364,7 +364,7 @@ def make_card(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["ola-vlm", *(["lora"] if is_adapter else []), PAPER.lower()],
-        license=licence,
+        license=license,
         base_model=[name for name in began if is_repository(name, local)] or None,
         datasets=sorted({run["data"] for run in runs if is_repository(run["data"], local)}) or None,
         model_name=repo.split("/")[-1],
@@ -417,7 +417,7 @@ def main(args: Namespace) -> None:
     elif args.base:
         raise ValueError("--base is for adapters, and CHECKPOINT is a whole model")
     try:
-        card = make_card(args.checkpoint, args.repo, args.results, base, args.licence)
+        card = make_card(args.checkpoint, args.repo, args.results, base, args.license)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"run.json or the results are not as our commands write them ({what})") from error

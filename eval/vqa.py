@@ -1,4 +1,4 @@
-"""VQA accuracy of a free answer against ten human ones (OK-VQA): normalised as the VQA challenge's evaluator does."""
+"""VQA accuracy of a free answer against ten human ones (OK-VQA): normalized as the VQA challenge's evaluator does."""
 
 import re
 from collections.abc import Sequence

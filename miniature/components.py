@@ -75,7 +75,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def preprocess(images: np.ndarray) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> normalised (N, 3, H, W) fp32, as every part's saved preprocessor does."""
+    """(N, H, W, 3) uint8 -> normalized (N, 3, H, W) fp32, as every part's saved preprocessor does."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
     return (pixels - IMAGE_MEAN[0]) / IMAGE_STD[0]
 
@@ -176,7 +176,7 @@ def _embed_patches(model, tokenizer, batch: dict, descriptions: list[list[list[s
 
 
 def _ordinal_start(model, tokenizer, rng):
-    """Coordinate words start on a smooth curve, so that neighbours are alike: numbers are ordered in any real LLM."""
+    """Coordinate words start on a smooth curve, so that neighbors are alike: numbers are ordered in any real LLM."""
     width = model.config.hidden_size
     with torch.no_grad():
         for axis in "xyz":
@@ -185,7 +185,7 @@ def _ordinal_start(model, tokenizer, rng):
                 s = (k + 0.5) / language.BINS
                 code = torch.tensor([2 * s - 1, math.cos(math.pi * s), math.cos(2 * math.pi * s), 1.0])
                 row = (code @ directions) / 2
-                # half a curve, half its own: on the curve alone neighbours are too alike to be copied exactly
+                # half a curve, half its own: on the curve alone neighbors are too alike to be copied exactly
                 model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(f"{axis}{k}")] += 0.05 * row
 
 
@@ -232,7 +232,7 @@ def train_language_model(work: Path, out: Path, steps: int):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     config = LlamaConfig.from_pretrained(WEIGHTS / "language_model", vocab_size=len(tokenizer))
-    model = LlamaForCausalLM(config)  # its initializer_range is about 1 / sqrt(width): with .02 nothing was learnt
+    model = LlamaForCausalLM(config)  # its initializer_range is about 1 / sqrt(width): with .02 nothing was learned
     _ordinal_start(model, tokenizer, np.random.default_rng(0))
     pool = render.sample_scenes(20_000, seed=21)
 
@@ -395,7 +395,7 @@ def train_depth(work: Path, out: Path, steps: int):
 
 
 def train_seg(work: Path, out: Path, steps: int):
-    """OneFormer, semantic task: classes are sky, floor and the object colours; returns the mIoU of a data set."""
+    """OneFormer, semantic task: classes are sky, floor and the object colors; returns the mIoU of a data set."""
     torch.manual_seed(4)
     config = OneFormerConfig.from_pretrained(WEIGHTS / "seg")
     model = OneFormerForUniversalSegmentation(config)

@@ -67,7 +67,7 @@ def convert(folder: Path) -> Path:
     (gguf,) = source.glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
     config = model.config.to_dict()
-    del config["quantization_config"]  # the weights are dequantised: a fresh model of them can be saved
+    del config["quantization_config"]  # the weights are dequantized: a fresh model of them can be saved
     fresh = LlamaForCausalLM(type(model.config)(**config))
     fresh.load_state_dict(model.state_dict())
     fresh.save_pretrained(folder)
@@ -378,7 +378,7 @@ def report_text(results: dict) -> str:
 
 
 def draw_losses(results: dict, path: Path) -> None:
-    """Next-token loss over both stages; the embedding losses over PT, a colour a task, dashed for its later layer."""
+    """Next-token loss over both stages; the embedding losses over PT, a color a task, dashed for its later layer."""
     with rc_context(STYLE):
         figure, start, lines = Figure(figsize=(15, 4.2), layout="constrained"), 0, {}
         axes = dict(zip(("ntp", "smooth_l1", "contrastive"), figure.subplots(1, 3), strict=True))

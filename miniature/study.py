@@ -156,7 +156,7 @@ def publish(
             probes = fit_probes(root, own, splits, strengths)
             for target in [own, shipped] if ship_this else [own]:
                 probes.save(target / "probes")
-        # predictions are standardised: without these they can't be decoded
+        # predictions are standardized: without these they can't be decoded
         if (statistics := folder / "pretrain" / "target_statistics").exists():
             for target in [own, shipped] if ship_this else [own]:
                 shutil.copytree(statistics, target / "target_statistics", dirs_exist_ok=True)

@@ -47,10 +47,10 @@ VISION_TOWERS = {  # the second is written by `ola-vlm convert-tower`, see conve
     "convnext": "weights/clip_convnext_xxl",
 }
 LANGUAGE_MODELS = {"llama3": "meta-llama/Meta-Llama-3-8B-Instruct", "phi3": "microsoft/Phi-3-mini-4k-instruct"}
-# Name -> encoder, weights and their licence, which is logged when they are loaded; docs/targets.md has their widths.
+# Name -> encoder, weights and their license, which is logged when they are loaded; docs/targets.md has their widths.
 WEIGHTS = {
-    name: {"encoder": encoder, "path": path, "licence": licence}
-    for name, encoder, path, licence in [
+    name: {"encoder": encoder, "path": path, "license": license}
+    for name, encoder, path, license in [
         ("depth_small", "depth_anything", "depth-anything/Depth-Anything-V2-Small-hf", "Apache-2.0"),
         ("depth_base", "depth_anything", "depth-anything/Depth-Anything-V2-Base-hf", "CC-BY-NC-4.0"),
         ("depth_large", "depth_anything", "depth-anything/Depth-Anything-V2-Large-hf", "CC-BY-NC-4.0"),

@@ -68,7 +68,7 @@ CODE = "https://github.com/YOUR_NAME/ola_vlm"
 
 ABOUT = """\
 # OLA-VLM: layers that see
-A LLaVA whose language-model layers learnt to predict what vision encoders see: depth, segmentation, an embedding.
+A LLaVA whose language-model layers learned to predict what vision encoders see: depth, segmentation, an embedding.
 {model}
 
 {links}"""

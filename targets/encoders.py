@@ -2,10 +2,10 @@
 
 N images, Q positions of the target (grid * grid, row by row from the top left; 1 for gen), E width, S pixels a side.
 
-Every encoder sees the student's square (`LlavaImageProcessor(do_pad=True)`: padded with its own mean colour, never
+Every encoder sees the student's square (`LlavaImageProcessor(do_pad=True)`: padded with its own mean color, never
 cropped or stretched), so that a grid cell means the same part of the picture to the student and to every teacher.
-The variant `geometry="reference"` stretches the picture to the square, as the reference implementation does (whose
-student crops: `build_ola_vlm(geometry="reference")`).
+The variant `resize_mode="reference"` stretches the picture to the square, as the reference implementation does (whose
+student crops: `build_ola_vlm(resize_mode="reference")`).
 """
 
 import hashlib
@@ -81,21 +81,29 @@ def has_preprocessing(path, config: PreTrainedConfig) -> bool:
     return config.model_type == "timm_wrapper" or any(find_file(path, name) for name in files)
 
 
+OLD_NAMES = {"geometry": "resize_mode", "licence": "license"}  # of fields, in the run.json of a run from before
+
+
+def current_names(entry: dict) -> dict:
+    """An entry of a recipe's `teachers` with the fields' names of today."""
+    return {OLD_NAMES.get(name, name): value for name, value in entry.items()}
+
+
 def load_teacher(
     model_class,
     path,
     dtype: torch.dtype | str = torch.float32,
     device="cpu",
-    licence=None,
+    license=None,
     weights: bool = True,
     **kwargs,
 ) -> PreTrainedModel:
-    """`load_whole` on a device. `dtype`: of torch, or its name, "bfloat16". `licence`: of the weights, logged.
+    """`load_whole` on a device. `dtype`: of torch, or its name, "bfloat16". `license`: of the weights, logged.
     Without `weights` what its configuration alone tells: a model on the meta device."""
     if not weights:
         return _without_weights(model_class, path, **kwargs)
-    if licence:
-        logger.info(f"teacher {path}: weights under {licence}")
+    if license:
+        logger.info(f"teacher {path}: weights under {license}")
     hint = ' (if features need none, add the name to the teacher\'s "unused")'
     return load_whole(model_class, path, hint=hint, dtype=dtype, **kwargs).to(device)
 
@@ -123,11 +131,11 @@ class TargetEncoder(ABC):
         size: side in pixels of the square that the teacher sees.
         grid: side of the target's grid (24 in the paper: 576 positions), or 1 for an image embedding.
         image_mean, image_std: of the teacher's own preprocessing, in 0..1.
-        geometry: "pad", or "reference", which stretches.
+        resize_mode: "pad", or "reference", which stretches.
         batch_size: images that `encode` gives to the model at once.
 
-    `from_pretrained` of all takes `path` (name or folder), `grid`, `geometry`, `batch_size`, `revision`, and
-    `load_teacher`'s `dtype`, `device`, `licence` and `unused`: the fields of a recipe's `teachers`, which are JSON.
+    `from_pretrained` of all takes `path` (name or folder), `grid`, `resize_mode`, `batch_size`, `revision`, and
+    `load_teacher`'s `dtype`, `device`, `license` and `unused`: the fields of a recipe's `teachers`, which are JSON.
     A subclass defines `_open`, which `from_pretrained` calls.
     """
 
@@ -141,19 +149,19 @@ class TargetEncoder(ABC):
         grid: int,
         image_mean: Sequence[float],
         image_std: Sequence[float],
-        geometry: str = "pad",
+        resize_mode: str = "pad",
         batch_size: int = 32,
     ):
-        if geometry not in ("pad", "reference"):
-            raise ValueError(f'geometry {geometry!r} is unknown: choose "pad" or "reference"')
+        if resize_mode not in ("pad", "reference"):
+            raise ValueError(f'resize_mode {resize_mode!r} is unknown: choose "pad" or "reference"')
         self.model = model.eval().requires_grad_(False)
         self.target_dim, self.size, self.grid, self.batch_size = target_dim, size, grid, batch_size
         mean, std, side = list(image_mean), list(image_std), {"height": size, "width": size}
         self.image_processor = LlavaImageProcessor(
-            do_pad=geometry == "pad", do_center_crop=False, size=side, image_mean=mean, image_std=std
+            do_pad=resize_mode == "pad", do_center_crop=False, size=side, image_mean=mean, image_std=std
         )
         # What decides, besides weights and configuration, which features an image gets (a part of the cache key).
-        self.view = {"square": geometry, "size": size, "grid": grid, "mean": mean, "std": std}
+        self.view = {"square": resize_mode, "size": size, "grid": grid, "mean": mean, "std": std}
         self.view["resample"] = int(self.image_processor.resample)
 
     @classmethod
@@ -220,10 +228,12 @@ class DepthAnythingEncoder(TargetEncoder):
         self.view["features"] = features
 
     @classmethod
-    def _open(cls, path, grid: int = 24, features="mean", geometry="pad", batch_size=32, revision="main", **loading):
+    def _open(
+        cls, path, grid: int = 24, features="mean", resize_mode="pad", batch_size=32, revision="main", **loading
+    ):
         _, mean, std = read_preprocessing(path, revision=revision)
         model = load_teacher(DepthAnythingForDepthEstimation, path, revision=revision, **loading)
-        return cls(model, grid, mean, std, features, geometry=geometry, batch_size=batch_size)
+        return cls(model, grid, mean, std, features, resize_mode=resize_mode, batch_size=batch_size)
 
     def _features(self, pixels):
         maps = torch.stack(self.model.backbone(pixels).feature_maps)[:, :, 1:]  # without the class token
@@ -273,7 +283,9 @@ class OneFormerEncoder(TargetEncoder):
         self.task_inputs = task_inputs
 
     @classmethod
-    def _open(cls, path, grid: int = 24, task_inputs=None, geometry="pad", batch_size=32, revision="main", **loading):
+    def _open(
+        cls, path, grid: int = 24, task_inputs=None, resize_mode="pad", batch_size=32, revision="main", **loading
+    ):
         size, mean, std = read_preprocessing(path, revision=revision)
         # The pixel decoder's dropout hangs on `is_training`, not on eval().
         loading = {"unused": cls.unused, "is_training": False, **loading}
@@ -285,7 +297,7 @@ class OneFormerEncoder(TargetEncoder):
             ids = tokenizer("the task is semantic")["input_ids"]
             # OneFormerProcessor's way: padding is id 0, whatever the tokenizer's padding token.
             task_inputs = ids + [0] * (model.config.task_seq_len - len(ids))
-        return cls(model, size, grid, mean, std, task_inputs, geometry=geometry, batch_size=batch_size)
+        return cls(model, size, grid, mean, std, task_inputs, resize_mode=resize_mode, batch_size=batch_size)
 
     def _features(self, pixels):
         last = self.model.model.pixel_level_module.encoder(pixels).feature_maps[-1]
@@ -337,13 +349,13 @@ class ClipImageEncoder(TargetEncoder):
     name = "clip_image"
 
     @classmethod
-    def _open(cls, path, grid: int = 1, subfolder="", geometry="pad", batch_size=32, revision="main", **loading):
+    def _open(cls, path, grid: int = 1, subfolder="", resize_mode="pad", batch_size=32, revision="main", **loading):
         """`path` may be a diffusers pipeline's with `subfolder` "image_encoder": the preprocessing is then read from
         its feature_extractor. `grid` is for all encoders to be called alike: there is one embedding an image."""
         beside = "feature_extractor" if subfolder else ""
         _, mean, std = read_preprocessing(path, revision=revision, subfolder=beside)
         model = load_teacher(CLIPVisionModelWithProjection, path, revision=revision, subfolder=subfolder, **loading)
-        config, options = model.config, {"geometry": geometry, "batch_size": batch_size}
+        config, options = model.config, {"resize_mode": resize_mode, "batch_size": batch_size}
         return cls(model, config.projection_dim, config.image_size, 1, mean, std, **options)
 
     def _features(self, pixels):
@@ -373,7 +385,7 @@ class VisionEncoder(TargetEncoder):
 
     @classmethod
     def _open(
-        cls, path, grid: int = 24, size=None, config=None, geometry="pad", batch_size=32, revision="main", **loading
+        cls, path, grid: int = 24, size=None, config=None, resize_mode="pad", batch_size=32, revision="main", **loading
     ):
         """`size`: pixels a side, that of its preprocessing by default; position embeddings are interpolated if the
         model can (a timm ViT can with `config={"model_args": {"dynamic_img_size": true}}`). `config`: fields of the
@@ -385,7 +397,7 @@ class VisionEncoder(TargetEncoder):
         options["key_mapping"] = OF_VISION_TOWER
         options["unused"] = ("pooler.",) if grid > 1 else ()
         model = load_teacher(AutoModel, path, **(options | loading))
-        return cls(model, size or own_size, grid, mean, std, geometry=geometry, batch_size=batch_size)
+        return cls(model, size or own_size, grid, mean, std, resize_mode=resize_mode, batch_size=batch_size)
 
     def _features(self, pixels):
         output = self.model(pixels, **self.arguments)

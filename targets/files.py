@@ -181,7 +181,7 @@ def _are_texts(value: object) -> bool:
 TEACHER_FIELDS = {
     "encoder": _is_text,
     "path": _is_text,
-    "licence": _is_text,
+    "licence": _is_text,  # of files from before, as is "geometry"
     "license": _is_text,
     "motion": lambda value: isinstance(value, bool),
     "features": _is_text,

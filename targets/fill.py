@@ -23,7 +23,7 @@ from transformers.utils import extract_commit_hash, logging
 
 from ..configuration_ola_vlm import TASK_FIELDS
 from .cache import OncePerBatch, TargetCache, image_key, is_key
-from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder
+from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder, current_names
 from .files import as_hint, read_finished, write_json, write_whole
 from .images import ImageError, open_image, source_name
 from .loading import loading_from
@@ -46,7 +46,7 @@ class Teacher:
         self.task = task
         self.device = device
         self.shape = (task["target_length"], task["target_dim"])
-        self.entry = {name: value for name, value in entry.items() if name != "motion"}
+        self.entry = {name: value for name, value in current_names(entry).items() if name != "motion"}
         encoders = list(WORDS_ENCODERS if task.get("target") == "words" else ENCODERS)
         if entry.get("encoder") not in encoders or "path" not in entry:
             need = f"give its path, and as encoder one of {encoders}"
@@ -125,7 +125,7 @@ class Teacher:
             return encoder_class.list_words(path, **options)
 
     def _note(self, folder: str | Path) -> Path:
-        change_nothing = {"batch_size", "device", "license", "licence"}
+        change_nothing = {"batch_size", "device", "license"}
         entry = {name: value for name, value in self.entry.items() if name not in change_nothing}
         identity = json.dumps([self.task["target_length"], entry, FEATURES_VERSION], sort_keys=True)
         digest = blake2b(identity.encode(), digest_size=8).hexdigest()

@@ -117,7 +117,7 @@ class ClassWordsEncoder(WordsEncoder):
         words=None,
         size=None,
         task_inputs=None,
-        geometry="pad",
+        resize_mode="pad",
         batch_size=8,
         revision="main",
         **loading,
@@ -125,7 +125,7 @@ class ClassWordsEncoder(WordsEncoder):
         config = read_config(path, revision, loading.get("trust_remote_code", False))
         words = class_words(path, config, words)
         own_size, mean, std = read_preprocessing(path, revision=revision)
-        options = {"geometry": geometry, "batch_size": batch_size}
+        options = {"resize_mode": resize_mode, "batch_size": batch_size}
         size = size or own_size
         if config.model_type == "oneformer":
             segmenter = OneFormerEncoder._open(path, grid, task_inputs, revision=revision, **options, **loading)
@@ -200,7 +200,7 @@ class DepthWordsEncoder(WordsEncoder):
         bins: str | list[float] = "quantiles",
         larger_is_closer: bool | None = None,
         size=None,
-        geometry="pad",
+        resize_mode="pad",
         batch_size=8,
         revision="main",
         **loading,
@@ -218,7 +218,7 @@ class DepthWordsEncoder(WordsEncoder):
         own_size, mean, std = read_preprocessing(path, revision=revision)
         model_class = MODEL_FOR_DEPTH_ESTIMATION_MAPPING[type(config)]
         model = load_teacher(model_class, path, config=config, revision=revision, **loading)
-        options = {"geometry": geometry, "batch_size": batch_size}
+        options = {"resize_mode": resize_mode, "batch_size": batch_size}
         return cls(model, size or own_size, grid, mean, std, words, bins, larger_is_closer, **options)
 
     def _features(self, pixels):

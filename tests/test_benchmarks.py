@@ -535,7 +535,7 @@ def test_letters_are_read_where_the_options_are_not():
         ("", ""),
     ],
 )
-def test_vqa_normalisation(text, plain):
+def test_vqa_normalization(text, plain):
     assert normalize_answer(text) == plain
 
 

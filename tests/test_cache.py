@@ -628,7 +628,7 @@ class TestTeacher:
         assert Teacher(TASK, entry).fingerprint(folder) == known and len(loads) == 1
 
     def test_what_changes_no_feature(self, entry, known, loads, folder):
-        other = entry | {"batch_size": 2, "device": "cpu", "licence": "none"}
+        other = entry | {"batch_size": 2, "device": "cpu", "license": "none"}
         assert Teacher(TASK, other).fingerprint(folder) == known and not loads
 
     def test_other_version(self, entry, known, loads, folder, monkeypatch):
@@ -682,7 +682,7 @@ class TestTeacher:
 
     def test_other_task_words(self, entry, known, loads, folder):
         """Whatever a recipe says of a teacher, but for what changes no feature, has a note of its own."""
-        fields = {"geometry": "reference", "dtype": "bfloat16", "revision": "abc", "subfolder": "x", "layers": [1]}
+        fields = {"resize_mode": "reference", "dtype": "bfloat16", "revision": "abc", "subfolder": "x", "layers": [1]}
         teacher = Teacher(TASK, entry)
         notes = {teacher._note(folder)}
         for name, value in fields.items():

@@ -146,14 +146,14 @@ def test_tokenizer_without_padding_is_refused(processor):
 
 def picture_files(folder):
     """Image files that a plain conversion to RGB would spoil."""
-    colour, seen = random_image(0), random_image(1, (32, 32)).convert("L")
-    rgba, grey = colour.copy(), colour.convert("L")
+    color, seen = random_image(0), random_image(1, (32, 32)).convert("L")
+    rgba, gray = color.copy(), color.convert("L")
     rgba.putalpha(seen)
-    grey.putalpha(seen)
-    palette = colour.quantize(16)
+    gray.putalpha(seen)
+    palette = color.quantize(16)
     palette.save(folder / "palette.png", transparency=3)
     rgba.save(folder / "rgba.png")
-    grey.save(folder / "la.png")
+    gray.save(folder / "la.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     random_image(2, (32, 16)).save(folder / "rotated.png", exif=exif)
@@ -169,7 +169,7 @@ def test_training_sees_the_picture_of_inference(collator, processor, tmp_path, n
     expected = processor(text="<image>", images=[source], return_tensors="pt")["pixel_values"]
     encoder = ClipImageEncoder(CLIPVisionModelWithProjection(CLIPVisionConfig(**TINY)), 8, 32, 1, [0.5] * 3, [0.5] * 3)
     right, naive = open_image(path), Image.open(path).convert("RGB")
-    naive.info.clear()  # PIL remembers a palette's transparent colour
+    naive.info.clear()  # PIL remembers a palette's transparent color
     for image in (path, Image.open(path)):
         batch = collator([{"id": "x", "images": [image], "messages": conversation(1)}])
         assert batch["pixel_values"].equal(expected)

@@ -143,7 +143,7 @@ def test_score_is_the_mean_over_tasks_not_over_questions():
     assert score(records) == {"depth": 1.0, "count": 0.0, "average": 0.5}
 
 
-def test_an_empty_answer_is_wrong_and_takes_nothing_from_its_neighbour():
+def test_an_empty_answer_is_wrong_and_takes_nothing_from_its_neighbor():
     assert [is_correct(r) for r in (record(0, "(A)"), record(1, ""), record(2, "(A)"))] == [True, False, True]
 
 

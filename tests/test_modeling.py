@@ -730,7 +730,7 @@ def test_saved_and_loaded_is_the_same(make_model, tmp_path):
 
 @torch.no_grad()
 def test_starts_from_a_plain_llava_checkpoint(make_model, tmp_path):
-    """No weight of LLaVA's is lost, the head least of all; what is new is initialised."""
+    """No weight of LLaVA's is lost, the head least of all; what is new is initialized."""
     plain_like, processor = make_model(tasks=[])
     LlavaForConditionalGeneration(plain_like.config).save_pretrained(tmp_path)
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -747,10 +747,10 @@ def test_starts_from_a_plain_llava_checkpoint(make_model, tmp_path):
     assert ours(**batch).logits.equal(plain(**batch).logits)
     assert ours.logit_scales["gen"].item() == 2.0 and 0.8 < ours.queries["depth"].std() < 1.2
     scale = ours.predictors["depth"]["1"].proj_in.weight.std() * 3**0.5 * 32**0.5
-    assert 0.9 < scale < 1.1  # torch's uniform initialisation, the reference's
+    assert 0.9 < scale < 1.1  # torch's uniform initialization, the reference's
 
 
-def test_initialisation(make_model):
+def test_initialization(make_model):
     model, _ = make_model()
     assert {scale.item() for scale in model.logit_scales.values()} == {2.0}
     assert 0.9 < model.queries["depth"].std() < 1.1

@@ -453,8 +453,8 @@ def test_an_interrupted_fit_goes_on_to_the_same_result(make_model, tmp_path):
     assert fits[2].count == 16 and same(fits[2].solve(alphas), fits[0].solve(alphas))
 
 
-def test_standardised_targets_are_restored(make_model, tmp_path):
-    """A resampler learns standardised targets, and predicts the teacher's own."""
+def test_standardized_targets_are_restored(make_model, tmp_path):
+    """A resampler learns standardized targets, and predicts the teacher's own."""
     model, processor = make_model()
     targets = {"depth": 100 + 20 * random_targets()["depth"]}
     statistics = {"depth": TargetStatistics.fit([targets["depth"][:16]])}

@@ -1,4 +1,4 @@
-"""The processor: placeholders, then task tokens in order; squares padded with the mean colour; saved completely."""
+"""The processor: placeholders, then task tokens in order; squares padded with the mean color; saved completely."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_assistant_mask_survives_the_expansion(make_model):
 
 
 @pytest.mark.parametrize("size", [(90, 30), (30, 90)])
-def test_pads_to_a_square_with_the_mean_colour_and_never_crops(make_model, size):
+def test_pads_to_a_square_with_the_mean_color_and_never_crops(make_model, size):
     """A marker in the corner of a 3:1 image is seen, in the same cell as in the padded square."""
     _, processor = make_model()
     picture = np.full((size[1], size[0], 3), 255, dtype=np.uint8)
@@ -72,7 +72,7 @@ def test_pads_to_a_square_with_the_mean_colour_and_never_crops(make_model, size)
     dark = pixels.mean(0)[12:13, 1:3] if wide else pixels.mean(0)[1:3, 12:13]
     assert dark.max() < -1  # the marker: top left corner of the strip that holds the picture
     border = cells[0] if wide else cells[:, 0]
-    assert border.abs().max() < 0.02  # the mean colour is 0 after normalisation
+    assert border.abs().max() < 0.02  # the mean color is 0 after normalization
     assert (cells[1:3] if wide else cells[:, 1:3]).flatten()[-1] > 1
 
 

@@ -59,7 +59,7 @@ def runs(make_model, tmp_path_factory):
     model, processor = make_model()
     model.save_pretrained(folder / "pretrain")
     processor.save_pretrained(folder / "pretrain")
-    teachers = {"depth": {"encoder": "depth_anything", "path": "org/depth", "licence": "cc-by-nc-4.0"}}
+    teachers = {"depth": {"encoder": "depth_anything", "path": "org/depth", "license": "cc-by-nc-4.0"}}
     first = OlaVlmArguments(str(folder / "pretrain"), **fields).to_dict() | {"recipe": "llama3_vit_pretrain"}
     first |= {"teachers": teachers, "tasks": model.config.tasks, "language_model": "org/llm", "seed": 17}
     (folder / "pretrain" / "run.json").write_text(json.dumps(first | {"vision_tower": str(folder / "tower")}))
@@ -116,7 +116,7 @@ def test_pushed_and_loaded_by_name(runs, hub, tmp_path, capsys):
 
 def test_the_card_says_what_the_run_was(runs, tmp_path, capsys):
     push.main(
-        [str(runs / "finetune"), "me/x", "--dry-run", "--licence", "apache-2.0", "--results", str(results(tmp_path))]
+        [str(runs / "finetune"), "me/x", "--dry-run", "--license", "apache-2.0", "--results", str(results(tmp_path))]
     )
     text = capsys.readouterr().out
     assert "model.safetensors" in text.split("\n```\n")[-1]
@@ -152,8 +152,8 @@ def test_the_card_tells_what_was_done_and_not_what_was_planned(tmp_path):
     """A run's steps, the batch of all its processes, and each stage's own fields, the first stage first."""
     fields = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 1.0}
     fields |= {"learning_rate": 0.001, "data": "org/data", "recipe": None, "lora_rank": 0}
-    depth = {"depth": {"encoder": "depth_anything", "path": "org/first", "licence": "mit"}}
-    seg = {"seg": {"encoder": "oneformer", "path": "org/second", "licence": "cc-by-nc-4.0"}}
+    depth = {"depth": {"encoder": "depth_anything", "path": "org/first", "license": "mit"}}
+    seg = {"seg": {"encoder": "oneformer", "path": "org/second", "license": "cc-by-nc-4.0"}}
     first = fields | {"stage": "pretrain", "seed": 1, "max_steps": 700, "language_model": "org/llm", "processes": 8}
     first |= {"teachers": depth | seg, "tasks": [{"name": "depth"}]}
     # It was given epochs, and stopped early.

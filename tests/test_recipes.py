@@ -376,21 +376,21 @@ def test_miniature_methods_differ_in_what_they_should_only():
         miniature.finetune("lava")
 
 
-def test_every_preset_says_its_licence_and_one_may_be_used_commercially():
-    licences = {name: preset["licence"] for name, preset in WEIGHTS.items()}
+def test_every_preset_says_its_license_and_one_may_be_used_commercially():
+    licenses = {name: preset["license"] for name, preset in WEIGHTS.items()}
     page = (Path(__file__).parents[1] / "docs" / "targets.md").read_text()
     for name, preset in WEIGHTS.items():
         assert preset["encoder"] in ENCODERS
         (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
-        assert preset["path"] in line and licences[name] in line
-    assert {name for name, licence in licences.items() if "NC" in licence} == {"depth_base", "depth_large"}
+        assert preset["path"] in line and licenses[name] in line
+    assert {name for name, license in licenses.items() if "NC" in license} == {"depth_base", "depth_large"}
     for method, fields in METHODS.items():
         tasks, teachers = fields["tasks"], fields["teachers"]
         if method in FUSIONS:  # in the paper's order, too
             assert tasks == [] and list(teachers) == [task["name"] for task in METHODS["ola_vlm"]["tasks"]]
             continue
         assert [task["name"] for task in tasks] == list(teachers)
-        commercial = not any("NC" in teacher["licence"] for teacher in teachers.values())
+        commercial = not any("NC" in teacher["license"] for teacher in teachers.values())
         assert commercial == (method != "ola_vlm")
         recorded = {name: teacher["path"] for name, teacher in teachers.items()}
         for task in tasks:

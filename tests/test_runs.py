@@ -349,7 +349,7 @@ def test_evaluation_with_answers(fields, tmp_path):
         ({"remove_unused_columns": True}, "remove_unused_columns must stay false"),
         ({"tasks": [{"name": "depth", "layers": [9]}]}, r"tasks\[depth\]\.layers is \[9\]: choose from 1 to 4"),
         ({"tasks": [{"name": "depth"}] * 2}, "give each task its own name"),
-        ({"model_overrides": {"geometry": "crop"}}, "geometry 'crop' is unknown"),
+        ({"model_overrides": {"resize_mode": "crop"}}, "resize_mode 'crop' is unknown"),
         ({"model_overrides": {"geomtry": "pad"}}, r"model_overrides has \['geomtry'\]"),
         ({"model_overrides": {"vision_feature_layer": -7}}, "vision_feature_layer is -7: choose from -4 to 3"),
         ({"language_model": "nobody/nothing"}, "there is no folder nobody/nothing"),

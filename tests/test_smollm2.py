@@ -146,7 +146,7 @@ def test_data(run, tmp_path):
         for row in load_rows(str(tmp_path / f"{stage}.json"), str(tmp_path / "images")):
             answers = sum(message["role"] == "assistant" for message in row["messages"])
             labels = collator.check_text(row).labels
-            assert (labels == collator.processor.tokenizer.eos_token_id).sum() == answers  # the end of turn is learnt
+            assert (labels == collator.processor.tokenizer.eos_token_id).sum() == answers  # the end of turn is learned
 
 
 def test_only_answers_that_end_are_rehearsed(run, language_model, monkeypatch):

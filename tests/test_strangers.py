@@ -122,7 +122,7 @@ def test_what_a_file_may_not_say_of_a_teacher(tmp_path, field):
 
 
 def test_what_a_file_may_say_of_a_teacher(tmp_path):
-    entry = {"encoder": "vision", "path": "org/name", "licence": "mit", "size": 384, "revision": "refs/pr/1"}
+    entry = {"encoder": "vision", "path": "org/name", "license": "mit", "size": 384, "revision": "refs/pr/1"}
     entry |= {"config": {"model_args": {"dynamic_img_size": True}}, "dtype": "bfloat16", "subfolder": "image_encoder"}
     assert teachers_of_file({"depth": entry}, "run.json") == {"depth": entry}
 
@@ -337,7 +337,7 @@ NASTY = "a|b\nc <img src=x onerror=alert(1)> `d` [e](http://f) $x$ *g* \x1b]0;h\
 
 
 def test_a_card_shows_texts_as_they_are(checkpoint, tmp_path):
-    entry = {"encoder": NASTY, "path": NASTY, "licence": NASTY}
+    entry = {"encoder": NASTY, "path": NASTY, "license": NASTY}
     fields = {"stage": NASTY, "recipe": NASTY, "data": NASTY, "learning_rate": 0.1, "seed": 0, "max_steps": 1}
     fields |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "language_model": NASTY}
     write_run(checkpoint, {NASTY: entry}, **fields)

@@ -28,6 +28,7 @@ from transformers import (
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.targets.encoders import ENCODERS, DepthAnythingEncoder, Motion, OneFormerEncoder, VisionEncoder
+from ola_vlm.targets.fill import Teacher
 from ola_vlm.targets.statistics import TargetStatistics
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -107,9 +108,15 @@ def test_types_and_devices_by_their_names(folders):
         load(folders, "vision", dtype="bfloat17")
 
 
-def test_licences_are_logged(folders, caplog):
+def test_fields_names_of_before_are_understood():
+    entry = {"encoder": "depth_anything", "path": "x", "geometry": "reference", "licence": "mit", "motion": True}
+    teacher = Teacher({"name": "depth", "target_length": 4, "target_dim": 2}, entry)
+    assert teacher.entry == {"encoder": "depth_anything", "path": "x", "resize_mode": "reference", "license": "mit"}
+
+
+def test_licenses_are_logged(folders, caplog):
     with caplog.at_level(logging.INFO, "ola_vlm"):
-        load(folders, "depth_anything", licence="CC-BY-NC-4.0")
+        load(folders, "depth_anything", license="CC-BY-NC-4.0")
     (message,) = [record.getMessage() for record in caplog.records if record.name == "ola_vlm.targets.encoders"]
     assert str(folders["depth_anything"]) in message and "CC-BY-NC-4.0" in message
 
@@ -158,12 +165,12 @@ def test_student_and_teachers_see_the_same_square(folders, make_model):
 def test_the_references_geometry(folders, make_model, tmp_path):
     """Teachers stretch, the student crops: a named variant with fingerprints of its own."""
     for name in ENCODERS:
-        stretching, padding = load(folders, name, geometry="reference"), load(folders, name)
+        stretching, padding = load(folders, name, resize_mode="reference"), load(folders, name)
         assert marked_cell(stretching.pixel_values, GRID) == (1, 7), name
         assert stretching.fingerprint != padding.fingerprint
         square = random_images(1)
         torch.testing.assert_close(stretching.encode(square), padding.encode(square))
-    _, processor = make_model(geometry="reference")
+    _, processor = make_model(resize_mode="reference")
     processor.save_pretrained(tmp_path)
     crop = student_pixels(OlaVlmProcessor.from_pretrained(tmp_path))
     image = random_images(1, size=(96, 32))[0]
@@ -171,14 +178,14 @@ def test_the_references_geometry(folders, make_model, tmp_path):
     torch.testing.assert_close(crop([image]), student_pixels(make_model()[1])([image.crop((32, 0, 64, 32))]))
     for build in (make_model, partial(load, folders, "vision")):
         with pytest.raises(ValueError, match="'crop' is unknown"):
-            build(geometry="crop")
+            build(resize_mode="crop")
 
 
-def test_padding_has_the_encoders_mean_colour(folders):
+def test_padding_has_the_encoders_mean_color(folders):
     for name in ENCODERS:
         pixels = load(folders, name).pixel_values(random_images(1, size=(96, 32)))
         assert pixels.shape == (1, 3, 64, 64)
-        assert pixels[0, :, :10].abs().max() < 2e-2  # a grey level off at most: 1 / 255 / .25
+        assert pixels[0, :, :10].abs().max() < 2e-2  # a gray level off at most: 1 / 255 / .25
         assert pixels[0, :, 30:34].abs().max() > 0.2
 
 
@@ -571,7 +578,7 @@ def golden_depth(tmp_path_factory):
 
 def test_golden_depth_target(golden_depth):
     encoder, golden = golden_depth
-    swapped = golden["image0_resized336_uint8"].numpy()[..., ::-1]  # the reference swaps the colour channels
+    swapped = golden["image0_resized336_uint8"].numpy()[..., ::-1]  # the reference swaps the color channels
     target = encoder.encode([Image.fromarray(np.ascontiguousarray(swapped))])
     assert_close(target, golden["ft_gt"])
 
@@ -586,8 +593,8 @@ def test_golden_last_depth_features(golden_depth):
 
 
 def test_golden_network_input(golden_depth):
-    """Our channels are the picture's; the recorded input has them swapped. The reference stretches, as `geometry`
-    "reference" does: within 2 grey levels in 0.3% of the values, as PIL's bicubic filter is not torchvision's."""
+    """Our channels are the picture's; the recorded input has them swapped. The reference stretches, as `resize_mode`
+    "reference" does: within 2 gray levels in 0.3% of the values, as PIL's bicubic filter is not torchvision's."""
     encoder, golden = golden_depth
     resized = golden["image0_resized336_uint8"].numpy()
     ours = encoder.pixel_values([Image.fromarray(resized)])
@@ -596,7 +603,7 @@ def test_golden_network_input(golden_depth):
     mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
     assert_close(ours[0] * std + mean, torch.tensor(resized).permute(2, 0, 1) / 255)
 
-    stretching = DepthAnythingEncoder(encoder.model, 24, *IMAGENET, geometry="reference")
+    stretching = DepthAnythingEncoder(encoder.model, 24, *IMAGENET, resize_mode="reference")
     picture = Image.fromarray(golden["image0_rgb_uint8"].numpy())
     assert picture.size == (250, 240)
     difference = (stretching.pixel_values([picture]) - ours).abs() * std * 255

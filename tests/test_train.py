@@ -399,7 +399,7 @@ def test_wrong_arguments_name_the_field(world, tmp_path, changes, message):
         ({"path": "/not/there"}, {}, "there is no folder /not/there"),
         ({"path": "no/body"}, {}, "there is no folder no/body"),
         ({"features": "first"}, {}, "features 'first' is unknown"),
-        ({"geometry": "crop"}, {}, "geometry 'crop' is unknown"),
+        ({"resize_mode": "crop"}, {}, "resize_mode 'crop' is unknown"),
         (
             {},
             {"target_dim": 99},

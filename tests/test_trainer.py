@@ -159,14 +159,12 @@ def test_task_tokens_are_bit_frozen_in_finetuning(make_model, tiny_parts, tied_p
     assert len(ids) == 8
     seen = trainer.data_collator(trainer.train_dataset)["input_ids"].unique().tolist()
     # Words; <image> is replaced by pixels, </s> ends each row and padding is not attended to.
-    neighbours = [
-        i for i in seen if i not in [*ids, model.config.image_token_id, *processor.tokenizer.all_special_ids]
-    ]
+    neighbors = [i for i in seen if i not in [*ids, model.config.image_token_id, *processor.tokenizer.all_special_ids]]
     for after in (model, resumed):
         for name, table in {"in": after.get_input_embeddings(), "out": after.get_output_embeddings()}.items():
             assert table.weight[ids].equal(before[name][ids]), f"task tokens moved ({name}put embeddings)"
             moved = (table.weight != before[name]).any(1)
-            assert moved[neighbours].all(), f"neighbours did not move ({name}put embeddings)"
+            assert moved[neighbors].all(), f"neighbors did not move ({name}put embeddings)"
 
 
 def test_frozen_rows_are_the_right_ones_in_bf16(make_model):

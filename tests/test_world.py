@@ -1,4 +1,4 @@
-"""The miniature world: exact geometry, balanced questions, and nothing to be learnt without seeing."""
+"""The miniature world: exact geometry, balanced questions, and nothing to be learned without seeing."""
 
 import json
 
@@ -24,8 +24,8 @@ def test_ball_depth_is_exact():
     arrays = render.render_scenes(scenes)
     column, row = int((0.1 + 0.5) * render.SIZE), int((render.HORIZON - 0.1) * render.SIZE)
     x, y = (column + 0.5) / render.SIZE - 0.5, render.HORIZON - (row + 0.5) / render.SIZE
-    d, centre, radius = np.array([x, y, 1.0]), np.array([0.5, 0.5, 5.0]), 0.6
-    b, c = d @ centre, centre @ centre - radius**2
+    d, center, radius = np.array([x, y, 1.0]), np.array([0.5, 0.5, 5.0]), 0.6
+    b, c = d @ center, center @ center - radius**2
     assert arrays["depth"][0, row, column] == pytest.approx((b - np.sqrt(b * b - d @ d * c)) / (d @ d), rel=1e-5)
     assert arrays["mask"][0, row, column] == render.CLASSES.index("red")
 

@@ -49,6 +49,8 @@ class OlaVlmArguments(RunFields, ModelFields, DataFields, TeacherFields, Adapter
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, json.loads(value))
+        if self.model_overrides and "geometry" in self.model_overrides:  # its name before
+            self.model_overrides["resize_mode"] = self.model_overrides.pop("geometry")
 
     def _choose_dtype(self) -> None:
         if self.dtype != "auto":

@@ -17,7 +17,7 @@ from .words import encode_words
 
 FUSIONS = ("feature", "token")
 FUSED = ("clip_image", "depth_anything", "oneformer")  # teachers that the baseline can have as a part
-GEOMETRIES = ("pad", "reference")
+RESIZE_MODES = ("pad", "reference")
 
 
 def check_run(args: OlaVlmArguments) -> list[dict]:
@@ -75,14 +75,14 @@ def _tasks_of_checkpoint(checkpoint: str) -> list[dict]:
 
 def _tasks_of_parts(args: OlaVlmArguments) -> list[dict]:
     overrides = args.model_overrides or {}
-    arguments = {"chat_template", "geometry", "dtype", "pad_vocab_to_multiple_of"}
+    arguments = {"chat_template", "resize_mode", "dtype", "pad_vocab_to_multiple_of"}
     known = {*arguments, *(field.name for field in fields(OlaVlmConfig))}
     unknown = sorted(overrides.keys() - known)
     if unknown:
         raise ValueError(f"model_overrides has {unknown}: no arguments of build_ola_vlm and no fields of OlaVlmConfig")
-    geometry = overrides.get("geometry", "pad")
-    if geometry not in GEOMETRIES:
-        raise ValueError(f"model_overrides: geometry {geometry!r} is unknown: choose one of {GEOMETRIES}")
+    resize_mode = overrides.get("resize_mode", "pad")
+    if resize_mode not in RESIZE_MODES:
+        raise ValueError(f"model_overrides: resize_mode {resize_mode!r} is unknown: choose one of {RESIZE_MODES}")
     with loading_from(args.language_model):
         text = AutoConfig.from_pretrained(args.language_model)
     with loading_from(args.vision_tower):

@@ -9,7 +9,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 class GroupedSampler(Sampler[int]):
     """Batches of rows of similar length, with images or without as LLaVA does, in random order.
 
-    A batch is an optimiser step's: all ranks and micro-batches. Rows that fill none come last, mixed. The order hangs
+    A batch is an optimizer step's: all ranks and micro-batches. Rows that fill none come last, mixed. The order hangs
     on seed and epoch only, so every rank and a resumed run draw the same.
 
     Args:

@@ -90,7 +90,7 @@ def apply_stage(
     """Sets what trains in a freshly loaded model (`find_stage`), and logs it with parameter counts.
 
     "frozen" task tokens' rows of the input embeddings get no gradient (the model's `task_tokens_frozen`; the head's
-    rows never get one: they are no candidates of the loss). That alone is no freeze: the optimiser must not decay the
+    rows never get one: they are no candidates of the loss). That alone is no freeze: the optimizer must not decay the
     vocabulary's tables either (`OlaVlmTrainer.get_decay_parameter_names`).
     """
     stage = find_stage(name, embedding_losses, task_tokens)

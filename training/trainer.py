@@ -1,7 +1,7 @@
 """`transformers.Trainer` plus the embedding losses.
 
 One process, several ranks and accumulated micro-batches give the same losses and gradients: every sum over images is
-divided by the image count of the whole optimiser step, and the contrastive columns are all targets of that step. They
+divided by the image count of the whole optimizer step, and the contrastive columns are all targets of that step. They
 are known before the step begins, so they are collected where the Trainer collects a step's micro-batches.
 """
 

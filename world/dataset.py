@@ -28,7 +28,7 @@ QUESTIONS = {"validation": 144, "test": 400}  # a task
 # To try the chain: its numbers mean nothing.
 SHRUNK_SIZES = {"train": 48, "validation": 24, "test": 320}
 SHRUNK_QUESTIONS = {"test": 24}
-PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *render.COLORS.values()])  # a colour for each class
+PALETTE = np.array([(0.75, 0.85, 0.95), (0.6, 0.55, 0.5), *render.COLORS.values()])  # a color for each class
 TURNS = 8  # question-answer turns an image in instruction tuning
 
 
@@ -81,7 +81,7 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
 
 
 def referents(scenes: render.Scenes, arrays: dict) -> np.ndarray:
-    """(S, 3, 3): image column and row of the centre and root of the area of the red, blue and green objects, as
+    """(S, 3, 3): image column and row of the center and root of the area of the red, blue and green objects, as
     seen, in image widths."""
     grid = (np.arange(render.SIZE) + 0.5) / render.SIZE
     seen = arrays["mask"][..., None] == 2 + np.arange(len(render.REFERENTS))

@@ -46,7 +46,7 @@ def coordinates(scenes: Scenes, i: int, k: int) -> list[str]:
 
 
 def description(scenes: Scenes, i: int) -> str:
-    """The scene as text: every object's coordinate words and shape, each with the object's colour (by which questions
+    """The scene as text: every object's coordinate words and shape, each with the object's color (by which questions
     name it) right behind it. The referents come last, always in the same order: in random order a small language
     model did not learn to look them up in 3,400 steps, in this one it does in 500."""
     found = sorted(_objects(scenes, i), key=lambda found: -scenes.color[i, found[0]])
@@ -56,7 +56,7 @@ def description(scenes: Scenes, i: int) -> str:
 
 def patches(scenes: Scenes, i: int, rng: np.random.Generator, places: bool) -> list[list[str]]:
     """The scene as an image's patches tell it: GRID * GRID lists of words, row by row from the top left. A patch that
-    shows an object has its colour and mostly its shape and depth, with ``places`` also its column and row (without,
+    shows an object has its color and mostly its shape and depth, with ``places`` also its column and row (without,
     the patch's own place tells them); all others have a full stop."""
     fine = (np.arange(4 * GRID) + 0.5) / (4 * GRID)
     owner, words = np.full((4 * GRID, 4 * GRID), -1), [["."] for _ in range(GRID * GRID)]
@@ -73,7 +73,7 @@ def patches(scenes: Scenes, i: int, rng: np.random.Generator, places: bool) -> l
 
 
 def listing(scenes: Scenes, i: int) -> str:
-    """The same words with the name first, in the order of the colours: to write it, objects must be looked up by name
+    """The same words with the name first, in the order of the colors: to write it, objects must be looked up by name
     (what makes a small language model learn to)."""
     found = _objects(scenes, i)
     words = [[f"{color} {word}" for word in (shape, *coordinates(scenes, i, k))] for k, color, shape in found]

@@ -22,7 +22,7 @@ GRID = 8  # patches a side
 CAMERA_HEIGHT = 2.4  # metres above the ground
 HORIZON = 0.3  # the horizon lies this share of the image below its top edge
 NEAR, FAR, SKY = 3.5, 9.5, 20.0  # metres: range of object depths, and the depth written for the sky
-HEIGHT = HORIZON + CAMERA_HEIGHT / FAR  # objects' centres lie in this upper part of the image
+HEIGHT = HORIZON + CAMERA_HEIGHT / FAR  # objects' centers lie in this upper part of the image
 COLORS = {
     "red": (0.86, 0.10, 0.10),
     "blue": (0.12, 0.20, 0.88),
@@ -31,7 +31,7 @@ COLORS = {
     "purple": (0.58, 0.12, 0.66),
     "cyan": (0.10, 0.72, 0.76),
 }
-REFERENTS = ("red", "blue", "green")  # every scene has one object of each: CV-Bench's coloured boxes
+REFERENTS = ("red", "blue", "green")  # every scene has one object of each: CV-Bench's colored boxes
 SHAPES = ("ball", "cube", "cylinder", "cone")
 CLASSES = ("sky", "floor", *COLORS)  # semantic classes of the masks
 
@@ -42,12 +42,12 @@ class Scenes:
 
     color: np.ndarray  # (S, K) index into COLORS
     shape: np.ndarray  # (S, K) index into SHAPES
-    u: np.ndarray  # (S, K) image x of the centre, in image widths, 0 in the middle
-    v: np.ndarray  # (S, K) image y of the centre above the horizon, in image widths
-    z: np.ndarray  # (S, K) depth in metres
+    u: np.ndarray  # (S, K) image x of the center, in image widths, 0 in the middle
+    v: np.ndarray  # (S, K) image y of the center above the horizon, in image widths
+    z: np.ndarray  # (S, K) depth in meters
     r: np.ndarray  # (S, K) apparent radius in image widths
     yaw: np.ndarray  # (S, K) radians
-    haze: np.ndarray  # (S, 4) haze colour and density per metre
+    haze: np.ndarray  # (S, 4) haze color and density per meter
     floor: np.ndarray  # (S, 3)
     light: np.ndarray  # (S, 2) tilt of the shadow-casting light
 
@@ -58,7 +58,7 @@ class Scenes:
         return Scenes(**{name: value[index] for name, value in vars(self).items()})
 
     def position(self) -> np.ndarray:
-        """World coordinates (S, K, 3) of the centres, in metres."""
+        """World coordinates (S, K, 3) of the centers, in meters."""
         return np.stack([self.u * self.z, self.v * self.z, self.z], -1)
 
 
@@ -94,7 +94,7 @@ def sample_scenes(count: int, seed: int) -> Scenes:
         scenes.shape[i] = shape
         scenes.yaw[i] = rng.uniform(0, np.pi / 2, SLOTS)
         placed = False
-        while not placed:  # image position, size and depth are independent; centres may not hide each other
+        while not placed:  # image position, size and depth are independent; centers may not hide each other
             r = rng.uniform(0.075, 0.13, SLOTS)
             u = rng.uniform(-0.5 + r, 0.5 - r)
             v = rng.uniform(r - CAMERA_HEIGHT / FAR + 0.01, HORIZON - r)
@@ -155,7 +155,7 @@ def _cast(scenes: Scenes, origin: np.ndarray, direction: np.ndarray):
     """First object hit by each ray (S, P, 3): t (S, P), slot (S, P; -1 for none), world normal (S, P, 3)."""
     best = np.full(direction.shape[:2], np.inf, np.float32)
     slot, normals = np.full(best.shape, -1), np.zeros_like(direction)
-    centre, radius = scenes.position(), scenes.r * scenes.z
+    center, radius = scenes.position(), scenes.r * scenes.z
     cos, sin = np.cos(scenes.yaw), np.sin(scenes.yaw)
     for k in range(SLOTS):
         for shape in range(len(SHAPES)):
@@ -168,7 +168,7 @@ def _cast(scenes: Scenes, origin: np.ndarray, direction: np.ndarray):
                 x, y, z = np.split(points, 3, -1)
                 return np.concatenate([c * x - s * z, y, s * x + c * z], -1)
 
-            o = turn(origin[index] - centre[index, k, None].astype(np.float32)) / scale
+            o = turn(origin[index] - center[index, k, None].astype(np.float32)) / scale
             t, normal = _intersect(shape, np.broadcast_to(o, direction[index].shape), turn(direction[index]) / scale)
             closer = t < best[index]
             best[index] = np.where(closer, t, best[index])
