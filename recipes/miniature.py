@@ -23,8 +23,8 @@ TEACHERS = {
     "seg": {"encoder": "oneformer", "path": str(WEIGHTS / "seg"), "task_inputs": [1, 1, 1, 1]},
 }
 
-# Objectives other than the paper's (docs/objectives.md). Words: the color of what a patch shows, a full stop for sky
-# and floor, as the language model was taught to read patches, and the depth in the steps of its coordinate words: the
+# Objectives other than the paper's (docs/objectives.md). Words: as the language model was taught to read patches, a full
+# stop for sky and floor, else the color of what a patch shows and its depth in the steps of the coordinate words: the
 # teacher predicts 4 / depth, for which it has words from 3.5 to 9.5 meters.
 WORDS = {
     "name": "words",
@@ -32,6 +32,7 @@ WORDS = {
     "predictor": "none",
     "target": "words",
     "target_length": 64,
+    "alone": ["."],
     "loss": "mse",
     "loss_weight": 1.0,
     "contrastive_weight": 0.0,

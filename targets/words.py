@@ -182,7 +182,7 @@ class DepthWordsEncoder(WordsEncoder):
         super().__init__(model, 1, size, grid, image_mean, image_std, **options)
         self._know_words(words)
         self.bins, self.larger_is_closer = bins, larger_is_closer
-        self.view.update(bins=bins, larger_is_closer=larger_is_closer)
+        self.view.update(bins=bins, larger_is_closer=larger_is_closer, of_patch="median")
 
     @classmethod
     def list_words(cls, path, words=None, revision="main", **options) -> list[str]:
@@ -222,10 +222,15 @@ class DepthWordsEncoder(WordsEncoder):
         return cls(model, size or own_size, grid, mean, std, words, bins, larger_is_closer, **options)
 
     def _features(self, pixels):
-        depth_NHW = self.model(pixels).predicted_depth.float()
-        value_NQ = F.adaptive_avg_pool2d(depth_NHW[:, None], self.grid).flatten(1)
+        value_NQ = self._median_of_patches(self.model(pixels).predicted_depth.float())
         number_NQ = self._by_rank(value_NQ) if self.bins == "quantiles" else self._by_value(value_NQ)
         return number_NQ[..., None].float()
+
+    def _median_of_patches(self, depth_NHW: Tensor) -> Tensor:
+        """(N, Q): where a patch shows the edge of an object, that of what covers more of it; a mean is of neither."""
+        side = -(-max(depth_NHW.shape[1:]) // self.grid)  # of a patch, rounded up
+        depth_N1SS = F.interpolate(depth_NHW[:, None], size=side * self.grid, mode="nearest")
+        return F.unfold(depth_N1SS, kernel_size=side, stride=side).median(dim=1).values
 
     def _by_rank(self, value_NQ: Tensor) -> Tensor:
         order_NQ = value_NQ.argsort(dim=1, descending=self.larger_is_closer, stable=True)

@@ -219,6 +219,13 @@ def test_words_are_sums_or_means_of_their_tables_rows():
         combine_words(torch.tensor([[[2.0, 0.0]]]), [colors, depths], "sum")
 
 
+def test_a_word_that_is_missing_adds_nothing():
+    colors, depths = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[10.0, 10.0], [20.0, 20.0]])
+    numbers = torch.tensor([[[1, -1], [0, 1]]], dtype=torch.int16)
+    assert combine_words(numbers, [colors, depths], "sum").equal(torch.tensor([[[0.0, 1.0], [21.0, 20.0]]]))
+    assert combine_words(numbers, [colors, depths], "mean").equal(torch.tensor([[[0.0, 1.0], [10.5, 10.0]]]))
+
+
 def test_the_columns_of_words_are_made_for_the_contrastive_term_only():
     tables = [torch.randn(3, 5), torch.randn(2, 5)]
     numbers = torch.zeros(4, 6, 2)

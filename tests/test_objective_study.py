@@ -138,8 +138,8 @@ def test_a_study_from_tuning_to_the_report(root, in_process, seen, capsys, tmp_p
     first = (root / "report.md").read_text()
     objectives.main(["objectives", "--report", "--out", str(packed)])
     assert (packed / "report.md").read_text() == first and (packed / "accuracy.png").exists()
-    with pytest.raises(SystemExit, match="no settings of ola_vlm"):
-        objectives.main([*options, "--arms", "ola_vlm"])
+    with pytest.raises(SystemExit, match="no settings of moments"):
+        objectives.main([*options, "--arms", "moments"])
 
 
 def test_an_interrupted_trial_goes_on(root, monkeypatch, seen):

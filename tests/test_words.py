@@ -279,6 +279,28 @@ def test_an_image_of_the_papers_grid_takes_less_than_two_kilobytes(folders, tmp_
     assert size / 64 < 2000
 
 
+def test_beside_a_word_that_is_alone_others_do_not_count():
+    words = {"class": ["red", ".", "sky"], "depth": ["near", "far"]}
+    numbers = {
+        "class": torch.tensor([[[0], [1], [2], [0]]], dtype=torch.uint8),
+        "depth": torch.tensor([[[1], [1], [0], [0]]], dtype=torch.uint8),
+    }
+    sources = {kind: (lambda images, kind=kind: numbers[kind]) for kind in words}
+    assert WordSource(words, sources)([]).tolist() == [[[0, 1], [1, 1], [2, 0], [0, 0]]]
+    assert WordSource(words, sources, alone=["."])([]).tolist() == [[[0, 1], [1, -1], [2, 0], [0, 0]]]
+    assert WordSource(words, sources, alone=[".", "sky"])([]).tolist() == [[[0, 1], [1, -1], [2, -1], [0, 0]]]
+    assert WordSource(words, sources, alone=["near"])([]).tolist() == [[[0, 1], [1, 1], [-1, 0], [-1, 0]]]
+    with pytest.raises(ValueError, match=r"night.*none of the words"):
+        WordSource(words, sources, alone=["night"])
+
+
+def test_a_patch_has_the_depth_of_what_covers_most_of_it():
+    encoder = DepthWordsEncoder.__new__(DepthWordsEncoder)
+    encoder.grid = 2
+    depth = torch.tensor([[[1.0, 1, 5, 5], [1, 9, 5, 5], [2, 2, 3, 3], [2, 2, 3, 7]]])
+    assert encoder._median_of_patches(depth).tolist() == [[1.0, 5.0, 2.0, 3.0]]
+
+
 def test_another_list_of_words_is_refused(fields):
     run(fields)
     other = {**fields["teachers"]["words"]["class"], "words": ["red", "green", "blue", "near", "far"]}

@@ -53,11 +53,17 @@ class Moments(NamedTuple):
 
 
 def combine_words(numbers_NQW: torch.Tensor, tables: Sequence[torch.Tensor], combine: str) -> torch.Tensor:
-    """The targets (N, Q, H) of positions that have a word of each of W kinds: the "sum" or "mean" of the rows of the
-    kinds' `tables`. IndexError if a table has no such row."""
+    """The targets (N, Q, H) of positions that have a word of each of W kinds, or -1 for none of this kind: the "sum" or
+    "mean" of the rows of the kinds' `tables`. IndexError if a table has no such row."""
     numbers_NQW = numbers_NQW.long()
-    target_NQH = sum(table[numbers_NQW[..., kind]] for kind, table in enumerate(tables))
-    return target_NQH / len(tables) if combine == "mean" else target_NQH
+    is_word_NQW = numbers_NQW >= 0
+    target_NQH = 0
+    for kind, table in enumerate(tables):
+        rows_NQH = table[numbers_NQW[..., kind].clamp(min=0)]
+        target_NQH = target_NQH + rows_NQH * is_word_NQW[..., kind, None]
+    if combine == "mean":
+        target_NQH = target_NQH / is_word_NQW.sum(dim=-1, keepdim=True)
+    return target_NQH
 
 
 class StepTargets(NamedTuple):

@@ -184,7 +184,8 @@ def _source_of_task(
     if task["target"] == "words":
         by_kind = {kind: f"{name}.{kind}" for kind in task["words"]}
         words = {kind: teachers[part].words(folder) for kind, part in by_kind.items()}
-        return WordSource(words, {kind: sources[part] for kind, part in by_kind.items()})
+        of_kinds = {kind: sources[part] for kind, part in by_kind.items()}
+        return WordSource(words, of_kinds, task["alone"])
     if task["place_code"] > 0:
         return partial(_with_place_code, sources[name], task["place_code"])
     return sources[name]

@@ -13,15 +13,27 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 class WordSource:
-    """A task's source that joins one teacher a kind of word: images -> the words' numbers (N, Q, W).
+    """A task's source that joins one teacher a kind of word: images -> the words' numbers (N, Q, W), -1
+    for none.
 
     Args:
         words: kind -> its words, by number.
         sources: kind -> function from images to its words' numbers (N, Q, 1).
+        alone: words beside which those of other kinds don't count: sky has no depth worth saying.
+
+    ValueError for a word of `alone` that no kind has.
     """
 
-    def __init__(self, words: Mapping[str, list[str]], sources: Mapping[str, Callable]):
-        self.words, self.sources = words, sources
+    def __init__(self, words: Mapping[str, list[str]], sources: Mapping[str, Callable], alone: Sequence[str] = ()):
+        self.words = words
+        self.sources = sources
+        known = {word for of_kind in words.values() for word in of_kind}
+        unknown = sorted(set(alone) - known)
+        if unknown:
+            raise ValueError(f"alone are {unknown}, which are none of the words: choose from {sorted(known)}")
+        self.alone = []
+        for of_kind in words.values():
+            self.alone.append([number for number, word in enumerate(of_kind) if word in alone])
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
         """ValueError for a number that stands for no word."""
@@ -31,7 +43,20 @@ class WordSource:
             count = len(self.words[kind])
             if largest >= count:
                 raise ValueError(f"a teacher of {kind!r} words gives the number {largest}, but has {count} words")
-        return torch.cat(list(numbers.values()), dim=-1)
+        numbers_NQW = torch.cat(list(numbers.values()), dim=-1)
+        if any(self.alone):
+            numbers_NQW = self._without_others(numbers_NQW.to(torch.int16))
+        return numbers_NQW
+
+    def _without_others(self, numbers_NQW: Tensor) -> Tensor:
+        """-1 for the words of other kinds beside one that is alone."""
+        kept_NQW = numbers_NQW.clone()
+        for kind, alone in enumerate(self.alone):
+            is_alone_NQ = torch.isin(numbers_NQW[..., kind], torch.tensor(alone, dtype=numbers_NQW.dtype))
+            for other in range(len(self.alone)):
+                if other != kind:
+                    kept_NQW[..., other].masked_fill_(is_alone_NQ, -1)
+        return kept_NQW
 
 
 def encode_word(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:

@@ -33,6 +33,7 @@ TASK_FIELDS = {
     "place_code": 0,
     "words": ["class", "depth"],
     "combine": "sum",
+    "alone": [],
     "until": 1.0,
 }
 CHOICES = {
@@ -94,7 +95,7 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
     resampler's.
     `target`: "features", (`target_length`, `target_dim`) an image, to which `place_code` numbers are appended that
     say a position's row and column; or "words": the LLM's embeddings of the `words` that teachers have for a position,
-    which are combined by their "sum" or "mean".
+    which are combined by their "sum" or "mean"; beside a word that is `alone` a position's others don't count.
     `loss`: "smooth_l1", "cosine", "mse" (over the targets' variance) or "moments" (`training.losses`). The task's loss
     is `loss_weight` * sum over layers of (it + `contrastive_weight` * contrastive); it is off after a share `until` of
     the training steps.
@@ -138,6 +139,7 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
         "layers": sorted(layers),
         "keys": [key for key in KEY_GROUPS if key in keys],
         "words": list(task["words"]),
+        "alone": list(task["alone"]) if isinstance(task["alone"], tuple) else task["alone"],
     }
 
 
@@ -193,6 +195,9 @@ def _check_target(task: dict, hidden_size: int, check) -> None:
     is_list = isinstance(words, (list, tuple)) and len(words) > 0 and len(set(words)) == len(words)
     named = is_list and all(isinstance(word, str) and word.isidentifier() for word in words)
     check("words", named, 'list one or more different names, such as "class" and "depth", of entries in teachers')
+    alone = task["alone"]
+    is_list = isinstance(alone, (list, tuple)) and all(isinstance(word, str) for word in alone)
+    check("alone", is_list, 'list words of the teachers, such as "sky"; [] for none')
     if task["target"] == "words":
         check(
             "target_dim",
