@@ -23,9 +23,9 @@ TEACHERS = {
     "seg": {"encoder": "oneformer", "path": str(WEIGHTS / "seg"), "task_inputs": [1, 1, 1, 1]},
 }
 
-# Objectives other than the paper's (docs/objectives.md). Words: as the language model was taught to read patches, a full
-# stop for sky and floor, else the color of what a patch shows and its depth in the steps of the coordinate words: the
-# teacher predicts 4 / depth, for which it has words from 3.5 to 9.5 meters.
+# Objectives other than the paper's (docs/objectives.md). Words: as the language model was taught to read patches, a
+# full stop for sky and floor, else the color of what a patch shows and its depth in the steps of the coordinate words:
+# the teacher predicts 4 / depth, for which it has words from 3.5 to 9.5 meters.
 WORDS = {
     "name": "words",
     "layers": [0],

@@ -53,8 +53,9 @@ class Moments(NamedTuple):
 
 
 def combine_words(numbers_NQW: torch.Tensor, tables: Sequence[torch.Tensor], combine: str) -> torch.Tensor:
-    """The targets (N, Q, H) of positions that have a word of each of W kinds, or -1 for none of this kind: the "sum" or
-    "mean" of the rows of the kinds' `tables`. IndexError if a table has no such row."""
+    """The targets (N, Q, H) of positions that have a word of each of W kinds, or -1 for none of this kind.
+
+    They are the "sum" or "mean" of the rows of the kinds' `tables`. IndexError if a table has no such row."""
     numbers_NQW = numbers_NQW.long()
     is_word_NQW = numbers_NQW >= 0
     target_NQH = 0
