@@ -7,7 +7,7 @@ World -> components -> targets -> trials (a process each, one thread) -> report.
 import os
 from pathlib import Path
 
-from ..recipes.miniature import METHODS
+from ..recipes.miniature import METHODS, OBJECTIVES
 from ..recipes.paper import FUSIONS
 from .parsing import Parser, count, one_of
 
@@ -15,14 +15,14 @@ from .parsing import Parser, count, one_of
 def parser() -> Parser:
     parser = Parser("miniature", __doc__)
     parser.add_argument("--seeds", type=count, default=1, help="seeds a method (1)")
-    known = (*METHODS, *FUSIONS)
+    known = (*METHODS, *FUSIONS, *OBJECTIVES)
     parser.add_argument(
         "--methods",
         nargs="+",
         type=one_of(known, "method"),
         default=list(METHODS),
         metavar="METHOD",
-        help=f"some of {', '.join(known)}; by default all but the multi-encoder baselines",
+        help=f"some of {', '.join(known)}; by default {', '.join(METHODS)}",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"), help="default: runs/miniature")
     parser.add_argument("--resume", action="store_true", help="go on with what an earlier run left in --out")
