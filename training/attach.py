@@ -165,8 +165,10 @@ def attach_predictors(
     def forward(self, *args, **kwargs):
         return AttachedPredictors.forward(self, *args, **kwargs)
 
-    # A class of the same name, as torch's `fully_shard` makes one: it is written into checkpoints, and transformers
-    # looks up by it which states a model records and how its files' names are converted.
+    # The class of the model in hand is replaced, as torch's `fully_shard` does it. A wrapper would change the names of
+    # its weights, and `generate`, the trainer and a sharded checkpoint would see another model; a hook can't add
+    # arguments to `forward`. The name stays: it is written into checkpoints, and transformers looks up by it which
+    # states a model records and how its files' names are converted.
     place = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     model.__class__ = type(base.__name__, (AttachedPredictors, base), {**place, "forward": forward})
     model.config.tasks = tasks
