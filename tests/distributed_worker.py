@@ -82,9 +82,10 @@ def run_check(parts: Path, out: Path):
     rows = random_rows(15, IMAGES[:15])
     for i in (4, 7):  # one of each rank
         rows[i] = {"id": f"row-{i}", "bad_row": BadRow("missing", "gone")}
-    *numbers, named = check_rows(rows, OlaVlmCollator(build(parts)[1]))
+    report = check_rows(rows, OlaVlmCollator(build(parts)[1]))
+    numbers = [report.problem, report.tokens, report.truncated, report.images, report.answers]
     rank = PartialState().process_index
-    torch.save({"numbers": torch.tensor(np.array(numbers)), "named": named}, out / f"check-{rank}.pt")
+    torch.save({"numbers": torch.tensor(np.array(numbers)), "named": report.named}, out / f"check-{rank}.pt")
 
 
 def resume_grouped(parts: Path, out: Path):
