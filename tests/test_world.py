@@ -175,5 +175,7 @@ def test_the_command_makes_what_recipes_read(tmp_path, monkeypatch, capsys):
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     cli.main(["data", "miniature", "--shrunk"])  # nothing is done again
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
-    with pytest.raises(SystemExit, match=r"ola-vlm data: .* has a world of another size: choose another --out"):
+    with pytest.raises(
+        SystemExit, match=r"ola-vlm data: .* has a world of another size or of other questions: choose another"
+    ):
         cli.main(["data", "miniature"])

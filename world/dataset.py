@@ -41,6 +41,12 @@ def llava_row(name: str, turns: list[tuple[str, str]], image: str | None = None)
     return {"id": name, "image": image, "conversations": chat}
 
 
+def describe(sizes: dict[str, int], questions: dict[str, int]) -> dict:
+    """What makes a world another one: how many scenes and questions, and how much the objects asked about differ."""
+    differences = {name: list(within) for name, within in asdict(language.ASKED).items()}
+    return {"sizes": sizes, "questions": questions, "differences": differences}
+
+
 def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str, int] = QUESTIONS) -> dict:
     """Render all splits into ``folder``; returns the checks, which are also in ``world.json``.
 
@@ -48,8 +54,7 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
     finetune.json (LLaVA's format); <split>_questions.json (``id, image, question, choices, answer, task``);
     contact_sheet.png. Nothing is done again if world.json is there with the same sizes and differences.
     """
-    differences = {name: list(within) for name, within in asdict(language.ASKED).items()}
-    asked = {"sizes": sizes, "questions": questions, "differences": differences}
+    asked = describe(sizes, questions)
     done = folder / "world.json"
     if done.exists() and (checks := json.loads(done.read_text()))["asked"] == asked:
         return checks
@@ -185,8 +190,8 @@ def main(args: Namespace) -> None:
     questions = SHRUNK_QUESTIONS if args.shrunk else QUESTIONS
     folder = args.out / "data"
     done = folder / "world.json"
-    if done.exists() and read_object(done)["asked"] != {"sizes": sizes, "questions": questions}:
-        raise ValueError(f"{folder} has a world of another size: choose another --out")
+    if done.exists() and read_object(done)["asked"] != describe(sizes, questions):
+        raise ValueError(f"{folder} has a world of another size or of other questions: choose another --out")
     checks = write_world(folder, sizes, questions)
     for split, count in sizes.items():
         print(f"{split:<12} {count:>6} images")
