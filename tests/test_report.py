@@ -155,7 +155,8 @@ def test_a_run_of_one_method_without_probes_or_losses_still_reports(results, tmp
 
 def test_a_method_has_one_color_and_name_in_all_figures(results):
     colors = [color for _, color, _ in METHODS.values()]
-    assert len({to_rgb(color) for color in (*colors, *OTHER_COLORS, *TASK_COLORS.values())}) == 18
+    every = [*colors, *OTHER_COLORS, *TASK_COLORS.values()]
+    assert len({to_rgb(color) for color in every}) == len(every)
     styles = method_styles(["mine", "ola_vlm/seed0", "llava", "ola_vlm/seed1"])
     assert styles["llava"] == method_styles(["llava"])["llava"] and styles["llava"]["label"] == "LLaVA"
     assert styles["ola_vlm/seed0"]["color"] == styles["ola_vlm/seed1"]["color"] == METHODS["ola_vlm"][1]

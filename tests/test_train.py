@@ -228,7 +228,7 @@ def test_statistics_are_those_of_the_training_images(world, tmp_path):
     cache = {"target_cache": str(tmp_path / "targets"), "target_fill": True, "standardize_targets": True}
     args = arguments(world, tmp_path / "run", **cache)
     train_rows, eval_rows = args.load_rows().split_by_image(0.3, seed=0)
-    targets.target_sources(args, world["tasks"], train_rows, eval_rows)
+    targets.target_sources(args, [{**TASK_FIELDS, **task} for task in world["tasks"]], train_rows, eval_rows)
     found = TargetStatistics.load(tmp_path / "run" / "target_statistics" / "depth.safetensors")
     encoder = ENCODERS["depth_anything"].from_pretrained(world["teachers"]["depth"]["path"], GRID)
     seen = {}
