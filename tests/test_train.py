@@ -20,6 +20,7 @@ from training_helpers import Interrupt, losses, weights
 from transformers import TrainerCallback
 
 from ola_vlm import cli
+from ola_vlm.configuration_ola_vlm import TASK_FIELDS
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import RECIPES
