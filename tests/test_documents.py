@@ -70,7 +70,7 @@ def test_blocks_say_what_they_are(page):
 
 
 def needs_study(page: Path) -> bool:
-    return bool(re.search(r"runs/miniature|--recipe miniature_", "".join(block.text for block in to_run(page))))
+    return bool(re.search(r"runs/miniature|recipes? miniature_", "".join(block.text for block in to_run(page))))
 
 
 @pytest.fixture(scope="module")
