@@ -207,7 +207,7 @@ def probe_scores(results: Mapping[Key, dict]) -> dict[Key, dict[str, float]]:
         means = {}
         for alpha in first:
             means[alpha] = np.mean([probes["validation"][alpha][target] for probes in probed.values()])
-        best[target] = max(means, key=means.get)
+        best[target] = max(means, key=means.__getitem__)
     found = {}
     for key, probes in probed.items():
         found[key] = {}
