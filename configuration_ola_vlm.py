@@ -232,8 +232,8 @@ class OlaVlmConfig(LlavaConfig):
         "word_embeddings",
     ]
 
-    tasks: list | None = None
-    task_token_ids: list | None = None
+    tasks: list | None = None  # pyright: ignore[reportRedeclaration]
+    task_token_ids: list | None = None  # pyright: ignore[reportRedeclaration]
     has_predictors: bool = True
     vocab_padding: int = 0
 

@@ -377,7 +377,7 @@ class OlaVlmModel(LlavaModel):
         # No image in the batch: a blank one, of which nothing is taken. Every rank of a training run gathers the same
         # sharded weights, whatever its rows hold, and has gradients, of zeros, for the same parameters.
         blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        features = super().get_image_features(pixel_values=blank, **kwargs).pooler_output[0]  # pyright: ignore
+        features = super().get_image_features(pixel_values=blank, **kwargs).pooler_output[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalSubscript]
         return BaseModelOutputWithPooling(pooler_output=[features[:0]])  # pyright: ignore[reportArgumentType]
 
     @can_return_tuple
@@ -576,7 +576,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             name = task["name"]
             predictions[name] = {}
             for layer in task["layers"]:
-                predictor = self.predictors[name][str(layer)]
+                predictor = cast(nn.ModuleDict, self.predictors[name])[str(layer)]
                 if task["predictor"] == "resampler":
                     predicted = resample(hidden_states[layer], predictor, task, layout, tables)
                 else:

@@ -43,7 +43,7 @@ class MultiEncoderLlavaConfig(LlavaConfig):
     task_token_ids: ClassVar[tuple] = ()
 
     fusion: str = "feature"
-    encoders: list | None = None
+    encoders: list | None = None  # pyright: ignore[reportRedeclaration]
     num_encoder_tokens: int = 8
     vocab_padding: int = 0
 

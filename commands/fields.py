@@ -121,7 +121,7 @@ class FieldParser(Parser):
     def __init__(
         self,
         name: str,
-        text: str,
+        text: str | None,
         shown: Collection[str] = tuple(GROUPS),
         takes: str = "[RUN.yaml | --recipe NAME]",
         takes_file: bool = True,

@@ -139,7 +139,7 @@ def split_strata(
 ) -> list[Stratum]:
     if strata is None:
         strata = [0] * wins_SN.shape[1]
-    labels, stratum_N = np.unique(strata, return_inverse=True)
+    labels, stratum_N = np.unique(np.asarray(strata), return_inverse=True)
     parts = []
     for number, label in enumerate(labels):
         weight = 1 / len(labels) if weights is None else weights[label]

@@ -376,6 +376,7 @@ def run(args: Namespace) -> dict:
     folders = {model: inside(args.out, about["folder"]) for model, about in probed["models"].items()}
     data = read_data(args)
     device = processes().device
+    assert device is not None
     teachers = {}
     for task, teacher in make_teachers(settings["tasks"], settings["teachers"], device).items():
         teachers[task] = teacher.encoder

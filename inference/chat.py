@@ -148,7 +148,7 @@ class Chat:
             lambda ids, _, **kw: torch.full(ids.shape[:1], stop.is_set(), device=ids.device)
         ]
         with ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(self.model.generate, **inputs, **options)
+            answer = thread.submit(self.model.generate, **inputs, **options)  # pyright: ignore[reportCallIssue]
             answer.add_done_callback(lambda _: streamer.end())  # also after an error
             try:
                 yield from streamer

@@ -224,9 +224,10 @@ class Trial:
 
     def train(self, fields: dict, callbacks: list[TrainerCallback]) -> OlaVlmTrainer:
         make_collator = partial(StoredCollator, store=self.store)
-        trainer = train(OlaVlmArguments(**fields), [*callbacks, TrainOnFeatures()], make_collator=make_collator)
+        # ola_vlm.train, a script too, names the package absolutely: to pyright its classes are others.
+        trainer = train(OlaVlmArguments(**fields), [*callbacks, TrainOnFeatures()], make_collator=make_collator)  # pyright: ignore[reportArgumentType]
         assert trainer is not None  # nothing is resumed
-        return trainer
+        return trainer  # pyright: ignore[reportReturnType]
 
     def target_bytes(self, fields: dict) -> int:
         """On disk, of all stored targets of the arm's tasks."""

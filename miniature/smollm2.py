@@ -288,7 +288,8 @@ class Run:
 
     def train(self, stage: str) -> list[dict]:
         """What the trainer logged."""
-        train(self.arguments(stage, resume_from_checkpoint="true"), recipe=f"smollm2_{stage}")
+        # ola_vlm.train, a script too, names the package absolutely: to pyright its classes are others.
+        train(self.arguments(stage, resume_from_checkpoint="true"), recipe=f"smollm2_{stage}")  # pyright: ignore[reportArgumentType]
         return read_json(Path(self.arguments(stage).output_dir) / "trainer_state.json")["log_history"]
 
     def evaluate(self, stage: str | None) -> dict:
@@ -296,7 +297,7 @@ class Run:
         checkpoint = {"checkpoint": str(self.root / stage)} if stage else {}
         args = self.arguments("finetune" if stage else "pretrain", **checkpoint)
         set_seed(args.seed)  # as training does: before PT it is the model that PT begins with
-        model, processor = load_model(args)
+        model, processor = load_model(args)  # pyright: ignore[reportArgumentType]
         found: dict = {"held_out_loss": held_out_losses(model.eval(), processor, self.data)}
         if stage:
             texts = self.content["prompts"]["test"]

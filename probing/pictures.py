@@ -387,18 +387,18 @@ class LayerViewer:
             if not any(layer in layers for layers in features.values()):
                 known = {task: sorted(layers) for task, layers in features.items()}
                 raise ValueError(f"no task has layer {layer}: choose from {known}")
-        are_outside = self.are_outside(images)
+        are_outside = self.are_outside(opened)
         pictures = {}
         for task, by_layer in features.items():
             if task not in self.decoders:
                 continue
-            squares = [square(image) for image in images]
+            squares = [square(image) for image in opened]
             for picture, is_outside in zip(squares, are_outside, strict=True):
                 if is_outside:
                     add_note(picture, OUTSIDE)
             predicted = {f"layer {layer}": by_layer[layer] for layer in self._drawn_layers(by_layer)}
             pictures[task] = {"image": squares}
-            pictures[task].update(self._decoded(task, predicted, images))
+            pictures[task].update(self._decoded(task, predicted, opened))
         return pictures
 
     def _drawn_layers(self, by_layer: Mapping[int, Tensor]) -> list[int]:

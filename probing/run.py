@@ -296,7 +296,7 @@ def open_targets(tasks: list[dict], images: Images, args: OlaVlmArguments) -> tu
     teachers = make_teachers(tasks, teachers_of(tasks, args), args.device)
     if not args.target_cache:
         return {name: teacher.encoder.encode for name, teacher in teachers.items()}, images, []
-    filled = fill_caches(args, teachers, images, compute=True)
+    filled = fill_caches(args, teachers, images, compute=True)  # pyright: ignore[reportArgumentType]
     usable = np.setdiff1d(np.arange(len(images)), list(filled.failed))
     return filled.caches, images[usable], filled.keys
 

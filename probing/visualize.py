@@ -80,7 +80,7 @@ def _compared_task(shown: Mapping[str, dict[str, Pictures]], task: str) -> TaskG
         for label, pictures in by_model.items():
             grid.labels.append(label)
             for heading, column in grid.columns.items():
-                column.append(pictures[heading][n] if heading in pictures else None)
+                column.append(pictures[heading][n] if heading in pictures else None)  # pyright: ignore[reportAttributeAccessIssue]
     return grid
 
 

@@ -500,7 +500,7 @@ class Handlers:
             drawn = [column[0] for heading, column in pictures[task].items() if heading != "image"]
             with_classes = [picture for picture in drawn if picture is not None and has_classes(picture)]
             legends.append(legend(colors, with_classes))
-        return [*(gallery(pictures[task]) for task in self.tasks), *legends]
+        return [*(gallery(pictures[task]) for task in self.tasks), *legends]  # pyright: ignore[reportArgumentType]
 
     def layers_of_other(self, compare: bool, history: list[dict]) -> list:
         """The second model's galleries, for the image sent last; hidden unless it is compared."""
@@ -516,7 +516,7 @@ class Handlers:
             pictures = self.other.pictures([read_image(files[-1])])
         except ValueError as error:
             raise refuse(error) from error
-        return [gr.update(value=gallery(pictures.get(task, {})), visible=task in pictures) for task in self.tasks]
+        return [gr.update(value=gallery(pictures.get(task, {})), visible=task in pictures) for task in self.tasks]  # pyright: ignore[reportArgumentType]
 
     def compared(self, compare: bool, *histories: list[dict]) -> list:
         """Shows or hides the second chat. One that was not asked all along takes over the conversation so far."""

@@ -44,7 +44,7 @@ class Teacher:
         entry: {"encoder": a name in ENCODERS, "path": name or folder, and more arguments of its `from_pretrained`}.
     """
 
-    def __init__(self, task: dict, entry: dict, device="cpu"):
+    def __init__(self, task: dict, entry: dict, device: str | torch.device = "cpu"):
         self.task = task
         self.device = device
         self.shape = (task["target_length"], task["target_dim"])

@@ -191,7 +191,7 @@ class DepthWordsEncoder(WordsEncoder):
         words = list(DEPTH_WORDS if words is None else words)
         if len(words) < 2 or len(set(words)) < len(words):
             raise ValueError(f"{path}: depth words {words}: give two or more different ones, from near to far")
-        return words
+        return words  # pyright: ignore[reportReturnType]
 
     @classmethod
     def _open(
