@@ -230,9 +230,11 @@ def check_head(language_model: PreTrainedModel) -> None:
 def vocabulary_tables(language_model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """The tables with a row for each token, by OLA-VLM's names: the embeddings and, unless it is tied, the head."""
     embeddings = cast(torch.nn.Embedding, language_model.get_input_embeddings())
-    tables: dict[str, torch.nn.Parameter] = {BACKBONE + table_name(language_model): embeddings.weight}
+    tables: dict[str, torch.nn.Parameter] = {
+        BACKBONE + table_name(language_model): cast(torch.nn.Parameter, embeddings.weight)
+    }
     if not language_model.config.tie_word_embeddings:
-        tables[HEAD] = head_of(language_model).weight
+        tables[HEAD] = cast(torch.nn.Parameter, head_of(language_model).weight)
     return tables
 
 
