@@ -4,7 +4,7 @@
 # make install     the environment alone
 # make test        the tests; make test-all adds the slow ones (and Chromium for them: make browser)
 # make lmms-eval  the shipped OLA-VLM in lmms-eval, in an environment of its own, .venv-lmms
-# make style       ruff's linter and formatter, checking only
+# make style       ruff's linter and formatter, checking only, and pyright
 # make pages      writes the generated parts of docs/ again
 # make clean       removes caches and build files; .venv and runs stay
 #
@@ -43,6 +43,7 @@ test-all: $(VENV)/dev.stamp $(VENV)/browser.stamp
 style: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
 
 pages: $(VENV)/installed.stamp
 	$(VENV)/bin/python docs/dev/write_pages.py

@@ -39,12 +39,17 @@ def load_model(args: OlaVlmArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
     if args.checkpoint:
         if adapter_base(args.checkpoint) is not None:
             raise ValueError(f"{args.checkpoint} holds adapters, not a model: merge them first (`ola-vlm merge`)")
-        quantized = {"quantization_config": four_bits(args.torch_dtype)} if args.load_in_4bit else {}
-        options = {"llava_as_ours": True, "needs_processor": True, "dtype": args.torch_dtype}
-        return read_checkpoint(args.checkpoint, **options, **quantized)
-    overrides = {"dtype": args.torch_dtype, **(args.model_overrides or {})}
-    parts = [args.vision_tower, args.language_model, args.tokenizer]
-    model, processor = build_ola_vlm(*parts, args.tasks or [], **overrides)
+        options: dict = {"llava_as_ours": True, "needs_processor": True, "dtype": args.torch_dtype}
+        if args.load_in_4bit:
+            options["quantization_config"] = four_bits(args.torch_dtype)
+        model, processor = read_checkpoint(args.checkpoint, **options)
+        assert processor is not None  # it is needed
+        return model, processor
+    assert args.vision_tower is not None and args.language_model is not None  # `check_run` has looked
+    overrides: dict = {"dtype": args.torch_dtype, **(args.model_overrides or {})}
+    model, processor = build_ola_vlm(
+        args.vision_tower, args.language_model, args.tokenizer, args.tasks or [], **overrides
+    )
     set_seed(args.seed)  # other tasks draw other numbers before: this way methods start from the same projector
     model.model.multi_modal_projector.apply(model._init_weights)
     if args.fusion:
@@ -83,7 +88,7 @@ def train(
 def run_stage(
     args: OlaVlmArguments,
     rows: Rows | StreamRows,
-    eval_rows: Rows | None,
+    eval_rows: Rows | StreamRows | None,
     checkpoint: str | None,
     record: dict,
     callbacks: Sequence[TrainerCallback],
@@ -107,6 +112,7 @@ def run_stage(
             drop_bad_rows(part, collator, args.on_bad_rows, args.dataloader_num_workers, decode)
     sources = target_sources(args, tasks, *parts) if tasks else no_targets(args)
     if tasks and args.shuffle_targets:
+        assert isinstance(rows, Rows)  # no stream
         rows.shuffle_targets(args.seed)
     plan = Plan.make(args, rows)
     if args.max_steps <= 0:
@@ -137,7 +143,7 @@ def run_stage(
     if trainer.bad_rows:
         logger.warning(f"{trainer.bad_rows} bad rows were dropped in training; they are named above")
     if not trainer.is_sharded:
-        model.task_tokens_from_queries = False  # save_model has just written them into the vocabulary
+        model.task_tokens_from_queries = False  # save_model has just written them into the vocabulary  # pyright: ignore[reportArgumentType]
     return trainer
 
 

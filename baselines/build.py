@@ -1,6 +1,7 @@
 """A multi-encoder LLaVA from a plain LLaVA and target encoders; checkpoints told apart."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -57,7 +58,7 @@ def trunk(encoder: TargetEncoder) -> tuple[PreTrainedModel, str]:
         case ClipImageEncoder():
             return encoder.model, "embedding"
         case DepthAnythingEncoder():
-            return encoder.model.backbone, encoder.view["features"]
+            return cast(PreTrainedModel, encoder.model.backbone), encoder.view["features"]
         case OneFormerEncoder():
             return encoder.model.model.pixel_level_module.encoder, "last"
     raise ValueError(f"{encoder.name} can't be a part of the model: take clip_image, depth_anything or oneformer")

@@ -1,6 +1,6 @@
 """Configuration of the multi-encoder LLaVA, the paper's baselines (arXiv 2412.09585, section 4 and Table 1)."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
@@ -43,9 +43,14 @@ class MultiEncoderLlavaConfig(LlavaConfig):
     task_token_ids: ClassVar[tuple] = ()
 
     fusion: str = "feature"
-    encoders: list | None = None
+    encoders: list | None = None  # pyright: ignore[reportRedeclaration]
     num_encoder_tokens: int = 8
     vocab_padding: int = 0
+
+    if TYPE_CHECKING:  # what `__post_init__` leaves: configurations and a list, never dicts or None
+        text_config: Any = None
+        vision_config: Any = None
+        encoders: Any = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

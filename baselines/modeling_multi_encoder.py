@@ -38,7 +38,7 @@ from .configuration_multi_encoder import MultiEncoderLlavaConfig
 
 # Custom code gets no checkpoint key conversion of its own.
 for ours, theirs in {"multi_encoder_llava": "llava", "MultiEncoderLlavaModel": "LlavaModel"}.items():
-    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)  # pyright: ignore[reportArgumentType]
 
 
 class FrozenEncoder(nn.Module):
@@ -50,7 +50,7 @@ class FrozenEncoder(nn.Module):
         self.features, self.dim, self.grid = fields["features"], fields["dim"], grid
         config, embeds = AutoConfig.for_model(**fields["config"]), self.features == "embedding"
         self.model = (
-            CLIPVisionModelWithProjection(config)
+            CLIPVisionModelWithProjection(config)  # pyright: ignore[reportArgumentType]
             if embeds
             else AutoBackbone.from_config(config, trust_remote_code=False)
         )
@@ -94,7 +94,7 @@ class MultiEncoderLlavaModel(LlavaModel):
         super().__init__(config)
         grid = math.isqrt(config.image_seq_length)
         self.encoders = nn.ModuleDict({fields["name"]: FrozenEncoder(fields, grid) for fields in config.encoders})
-        widths = {name: encoder.dim for name, encoder in self.encoders.items()}
+        widths = {fields["name"]: fields["dim"] for fields in config.encoders}
         self.base_dim = self.multi_modal_projector.linear_1.in_features
         if config.fusion == "feature":
             self.multi_modal_projector = make_projector(config, self.base_dim + sum(widths.values()))
@@ -122,7 +122,7 @@ class MultiEncoderLlavaModel(LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs,
-    ):
+    ) -> BaseModelOutputWithPooling:
         """The vision tower's output; in its `pooler_output` each image's tokens for the LLM, a list of (T, H)."""
         num_images = len(pixel_values)
         if num_images == 0:
@@ -131,6 +131,7 @@ class MultiEncoderLlavaModel(LlavaModel):
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         base, *views = self.views(pixel_values)
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+        assert layers is not None  # the configuration's by default
         outputs = self.vision_tower(base, output_hidden_states=layers, return_dict=True)
         first = 1 if vision_feature_select_strategy == "default" else 0  # without the class token
         features_NVC = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
@@ -145,7 +146,7 @@ class MultiEncoderLlavaModel(LlavaModel):
                 tokens.append(self.encoder_projectors[name](pooled.transpose(1, 2)))
             tokens_NTH = torch.cat(tokens, dim=1)
         if num_images == 0:
-            return BaseModelOutputWithPooling(pooler_output=[tokens_NTH[:0]])
+            return BaseModelOutputWithPooling(pooler_output=[tokens_NTH[:0]])  # pyright: ignore[reportArgumentType]
         outputs.pooler_output = list(tokens_NTH)
         return outputs
 
@@ -179,7 +180,7 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
         logits_to_keep: int | Tensor = 0,
         supervised_logits_only: bool = False,
         **kwargs,
@@ -189,7 +190,7 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
         kwargs |= {"input_ids": input_ids, "pixel_values": pixel_values, "inputs_embeds": inputs_embeds}
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         if not supervised_logits_only:
-            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)  # pyright: ignore[reportReturnType]
         if labels is None:
             raise ValueError("supervised_logits_only=True leaves no logits without labels: pass labels.")
         states = self.model(**kwargs).last_hidden_state
@@ -208,7 +209,7 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
             generation_config = copy.deepcopy(generation_config)
             suppressed = {*(generation_config.suppress_tokens or []), *self.never_emitted}
             generation_config.suppress_tokens = sorted(suppressed)
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 MultiEncoderLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -47,7 +47,7 @@ class MultiEncoderLlavaProcessor(LlavaProcessor):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that stands for one image."""
-        return self.image_token * self.num_image_tokens
+        return self.image_token * self.num_image_tokens  # pyright: ignore[reportOperatorIssue]
 
 
 MultiEncoderLlavaProcessor.register_for_auto_class()

@@ -56,6 +56,7 @@ def own_options() -> dict[str, Option]:
 def transformers_options() -> dict[str, Option]:
     """Of transformers' `TrainingArguments`, from its source."""
     package = find_spec("transformers")
+    assert package is not None and package.submodule_search_locations  # it is installed
     source = Path(package.submodule_search_locations[0]) / "training_args.py"
     tree = ast.parse(source.read_text(encoding="utf-8"))
     (declared,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"]
@@ -68,14 +69,16 @@ def transformers_options() -> dict[str, Option]:
             continue
         value = keywords.get("default")
         default = value.value if isinstance(value, ast.Constant) else MISSING
-        found[node.target.id] = as_option(ast.unparse(node.annotation), default, _asked_nargs(keywords["metadata"]))
+        metadata = keywords["metadata"]
+        assert isinstance(node.target, ast.Name) and isinstance(metadata, ast.Dict)
+        found[node.target.id] = as_option(ast.unparse(node.annotation), default, _asked_nargs(metadata))
     return found
 
 
 def _asked_nargs(metadata: ast.Dict) -> str | None:
     for key, value in zip(metadata.keys, metadata.values, strict=True):
-        if key.value == "nargs":
-            return value.value
+        if isinstance(key, ast.Constant) and key.value == "nargs":
+            return ast.literal_eval(value)
     return None
 
 
@@ -118,7 +121,7 @@ class FieldParser(Parser):
     def __init__(
         self,
         name: str,
-        text: str,
+        text: str | None,
         shown: Collection[str] = tuple(GROUPS),
         takes: str = "[RUN.yaml | --recipe NAME]",
         takes_file: bool = True,
@@ -190,7 +193,7 @@ class FieldParser(Parser):
             if parsed.run_file is not None and parsed.recipe is not None:
                 self.error(f"both a run as a file, {parsed.run_file}, and --recipe {parsed.recipe}: give one of them")
             place = parsed.run_file or parsed.recipe
-            del parsed.run_file
+            vars(parsed).pop("run_file")
         parsed.recipe = None
         parsed.values = {}
         if place is None:

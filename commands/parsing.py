@@ -29,10 +29,10 @@ class Parser(argparse.ArgumentParser):
 
     noun = "option"
 
-    def __init__(self, name: str, text: str, start: str = "ola-vlm"):
+    def __init__(self, name: str, text: str | None, start: str = "ola-vlm"):
         super().__init__(
             prog=f"{start} {name}",
-            description=text.strip(),
+            description=(text or "").strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -41,11 +41,16 @@ class Parser(argparse.ArgumentParser):
     def options(self) -> list[str]:
         return [option for option in self._option_string_actions if option.startswith("--")]
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._with_underscores(word) for word in words], namespace)
+        parsed = argparse.Namespace() if namespace is None else namespace
+        return super().parse_known_args([self._with_underscores(word) for word in words], parsed)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.refuse(unknown)

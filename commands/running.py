@@ -40,7 +40,7 @@ def mistakes_in_one_line(name: str) -> Iterator[None]:
         raise SystemExit(f"ola-vlm {name}: {one_line(error)}") from error
 
 
-def command(name: str) -> Callable:
+def command(name: str) -> Callable[[Callable], Callable]:
     """Decorator: `main(args)` becomes `main(argv)`, which takes the command's arguments as text, or parsed already,
     and turns mistakes into one line."""
 
@@ -126,7 +126,7 @@ def is_mistake(error: Exception) -> bool:
     # The subclasses of LookupError, KeyError and IndexError, are faults.
     if isinstance(error, (ValueError, OSError, ImportError)) or type(error) is LookupError:
         return True
-    from huggingface_hub.errors import HTTPError  # of httpx: no OSError
+    from huggingface_hub.errors import HTTPError  # of httpx: no OSError  # pyright: ignore[reportPrivateImportUsage]
     from safetensors import SafetensorError
 
     return isinstance(error, (HTTPError, SafetensorError))

@@ -35,7 +35,7 @@ def export_llava(
         plain = FastVlmForConditionalGeneration(FastVlmConfig(**fields))
     else:
         plain = LlavaForConditionalGeneration(LlavaConfig(**fields))
-    plain = plain.to(model.dtype)
+    plain = plain.to(model.dtype)  # pyright: ignore[reportArgumentType] (its stub)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(TRAINING_ONLY)}
     plain.load_state_dict(weights)
     plain.generation_config = model.generation_config
@@ -52,6 +52,7 @@ def export_processor(processor: OlaVlmProcessor) -> LlavaProcessor:
     processor.tokenizer.init_kwargs.pop("auto_map", None)
     template = processor.chat_template
     if template is not None:
+        assert isinstance(template, str)
         template = template.replace(processor.image_token, processor.image_token + "".join(processor.task_tokens))
     names = ["patch_size", "vision_feature_select_strategy", "image_token", "num_additional_image_tokens"]
     fields = {name: getattr(processor, name) for name in names}
@@ -69,6 +70,7 @@ def main(args: Namespace) -> None:
     if processor is None:
         print(f"Wrote the model alone to {args.out}: the checkpoint has no processor.")
         return
+    assert isinstance(processor, OlaVlmProcessor)
     export_processor(processor).save_pretrained(args.out)
     print(f"Wrote model and processor to {args.out}.")
     tell(f"Next: serve it (docs/serving.md), or ola-vlm chat {args.out} IMAGE")

@@ -4,7 +4,8 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..configuration_ola_vlm import VOCAB_MULTIPLE, OlaVlmConfig, normalize_task, task_token_strings
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
@@ -155,7 +156,7 @@ def check_logits(language_model: PreTrainedModel):
     because = f" (its configuration has {scales})" if scales else ""
     training = language_model.training
     language_model.eval()
-    head = language_model.get_output_embeddings()
+    head = head_of(language_model)
     ids = torch.arange(4, device=language_model.device)[None]
     # A cap on logits shows only if they are large (too large for 16 bits).
     enlarge = head.register_forward_hook(lambda module, args, logits: logits.float() * 1000)
@@ -212,10 +213,14 @@ def table_name(language_model: PreTrainedModel) -> str:
     return next(name for name, parameter in language_model.base_model.named_parameters() if parameter is table)
 
 
+def head_of(language_model: PreTrainedModel) -> torch.nn.Linear:
+    return cast(torch.nn.Linear, language_model.get_output_embeddings())
+
+
 def check_head(language_model: PreTrainedModel) -> None:
     """ValueError for a head that LLaVA has no place for: with a bias, or tied to a table of another name."""
     name = type(language_model).__name__
-    if language_model.get_output_embeddings().bias is not None:
+    if head_of(language_model).bias is not None:
         raise ValueError(f"{name}'s head has a bias, LLaVA's has none: take another LLM.")
     table = table_name(language_model)
     if language_model.config.tie_word_embeddings and table != "embed_tokens.weight":
@@ -224,9 +229,12 @@ def check_head(language_model: PreTrainedModel) -> None:
 
 def vocabulary_tables(language_model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """The tables with a row for each token, by OLA-VLM's names: the embeddings and, unless it is tied, the head."""
-    tables = {BACKBONE + table_name(language_model): language_model.get_input_embeddings().weight}
+    embeddings = cast(torch.nn.Embedding, language_model.get_input_embeddings())
+    tables: dict[str, torch.nn.Parameter] = {
+        BACKBONE + table_name(language_model): cast(torch.nn.Parameter, embeddings.weight)
+    }
     if not language_model.config.tie_word_embeddings:
-        tables[HEAD] = language_model.get_output_embeddings().weight
+        tables[HEAD] = cast(torch.nn.Parameter, head_of(language_model).weight)
     return tables
 
 
@@ -245,7 +253,7 @@ def parts_weights(vision_tower: PreTrainedModel, language_model: PreTrainedModel
     for name, value in language_model.base_model.state_dict().items():
         weights[BACKBONE + name] = value.clone() if copy_language_model else value
     if not language_model.config.tie_word_embeddings:
-        head = language_model.get_output_embeddings().weight.data
+        head = head_of(language_model).weight.data
         weights[HEAD] = head.clone() if copy_language_model else head
     return weights
 
@@ -254,7 +262,7 @@ def build_ola_vlm(
     vision_tower: str | PreTrainedModel,
     language_model: str | PreTrainedModel,
     tokenizer=None,
-    tasks: list[dict] = (),
+    tasks: Sequence[dict] = (),
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
     resize_mode: str = "pad",
@@ -338,7 +346,7 @@ def build_ola_vlm(
     for name, parameter in vocabulary_tables(language_model).items():
         weight = parameter.data
         if language_model_is_ours:
-            weight = not_mapped(weight, language_model.name_or_path, names_of(language_model, parameter))
+            weight = not_mapped(weight, str(language_model.name_or_path), names_of(language_model, parameter))
         else:
             weight = weight.clone()
         tables[name] = resize_embedding(
@@ -346,7 +354,7 @@ def build_ola_vlm(
             known.values(),
             added=added,
             rows=config.text_config.vocab_size,
-            stored=stored,
+            stored=stored,  # pyright: ignore[reportArgumentType]
         )
         del weight
         if language_model_is_ours:

@@ -365,7 +365,7 @@ def make_card(
         pipeline_tag="image-text-to-text",
         tags=["ola-vlm", *(["lora"] if is_adapter else []), PAPER.lower()],
         license=license,
-        base_model=[name for name in began if is_repository(name, local)] or None,
+        base_model=[name for name in began if name is not None and is_repository(name, local)] or None,
         datasets=sorted({run["data"] for run in runs if is_repository(run["data"], local)}) or None,
         model_name=repo.split("/")[-1],
         eval_results=entries or None,
@@ -404,7 +404,7 @@ def main(args: Namespace) -> None:
         raise ValueError(f"REPO is {args.repo!r}: give owner/name")
     validate_repo_id(args.repo)
     files, base = find_files(args.checkpoint, args.statistics), None
-    content = {name: str(path) for name, path in files.items()}
+    content: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
     if "probes/probes.json" in files:  # which names the model that they were fitted to
         fields = without_paths(read_object(files["probes/probes.json"]))
         content["probes/probes.json"] = json.dumps(fields, indent=2).encode()

@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, TimmWrapperModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, TimmWrapperConfig, TimmWrapperModel
 
 from ..commands.running import command, tell
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
@@ -114,6 +115,7 @@ def conversion_report(keys: Iterable[str], layers: dict[str, list[int]], has_pre
             fate = "its groups' means, the task tokens' rows of the vocabulary"
         else:
             fate = rename_key(key, layers)
+        assert fate is not None  # such a key is dropped
         counts[re.sub(r"\d+", "*", key), re.sub(r"\d+", "*", fate)] += 1
     lines = [f"{count:>5}  {key}  ->  {fate}" for (key, fate), count in counts.items()]
     teachers = sum(reason_to_drop(key, layers) == TEACHER for key in dropped)
@@ -264,6 +266,7 @@ def read_tower(name: str) -> Tower:
     config = load_vision_config(name)
     if config.model_type != "timm_wrapper":
         return Tower(config=config, strategy="default", class_tokens=1)
+    assert isinstance(config, TimmWrapperConfig)
     with torch.device("meta"):
         config, class_tokens = measure_tower(TimmWrapperModel(config))
     return Tower(config=config, strategy="full", class_tokens=class_tokens)
@@ -350,24 +353,23 @@ def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: st
         # The tables have no other place than the rows that are made of them.
         tables = take_tables(converted, tasks)
 
-    model = OlaVlmForConditionalGeneration(config).to(dtype)
+    model = OlaVlmForConditionalGeneration(config).to(dtype)  # pyright: ignore[reportArgumentType]
     model.load_state_dict(converted)  # an error lists the weights that are missing and those that are unknown
     model.write_task_tokens()
     if tables:
         with torch.no_grad():
             task_rows = model.task_token_embeddings(tables)
-            model.get_input_embeddings().weight[config.task_token_ids] = task_rows.to(dtype)
+            cast(Tensor, model.get_input_embeddings().weight)[config.task_token_ids] = task_rows.to(dtype)
     set_end_tokens(model, fields, vocabulary.processor)
     return model.eval(), vocabulary.processor, conversion_report(state_dict, layers, has_predictors)
 
 
 def take_tables(converted: dict[str, Tensor], tasks: list[dict]) -> dict[str, Tensor]:
     """Each task's query table, out of `converted`. RuntimeError for missing ones."""
-    tables = {task["name"]: converted.pop(f"queries.{task['name']}", None) for task in tasks}
-    missing = [name for name, table in tables.items() if table is None]
+    missing = [task["name"] for task in tasks if f"queries.{task['name']}" not in converted]
     if missing:
         raise RuntimeError(f"Missing key(s): the tables of task tokens of {', '.join(missing)}")
-    return tables
+    return {task["name"]: converted.pop(f"queries.{task['name']}") for task in tasks}
 
 
 def set_end_tokens(model: OlaVlmForConditionalGeneration, fields: dict, processor: OlaVlmProcessor | None) -> None:
@@ -376,10 +378,9 @@ def set_end_tokens(model: OlaVlmForConditionalGeneration, fields: dict, processo
     if processor is None or processor.tokenizer.eos_token_id is None:
         return
     # Llama-3's chats end with another token than its texts.
-    ends = fields.get("eos_token_id")
-    ends = set(ends) if isinstance(ends, list) else {ends}
+    given = fields.get("eos_token_id")
+    ends = {end for end in (given if isinstance(given, list) else [given]) if end is not None}
     ends.add(processor.tokenizer.eos_token_id)
-    ends.discard(None)
     model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
 
 

@@ -24,17 +24,20 @@ def convert_tower(checkpoint: str, image_size: int | None = None) -> TimmWrapper
     Raises ValueError if there is no trunk of timm's, RuntimeError listing missing and unknown weights.
     """
     with loading_from(checkpoint, weights=False):
-        fields = read_json_object(Path(cached_file(checkpoint, "open_clip_config.json")))
+        file = cached_file(checkpoint, "open_clip_config.json")
+    assert file is not None  # it is raised
+    fields = read_json_object(Path(file))
     vision, seen = fields["model_cfg"]["vision_cfg"], fields["preprocess_cfg"]
     if "timm_model_name" not in vision:
         raise ValueError(f"{checkpoint} has no trunk of timm's: a ViT's transformers checkpoint is a tower as it is")
     side = image_size or vision["image_size"]
     pretrained = {"input_size": [3, side, side], "mean": seen["mean"], "std": seen["std"]}
-    config = TimmWrapperConfig(architecture=vision["timm_model_name"], do_pooling=False, pretrained_cfg=pretrained)
-    files = {name: find_file(checkpoint, name) for name in WEIGHTS}
-    name = next((name for name, file in files.items() if file is not None), None)
-    if name is None:
+    config = TimmWrapperConfig(architecture=vision["timm_model_name"], do_pooling=False, pretrained_cfg=pretrained)  # pyright: ignore[reportCallIssue]
+    found = {name: find_file(checkpoint, name) for name in WEIGHTS}
+    files = {name: file for name, file in found.items() if file is not None}
+    if not files:
         raise ValueError(f"{checkpoint} has none of the files {list(WEIGHTS)}")
+    name = next(iter(files))
     weights = WEIGHTS[name](files[name])
     model = TimmWrapperModel(config)
     model.timm_model.load_state_dict({k.removeprefix(TRUNK): v for k, v in weights.items() if k.startswith(TRUNK)})

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -157,7 +158,7 @@ def locate(name: str, data: str | None = None, revision: str | None = None, make
         return folder, _hash([Path(name)])
     if name == "miniature" and data is None:
         data = MINIATURE_FOLDER
-    if name == "miniature" and not (Path(data) / "test.jsonl").exists():
+    if name == "miniature" and data is not None and not (Path(data) / "test.jsonl").exists():
         if not make and data != MINIATURE_FOLDER:
             raise ValueError(f"{data} has no test.jsonl: give --data, a folder that has it or where it may be written")
         from ..world.dataset import write_questions  # with all that renders scenes
@@ -230,7 +231,7 @@ def load_questions(
             f"{name}: {len(rows) - len(questions):,} of {len(rows):,} questions are left out: several images"
         )
 
-    def read_image(question: dict):
+    def read_image(question: dict) -> Any:
         source = image_source(image_of[question["id"]])
         if source is None:
             raise ImageError(f"question {question['id']}", "its row has no image")

@@ -77,5 +77,6 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     shift = a.mean(0) - b.mean(0)
     a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
     a, b = (np.linalg.qr(x, mode="r") for x in (a, b))  # F x F at most
-    cross = scipy.linalg.svdvals(a @ b.T).sum()
-    return float(shift @ shift + (a**2).sum() + (b**2).sum() - 2 * cross)
+    # numpy's stubs take mode="r" for the mode with two results
+    cross = scipy.linalg.svdvals(a @ b.T).sum()  # pyright: ignore[reportAttributeAccessIssue]
+    return float(shift @ shift + (a**2).sum() + (b**2).sum() - 2 * cross)  # pyright: ignore[reportOperatorIssue]

@@ -5,10 +5,12 @@ lmms-eval finds `manifest` by the entry point `lmms_eval.models`; only it import
 
 import torch
 from accelerate import Accelerator
-from lmms_eval import utils
-from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
-from lmms_eval.protocol import ChatMessages
+
+# It lives in an environment of its own (make lmms-eval).
+from lmms_eval import utils  # pyright: ignore[reportMissingImports]
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
+from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
+from lmms_eval.protocol import ChatMessages  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from ..inference.checkpoints import load_checkpoint

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
+from typing import cast
 
 from ..inference.questions import read_options
 from ..targets.files import inside
@@ -135,7 +136,7 @@ def _parquet(file: Path) -> tuple[list[Row], list]:
         raise ValueError(f"{file} has no column of images: {', '.join(data.column_names)}")
     for name in pictures:
         data = data.cast_column(name, datasets.Image(decode=False))
-    rows = [Row(row, file, number) for number, row in enumerate(data.remove_columns(pictures), start=1)]
+    rows = [Row(cast(dict, row), file, number) for number, row in enumerate(data.remove_columns(pictures), start=1)]
     # Several pictures a question (BLINK's image_1 to image_4): which rows have a second one, without decoding any.
     for name in pictures[1:]:
         filled = data.data.column(name).is_valid().to_pylist()

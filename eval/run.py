@@ -63,13 +63,13 @@ def answer(
         model, processor = load()
         greedy = {"do_sample": False, "max_new_tokens": run["max_new_tokens"]}
         generation = model.generation_config.to_diff_dict() | greedy
-        quiet = {"disable": not state.is_main_process}
-        bar = tqdm(total=len(todo), desc=f"answering {run['benchmark']}", unit="question", **quiet)
-        with (out / f"answers.{uuid.uuid4().hex}.part").open("w", encoding="utf-8") as part, bar:
+        quiet = not state.is_main_process
+        bar = tqdm(total=len(todo), desc=f"answering {run['benchmark']}", unit="question", disable=quiet)
+        with (out / f"answers.{uuid.uuid4().hex}.part").open("w", encoding="utf-8") as lines, bar:
 
             def save(answered: list[dict]) -> None:
-                part.writelines(json.dumps({**r, "generation": generation, "run": run}) + "\n" for r in answered)
-                part.flush()
+                lines.writelines(json.dumps({**r, "generation": generation, "run": run}) + "\n" for r in answered)
+                lines.flush()
                 bar.update(len(answered))
 
             def unreadable(question: dict, error: Exception) -> None:

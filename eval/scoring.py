@@ -78,7 +78,7 @@ def strata(rows: Sequence[dict], benchmark: str) -> dict[str, list[tuple[float, 
             reported[name] = [(1, questions)]
         elif weights == MEAN_OF_TASKS:
             reported[name] = [(1 / len(labels["task"]), indices) for indices in labels["task"].values()]
-        elif weights.keys() <= members.keys():
+        elif isinstance(weights, dict) and weights.keys() <= members.keys():
             reported[name] = [(weight, members[label]) for label, weight in weights.items()]
     for kind, of_kind in labels.items():
         for label, indices in of_kind.items():

@@ -35,17 +35,17 @@ class Stratum:
         return sums * self.weight / self.wins.size, counts
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+def t_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
     """Mean of values that are drawn anew each (one a training seed), and its Student interval; NaN with one value."""
-    values = np.asarray(values, float)
-    mean = float(values.mean())
-    if len(values) < 2:
+    drawn = np.asarray(values, float)
+    mean = float(drawn.mean())
+    if len(drawn) < 2:
         return mean, float("nan"), float("nan")
-    half = float(sem(values) * student_t.ppf((1 + level) / 2, len(values) - 1))
+    half = float(sem(drawn) * student_t.ppf((1 + level) / 2, len(drawn) - 1))
     return mean, mean - half, mean + half
 
 
-def paired_t(differences: Sequence[float]) -> dict:
+def paired_t(differences: Sequence[float] | np.ndarray) -> dict:
     """Of one difference a seed: `difference`, their mean; `ci95`; `ci90`, outside of which an effect is excluded by
     two one-sided tests at 5%; `p`, two-sided; `n`; `positive`, how many are above 0. With one seed intervals and p are
     NaN."""
@@ -64,7 +64,7 @@ def paired_t(differences: Sequence[float]) -> dict:
 def holm_adjusted(p_values: Mapping) -> dict:
     """p-values of hypotheses that are asked together, by Holm's step-down procedure: one that is at most 5% falls when
     the chance of any false finding is to be 5%. NaN stays NaN and counts as not asked."""
-    asked = sorted((name for name in p_values if not np.isnan(p_values[name])), key=p_values.get)
+    asked = sorted((name for name in p_values if not np.isnan(p_values[name])), key=p_values.__getitem__)
     adjusted = dict(p_values)
     largest = 0.0
     for rank, name in enumerate(asked):
@@ -90,9 +90,9 @@ def labels_needed(budgets: Sequence[float], accuracies: Sequence[float], wanted:
 def paired_comparison(
     correct_a: np.ndarray,
     correct_b: np.ndarray,
-    strata: Sequence | None = None,
+    strata: Sequence | np.ndarray | None = None,
     seed: int = 0,
-    weights: Mapping | None = None,
+    weights: Mapping | Sequence[float] | None = None,
 ) -> dict:
     """Accuracy of b minus accuracy of a, both (S, N) or (N,), bool or scores from 0 to 1: S seeds, N questions in the
     same order.
@@ -112,7 +112,7 @@ def paired_comparison(
     wins = b - a
     num_seeds, num_questions = wins.shape
     parts = split_strata(wins, strata, weights)
-    seed_differences = sum(part.seed_differences for part in parts)
+    seed_differences = sum((part.seed_differences for part in parts), np.zeros(num_seeds))
     difference = float(seed_differences.mean())
     resampled, flipped = draw_differences(parts, np.random.default_rng(seed))
     if num_seeds == len(parts) == 1 and np.isin(wins, [-1, 0, 1]).all():
@@ -134,10 +134,12 @@ def paired_comparison(
     }
 
 
-def split_strata(wins_SN: np.ndarray, strata: Sequence | None, weights: Mapping | None) -> list[Stratum]:
+def split_strata(
+    wins_SN: np.ndarray, strata: Sequence | np.ndarray | None, weights: Mapping | Sequence[float] | None
+) -> list[Stratum]:
     if strata is None:
         strata = [0] * wins_SN.shape[1]
-    labels, stratum_N = np.unique(strata, return_inverse=True)
+    labels, stratum_N = np.unique(np.asarray(strata), return_inverse=True)
     parts = []
     for number, label in enumerate(labels):
         weight = 1 / len(labels) if weights is None else weights[label]

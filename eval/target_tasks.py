@@ -218,7 +218,7 @@ class Tally:
         self.features: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # (task, row) -> (N, F) of each batch
         self.real: list[Tensor] = []  # the images' own features
 
-    def add(self, items: list[dict], images: list[Image.Image], embeddings_of: EmbeddingsOf) -> None:
+    def add(self, items: Sequence[dict], images: list[Image.Image], embeddings_of: EmbeddingsOf) -> None:
         if self.gallery is not None:
             self.real.append(self.gallery.extractor.encode(images)[:, 0])
         for task, row, embeddings in embeddings_of(images):
@@ -376,6 +376,7 @@ def run(args: Namespace) -> dict:
     folders = {model: inside(args.out, about["folder"]) for model, about in probed["models"].items()}
     data = read_data(args)
     device = processes().device
+    assert device is not None
     teachers = {}
     for task, teacher in make_teachers(settings["tasks"], settings["teachers"], device).items():
         teachers[task] = teacher.encoder

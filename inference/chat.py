@@ -7,14 +7,14 @@ import numbers
 import re
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from transformers import TextIteratorStreamer
+from transformers import BatchFeature, TextIteratorStreamer
 
 from ..commands.running import command
 from ..targets.escapes import terminal
@@ -101,7 +101,7 @@ class Chat:
                 found.append(f"The model does not know {', '.join(unknown[:8])}{more}")
         return found
 
-    def inputs(self, messages: list[dict]) -> dict:
+    def inputs(self, messages: list[dict]) -> BatchFeature:
         """The model's inputs for an answer to `messages`, on the CPU. ValueError if they leave no room for one, or if
         the chat template refuses them."""
         messages = [
@@ -129,7 +129,7 @@ class Chat:
 
     def stream(
         self, messages: list[dict], temperature: float = 0.0, top_p: float = 1.0, max_new_tokens: int = 256
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The answer, piece by piece. To close the iterator stops the model.
 
         ValueError as of `sampling_options` and `inputs`; what the model raises is raised here.
@@ -148,7 +148,7 @@ class Chat:
             lambda ids, _, **kw: torch.full(ids.shape[:1], stop.is_set(), device=ids.device)
         ]
         with ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(self.model.generate, **inputs, **options)
+            answer = thread.submit(self.model.generate, **inputs, **options)  # pyright: ignore[reportCallIssue]
             answer.add_done_callback(lambda _: streamer.end())  # also after an error
             try:
                 yield from streamer

@@ -87,6 +87,7 @@ def classes_of(
         what = f"{checkpoint} is a checkpoint of the reference implementation ({kind})"
         raise ValueError(f"{what}: convert it first (`ola-vlm convert`)")
     if kind in CONFIG_MAPPING:
+        assert kind is not None
         if CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(f"{checkpoint} is a {kind}, which does not read images: give an image-text-to-text model")
     elif not fields.get("auto_map"):
@@ -189,12 +190,14 @@ def load_checkpoint(
     "auto" is the checkpoint's own on a GPU, float32 on a CPU. ValueError also for a checkpoint without a processor.
     """
     device = processes().device
+    assert device is not None
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     options = {"needs_processor": True, "dtype": dtype, "device_map": device_map}
     model, processor = read_checkpoint(checkpoint, trust_remote_code, **options)
+    assert processor is not None  # it is needed
     if device_map is None:
-        model = model.to(device)
+        model = model.to(device)  # pyright: ignore[reportArgumentType]
     return model, processor
 
 

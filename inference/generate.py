@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def generate_answers(
     batch_size: int = 64,
     max_new_tokens: int = 8,
     progress: Callable[[Iterable], Iterable] = iter,
-    read_image: Callable[[dict], object] | None = None,
+    read_image: Callable[[dict], Any] | None = None,
     save: Callable[[list[dict]], object] = lambda answered: None,
     unreadable: Callable[[dict, Exception], object] | None = None,
 ) -> list[dict]:

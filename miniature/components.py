@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -54,10 +55,16 @@ STEPS = {"language_model": 6000, "vision_tower": 1600, "gen": 500, "depth": 900,
 WORDS = ("describe", "the", "image", ".", ",", "and", "a", "yes", "no", "not", "is", "it", "are")  # and the world's
 
 
+def pooled(outputs) -> torch.Tensor:
+    """CLIP's features of texts or images, in what transformers gives."""
+    return outputs.pooler_output
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the world's whole language, with the chat template (assistant spans are marked)."""
     scenes = render.sample_scenes(200, seed=99)
-    rng, words = np.random.default_rng(0), set(WORDS)
+    rng = np.random.default_rng(0)
+    words: set[str] = set(WORDS)
     for i in range(len(scenes)):
         texts = [language.caption(scenes, i, rng), language.description(scenes, i)]
         for q in language.questions(scenes, i) + language.fetch_questions(scenes, i):
@@ -314,13 +321,14 @@ def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
     text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 40}
     sizes = {"text_config": text, "vision_config": vision.to_dict(), "projection_dim": vision.projection_dim}
     model = CLIPModel(CLIPConfig(**sizes))
-    model.region_projection = torch.nn.Linear(vision.hidden_size, vision.projection_dim, bias=False)
+    region_projection = torch.nn.Linear(vision.hidden_size, vision.projection_dim, bias=False)
+    model.region_projection = region_projection  # it trains with the rest
     scenes, arrays = scene_arrays(work)
 
     def encode_text(texts):
         texts = [f"<s> {text} <end>" for text in texts]
         batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
-        return F.normalize(model.get_text_features(**batch).pooler_output, dim=-1)
+        return F.normalize(pooled(model.get_text_features(**batch)), dim=-1)
 
     kinds = itertools.product(HAZE_WORDS if dense else (), render.COLORS, render.SHAPES)
     phrases = [f"a {haze} {color} {shape}" for haze, color, shape in kinds]
@@ -336,14 +344,14 @@ def train_clip(work: Path, out: Path, steps: int, name: str, dense: bool):
         if dense:
             cover, wanted = _region_phrases(scenes, arrays, index)
             b, p, k = np.nonzero(cover > 0.35)  # patch-level pairs: a patch that shows mostly one object
-            regions = F.normalize(model.region_projection(vision_out.hidden_states[-2][:, 1:])[b, p], dim=-1)
+            regions = F.normalize(region_projection(vision_out.hidden_states[-2][:, 1:])[b, p], dim=-1)
             total = 0.3 * total + F.cross_entropy(20 * regions @ phrase.T, torch.from_numpy(wanted[b, k]))
         return total
 
     fit(model, loss, steps, 1e-3, work, name)
     held, pictures = scene_arrays(work, "held_out")
     with torch.no_grad():
-        seen = model.get_image_features(pixel_values=preprocess(pictures["image"][:200])).pooler_output
+        seen = pooled(model.get_image_features(pixel_values=preprocess(pictures["image"][:200])))
         rng = np.random.default_rng(0)
         right = F.normalize(seen, dim=-1) @ encode_text([language.caption(held, i, rng) for i in range(200)]).T
         top1 = (right.argmax(1) == torch.arange(200)).float().mean().item()
@@ -372,7 +380,7 @@ def train_depth(work: Path, out: Path, steps: int):
     """Depth-Anything: predicts 4 / depth (relative inverse depth); returns the mean absolute relative error."""
     torch.manual_seed(3)
     model = DepthAnythingForDepthEstimation(DepthAnythingConfig.from_pretrained(WEIGHTS / "depth"))
-    torch.nn.init.constant_(model.head.conv3.bias, 0.6)
+    torch.nn.init.constant_(cast(torch.Tensor, model.head.conv3.bias), 0.6)
     scenes, arrays = scene_arrays(work)
 
     def loss(rng, share):

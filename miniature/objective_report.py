@@ -195,7 +195,7 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Mapping[int, dict]]], col
     for axis, (title, by_arm) in zip(axes, panels.items(), strict=False):
         draw_panel(axis, title, by_arm)
     handles, labels = axes[0].get_legend_handles_labels()
-    place = {"loc": "outside right center"} if columns == 1 else {"loc": "outside upper center", "ncols": 4}
+    place: dict = {"loc": "outside right center"} if columns == 1 else {"loc": "outside upper center", "ncols": 4}
     figure.legend(handles, labels, **place)
     figure.supxlabel(
         "scenes with questions (0: right after pre-training); bars: 95% intervals over seeds", fontsize=11

@@ -7,6 +7,7 @@ Accuracies are in per cent from here on; "average" is the mean of the tasks.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -207,7 +208,7 @@ def probe_scores(results: Mapping[Key, dict]) -> dict[Key, dict[str, float]]:
         means = {}
         for alpha in first:
             means[alpha] = np.mean([probes["validation"][alpha][target] for probes in probed.values()])
-        best[target] = max(means, key=means.get)
+        best[target] = max(means, key=means.__getitem__)
     found = {}
     for key, probes in probed.items():
         found[key] = {}
@@ -265,7 +266,7 @@ def collect(results: Mapping[Key, dict]) -> dict:
     for arm in arms:
         placed[arm] = {}
         for budget in budgets_of(results):
-            values = list(per_seed(results, arm, budget, placement).values())
+            values: list[Any] = list(per_seed(results, arm, budget, placement).values())  # pyright: ignore[reportArgumentType]
             if values:
                 placed[arm][budget] = {name: float(np.mean([one[name] for one in values])) for name in values[0]}
     return {

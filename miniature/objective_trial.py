@@ -31,6 +31,7 @@ from ..targets.files import read_object, write_json, write_whole
 from ..targets.fill import make_teachers, open_caches
 from ..train import train
 from ..training.arguments import OlaVlmArguments
+from ..training.trainer import OlaVlmTrainer
 from .asking import PLACED_IMAGES, Questions, changes_of, token_placement
 from .objective_results import layers_mean
 from .stored_vision import StoredCollator, StoredVision, TrainOnFeatures
@@ -221,9 +222,12 @@ class Trial:
         write_json(done, found)
         return found
 
-    def train(self, fields: dict, callbacks: list[TrainerCallback]):
+    def train(self, fields: dict, callbacks: list[TrainerCallback]) -> OlaVlmTrainer:
         make_collator = partial(StoredCollator, store=self.store)
-        return train(OlaVlmArguments(**fields), [*callbacks, TrainOnFeatures()], make_collator=make_collator)
+        # ola_vlm.train, a script too, names the package absolutely: to pyright its classes are others.
+        trainer = train(OlaVlmArguments(**fields), [*callbacks, TrainOnFeatures()], make_collator=make_collator)  # pyright: ignore[reportArgumentType]
+        assert trainer is not None  # nothing is resumed
+        return trainer  # pyright: ignore[reportReturnType]
 
     def target_bytes(self, fields: dict) -> int:
         """On disk, of all stored targets of the arm's tasks."""
@@ -276,6 +280,7 @@ class Trial:
         spent = time.process_time() - start
         seconds = {"finetune": spent - evaluations.seconds, "validation": evaluations.seconds}
         evaluations.restore(trainer.model)
+        assert evaluations.best is not None  # there is one at the end, if none before
         result = {"validation": evaluations.curve, "chosen_step": evaluations.best["step"]}
         result["losses"] = last_losses(trainer.state.log_history)
         self.conclude(budget, trainer.model, processor, result, seconds)

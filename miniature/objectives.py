@@ -143,7 +143,7 @@ class Study:
                     found = [self.validated(arm, seed, budget, settings) for seed in seeds for budget in budgets]
                     seen[value] = round(float(np.mean(found)), 5)
                 scores[arm][setting] = {f"{value:g}": score for value, score in seen.items()}
-                chosen[arm][setting] = max(seen, key=seen.get)
+                chosen[arm][setting] = max(seen, key=seen.__getitem__)
         return {"settings": chosen, "scores": scores}
 
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +22,12 @@ class Job(NamedTuple):
 
 
 def run_jobs(
-    jobs: dict[Hashable, Job], workers: int, what: str, done: Callable[[], None] = lambda: None, finished: int = 0
+    jobs: Mapping[tuple, Job], workers: int, what: str, done: Callable[[], object] = lambda: None, finished: int = 0
 ) -> None:
     """Runs the jobs, `workers` at a time, in their order; `done` is called as one has ended. `finished`: how many are
     done already, for the bar. RuntimeError with the end of a job's log when it fails; the others are stopped."""
     waiting = list(jobs)
-    running: dict[Hashable, subprocess.Popen] = {}
+    running: dict[tuple, subprocess.Popen] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     total = 100 * (len(jobs) + finished)
     bar = tqdm(total=total, desc=f"{what}s", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")

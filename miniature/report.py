@@ -9,7 +9,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ def write_report(out_dir: Path, results: dict | None = None) -> Path:
     """Write report.json (if `results` are given), figures and report.md into `out_dir`; returns report.md's path."""
     if results is not None:
         write_whole(out_dir / "report.json", json.dumps(results, indent=1))
-    results = json.loads((out_dir / "report.json").read_text())
+    results = dict(json.loads((out_dir / "report.json").read_text()))
     draw_figures(results, out_dir)
     report = out_dir / "report.md"
     write_whole(report, report_text(results, [name for name in CAPTIONS if (out_dir / name).exists()]))
@@ -161,7 +160,7 @@ def verdicts(compared: dict[str, dict]) -> list[str]:
     lines = []
     for task, comparison in compared.items():
         p = comparison["p"]
-        is_shown = stands.get(task, p <= ALPHA)  # the average is asked alone
+        is_shown = stands.get(task, bool(p <= ALPHA))  # the average is asked alone
         points, low, high = (f"{100 * value:+.1f}" for value in (comparison["difference"], *comparison["ci95"]))
         test = f"p = {p:.2g} ({comparison['test']}, n = {comparison['n']})"
         line = f"- {task}: **{verdict(comparison, is_shown)}**. {points} points [{low}, {high}], {test}"
@@ -300,12 +299,16 @@ def probe_panels(results: dict, metric: str) -> list[Callable[[Axes], None]]:
     return panels
 
 
+def hide(ax: Axes) -> None:
+    ax.set_axis_off()
+
+
 def save_grid(path: Path, columns: int, panels: list[Callable[[Axes], None]], note: str, **shared) -> None:
     """Save panels row by row, 10 inches wide, the first one's legend above them all, `note` below."""
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(10, 2.9 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **shared).flat
-    for ax, panel in zip_longest(axes, panels, fillvalue=Axes.set_axis_off):
+    for ax, panel in zip(axes, [*panels, *[hide] * (rows * columns - len(panels))], strict=True):
         panel(ax)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     # On the figure itself: it is also shown where its caption isn't.

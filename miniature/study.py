@@ -59,7 +59,7 @@ def fill_targets(root: Path, probe_splits: dict[str, int]) -> None:
 
 
 def run_arms(
-    root: Path, arms: list[tuple[str, int]], overrides: dict, workers: int, done: Callable[[], None] = lambda: None
+    root: Path, arms: list[tuple[str, int]], overrides: dict, workers: int, done: Callable[[], object] = lambda: None
 ) -> None:
     """Arms as parallel one-thread processes, their logs in their folders; `done` is called as one has ended. Raises
     RuntimeError with the end of an arm's log when it fails; the other arms are stopped and can be resumed."""

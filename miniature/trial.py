@@ -97,7 +97,8 @@ class Arm(TrainerCallback):
         """Runs a stage, or what is left of it; returns what the trainer logged."""
         path = self.folder / stage / "log_history.json"
         if not path.exists():
-            train(self.arguments(stage, resume_from_checkpoint="true"), callbacks=[self])
+            # ola_vlm.train, a script too, names the package absolutely: to pyright its classes are others.
+            train(self.arguments(stage, resume_from_checkpoint="true"), callbacks=[self])  # pyright: ignore[reportArgumentType]
             state = read_json(self.folder / stage / "trainer_state.json")  # also where the run had finished
             write_whole(path, json.dumps(state["log_history"]))
             self.clock.lap(stage)
@@ -108,7 +109,7 @@ class Arm(TrainerCallback):
         path = self.folder / f"probe_{stage}.json"
         if path.exists():
             return
-        model, processor = load_model(self.arguments("finetune", checkpoint=str(self.folder / stage)))
+        model, processor = load_model(self.arguments("finetune", checkpoint=str(self.folder / stage)))  # pyright: ignore[reportArgumentType]
         splits = self.overrides.get("probe_splits", PROBE_SPLITS)
         fitter, reader, targets = fit_ridge(self.root, model, processor, splits)
         paths = probe_paths(self.root, splits)

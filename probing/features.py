@@ -19,7 +19,7 @@ from ..recipes import RECIPES
 from ..targets.files import read_object, teachers_of_file
 from ..targets.images import image_files
 from ..targets.statistics import TargetStatistics
-from ..training.rows import load_rows
+from ..training.rows import Rows, load_rows
 from ..training.run_record import RUN_FILE, load_statistics, record_in
 from .probes import Familiarity, Probes
 from .run import SETTINGS_FILE
@@ -122,9 +122,10 @@ def find_run(folder: str | Path, trust: bool = False) -> dict:
         if not isinstance(run, dict):
             raise ValueError(f"{file}: its started_from is no object")
     if not run and (Path(folder) / ADAPTER).is_file():
-        return find_run(adapter_base(folder), trust)
+        return find_run(str(adapter_base(folder)), trust)
     if trust or not run:
         return run
+    assert file is not None  # the run is its
     return {"teachers": teachers_of_file(run["teachers"], file)}
 
 
@@ -163,13 +164,13 @@ def find_teachers(recipe: str | None, *folders: str | Path | None, trust: bool =
     `find_run`. ValueError if none does."""
     if recipe and recipe not in RECIPES:
         raise ValueError(f"there is no recipe {recipe}: choose one of `ola-vlm recipes`")
-    folders = [folder for folder in folders if folder is not None]
+    places = [folder for folder in folders if folder is not None]
     if recipe:
         runs = [RECIPES[recipe]()]
         place = f"recipe {recipe}"
     else:
-        runs = [find_run(folder, trust) for folder in folders]
-        place = f"the run.json of {' and '.join(map(str, folders))}"
+        runs = [find_run(folder, trust) for folder in places]
+        place = f"the run.json of {' and '.join(map(str, places))}"
     for run in runs:
         if run.get("teachers"):
             return run
@@ -182,7 +183,11 @@ def images_of_run(run: Mapping) -> list:
     data = run.get("data") or run.get("images")  # the latter of `ola-vlm probe`
     if not data or not Path(data).exists():
         return []
-    is_folder = Path(data).is_dir()
-    images = image_files(data) if is_folder else load_rows(data, run.get("image_folder")).sources()
+    if Path(data).is_dir():
+        images = image_files(data)
+    else:
+        rows = load_rows(data, run.get("image_folder"))
+        assert isinstance(rows, Rows)  # no stream
+        images = rows.sources()
     indices = np.linspace(0, len(images) - 1, min(BANK, len(images))).round().astype(int)
     return [images[i] for i in indices]

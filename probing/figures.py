@@ -10,7 +10,7 @@ from ..targets.escapes import mathtext
 from ..targets.files import save_figure
 
 # fonts that survive the width of a README
-STYLE = {
+STYLE: dict = {
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.grid": True,

@@ -43,11 +43,12 @@ def batches(
     """States and targets of `sources` (images, paths, `{"bytes"}`), in batches of one size in their order or as a list
     of indices says, whose first `skip` are left out. `describe`: shows progress under this name."""
     if isinstance(plan, int):
-        plan = [range(start, min(start + plan, len(sources))) for start in range(0, len(sources), plan)]
-    plan = [list(map(int, batch)) for batch in plan]
-    loader = DataLoader(_Images(sources), batch_sampler=plan[skip:], num_workers=workers, collate_fn=list)
-    done = sum(map(len, plan[:skip]))
-    total = done + sum(map(len, plan[skip:]))
+        indices = [list(range(start, min(start + plan, len(sources)))) for start in range(0, len(sources), plan)]
+    else:
+        indices = [list(map(int, batch)) for batch in plan]
+    loader = DataLoader(_Images(sources), batch_sampler=indices[skip:], num_workers=workers, collate_fn=list)
+    done = sum(map(len, indices[:skip]))
+    total = done + sum(map(len, indices[skip:]))
     device = reader.model.device
     with tqdm(total=total, initial=done, desc=describe, unit="image", disable=describe is None) as bar:
         for images in loader:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -41,7 +42,7 @@ from .probes import centered_cosine, flat_cosine, load_probes
 from .states import PROMPT
 
 # heading -> N pictures. What belongs under one, such as its score, is its `info["note"]`; None: there is no picture.
-Pictures = dict[str, list[Image.Image | None]]
+Pictures = dict[str, Sequence[Image.Image | None]]
 TARGET = "decoded target"  # headings
 NOTHING_SEEN = "mean target (nothing seen)"
 OUTSIDE = "outside of what the\nprobes were fitted on"
@@ -119,11 +120,11 @@ class UnclipImages:
     same noise for every embedding, so that only the embedding makes a difference."""
 
     def __init__(self, path: str, steps: int = 25, seed: int = 0, device="cpu", size: int | None = None):
-        from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline
+        from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         with loading_from(path):
             pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(path, use_safetensors=True)
-        self.pipeline = pipeline.to(device)
+        self.pipeline: Any = pipeline.to(device)
         self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(self.pipeline.scheduler.config)
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps = steps
@@ -221,7 +222,7 @@ class SegmentationDecoder(FeatureDecoder):
 
     def __init__(self, encoder: OneFormerEncoder):
         super().__init__(encoder)
-        names = sorted(encoder.model.config.id2label.items())
+        names = sorted((int(index), name) for index, name in (encoder.model.config.id2label or {}).items())
         self.legend = {name: class_color(index, name) for index, name in names}
         self.palette = np.array([class_color(index, name) for index, name in names], np.uint8)
 
@@ -262,9 +263,9 @@ def feature_decoder(encoder: TargetEncoder, decode_gen: NearestImages | UnclipIm
             return FeatureDecoder(encoder)
         case OneFormerEncoder():
             return SegmentationDecoder(encoder)
-        case ClipImageEncoder() if decode_gen is None:
-            raise ValueError("its embeddings want unCLIP (--unclip) or a set of images (--images_for_gen)")
         case ClipImageEncoder():
+            if decode_gen is None:
+                raise ValueError("its embeddings want unCLIP (--unclip) or a set of images (--images_for_gen)")
             return EmbeddingDecoder(encoder, decode_gen)
     raise ValueError(f"{type(encoder).__name__} has no decoder")
 
@@ -377,27 +378,27 @@ class LayerViewer:
             is_outside=is_outside,
         )
 
-    def pictures(self, images: Sequence[Image.Image]) -> dict[str, Pictures]:
+    def pictures(self, images: Sequence[Image.Image | Path]) -> dict[str, Pictures]:
         """task -> heading ("image", "teacher", TARGET, NOTHING_SEEN, "layer 2", ...) -> N pictures, with notes: their
         scores, and whether the image lies outside of what the probes were fitted on."""
-        images = [open_image(image) for image in images]
-        features = self.features(images)
+        opened = [open_image(image) for image in images]
+        features = self.features(opened)
         for layer in self.layers or ():
             if not any(layer in layers for layers in features.values()):
                 known = {task: sorted(layers) for task, layers in features.items()}
                 raise ValueError(f"no task has layer {layer}: choose from {known}")
-        are_outside = self.are_outside(images)
+        are_outside = self.are_outside(opened)
         pictures = {}
         for task, by_layer in features.items():
             if task not in self.decoders:
                 continue
-            squares = [square(image) for image in images]
+            squares = [square(image) for image in opened]
             for picture, is_outside in zip(squares, are_outside, strict=True):
                 if is_outside:
                     add_note(picture, OUTSIDE)
             predicted = {f"layer {layer}": by_layer[layer] for layer in self._drawn_layers(by_layer)}
             pictures[task] = {"image": squares}
-            pictures[task].update(self._decoded(task, predicted, images))
+            pictures[task].update(self._decoded(task, predicted, opened))
         return pictures
 
     def _drawn_layers(self, by_layer: Mapping[int, Tensor]) -> list[int]:
@@ -426,16 +427,17 @@ class LayerViewer:
         if mean is not None:
             features[NOTHING_SEEN] = mean.expand_as(targets)
         features.update(predicted)
-        columns = {"teacher": decoder.teacher_output(images)}
+        columns: Pictures = {"teacher": decoder.teacher_output(images)}
         for heading, features_NQE in features.items():
-            columns[heading] = decoder.decode(features_NQE, images, targets, mean)
+            decoded = decoder.decode(features_NQE, images, targets, mean)
+            columns[heading] = decoded
             if mean is None:
                 kind = "plain cosine"
                 cosines = flat_cosine(features_NQE, targets)
             else:
                 kind = "cosine"
                 cosines = centered_cosine(features_NQE, targets, mean)
-            for picture, cosine in zip(columns[heading], cosines.tolist(), strict=True):
+            for picture, cosine in zip(decoded, cosines.tolist(), strict=True):
                 add_note(picture, f"{kind} {signed(cosine)}")
         return columns
 

@@ -6,7 +6,7 @@ N images, Q positions of the target, H LLM width, E target width.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors.torch import save_file
@@ -114,6 +114,10 @@ class LinearProbe(nn.Module):
     """(..., H) -> (..., E), fp32. Inputs are centered first: some channels of a large LLM are far from 0 and hardly
     vary."""
 
+    center: Tensor
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, width: int, target_dim: int):
         super().__init__()
         self.register_buffer("center", torch.zeros(width))
@@ -169,9 +173,12 @@ class Probes:
             for name, task in self.tasks.items():
                 self.modules[name] = nn.ModuleDict({str(layer): make(task) for layer in self.layers})
 
+    def probe(self, task: str, layer: int) -> nn.Module:
+        return cast(nn.ModuleDict, self.modules[task])[str(layer)]
+
     def raw(self, states: ImageStates, task: str, layer: int) -> Tensor:
         """(N, Q, E), standardized if the targets were."""
-        probe = self.modules[task][str(layer)]
+        probe = self.probe(task, layer)
         if self.kind == "ridge":
             return probe(states.positions(layer, self.tasks[task]["target_length"]))
         everyone = torch.arange(len(states.grids), device=states.attended_NT.device)
@@ -260,14 +267,17 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, metadata)
 
 
+K = TypeVar("K")
+
+
 @torch.no_grad()
 def score(
-    batches: Iterable[tuple[ImageStates, dict[str, Tensor]]], probes: Mapping[object, Probes]
-) -> tuple[dict[object, Scores], dict[str, float]]:
+    batches: Iterable[tuple[ImageStates, dict[str, Tensor]]], probes: Mapping[K, Probes]
+) -> tuple[dict[K, Scores], dict[str, float]]:
     """For each of `probes`, by its key, {task: {layer: {kind: centered cosine, kind_plain: the paper's}}}, means over
     images; and {task: the paper's score of the training images' mean target}, which is its zero."""
     count = 0
-    totals = defaultdict(float)  # (key, task, layer) -> both scores, summed over images
+    totals: dict[tuple[K, str, int], Any] = defaultdict(float)  # -> both scores, summed over images
     zero_totals = defaultdict(float)  # (key, task) -> the mean target's score, summed
     for states, targets in batches:
         count += len(states.grids)

@@ -38,7 +38,7 @@ class ResamplerFit:
         learning_rate: float = 1e-3,
         seed: int = 0,
         statistics: dict[str, TargetStatistics] | None = None,
-        device="cpu",
+        device: str | torch.device = "cpu",
     ):
         self.images = images
         self.epochs = epochs

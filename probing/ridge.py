@@ -28,8 +28,8 @@ class RidgeProbe:
 
     def __init__(self):
         self.count = 0
-        self.mean = 0.0  # of the rows (x, y), (H + E,)
-        self.scatter = 0.0  # (H, H + E)
+        self.mean = torch.zeros(())  # of the rows (x, y), (H + E,)
+        self.scatter = torch.zeros(())  # (H, H + E)
 
     def update(self, x_RH: Tensor, y_RE: Tensor):
         """Adds rows: scatter matrices around the mean so far, merged by the parallel variance formula. The statistics
@@ -119,7 +119,7 @@ class RidgeFit:
                     "weight": weights[:, start:stop].float(),
                     "bias": bias[start:stop].float(),
                 }
-                probes.modules[name][str(layer)].load_state_dict(state)
+                probes.probe(name, layer).load_state_dict(state)
                 start = stop
         return probes.to(next(iter(self.totals.values())).device)
 

@@ -26,7 +26,7 @@ from ..targets.fill import make_teachers
 from ..targets.images import IMAGE_ENDINGS, image_files
 from ..targets.statistics import TargetStatistics
 from ..training.arguments import OlaVlmArguments
-from ..training.rows import load_rows, row_images
+from ..training.rows import Rows, load_rows, row_images
 from ..training.targets import fill_caches
 from .figures import curves_figure
 from .fit import batches, fit
@@ -73,11 +73,15 @@ def find_images(name: str, args: OlaVlmArguments) -> Images:
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"{name} has no images ({', '.join(sorted(IMAGE_ENDINGS))}) and no rows: {error}") from error
 
+    assert isinstance(rows, Rows)  # no stream
+    source = rows.source
+    image_folder = rows.image_folder
+
     def images_of(row: int) -> list:
-        return row_images(rows.source[row], rows.image_folder)
+        return row_images(source[row], image_folder)
 
     indices = {}  # a file, or an image that lies in a row -> (row, number of the image in it)
-    for row in range(len(rows.source)):
+    for row in range(len(source)):
         for number, image in enumerate(images_of(row)):
             key = image if isinstance(image, str) else (row, number)
             indices[key] = (row, number)
@@ -242,6 +246,11 @@ def check_held_out(test_images: Images, images: Images) -> None:
         raise ValueError(f"{len(both)} of --test_images are among --images ({both[0]}): held out means others")
 
 
+def teachers_of(tasks: list[dict], args: OlaVlmArguments) -> dict[str, dict]:
+    given = args.teachers or {}
+    return {task["name"]: given[task["name"]] for task in tasks}
+
+
 def make_settings(options: Namespace, args: OlaVlmArguments, tasks: list[dict], images: list) -> dict:
     digest = hashlib.blake2b(digest_size=8)
     for image in images:
@@ -249,7 +258,7 @@ def make_settings(options: Namespace, args: OlaVlmArguments, tasks: list[dict], 
     settings = {
         "probe": options.probe,
         "tasks": tasks,
-        "teachers": {task["name"]: args.teachers[task["name"]] for task in tasks},
+        "teachers": teachers_of(tasks, args),
         "images": options.images,
         "test_images": options.test_images,
         "images_hash": digest.hexdigest(),
@@ -284,10 +293,10 @@ def check_settings(out: Path, settings: dict) -> None:
 
 def open_targets(tasks: list[dict], images: Images, args: OlaVlmArguments) -> tuple[dict, Images, list[str]]:
     """Each task's function of images, the images that have targets, and their keys in the cache, if there is one."""
-    teachers = make_teachers(tasks, {task["name"]: args.teachers[task["name"]] for task in tasks}, args.device)
+    teachers = make_teachers(tasks, teachers_of(tasks, args), args.device)
     if not args.target_cache:
         return {name: teacher.encoder.encode for name, teacher in teachers.items()}, images, []
-    filled = fill_caches(args, teachers, images, compute=True)
+    filled = fill_caches(args, teachers, images, compute=True)  # pyright: ignore[reportArgumentType]
     usable = np.setdiff1d(np.arange(len(images)), list(filled.failed))
     return filled.caches, images[usable], filled.keys
 
@@ -365,7 +374,7 @@ def fit_model(run: ProbeRun, loaded: LoadedModel, model: str) -> None:
         describe=f"{short_names(run.models)[model]}: fit",
         saved=unfinished,
     )
-    if not run.is_ridge:
+    if isinstance(fitter, ResamplerFit):
         fitter.finish().save(folder)
         unfinished.unlink()
         return
@@ -391,6 +400,7 @@ def score_model(run: ProbeRun, loaded: LoadedModel, model: str, alphas: dict[str
     device = loaded.reader(model).model.device
     if run.is_ridge:
         fitter = make_fit(run, loaded, model)
+        assert isinstance(fitter, RidgeFit)
         fitter.load_state(load_file(folder / "fit.safetensors", device=str(device)))
         fitter.solve(alphas).save(folder)
     probes = load_probes(folder).to(device)

@@ -5,6 +5,7 @@ N images, one a row; T sequence, V tokens of an image's grid, Q positions of a t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -89,7 +90,7 @@ class StateReader:
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str = PROMPT, square: bool = True):
         self.model = model.eval()
-        self.processor = processor
+        self.processor: Any = processor
         self.prompt = prompt
         self.square = square
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
@@ -132,7 +133,7 @@ class StateReader:
             states.grids.append(grid)
         return states
 
-    def _grid(self, columns: Tensor, inputs: dict, n: int) -> tuple[Tensor, tuple[int, int]]:
+    def _grid(self, columns: Tensor, inputs: BatchFeature, n: int) -> tuple[Tensor, tuple[int, int]]:
         """Of image n, whose tokens are at those columns: where its grid's tokens are, and the grid's size."""
         config = self.model.config
         kind = config.model_type

@@ -80,7 +80,7 @@ def _compared_task(shown: Mapping[str, dict[str, Pictures]], task: str) -> TaskG
         for label, pictures in by_model.items():
             grid.labels.append(label)
             for heading, column in grid.columns.items():
-                column.append(pictures[heading][n] if heading in pictures else None)
+                column.append(pictures[heading][n] if heading in pictures else None)  # pyright: ignore[reportAttributeAccessIssue]
     return grid
 
 
@@ -127,7 +127,7 @@ def pictures_figure(
         patches = []
         for name, color in legend.items():
             if color in drawn:
-                patches.append(Patch(color=np.divide(color, 255), label=mathtext(name)))
+                patches.append(Patch(color=tuple(value / 255 for value in color), label=mathtext(name)))
         figure.legend(handles=patches, loc="outside lower center", ncols=2 * num_columns, fontsize=8, frameon=False)
     save_figure(figure, path, dpi=150)
 

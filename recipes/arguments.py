@@ -15,7 +15,7 @@ class FieldValues(HfArgumentParser):
     """transformers' parser, whose mistakes are one line instead of a list of all fields."""
 
     def __init__(self, prog: str):
-        super().__init__(OlaVlmArguments, prog=prog, allow_abbrev=False)
+        super().__init__(OlaVlmArguments, prog=prog, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
 
     def error(self, message: str):
         raise SystemExit(f"{self.prog}: {message}")

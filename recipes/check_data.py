@@ -1,6 +1,7 @@
 """`ola-vlm check-data`: what is in the data, and what of it can't be trained on (commands/check_data.py)."""
 
 from argparse import Namespace
+from typing import cast
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, LlavaProcessor
@@ -24,7 +25,7 @@ from .arguments import check_data_is_made, make_arguments
 def load_processor(args: OlaVlmArguments) -> LlavaProcessor | None:
     """The processor that a run would use; None if the arguments name no model."""
     if args.checkpoint:
-        return read_processor(args.checkpoint, llava_as_ours=True)
+        return cast(LlavaProcessor | None, read_processor(args.checkpoint, llava_as_ours=True))
     if not args.language_model:
         return None
     with loading_from(args.language_model, weights=False):

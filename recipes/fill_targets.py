@@ -7,6 +7,7 @@ from ..configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
 from ..targets.fill import make_teachers
 from ..targets.loading import loading_from
 from ..training.check import drop_bad_rows
+from ..training.rows import Rows
 from ..training.targets import fill_caches, find_images
 from .arguments import check_data_is_made, make_arguments
 
@@ -18,9 +19,10 @@ def main(options: Namespace) -> None:
         raise ValueError("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
     check_data_is_made(args)
     tasks = args.tasks
-    if not tasks:
+    if not tasks and args.checkpoint:
         with loading_from(args.checkpoint, weights=False):
             tasks = OlaVlmConfig.from_pretrained(args.checkpoint).tasks
+    assert tasks is not None
     teachers = make_teachers([PAPER_TASKS.get(task["name"], {}) | task for task in tasks], args.teachers, args.device)
     for teacher in teachers.values():
         teacher.check(args.target_cache)
@@ -28,6 +30,7 @@ def main(options: Namespace) -> None:
     # A share to evaluate on is a part of the rows; other rows have other images.
     parts = [rows] if args.eval_share else [part for part in args.split_eval_rows(rows) if part is not None]
     for part in parts:
+        assert isinstance(part, Rows)  # a stream has no target cache
         drop_bad_rows(part, None, args.on_bad_rows, args.dataloader_num_workers)
         images = find_images(args, part)[options.shard]
         caches = fill_caches(args, teachers, images, compute=True).caches

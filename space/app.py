@@ -24,7 +24,8 @@ from mimetypes import guess_type
 from pathlib import Path
 
 try:
-    import spaces  # on ZeroGPU it must come before torch
+    # On ZeroGPU, the only place that has it, it must come before torch.
+    import spaces  # pyright: ignore[reportMissingImports]
 except ImportError:
     spaces = None
 
@@ -33,6 +34,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 import matplotlib
 import numpy as np
+from gradio.utils import get_space
 from PIL import Image
 
 from ola_vlm.commands.parsing import Parser
@@ -169,7 +171,8 @@ def picture_size(path: str) -> tuple[int, int]:
 def shrunk_size(size: tuple[int, int]) -> tuple[int, int]:
     """Of a picture as the models get it: at most MAX_SIDE pixels a side."""
     scale = min(1, MAX_SIDE / max(size))
-    return tuple(max(1, round(side * scale)) for side in size)
+    width, height = (max(1, round(side * scale)) for side in size)
+    return width, height
 
 
 def read_image(path: str) -> Image.Image:
@@ -296,9 +299,8 @@ def conversation(history: list[dict], chat: Chat | None = None) -> list[dict]:
     check_history(history)
     messages = as_messages(history)
     parts = [part for message in messages for part in message["content"]]
-    sizes = {part["image"]: None for part in parts if part["type"] == "image"}
-    for path in sizes:
-        sizes[path] = picture_size(path)
+    paths = dict.fromkeys(part["image"] for part in parts if part["type"] == "image")
+    sizes = {path: picture_size(path) for path in paths}
     pixels = sum(width * height for width, height in sizes.values())
     if pixels > MAX_CONVERSATION_PIXELS:
         most = f"more than {MAX_CONVERSATION_PIXELS // 10**6} million"
@@ -370,8 +372,8 @@ def make_examples(drawn: render.Scenes, images: list[Image.Image], folder: Path,
 # ---------------------------------------------------------------------------------------------------------------------
 # What the page's events do
 # ---------------------------------------------------------------------------------------------------------------------
-RUNNING = {"value": None, "interactive": False, "submit_btn": False, "stop_btn": True}  # the question's box
-READY = {"interactive": True, "submit_btn": True, "stop_btn": False}
+RUNNING: dict = {"value": None, "interactive": False, "submit_btn": False, "stop_btn": True}  # the question's box
+READY: dict = {"interactive": True, "submit_btn": True, "stop_btn": False}
 
 
 class Handlers:
@@ -434,7 +436,7 @@ class Handlers:
     ) -> Iterator[list]:
         asked = histories if compare else histories[:1]
         rest = [gr.skip()] * (len(histories) - len(asked))
-        sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        sampling: dict = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         try:
             pairs = list(zip(self.chats.values(), asked, strict=False))
             conversations = [conversation(history, chat) for chat, history in pairs]
@@ -485,6 +487,7 @@ class Handlers:
         files = [part["file"]["path"] for part in last if part["type"] == "file"]
         if not files:
             return [gr.skip()] * (len(self.tasks) + len(self.legends))
+        assert not isinstance(self.viewer, str)  # there are galleries
         try:
             pictures = self.viewer.pictures([read_image(files[-1])])
         except ValueError as error:
@@ -495,8 +498,9 @@ class Handlers:
         legends = []
         for task, colors in self.legends.items():
             drawn = [column[0] for heading, column in pictures[task].items() if heading != "image"]
-            legends.append(legend(colors, list(filter(has_classes, drawn))))
-        return [*(gallery(pictures[task]) for task in self.tasks), *legends]
+            with_classes = [picture for picture in drawn if picture is not None and has_classes(picture)]
+            legends.append(legend(colors, with_classes))
+        return [*(gallery(pictures[task]) for task in self.tasks), *legends]  # pyright: ignore[reportArgumentType]
 
     def layers_of_other(self, compare: bool, history: list[dict]) -> list:
         """The second model's galleries, for the image sent last; hidden unless it is compared."""
@@ -507,11 +511,12 @@ class Handlers:
         files = [part["file"]["path"] for part in content if part["type"] == "file"]
         if not files:
             return hidden
+        assert self.other is not None  # there are galleries
         try:
             pictures = self.other.pictures([read_image(files[-1])])
         except ValueError as error:
             raise refuse(error) from error
-        return [gr.update(value=gallery(pictures.get(task, {})), visible=task in pictures) for task in self.tasks]
+        return [gr.update(value=gallery(pictures.get(task, {})), visible=task in pictures) for task in self.tasks]  # pyright: ignore[reportArgumentType]
 
     def compared(self, compare: bool, *histories: list[dict]) -> list:
         """Shows or hides the second chat. One that was not asked all along takes over the conversation so far."""
@@ -616,7 +621,7 @@ def build(
             listed = " ".join(f"[{title}]({address})" for title, address in (links or {}).items())
             gr.Markdown(ABOUT.format(model=about, links=listed), elem_id="about")
             # both do something on the Hub only
-            gr.DuplicateButton(visible=gr.utils.get_space() is not None, min_width=120)
+            gr.DuplicateButton(visible=get_space() is not None, min_width=120)
         with gr.Row():
             with gr.Column(scale=6, min_width=320):
                 parts = chat_column(chats, examples)
@@ -634,11 +639,11 @@ def chat_column(chats: dict[str, Chat], examples: Sequence[dict]) -> Parts:
             chatbot = gr.Chatbot(
                 label=name,
                 visible=i == 0,
-                examples=[] if i else [card(example) for example in examples],
+                examples=[] if i else [card(example) for example in examples],  # pyright: ignore[reportArgumentType]
                 height=360,
                 min_width=240,
                 render_markdown=False,
-                buttons=["share"] if gr.utils.get_space() else [],
+                buttons=["share"] if get_space() else [],
                 elem_classes="chat",
             )
             chatbots.append(chatbot)
@@ -675,6 +680,7 @@ def layers_column(handlers: Handlers) -> tuple[list[gr.Gallery], list[gr.HTML], 
     if not handlers.tasks:
         gr.Markdown(NOTHING_SEEN.format(reason=escape(str(handlers.viewer))), elem_id="seen")
     else:
+        assert not isinstance(handlers.viewer, str)  # of which there are no tasks
         gr.Markdown(SEEN.format(by=handlers.viewer.by), elem_id="seen")
         gr.Markdown(NOT_YET, elem_id="not-yet")
     for task in handlers.tasks:
@@ -754,7 +760,7 @@ def ready() -> dict:
 def launch(page: gr.Blocks, **options):
     """`options`: of gradio's `launch`. Files are served from the upload folder only; nothing is recorded."""
     system = ["system-ui", "-apple-system", "Segoe UI", "Helvetica", "Arial", "sans-serif"]
-    theme = gr.themes.Soft(font=system, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
+    theme = gr.themes.Soft(font=system, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])  # pyright: ignore[reportPrivateImportUsage]
     return page.launch(
         theme=theme,
         css=CSS,

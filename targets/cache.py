@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -189,12 +189,14 @@ class TargetCache:
         damaged = []
         for shard in tqdm(unchecked, f"checking {self.folder.name}", disable=not progress or not unchecked):
             indices = order[starts[shard] : starts[shard + 1]].tolist()
-            bad = [self._keys[i].decode() for i in indices if self._row(i) is None]
+            bad = [bytes(self._keys[i]).decode() for i in indices if self._row(i) is None]
             if bad:
                 logger.warning(f"{self._shards[shard]} is damaged: its damaged targets count as missing")
                 damaged += bad
-            elif states[shard] is not None and self._shards[shard] not in self._unreadable:
-                self._note([states[shard]])
+                continue
+            state = states[shard]
+            if state is not None and self._shards[shard] not in self._unreadable:
+                self._note([state])
         return damaged
 
     def forget(self, keys: Collection[str]) -> None:
@@ -282,15 +284,15 @@ class TargetCache:
         targets = None
         for i, index in enumerate(indices):
             stored = self._row(index)
-            is_whole = stored is not None and "targets" in stored
-            if not is_whole or (targets is not None and stored["targets"].shape != targets.shape[1:]):
+            is_cut = stored is None or "targets" not in stored
+            if stored is None or is_cut or (targets is not None and stored["targets"].shape != targets.shape[1:]):
                 path = self._shards[self._locations[index, 0]]
                 remedy = "delete it and run `ola-vlm targets`, which computes its targets anew"
                 raise LookupError(f"{path} is damaged: {remedy}")
             if targets is None:
                 targets = _empty((len(keys), *stored["targets"].shape), dtype)
             _decode(stored, out=targets[i])
-        return targets
+        return cast(Tensor, targets)  # None only of no keys
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
         """The targets (N, Q, E), fp32, of one or more images, by what they show now."""
@@ -359,7 +361,7 @@ def _checksum(key: str, stored: dict[str, Tensor]) -> int:
     value = zlib.crc32(key.encode())
     for name, part in sorted(stored.items()):
         value = zlib.crc32(f"{name} {part.dtype} {tuple(part.shape)}".encode(), value)
-        value = zlib.crc32(part.contiguous().flatten().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(part.contiguous().flatten().view(torch.uint8).numpy(), value)  # pyright: ignore[reportArgumentType]
     return value
 
 
@@ -378,7 +380,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(dtype.itemsize * math.prod(shape))
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue]
 
 
 def _decode(stored: dict[str, Tensor], out: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -105,7 +106,7 @@ def load_teacher(
     if license:
         logger.info(f"teacher {path}: weights under {license}")
     hint = ' (if features need none, add the name to the teacher\'s "unused")'
-    return load_whole(model_class, path, hint=hint, dtype=dtype, **kwargs).to(device)
+    return load_whole(model_class, path, hint=hint, dtype=dtype, **kwargs).to(device)  # pyright: ignore[reportArgumentType]
 
 
 def _without_weights(model_class, path, config=None, revision="main", subfolder="", **_) -> PreTrainedModel:
@@ -154,7 +155,7 @@ class TargetEncoder(ABC):
     ):
         if resize_mode not in ("pad", "reference"):
             raise ValueError(f'resize_mode {resize_mode!r} is unknown: choose "pad" or "reference"')
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)  # each teacher has parts of its own
         self.target_dim, self.size, self.grid, self.batch_size = target_dim, size, grid, batch_size
         mean, std, side = list(image_mean), list(image_std), {"height": size, "width": size}
         self.image_processor = LlavaImageProcessor(
@@ -163,6 +164,14 @@ class TargetEncoder(ABC):
         # What decides, besides weights and configuration, which features an image gets (a part of the cache key).
         self.view = {"square": resize_mode, "size": size, "grid": grid, "mean": mean, "std": std}
         self.view["resample"] = int(self.image_processor.resample)
+
+    @classmethod
+    def _open(cls, path, *args, **options) -> Any:
+        raise NotImplementedError
+
+    def decode(self, features: Tensor | None, images: Sequence[Image.Image], batch_size: int = 8) -> Tensor:
+        """What features show, of the teachers that have a picture to give."""
+        raise NotImplementedError
 
     @classmethod
     def from_pretrained(cls, path, *args, **options) -> "TargetEncoder":
@@ -189,14 +198,14 @@ class TargetEncoder(ABC):
             digest.update(value.contiguous().flatten().view(torch.uint8).cpu().numpy())
         return f"{self.name}-grid{self.grid}-{digest.hexdigest()[:16]}"
 
-    def pixel_values(self, images: list[Image.Image]) -> Tensor:
+    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, 3, S, S) in the model's type and on its device."""
         pixels = self.image_processor(images=list(map(open_image, images)), return_tensors="pt")["pixel_values"]
         return pixels.to(self.model.device, self.model.dtype)
 
     # no_grad, not inference_mode: the targets take part in a loss, whose backward pass saves them.
     @torch.no_grad()
-    def encode(self, images: list[Image.Image]) -> Tensor:
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """The targets of `images`: (N, Q, E), fp32, on the CPU. No images give a tensor with N = 0."""
         parts = [torch.empty(0, self.target_length, self.target_dim)]
         for start in range(0, len(images), self.batch_size):
@@ -240,7 +249,7 @@ class DepthAnythingEncoder(TargetEncoder):
         return maps[-1] if self.view["features"] == "last" else maps.mean(0)
 
     @torch.no_grad()
-    def decode(self, features: Tensor | None, images: list[Image.Image] = (), batch_size: int = 8) -> Tensor:
+    def decode(self, features: Tensor | None, images: Sequence[Image.Image] = (), batch_size: int = 8) -> Tensor:
         """Depth pictures (inverse depth: larger is closer) of targets or predictions.
 
         The same feature is given to the teacher's head in place of each of its feature maps, as in the reference.
@@ -265,7 +274,7 @@ class DepthAnythingEncoder(TargetEncoder):
 
 
 class _OneFormer(OneFormerForUniversalSegmentation):
-    _keys_to_ignore_on_load_unexpected = (r"text_mapper",)  # serves its training only
+    _keys_to_ignore_on_load_unexpected = (r"text_mapper",)  # serves its training only  # pyright: ignore[reportAssignmentType]
 
 
 class OneFormerEncoder(TargetEncoder):

@@ -53,7 +53,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
         unfinished.write_bytes(content)
 
 
-def write_json(path: str | Path, content, indent: int = 2) -> None:
+def write_json(path: str | Path, content, indent: int | None = 2) -> None:
     write_whole(path, json.dumps(content, indent=indent) + "\n")
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,12 +14,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers.utils import extract_commit_hash, logging
+from transformers.utils import logging
+from transformers.utils.hub import extract_commit_hash
 
 from ..configuration_ola_vlm import TASK_FIELDS
 from .cache import OncePerBatch, TargetCache, image_key, is_key
@@ -42,7 +44,7 @@ class Teacher:
         entry: {"encoder": a name in ENCODERS, "path": name or folder, and more arguments of its `from_pretrained`}.
     """
 
-    def __init__(self, task: dict, entry: dict, device="cpu"):
+    def __init__(self, task: dict, entry: dict, device: str | torch.device = "cpu"):
         self.task = task
         self.device = device
         self.shape = (task["target_length"], task["target_dim"])
@@ -122,6 +124,7 @@ class Teacher:
             )
         encoder_class, path, options = self._parts()
         with loading_from(path, options.get("subfolder", "")):
+            assert issubclass(encoder_class, WordsEncoder)
             return encoder_class.list_words(path, **options)
 
     def _note(self, folder: str | Path) -> Path:
@@ -138,7 +141,7 @@ class Teacher:
             paths = [str(file) for file in sorted(Path(path).rglob("*")) if file.is_file()]
             if not any(name.endswith((".safetensors", ".bin")) for name in paths):
                 return None
-            return [list(source_state(name)) for name in paths]
+            return [list(source_state(name) or ()) for name in paths]
         config = str(Path(self.entry.get("subfolder", ""), "config.json"))
         with suppress(HFValidationError):  # no name on the Hub but a folder that isn't there
             fetched = try_to_load_from_cache(path, config, revision=self.entry.get("revision"))
@@ -164,7 +167,9 @@ def _read_note(note: Path) -> dict | None:
     return None
 
 
-def make_teachers(tasks: Sequence[dict], entries: dict[str, dict], device="cpu") -> dict[str, Teacher]:
+def make_teachers(
+    tasks: Sequence[dict], entries: Mapping[str, dict], device: str | torch.device = "cpu"
+) -> dict[str, Teacher]:
     """Each task's, entries without a task are ignored; tasks whose entries differ in "motion" only share one. A task
     whose targets are words has one for each kind, "<task>.<kind>", from entries by kind."""
     names = [task["name"] for task in tasks]
@@ -233,7 +238,7 @@ def known_keys(folder: str | Path, sources: Sequence[str | dict]) -> list[str | 
     From folder/images/, where each process that fills keeps a file of its own. It spares decoding all images at each
     start, no more: training looks targets up by the decoded image.
     """
-    keys: dict[SourceState | None, str] = {}
+    keys: dict = {}
     for file in (Path(folder) / "images").glob("*.jsonl"):
         keys.update(_read_index(file))
     return [keys.get(source_state(source)) for source in sources]
@@ -389,4 +394,5 @@ def _write_index(file: Path, images: list[DecodedImage]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as lines:
             for image in images:
+                assert image.state is not None  # it was there to be decoded
                 lines.write(f"{json.dumps([*image.state, image.key])}\n")

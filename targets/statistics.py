@@ -30,8 +30,8 @@ class TargetStatistics(NamedTuple):
     def fit(cls, batches: Iterable[Tensor]) -> "TargetStatistics":
         """From batches (N, Q, E), at least one, read once. The deviations are taken from each position's own mean."""
         count = 0
-        total = 0.0
-        squares = 0.0
+        total = torch.zeros(())
+        squares = torch.zeros(())
         for batch in batches:
             count += len(batch)
             total = total + batch.double().sum(0)

@@ -2,14 +2,15 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What safetensors files call the numeric types that a model may be loaded in.
@@ -26,7 +27,7 @@ def tensors_on_demand(path: str | Path) -> dict:
     if index is not None:
         files, _ = get_checkpoint_shard_files(str(path), index)
     tensors = {}
-    for file in files:
+    for file in files or ():
         # Not mapped into memory: pages that were read would stay there as long as the file is open.
         opened = safe_open(file, framework="pt", device="cpu", backend="pread")
         for name in opened.keys():  # noqa: SIM118 (it is no dict)
@@ -49,6 +50,10 @@ def not_mapped(weight: Tensor, path: str | Path, names: list[str]) -> Tensor:
     return weight
 
 
+def _is_adapter(path) -> bool:
+    return cached_file(str(path), ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False) is not None
+
+
 def load_pretrained(model_class, path, dtype: torch.dtype | str | None = None, **kwargs) -> tuple:
     """
     `from_pretrained`'s model and its report of what was loaded.
@@ -59,11 +64,12 @@ def load_pretrained(model_class, path, dtype: torch.dtype | str | None = None, *
     """
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # None: the files' own, "auto"
     plain = wanted in SAFETENSORS_NAMES and not any(kwargs.values()) and not is_deepspeed_zero3_enabled()
-    if plain and cached_file(str(path), ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False) is None:
+    if wanted is not None and plain and not _is_adapter(path):
         tensors = tensors_on_demand(path)
         others = set(SAFETENSORS_NAMES.values()) - {SAFETENSORS_NAMES[wanted]}
         is_concrete = issubclass(model_class, PreTrainedModel)
-        config = (model_class.config_class if is_concrete else AutoConfig).from_pretrained(path)
+        config_class = cast(type[PreTrainedConfig], model_class.config_class) if is_concrete else AutoConfig
+        config = config_class.from_pretrained(path)
         is_special = any(hasattr(config, field) for field in ("quantization_config", "transformers_weights"))
         if not is_special and any(tensor.get_dtype() in others for tensor in tensors.values()):
             return _load_converted(model_class, path, config, tensors, wanted)
@@ -76,7 +82,7 @@ def _load_converted(model_class, path, config: PreTrainedConfig, tensors: dict, 
         with torch.device("meta"):
             model_class = type(model_class.from_config(config))
     options = {"config": config, "state_dict": tensors, "dtype": dtype, "output_loading_info": True}
-    model, report = model_class.from_pretrained(None, **options)
+    model, report = model_class.from_pretrained(None, **options)  # pyright: ignore[reportGeneralTypeIssues]
     model.name_or_path = str(path)
     model.config.name_or_path = str(path)
     if model.can_generate():
@@ -90,13 +96,16 @@ def _load_converted(model_class, path, config: PreTrainedConfig, tensors: dict, 
 DRAWN_WHOLE = 200_000_000
 
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
 def assemble(
-    model_class: type[PreTrainedModel],
+    model_class: type[Model],
     config: PreTrainedConfig,
     weights: dict[str, Tensor],
     new: tuple[str, ...],
     dtype: torch.dtype,
-) -> PreTrainedModel:
+) -> Model:
     """
     A model of `config` around the tensors of `weights` (by its state dict's names): not copied unless they have
     another type than `dtype`. Only what is `new` (beginnings of names) is drawn, from torch's generator.
@@ -111,7 +120,7 @@ def assemble(
     logging.set_verbosity_error()  # transformers would list all that is new
     options = {"config": config, "state_dict": weights, "dtype": dtype, "output_loading_info": True}
     try:
-        model, report = model_class.from_pretrained(None, **options)
+        model, report = model_class.from_pretrained(None, **options)  # pyright: ignore[reportGeneralTypeIssues]
     finally:
         logging.set_verbosity(verbosity)
     lost = [f"no place for {name}" for name in sorted(report["unexpected_keys"])]

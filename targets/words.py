@@ -9,6 +9,7 @@ seen in training (`training.words`).
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def speakable(label: str) -> str:
 
 def class_words(path, config: PreTrainedConfig, given: Sequence[str] | Mapping[str, str] | None) -> list[str]:
     """A word for each class: `given`, a list, or changes by a class's name; by default the names as they are said."""
-    labels = [config.id2label[i] for i in range(config.num_labels)]
+    names = cast(dict[int, str], config.id2label)
+    labels = [names[i] for i in range(len(names))]
     if isinstance(given, Sequence):
         if len(given) != len(labels):
             raise ValueError(f"{path}: {len(given)} words for {len(labels)} classes: give one for each, or a dict")
@@ -100,7 +102,7 @@ class ClassWordsEncoder(WordsEncoder):
     def __init__(self, model, size, grid, image_mean, image_std, words, segmenter=None, **options):
         super().__init__(model, 1, size, grid, image_mean, image_std, **options)
         self.segmenter = segmenter
-        self._know_words(dict.fromkeys(words))
+        self._know_words(list(dict.fromkeys(words)))
         self.word_of_class = torch.tensor([self.words.index(word) for word in words])
         self.view["word_of_class"] = self.word_of_class.tolist()
 
@@ -189,7 +191,7 @@ class DepthWordsEncoder(WordsEncoder):
         words = list(DEPTH_WORDS if words is None else words)
         if len(words) < 2 or len(set(words)) < len(words):
             raise ValueError(f"{path}: depth words {words}: give two or more different ones, from near to far")
-        return words
+        return words  # pyright: ignore[reportReturnType]
 
     @classmethod
     def _open(

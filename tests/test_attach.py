@@ -159,7 +159,8 @@ def test_detached_it_is_the_model_that_it_was(family, tmp_path):
     inputs = trainer.data_collator(make_rows(IMAGES))
     for extra in ("targets", "row_ids", "bad_rows", "long_rows", "image_owner", "labels"):
         inputs.pop(extra)
-    untouched.eval(), model.eval()
+    untouched.eval()
+    model.eval()
     with torch.no_grad():
         expected = untouched(**inputs).logits
         assert model(**inputs).logits.equal(expected)

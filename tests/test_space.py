@@ -7,6 +7,7 @@ import shutil
 import struct
 import threading
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,7 +210,7 @@ def test_what_is_too_much(visitor, scene):
 
 
 @pytest.fixture
-def opened(monkeypatch) -> list:
+def opened(monkeypatch) -> Iterator[list]:
     """What is decoded in a test."""
     pictures = []
 

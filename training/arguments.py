@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import IntervalStrategy, TrainingArguments
@@ -28,6 +29,13 @@ class OlaVlmArguments(RunFields, ModelFields, DataFields, TeacherFields, Adapter
 
     # The trainer needs `targets` and `row_ids`, which are no arguments of the model's forward.
     remove_unused_columns: bool = False
+
+    if TYPE_CHECKING:  # what `__post_init__` leaves
+        output_dir: str = ""
+        num_train_epochs: Any = 3.0
+        tasks: list[dict] | None = None
+        model_overrides: dict | None = None
+        teachers: dict[str, dict] | None = None
 
     def __post_init__(self):
         self._parse_json_fields()
@@ -153,15 +161,16 @@ class OlaVlmArguments(RunFields, ModelFields, DataFields, TeacherFields, Adapter
     def eval_share(self) -> float | None:
         """`eval_data` as a share of `data`; None if it is none."""
         try:
-            return float(self.eval_data)
-        except (TypeError, ValueError):
+            return None if self.eval_data is None else float(self.eval_data)
+        except ValueError:
             return None
 
-    def split_eval_rows(self, rows: Rows | StreamRows) -> tuple[Rows | StreamRows, Rows | None]:
+    def split_eval_rows(self, rows: Rows | StreamRows) -> tuple[Rows | StreamRows, Rows | StreamRows | None]:
         """The rows to train on, and those of `eval_data`: None, a share of these, or others."""
         if self.eval_data is None:
             return rows, None
         if self.eval_share is not None:
+            assert isinstance(rows, Rows)  # no share of a stream: `_set_evaluation`
             return rows.split_by_image(self.eval_share, self.seed)
         return rows, load_rows(self.eval_data, self.image_folder)
 

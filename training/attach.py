@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -30,7 +31,13 @@ PREDICTORS_FILE = "predictors.safetensors"
 OWN = ("predictors", "queries", "logit_scales")  # what is added to the model, with the names of OLA-VLM's own
 
 
-class AttachedPredictors:
+if TYPE_CHECKING:
+    Mixed = PreTrainedModel
+else:
+    Mixed = object  # mixed into the class of a model
+
+
+class AttachedPredictors(Mixed):
     """Mixed into a model's class by `attach_predictors`: `output_predictions=True` in `forward`, and two files in a
     checkpoint, the model's own and `PREDICTORS_FILE`."""
 
@@ -84,6 +91,7 @@ class AttachedPredictors:
             outputs["loss"] = self.loss_function(logits=candidates, labels=labels, **count)
         if not output_predictions:
             return outputs
+        assert image_owner is not None  # checked above
         layout = image_layout(image_owner, kwargs["input_ids"], kwargs["attention_mask"], self.config)
         return OlaVlmCausalLMOutputWithPast(
             loss=outputs["loss"] if labels is not None else None,
@@ -148,14 +156,17 @@ def attach_predictors(
         raise ValueError(f"tasks are {names}: give one or more, each with its own name")
     token_ids = _add_task_tokens(model, processor, task_token_strings(tasks))
 
-    own = nn.ModuleDict({"predictors": nn.ModuleDict(), "queries": Parameters(), "logit_scales": Parameters()})
+    predictors = nn.ModuleDict()
+    queries = Parameters()
+    logit_scales = Parameters()
+    own = nn.ModuleDict({"predictors": predictors, "queries": queries, "logit_scales": logit_scales})
     for task in tasks:
         layers = {str(layer): make_predictor(task, text.hidden_size) for layer in task["layers"]}
-        own["predictors"][task["name"]] = nn.ModuleDict(layers)
-        own["logit_scales"][task["name"]] = nn.Parameter(torch.full((1,), 2.0))
+        predictors[task["name"]] = nn.ModuleDict(layers)
+        logit_scales[task["name"]] = nn.Parameter(torch.full((1,), 2.0))
         if task["num_task_tokens"] > 0:
             rows = max(task["target_length"], task["num_task_tokens"])
-            own["queries"][task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
+            queries[task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
     if checkpoint is not None:
         own.load_state_dict(read_safetensors(Path(checkpoint) / PREDICTORS_FILE))
     for name, module in own.to(model.device, model.dtype).items():
@@ -188,7 +199,7 @@ def detach_predictors(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _add_task_tokens(model: PreTrainedModel, processor: ProcessorMixin | None, tokens: list[str]) -> list[int]:
+def _add_task_tokens(model: PreTrainedModel, processor: Any, tokens: list[str]) -> list[int]:
     """Their ids. In the chat template they follow the image's placeholder: as ordinary text between the image's
     tokens and what the template writes after it, so positions in several dimensions (M-RoPE) run on as for words.
     Sets `config.vocab_padding`: how many rows a vocabulary that had to grow has beyond its tokens."""
@@ -208,11 +219,11 @@ def _add_task_tokens(model: PreTrainedModel, processor: ProcessorMixin | None, t
     processor.tokenizer.add_tokens(tokens, special_tokens=True)
     added_ids(processor.tokenizer, known)  # or stops: they would take the rows of other tokens
     ids = processor.tokenizer.convert_tokens_to_ids(tokens)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if max(ids) >= rows:
         num_tokens = max(ids) + 1
         resized = model.resize_token_embeddings(num_tokens, pad_to_multiple_of=VOCAB_MULTIPLE, mean_resizing=False)
-        rows = resized.num_embeddings
+        rows = cast(nn.Embedding, resized).num_embeddings
         model.config.vocab_padding = rows - num_tokens
     padding = range(rows - model.config.vocab_padding, rows)
     never = {*(model.generation_config.suppress_tokens or []), *ids, *padding}

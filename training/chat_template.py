@@ -65,7 +65,7 @@ def taking_images(chat_template: str | None, **special_tokens: str) -> str | Non
 def template_of(processor) -> str:
     """The chat template of a processor or of its tokenizer, "" if there is none; of several the default one."""
     template = processor.chat_template or processor.tokenizer.chat_template or ""
-    return default_template(template)
+    return default_template(template) or ""
 
 
 def default_template(chat_template: str | dict[str, str] | None) -> str | None:
@@ -79,12 +79,12 @@ def render(template: str, messages: Sequence[dict], special_tokens: dict, **opti
     """The chat, and the (start, stop) of its `{% generation %}` marks if `return_assistant_tokens_mask` is given.
     BadRow if the template raises or writes more than `MAX_CHARACTERS`."""
     try:
-        texts, marks = render_jinja_template([messages], chat_template=template, **special_tokens, **options)
+        texts, marks = render_jinja_template([messages], chat_template=template, **special_tokens, **options)  # pyright: ignore[reportArgumentType]
     except Exception as error:  # whatever a stranger's expressions may raise
         raise BadRow("malformed", f"the chat template refuses it: {error or type(error).__name__}") from error
     if len(texts[0]) > MAX_CHARACTERS:
         raise BadRow("malformed", f"the chat template writes {len(texts[0]):,} characters")
-    return texts[0], marks[0] if marks else []
+    return texts[0], list(marks[0]) if marks else []
 
 
 class ChatTemplate:
@@ -240,6 +240,7 @@ def fit_chat_template(processor) -> ChatTemplate:
         endless = endless or candidate
     else:
         if endless is None:
+            assert reason is not None  # one of no end of turn is endless
             raise reason
         candidate = endless
         logger.warning("the chat template marks or writes no end of turn: the model will not learn to end its answers")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import cast
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def check_rows(
     numbers = torch.zeros(longest, NUMBERS, dtype=torch.int64)
     if checks:
         numbers[: len(checks)] = torch.tensor([check.numbers() for check in checks])
-    by_rank = gather(numbers.to(state.device)).cpu().view(state.num_processes, longest, NUMBERS)
+    by_rank = cast(torch.Tensor, gather(numbers.to(state.device))).cpu().view(state.num_processes, longest, NUMBERS)
     by_row = by_rank.transpose(0, 1).reshape(-1, NUMBERS)[: len(rows)].numpy()
     problem, tokens, truncated, images, answers = by_row.T
 

@@ -21,7 +21,7 @@ from .rows import BadRow, open_source
 IGNORE_INDEX = -100
 BLANK = Image.new("RGB", (64, 64))
 
-TargetSource = Callable[[list[Image.Image]], torch.Tensor]  # images -> (N, Q, E)
+TargetSource = Callable[..., torch.Tensor]  # images (and of a Motion the counts of samples) -> (N, Q, E)
 Faults = dict[int, BadRow]  # index of a sample -> why it can't be used
 
 

@@ -13,7 +13,7 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16", "auto")
 
 def described(default, help: str, choices: Sequence[str] | None = None):
     """A field whose `help` is what the command line says of it; `choices`: all that it may be, but for None."""
-    metadata = {"help": help}
+    metadata: dict = {"help": help}
     if choices is not None:
         metadata["help"] = f"{help}: {', '.join(choices)}"
         metadata["choices"] = tuple(choices)

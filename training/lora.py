@@ -1,10 +1,11 @@
 """LoRA and QLoRA: adapters of the language model train in its place (`lora_rank`, `load_in_4bit`)."""
 
 import re
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .arguments import OlaVlmArguments
@@ -24,7 +25,7 @@ def four_bits(dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=WHOLE, **kinds)
 
 
-def add_adapters(model: nn.Module, args: OlaVlmArguments) -> nn.Module:
+def add_adapters(model: PreTrainedModel, args: OlaVlmArguments) -> PreTrainedModel:
     """The model as a `PeftModel` that trains adapters of rank `lora_rank` on each linear layer of the LLM's blocks and
     the whole projector; with `task_tokens` "trained" also the task tokens' rows. Nothing else gets a gradient."""
     from peft import LoraConfig, get_peft_model
@@ -35,14 +36,14 @@ def add_adapters(model: nn.Module, args: OlaVlmArguments) -> nn.Module:
     trains_tokens = args.task_tokens == "trained" and model.config.task_token_ids
     config = LoraConfig(
         r=args.lora_rank,
-        lora_alpha=2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha,
+        lora_alpha=2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=args.lora_dropout,
         target_modules=rf".*language_model.*\.({'|'.join(map(re.escape, kinds))})",
         modules_to_save=sorted(name for name in linear if part_of(name) == "projector"),
         trainable_token_indices=model.config.task_token_ids if trains_tokens else None,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, config)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapted = get_peft_model(model, config)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     logger.info(f"adapters of rank {args.lora_rank}: {sum(p.numel() for p in trained)} parameters train instead")
-    return model
+    return cast(PreTrainedModel, adapted)  # it passes on what it lacks itself

@@ -38,7 +38,8 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, batches: Iterable[torch.Tensor]) -> "Moments":
         """From batches (n, Q, E), read once; at least one, which may be empty."""
-        count, total, squares, squared_means = 0, 0.0, 0.0, 0.0
+        count = 0
+        total = squares = squared_means = torch.zeros(())
         for batch in batches:
             count += batch.shape[0]
             targets = batch.float()
@@ -58,7 +59,7 @@ def combine_words(numbers_NQW: torch.Tensor, tables: Sequence[torch.Tensor], com
     They are the "sum" or "mean" of the rows of the kinds' `tables`. IndexError if a table has no such row."""
     numbers_NQW = numbers_NQW.long()
     is_word_NQW = numbers_NQW >= 0
-    target_NQH = 0
+    target_NQH = torch.zeros(())
     for kind, table in enumerate(tables):
         rows_NQH = table[numbers_NQW[..., kind].clamp(min=0)]
         target_NQH = target_NQH + rows_NQH * is_word_NQW[..., kind, None]

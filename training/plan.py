@@ -3,7 +3,8 @@
 import math
 from typing import NamedTuple
 
-from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from .arguments import OlaVlmArguments
@@ -60,7 +61,7 @@ class Plan(NamedTuple):
             remedy = "raise num_train_epochs"
         logger.warning(f"only {self.steps} optimizer steps, which hardly train anything: {remedy}")
 
-    def text(self, args: OlaVlmArguments, model: nn.Module) -> str:
+    def text(self, args: OlaVlmArguments, model: PreTrainedModel) -> str:
         """The plan as lines to print."""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
@@ -69,7 +70,7 @@ class Plan(NamedTuple):
         if args.save_strategy == "steps":
             saved += f", checkpoints every {args.save_steps:g} steps"
         elif args.save_strategy != "no":
-            saved += f", checkpoints by {args.save_strategy.value}"
+            saved += f", checkpoints by {SaveStrategy(args.save_strategy).value}"
         lines = {
             "rows": "a stream" if self.rows is None else f"{self.rows:,}",
             "steps": f"{self.steps:,}",
@@ -89,7 +90,7 @@ def batch_text(args: OlaVlmArguments) -> str:
     return f"{args.rows_per_step} rows ({factors})"
 
 
-def estimate_memory(args: OlaVlmArguments, model: nn.Module, longest_row: int) -> dict[str, int]:
+def estimate_memory(args: OlaVlmArguments, model: PreTrainedModel, longest_row: int) -> dict[str, int]:
     """Bytes of a process that shards nothing. Activations: what the LLM's blocks keep of a batch of the longest rows;
     with activation checkpointing their inputs, and one block's."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -112,7 +113,7 @@ def estimate_memory(args: OlaVlmArguments, model: nn.Module, longest_row: int) -
     }
 
 
-def memory_text(args: OlaVlmArguments, model: nn.Module, longest_row: int) -> str:
+def memory_text(args: OlaVlmArguments, model: PreTrainedModel, longest_row: int) -> str:
     parts = estimate_memory(args, model, longest_row)
     named = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items())
     left_out = "without teachers, vision tower's activations, logits and sharding"

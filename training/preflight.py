@@ -57,6 +57,7 @@ def _check_words(args: OlaVlmArguments, teachers: dict[str, Teacher]) -> None:
     if not words:
         return
     path = args.tokenizer or args.checkpoint or args.language_model
+    assert path is not None  # `check_run` has looked
     with loading_from(path, weights=False):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     encode_words(tokenizer, words)
@@ -83,6 +84,7 @@ def _tasks_of_parts(args: OlaVlmArguments) -> list[dict]:
     resize_mode = overrides.get("resize_mode", "pad")
     if resize_mode not in RESIZE_MODES:
         raise ValueError(f"model_overrides: resize_mode {resize_mode!r} is unknown: choose one of {RESIZE_MODES}")
+    assert args.language_model is not None and args.vision_tower is not None  # `check_run` has looked
     with loading_from(args.language_model):
         text = AutoConfig.from_pretrained(args.language_model)
     with loading_from(args.vision_tower):

@@ -14,9 +14,10 @@ import random
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import orjson
@@ -126,7 +127,9 @@ def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not UTF-8, write it so: {error}") from error
             while True:
-                start = between.match(text, position).end()
+                gap = between.match(text, position)
+                assert gap is not None  # it may be empty
+                start = gap.end()
                 offset, position = offset + start - position, start
                 if text[start : start + 1] not in ("{", ""):
                     raise ValueError(
@@ -169,7 +172,8 @@ class Rows(Dataset):
     def __init__(self, source: Sequence[dict], image_folder: str | Path):
         self.source, self.image_folder = source, os.path.abspath(image_folder)
         self.indices = np.arange(len(source))
-        self.lengths = self.has_image = None
+        self.lengths: np.ndarray | None = None
+        self.has_image: np.ndarray | None = None
         self.other_image: dict[str, str] | None = None
 
     def __len__(self) -> int:
@@ -281,7 +285,9 @@ class Rows(Dataset):
             raise ValueError("no row is left whose images have targets")
         self.indices = self.indices[fine]
         if self.lengths is not None:
-            self.lengths, self.has_image = self.lengths[fine], self.has_image[fine]
+            self.lengths = self.lengths[fine]
+        if self.has_image is not None:
+            self.has_image = self.has_image[fine]
         return len(bad)
 
     def shuffle_targets(self, seed: int) -> None:
@@ -310,7 +316,7 @@ class Sources(Sequence):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i) -> Any:
         if isinstance(i, (slice, np.ndarray)):
             return Sources(self.rows, self.indices[i])
         (image,) = Sources(self.rows, self.indices[[i]])
@@ -321,7 +327,7 @@ class Sources(Sequence):
         for sample, (row, n) in zip(samples, self.indices.tolist(), strict=True):
             image = row_images(sample, self.rows.image_folder)[n]
             if isinstance(image, dict):
-                image = {**image, "path": f"{n + 1} of row {_row_id(sample, self.rows.indices[row])}"}
+                image = {**image, "path": f"{n + 1} of row {_row_id(sample, int(self.rows.indices[row]))}"}
             yield image
 
 
@@ -332,7 +338,7 @@ class StreamRows(IterableDataset):
     `shuffle_seed`: another order in every pass, the same on all ranks.
     """
 
-    def __init__(self, source: Iterable[dict], image_folder: str | Path, shuffle_seed: int | None = None):
+    def __init__(self, source: Any, image_folder: str | Path, shuffle_seed: int | None = None):
         self.source, self.image_folder = source, os.path.abspath(image_folder)
         self.shuffle_seed = shuffle_seed
 
@@ -384,7 +390,7 @@ def load_rows(
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
             found = found.cast_column(name, datasets.List(as_bytes))
     if not streaming:
-        return Rows(found, image_folder or data)
+        return Rows(cast(Sequence[dict], found), image_folder or data)
     return StreamRows(found, image_folder or data, shuffle_seed)
 
 
@@ -409,11 +415,11 @@ def read_row(sample: dict, index: int | str, image_folder: str) -> dict:
         return {"id": name, "bad_row": BadRow("malformed", f"{type(error).__name__}: {error}")}
 
 
-def _row_id(sample: dict, index: int | str) -> str:
+def _row_id(sample: Any, index: int | str) -> str:
     return str(index if sample.get("id") is None else sample["id"])
 
 
-def row_images(sample: dict, image_folder: str) -> list[str | dict | Image.Image]:
+def row_images(sample: Any, image_folder: str) -> list[str | dict | Image.Image]:
     """The images of a row, whatever else it has: paths made absolute, or as they are. BadRow for one that isn't."""
     found = sample.get("images") or sample.get("image") or []
     return [_source(image, image_folder) for image in (found if isinstance(found, list) else [found])]

@@ -237,7 +237,8 @@ def is_this_run(output_dir: str | Path, identity: dict) -> bool:
 
 def is_finished(output_dir: str | Path, identity: dict) -> bool:
     """Whether a run of this identity has come to its end in the folder."""
-    return is_this_run(output_dir, identity) and read_run(output_dir)["finished_steps"] is not None
+    record = read_run(output_dir)
+    return record is not None and is_this_run(output_dir, identity) and record["finished_steps"] is not None
 
 
 def check_start(args: OlaVlmArguments, checkpoint: str | None, identity: dict) -> None:

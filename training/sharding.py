@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeGuard, cast
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
@@ -34,7 +35,7 @@ def block_classes(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def repeats_blocks(module: nn.Module) -> bool:
+def repeats_blocks(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
     """Whether it is a list of modules with parts of their own, at least two of them of one class."""
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
@@ -49,7 +50,7 @@ def configure_fsdp2(plugin: FullyShardedDataParallelPlugin, model: nn.Module) ->
     checkpoints nothing but such a run can read.
     """
     if plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
-        settings = f"fsdp_version {plugin.fsdp_version} with {plugin.state_dict_type.name}"
+        settings = f"fsdp_version {plugin.fsdp_version} with {StateDictType(plugin.state_dict_type).name}"
         raise ValueError(f"{settings} is not supported: take recipes/accelerate/fsdp2.yaml (2, FULL_STATE_DICT)")
     disable_fsdp_ram_efficient_loading()  # the model is there; from now on each rank reads checkpoints by itself
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
@@ -73,7 +74,7 @@ def original_class(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.__class__ = sharded
+        model.__class__ = sharded  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def retie(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
@@ -120,7 +121,7 @@ def gather_optimizer(optimizer: Optimizer) -> dict:
         for name, value in values.items():
             if isinstance(value, DTensor):
                 # Offloaded to CPUs, a shard goes back to the device that ranks exchange tensors on.
-                value = value.to(value.device_mesh.device_type).full_tensor()
+                value = cast(DTensor, value.to(value.device_mesh.device_type)).full_tensor()
             if is_first:
                 gathered[place][name] = value.cpu() if isinstance(value, Tensor) else value
     return {**state, "state": gathered}

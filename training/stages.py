@@ -102,7 +102,7 @@ def apply_stage(
         part = part_of(parameter_name)
         parameter.requires_grad_(part in stage.trains and parameter.is_floating_point())  # not 4-bit ones
         (trained if parameter.requires_grad else frozen)[part] += parameter.numel()
-    model.task_tokens_from_queries = stage.task_tokens == "queries"
-    model.task_tokens_frozen = stage.task_tokens == "frozen"
+    model.task_tokens_from_queries = stage.task_tokens == "queries"  # pyright: ignore[reportArgumentType]
+    model.task_tokens_frozen = stage.task_tokens == "frozen"  # pyright: ignore[reportArgumentType]
     logger.info(f"stage {name}: trains {dict(trained)} parameters, frozen {dict(frozen)}")
     return stage

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ def all_gather_object(compute: Callable[[], T]) -> list[T]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return [compute()]
     group = distributed.new_group(timeout=timedelta(days=365), backend="gloo")
-    results = [None] * distributed.get_world_size()
-    distributed.all_gather_object(results, compute(), group=group)
+    results: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(results, compute(), group=group)  # pyright: ignore[reportArgumentType]
     distributed.destroy_process_group(group)
     return results
 
@@ -45,7 +45,7 @@ def from_first_process(args: OlaVlmArguments, compute: Callable[[], T]) -> T:
     def compute_there() -> T | None:
         return compute() if args.process_index == 0 else None
 
-    return all_gather_object(compute_there)[0]
+    return cast(T, all_gather_object(compute_there)[0])
 
 
 def find_images(args: OlaVlmArguments, rows: Rows) -> Sources:
@@ -70,6 +70,7 @@ class FilledCaches:
 def fill_caches(args: OlaVlmArguments, teachers: dict[str, Teacher], images: Sources, compute: bool) -> FilledCaches:
     """All images are looked at and, if asked, their targets computed, by each process a part. ValueError names images
     without a target unless bad rows are to be dropped, and says what helps if the caches lack some."""
+    assert args.target_cache is not None
     with args.main_process_first(desc="target cache"):  # a teacher's fingerprint may have to be computed
         caches = open_caches(args.target_cache, teachers, args.target_storage)
     distinct = list(dict.fromkeys(caches.values()))  # tasks may share one
@@ -82,7 +83,7 @@ def fill_caches(args: OlaVlmArguments, teachers: dict[str, Teacher], images: Sou
 
     keys, failed = _fill_together(args, teachers if compute else {}, caches, images, progress)
     _report_failed(args, failed)
-    usable = [key for i, key in enumerate(keys) if i not in failed]
+    usable = [cast(str, key) for i, key in enumerate(keys) if i not in failed]
     if compute:
         for cache in distinct:
             cache.reload()  # what the other processes stored
@@ -104,7 +105,7 @@ def _fill_together(
 
     def fill_part():
         report = fill(
-            args.target_cache,
+            str(args.target_cache),
             teachers,
             caches,
             images[part],
@@ -148,7 +149,7 @@ def _check_complete(args: OlaVlmArguments, caches: dict[str, TargetCache], keys:
 
 
 def target_sources(
-    args: OlaVlmArguments, tasks: Sequence[dict], rows: Rows | StreamRows, *others: Rows
+    args: OlaVlmArguments, tasks: Sequence[dict], rows: Rows | StreamRows, *others: Rows | StreamRows
 ) -> dict[str, TargetSource]:
     """Each task's function of images: its teacher or, with `target_cache`, what is stored of it; then no teacher is
     loaded, and rows with an image that can't be used are dropped. `others`: rows that aren't trained on.
@@ -156,15 +157,15 @@ def target_sources(
     teachers = make_teachers(tasks, args.teachers or {}, args.device)
     if args.target_cache:
         filled = _fill_for_rows(args, teachers, [*others, rows])
-        sources = {name: cache.as_stored for name, cache in filled.caches.items()}
+        given: dict[str, TargetSource] = {name: cache.as_stored for name, cache in filled.caches.items()}
     else:
         filled = None
-        sources = {name: teacher.encoder.encode for name, teacher in teachers.items()}
-    sources = _shared(sources, teachers)
+        given = {name: teacher.encoder.encode for name, teacher in teachers.items()}
+    sources = _shared(given, teachers)
     for name, teacher in teachers.items():
         if teacher.gives_words:
             continue
-        is_motion = args.teachers[name].get("motion", False)
+        is_motion = (args.teachers or {})[name].get("motion", False)
         if args.standardize_targets and filled is not None and filled.keys:
             # The training images' statistics, which go with the run: predictions are restored before decoding.
             compute = partial(filled.caches[name].statistics, filled.keys)
@@ -191,10 +192,13 @@ def _source_of_task(
     return sources[name]
 
 
-def _fill_for_rows(args: OlaVlmArguments, teachers: dict[str, Teacher], parts: list[Rows]) -> FilledCaches:
+def _fill_for_rows(
+    args: OlaVlmArguments, teachers: dict[str, Teacher], parts: Sequence[Rows | StreamRows]
+) -> FilledCaches:
     """The caches filled for each of the parts, one after the other, whose rows without targets are dropped."""
     # The training images come last: their keys are those of the statistics, and their caches know all that is stored.
     for rows in parts:
+        assert isinstance(rows, Rows)  # a stream has no target cache
         images = find_images(args, rows)
         filled = fill_caches(args, teachers, images, args.target_fill)
         if filled.failed:

@@ -10,18 +10,25 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..targets.files import write_whole
+from .arguments import OlaVlmArguments
 from .attach import AttachedPredictors
+from .collator import OlaVlmCollator
 from .losses import StepTargets, task_loss
+from .rows import Rows
 from .sampler import GroupedSampler
 from .sharding import configure_fsdp2, gather_optimizer, load_optimizer, original_class, retie, takes_whole_weights
 from .stages import find_stage, upcast_trained
@@ -47,6 +54,14 @@ class OlaVlmTrainer(Trainer):
     from hold all weights as they are; the model that is saved in the end has `args.dtype`.
     """
 
+    # What transformers leaves open.
+    model: PreTrainedModel
+    args: OlaVlmArguments
+    data_collator: OlaVlmCollator
+    processing_class: ProcessorMixin
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+
     def __init__(self, model, args, **kwargs):
         super().__init__(model=model, args=args, **kwargs)
         if args.n_gpu > 1:
@@ -54,13 +69,14 @@ class OlaVlmTrainer(Trainer):
         if (args.bf16 or args.fp16) and not self.is_deepspeed_enabled:  # which keeps float32 copies of its own
             upcast_trained(model)
         if self.is_fsdp_enabled:
+            assert self.accelerator.state.fsdp_plugin is not None
             configure_fsdp2(self.accelerator.state.fsdp_plugin, model)
         self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
         self.tasks = model.config.tasks if self.stage.embedding_losses else []
         self.word_ids = word_ids_of(self.tasks, self.data_collator.target_sources, self.processing_class)
         self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
         # Sums of the logged losses, and the number of their "steps", since the last log.
-        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._sums: dict[str, defaultdict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._dropped = DroppedRows()
         self.add_callback(self._dropped)
         self._grouped: GroupedSampler | None = None
@@ -78,7 +94,9 @@ class OlaVlmTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        args = self.args
+        rows = cast(Rows, self.train_dataset if train_dataset is None else train_dataset)
+        assert rows.lengths is not None and rows.has_image is not None  # they are checked
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         self._grouped = GroupedSampler(rows.lengths, rows.has_image, batch_size, seed)
@@ -87,14 +105,14 @@ class OlaVlmTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
-        return SequentialSampler(eval_dataset)
+        return SequentialSampler(eval_dataset)  # pyright: ignore[reportArgumentType]
 
     def train(self, *args, **kwargs):
         if self.model_wrapped is self.model and self.model in self.accelerator._models:
             # An evaluation before training marks the bare model as prepared: it would never be wrapped for DDP, and
             # every rank would silently train on its own gradients.
             self.accelerator._models.remove(self.model)
-            self.model._is_accelerate_prepared = False
+            self.model._is_accelerate_prepared = False  # pyright: ignore[reportArgumentType]
         return super().train(*args, **kwargs)
 
     def _run_epoch(self, **kwargs):
@@ -115,13 +133,17 @@ class OlaVlmTrainer(Trainer):
             self._attach_step_targets(batches, device)
         return batches, num_items_in_batch
 
+    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+        """All ranks', one after the other."""
+        return cast(torch.Tensor, self.accelerator.gather(values))
+
     def _with_targets(self, batch: dict) -> dict:
         return self.data_collator.add_targets(batch) if "samples" in batch else batch
 
     def _count_bad_rows(self, batches: list[dict], device: torch.device) -> None:
         """Names the rows that the collator dropped and counts those of all ranks; ValueError if they are too many."""
         found = torch.tensor([[0, 0], *map(_report_bad_rows, batches)], device=device).sum(0, keepdim=True)
-        bad, long = self.accelerator.gather(found).sum(0).tolist()
+        bad, long = self._gather(found).sum(0).tolist()
         self._dropped.bad_rows += bad
         self._dropped.long_rows += long
         rows = self.state.max_steps * self.get_total_train_batch_size(self.args)
@@ -139,14 +161,14 @@ class OlaVlmTrainer(Trainer):
         sizes = [len(batch["targets"][names[0]]) for batch in batches]
         # A rank without an image doesn't know the targets' type: it takes the others'.
         own = [sum(sizes), *(_target_dtype(batches, name) for name in names)]
-        by_rank = self.accelerator.gather(torch.tensor([own], device=device))
+        by_rank = self._gather(torch.tensor([own], device=device))
         counts = by_rank[:, 0].tolist()
         dtypes = [TARGET_DTYPES[place] for place in by_rank[:, 1:].amax(0).tolist()]
         columns = {}
         for name, dtype in zip(names, dtypes, strict=True):
             columns[name] = torch.cat([batch["targets"][name].to(device, dtype) for batch in batches])
             if len(counts) > 1 and max(counts) > 0:
-                padded = self.accelerator.gather(self.accelerator.pad_across_processes(columns[name]))
+                padded = self._gather(cast(torch.Tensor, self.accelerator.pad_across_processes(columns[name])))
                 parts = zip(padded.split(max(counts)), counts, strict=True)
                 columns[name] = torch.cat([rows[:count] for rows, count in parts])
         offset = sum(counts[: self.accelerator.process_index])
@@ -154,7 +176,7 @@ class OlaVlmTrainer(Trainer):
             batch["step_targets"] = {"columns": columns, "offset": offset, "num_images": sum(counts)}
             offset += size
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs: dict, return_outputs=False, num_items_in_batch: torch.Tensor | None = None):
         inputs = dict(inputs)
         inputs["use_cache"] = False  # keys and values of all layers, which nobody reads
         if not isinstance(self.model, AttachedPredictors):  # whose model has a head of its own
@@ -168,7 +190,8 @@ class OlaVlmTrainer(Trainer):
         _report_bad_rows(inputs)  # evaluation's
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # all rows of a step may be bad
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        of_model = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = cast(tuple[torch.Tensor, Any], of_model)
         # DDP averages gradients over ranks; all counts are global, so each rank's share counts in full.
         ranks = self.accelerator.num_processes
         parts = {"loss/ntp": loss.detach().clone()}
@@ -204,7 +227,7 @@ class OlaVlmTrainer(Trainer):
         sums, self._sums[mode] = self._sums[mode], defaultdict(float)
         steps = sums.pop("steps", 0)
         for name, value in sums.items():
-            metrics[prefix + name] = self.accelerator.reduce(value, "mean").item() / steps
+            metrics[prefix + name] = cast(torch.Tensor, self.accelerator.reduce(value, "mean")).item() / steps
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
@@ -221,13 +244,15 @@ class OlaVlmTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        assert output.metrics is not None
         self._add_means(output.metrics, "eval", f"{metric_key_prefix}_")
         return output
 
     def get_decay_parameter_names(self, model):
         """Frozen task tokens are rows of the vocabulary's tables, and weight decay would move them: tables never decay
         (with or without task tokens, so that methods stay comparable)."""
-        tables = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
+        head = cast(nn.Linear, self.model.get_output_embeddings())
+        tables = {id(self.model.get_input_embeddings().weight), id(head.weight)}
         names = {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in tables}
         return [name for name in super().get_decay_parameter_names(model) if name not in names]
 
@@ -285,6 +310,7 @@ class OlaVlmTrainer(Trainer):
     def _load_best_model(self):
         with self._reads_as_unsharded():
             if isinstance(self.model, AttachedPredictors) and not self.is_deepspeed_enabled:
+                assert self.state.best_model_checkpoint is not None
                 self.model.load_checkpoint(self.state.best_model_checkpoint)
             else:
                 super()._load_best_model()
@@ -347,5 +373,5 @@ class DroppedRows(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": dict(vars(self))}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if saved := state.stateful_callbacks.get(type(self).__name__):
+        if saved := state.stateful_callbacks.get(type(self).__name__):  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
             vars(self).update(saved["attributes"])

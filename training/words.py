@@ -90,5 +90,6 @@ def word_ids_of(
         source = sources[task["name"]]
         if not isinstance(source, WordSource):
             raise ValueError(f"task {task['name']!r} has words as targets: give it a training.words.WordSource")
+        assert processor is not None  # words are said by its tokenizer
         found[task["name"]] = [encode_words(processor.tokenizer, source.words[kind]) for kind in task["words"]]
     return found

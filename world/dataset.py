@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Rectangle
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.linear_model import LogisticRegression
@@ -153,7 +154,7 @@ def contact_sheet(folder: Path, count: int = 6) -> None:
         for axis in row:
             axis.set(xticks=[], yticks=[])
     figure.colorbar(depth, ax=axes[1, :], label="metres (20: sky)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PALETTE]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in PALETTE]
     figure.legend(handles, render.CLASSES, loc="outside lower center", ncols=len(PALETTE), fontsize=10)
     save_figure(figure, folder / "contact_sheet.png", dpi=75)
     plt.close(figure)

@@ -99,7 +99,7 @@ def sample_scenes(count: int, seed: int) -> Scenes:
             u = rng.uniform(-0.5 + r, 0.5 - r)
             v = rng.uniform(r - CAMERA_HEIGHT / FAR + 0.01, HORIZON - r)
             gap = np.hypot(u[:, None] - u, v[:, None] - v)[:n, :n] / (r[:, None] + r)[:n, :n]
-            placed = gap[np.triu_indices(n, 1)].min() > 0.85
+            placed = gap[np.triu_indices(int(n), 1)].min() > 0.85
         scenes.r[i], scenes.u[i], scenes.v[i] = r, u, v
         scenes.z[i] = np.exp(rng.uniform(np.log(NEAR), np.log(FAR), SLOTS))
     return scenes

@@ -32,6 +32,7 @@ page may change without notice.
 # Methods that differ from those of transformers in what they take or give.
 METHODS = {"OlaVlmForConditionalGeneration": ["forward"]}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 # ------------------------------------------------------------------------------------------------------------ docs/api
@@ -39,7 +40,7 @@ def public_names() -> list[str]:
     return [name for name in ola_vlm.__all__ if not name.startswith("_")]
 
 
-def find_definition(name: str) -> tuple[str, ast.ClassDef | ast.FunctionDef]:
+def find_definition(name: str) -> tuple[str, ast.ClassDef | Function]:
     """The file that defines a public name, from the root, and its node. Read, not imported: torch isn't needed."""
     file = ola_vlm._MODULES[name].lstrip(".").replace(".", "/") + ".py"
     for node in ast.parse((ROOT / file).read_text()).body:
@@ -48,7 +49,7 @@ def find_definition(name: str) -> tuple[str, ast.ClassDef | ast.FunctionDef]:
     raise LookupError(f"{file} doesn't define {name}")
 
 
-def signature(name: str, function: ast.FunctionDef) -> str:
+def signature(name: str, function: Function) -> str:
     """As it is called: without self or cls; one parameter a line where it would be too long."""
     arguments = function.args
     if arguments.args and arguments.args[0].arg in ("self", "cls"):
@@ -101,11 +102,12 @@ def describe(name: str) -> str:
     docstring = ast.get_docstring(node, clean=False)
     if docstring is None:
         raise LookupError(f"{file}: {name} is public and has no docstring")
-    called = node
-    methods = {}
+    methods: dict[str, Function] = {}
     if isinstance(node, ast.ClassDef):
         methods = {part.name: part for part in node.body if isinstance(part, FUNCTION)}
         called = methods.get("__init__")
+    else:
+        called = node
     text = f"### {name}\n\n`{file}`\n\n"
     if called is not None:
         text += f"```text\n{signature(name, called)}\n```\n\n"
@@ -113,7 +115,7 @@ def describe(name: str) -> str:
     for method in METHODS.get(name, []):
         docstring = ast.get_docstring(methods[method], clean=False)
         text += f"\n#### {name}.{method}\n\n```text\n{signature(method, methods[method])}\n```\n\n"
-        text += as_markdown(docstring) + "\n"
+        text += as_markdown(docstring or "") + "\n"
     return text
 
 

@@ -25,7 +25,7 @@ class AnswerScore(evaluate.Metric):
         if self.config_name not in BENCHMARKS:
             raise ValueError(f"name a benchmark, of {list(BENCHMARKS)}: evaluate.load(folder, name)")
         return evaluate.MetricInfo(
-            description=__doc__,
+            description=__doc__ or "",
             citation="",
             inputs_description="predictions: raw answers; references: dicts with " + ", ".join(REFERENCE),
             features=datasets.Features({"predictions": datasets.Value("string"), "references": REFERENCE}),

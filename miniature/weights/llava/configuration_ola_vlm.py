@@ -1,7 +1,8 @@
 """Configuration of OLA-VLM: LLaVA's, and a list of distillation tasks (paper: arXiv 2412.09585, section 3)."""
 
 import math
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from torch.nn import ModuleDict
@@ -60,7 +61,7 @@ def default_tasks() -> list[dict]:
     return [{"name": name, **fields} for name, fields in PAPER_TASKS.items()]
 
 
-def task_token_strings(tasks: list[dict]) -> list[str]:
+def task_token_strings(tasks: Iterable[dict]) -> list[str]:
     """The vocabulary entries `<name_i>` of all tasks, in the order in which they follow an image's tokens."""
     return [f"<{task['name']}_{i}>" for task in tasks for i in range(task["num_task_tokens"])]
 
@@ -231,10 +232,16 @@ class OlaVlmConfig(LlavaConfig):
         "word_embeddings",
     ]
 
-    tasks: list | None = None
-    task_token_ids: list | None = None
+    tasks: list | None = None  # pyright: ignore[reportRedeclaration]
+    task_token_ids: list | None = None  # pyright: ignore[reportRedeclaration]
     has_predictors: bool = True
     vocab_padding: int = 0
+
+    if TYPE_CHECKING:  # what `__post_init__` leaves: configurations and lists, never dicts or None
+        text_config: Any = None
+        vision_config: Any = None
+        tasks: Any = None
+        task_token_ids: Any = None
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "OlaVlmConfig":

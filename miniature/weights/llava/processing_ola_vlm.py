@@ -46,6 +46,7 @@ class OlaVlmProcessor(LlavaProcessor):
         task_tokens=None,
         **kwargs,
     ):
+        assert tokenizer is not None
         self.task_tokens = list(task_tokens or [])
         missing = [token for token in [image_token, *self.task_tokens] if token not in tokenizer.get_vocab()]
         if missing:

@@ -7,9 +7,10 @@ Q queries of a task (= its target's length), R rows of its query table, H LLM wi
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -36,7 +37,7 @@ from .configuration_ola_vlm import OlaVlmConfig
 
 # Custom code gets no checkpoint key conversion of its own, and would silently load LLaVA files with a random lm_head.
 for ours, theirs in {"ola_vlm": "llava", "OlaVlmModel": "LlavaModel"}.items():
-    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass
@@ -56,7 +57,7 @@ class OlaVlmCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
 class Parameters(nn.ParameterDict):
     """Parameters by name that are read by a call: hooks which bring offloaded weights (accelerate's) run at calls."""
 
-    __call__ = nn.Module.__call__  # a ParameterDict refuses calls
+    __call__: Callable[[], dict[str, Tensor]] = nn.Module.__call__  # a ParameterDict refuses calls
 
     def forward(self) -> dict[str, Tensor]:
         # Copies: when the call is over, offloaded or sharded weights are taken away again.
@@ -159,6 +160,7 @@ class EmbeddingPredictor(nn.Module):
         if self.latents is not None:
             queries = self.latents
         else:
+            assert queries is not None  # there are task tokens
             if self.target_length % queries.shape[1] != 0:
                 queries = queries.mean(1, keepdim=True)
             queries = self.proj_in(queries.repeat(1, self.target_length // queries.shape[1], 1).to(dtype))
@@ -301,7 +303,7 @@ def find_task_tokens(input_ids: Tensor, sample_N: Tensor, config) -> tuple[dict[
     found_K = is_token_KP.sum(1)
     fits = bool((found_K == num_images).all())
     places_KN = is_token_KP.nonzero()[:, 1].view(len(ids), num_images) if fits else None
-    if not fits or bool((places_KN // columns != sample_N).any()):
+    if places_KN is None or bool((places_KN // columns != sample_N).any()):
         found = dict(zip(config.task_token_ids, found_K.tolist(), strict=True))
         what = f"Task tokens (id: how many) are {found} for {num_images} images"
         raise ValueError(f"{what}: every image needs all of them in its row, as the processor writes them.")
@@ -364,7 +366,7 @@ class OlaVlmModel(LlavaModel):
         super().__init__(config)
         self.multi_modal_projector.register_forward_pre_hook(as_tokens)
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs):
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> Any:
         if isinstance(kwargs.get("output_hidden_states"), list):  # layers of the LLM, not of the tower
             del kwargs["output_hidden_states"]
         if self.config.vision_config.model_type == "timm_wrapper":  # takes none of the LLM's arguments
@@ -375,13 +377,13 @@ class OlaVlmModel(LlavaModel):
         # No image in the batch: a blank one, of which nothing is taken. Every rank of a training run gathers the same
         # sharded weights, whatever its rows hold, and has gradients, of zeros, for the same parameters.
         blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        features = super().get_image_features(pixel_values=blank, **kwargs).pooler_output[0]
-        return BaseModelOutputWithPooling(pooler_output=[features[:0]])
+        features = super().get_image_features(pixel_values=blank, **kwargs).pooler_output[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalSubscript]
+        return BaseModelOutputWithPooling(pooler_output=[features[:0]])  # pyright: ignore[reportArgumentType]
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         pixel_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         task_token_embeds: Tensor | None = None,
@@ -401,19 +403,19 @@ class OlaVlmModel(LlavaModel):
             )
         ids = torch.tensor(self.config.task_token_ids, device=input_ids.device)
         match_BTK = input_ids[..., None] == ids
-        inputs_embeds = self.get_input_embeddings()(input_ids)
+        embeds_BTH = self.get_input_embeddings()(input_ids)
         if task_token_embeds is None:
-            replacement = inputs_embeds.detach()
+            replacement = embeds_BTH.detach()
         else:
-            replacement = task_token_embeds.to(inputs_embeds.dtype)[match_BTK.int().argmax(-1)]
-        inputs_embeds = torch.where(match_BTK.any(-1, keepdim=True), replacement, inputs_embeds)
+            replacement = task_token_embeds.to(embeds_BTH.dtype)[match_BTK.int().argmax(-1)]
+        embeds_BTH = torch.where(match_BTK.any(-1, keepdim=True), replacement, embeds_BTH)
         if pixel_values is not None:
             vision = {k: kwargs.pop(k, None) for k in ["vision_feature_layer", "vision_feature_select_strategy"]}
             features = torch.cat(self.get_image_features(pixel_values, return_dict=True, **vision).pooler_output)
-            features = features.to(inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+            features = features.to(embeds_BTH.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BTH, image_features=features)
+            embeds_BTH = embeds_BTH.masked_scatter(mask, features)
+        return super().forward(inputs_embeds=embeds_BTH, **kwargs)
 
 
 # GenerationMixin by name: transformers wraps a class of remote code that lacks it, and a wrapped one can't be pickled.
@@ -512,7 +514,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             generation_config = copy.deepcopy(generation_config)
             suppressed = {*(generation_config.suppress_tokens or []), *self.never_emitted}
             generation_config.suppress_tokens = sorted(suppressed)
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def task_token_embeddings(self, tables: Mapping[str, Tensor] | None = None) -> Tensor:
         """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables. It is
@@ -550,7 +552,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         has_tables = getattr(self.config, "has_predictors", True)  # an attached model always does
         if not self.config.task_token_ids or not has_tables:
             return
-        table = self.get_input_embeddings().weight
+        table = cast(Tensor, self.get_input_embeddings().weight)
         tables = [table]
         queries = None
         if state_dict is not None:
@@ -574,7 +576,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             name = task["name"]
             predictions[name] = {}
             for layer in task["layers"]:
-                predictor = self.predictors[name][str(layer)]
+                predictor = cast(nn.ModuleDict, self.predictors[name])[str(layer)]
                 if task["predictor"] == "resampler":
                     predicted = resample(hidden_states[layer], predictor, task, layout, tables)
                 else:
@@ -585,7 +587,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -635,7 +637,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             logits_to_keep=logits_to_keep,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
-            return_dict=True,
+            return_dict=True,  # pyright: ignore[reportCallIssue]
             **self._task_token_inputs(),
             **kwargs,
         )
@@ -651,6 +653,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         distilled = {}
         if output_predictions:
             num_images = 0 if pixel_values is None else pixel_values.shape[0]
+            assert input_ids is not None  # checked above
             layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config)
             distilled = self.distill(states, layout, word_ids)
         return OlaVlmCausalLMOutputWithPast(**outputs, **distilled)
