@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,9 @@ def as_command(
     """
     argv = sys.argv[1:] if argv is None else argv
     log_to_terminal()
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
+        signal.signal(signal.SIGINT, _end)
     shows_traceback = bool(os.environ.get("OLA_VLM_TRACEBACK"))
     try:
         function(argv)
@@ -96,15 +99,28 @@ def as_command(
         if isinstance(error.code, str):
             error.code = terminal(error.code)
         raise
-    # Here what the command had open is closed: its bars are drawn, its workers have ended. The same
-    # Ctrl-C ended them, of which torch complains as this process ends.
-    sys.unraisablehook = lambda unraisable: None
+    # Here what the command had open is closed: its bars are drawn, its workers have ended.
     tell(f"ola-vlm {name}: {how_to_go_on(name, argv, start)}")
     sys.exit(status)
 
 
-def _terminate(*_) -> None:
-    raise Terminated(128 + signal.SIGTERM)
+INTERRUPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+
+def _end(number: int, _) -> None:
+    # The same signal ended the loader's workers, of which torch complains while their loader is deleted.
+    sys.unraisablehook = _again
+    raise INTERRUPTIONS[signal.Signals(number)](128 + number)
+
+
+def _again(unraisable) -> None:
+    """Of what is raised while an object is deleted Python only tells: an interruption there comes again, when the
+    object is gone."""
+    for number, kind in INTERRUPTIONS.items():
+        if issubclass(unraisable.exc_type, kind):
+            later = threading.Timer(0.1, os.kill, (os.getpid(), number))
+            later.daemon = True
+            later.start()
 
 
 def how_to_go_on(name: str, argv: Sequence[str], start: str = "ola-vlm") -> str:

@@ -481,13 +481,40 @@ def test_a_fault_has_its_traceback():
     assert "KeyError: 'x'" in process.communicate(timeout=30)[1] and process.returncode == 1
 
 
+DELETING = """
+import signal, sys, time
+from ola_vlm.commands.running import as_command
+
+class Loader:
+    def __del__(self):
+        signal.raise_signal(int(sys.argv[1]))
+        time.sleep(0)
+
+def work(argv):
+    loader = Loader()
+    del loader
+    time.sleep(30)
+
+as_command("train", work, [])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_while_something_is_deleted_is_not_lost(number):
+    """Of exceptions in `__del__` Python only tells."""
+    command = [sys.executable, "-c", DELETING, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=25, preexec_fn=heed_interrupts)
+    assert done.returncode == 128 + number
+    assert done.stderr.startswith("ola-vlm train: interrupted; go on by") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_by_the_command_that_it_says(tiny_parts, tmp_path, number):
     """With a loader's workers, which a terminal's Ctrl-C reaches, too."""
     data = write_llava(tmp_path, [llava_sample(i) for i in range(8)], ["a.png"])
     fields = {"vision_tower": tiny_parts.vision_tower, "language_model": tiny_parts.language_model, "data": data}
-    fields |= {"output_dir": tmp_path / "my run", "max_steps": 60, "save_steps": 2, "save_total_limit": 2}
+    fields |= {"output_dir": tmp_path / "my run", "max_steps": 200, "save_steps": 2, "save_total_limit": 2}
     fields |= {"dataloader_num_workers": 2, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2}
     options = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "ola_vlm.cli", "train", *options]
@@ -498,7 +525,7 @@ def test_an_interrupted_run_goes_on_by_the_command_that_it_says(tiny_parts, tmp_
     os.killpg(process.pid, number)
     assert process.wait(60) == 128 + number
     text = (tmp_path / "log").read_text()
-    assert "Traceback" not in text and text.count("interrupted; go on by") == 1
+    assert "Traceback" not in text and text.count("interrupted; go on by") == 1, text[-3000:]
     said = shlex.split(text.rpartition("go on by ola-vlm ")[2])
     assert said == ["train", *options, "--resume_from_checkpoint", "true"]
     done = subprocess.run([sys.executable, "-m", "ola_vlm.cli", *said], capture_output=True, text=True)
