@@ -16,6 +16,9 @@ CANDIDATES := python3 python python3.13 python3.12 python3.11
 RECENT := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(RECENT)" 2>/dev/null && echo $$p && break; done)
 
+# Two processes of one thread, a file's tests in one of them: they share what the file sets up.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
 .PHONY: install browser miniature smollm2 lmms-eval test test-all style pages clean
 .DELETE_ON_ERROR:
 
@@ -35,10 +38,10 @@ lmms-eval: $(LMMS)/installed.stamp
 		--include_path eval/lmms_tasks --tasks ola_vlm_miniature --output_path runs/lmms-eval $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/dev.stamp $(VENV)/browser.stamp
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 style: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
