@@ -36,7 +36,7 @@ def read_points(out: Path, folders: Sequence[Path], score: str, plain: bool) -> 
             unknown.append(f"{folder} ({run['model']})")
             continue
         if score not in results["scores"]:
-            raise ValueError(f"{folder} has no score {score!r}: choose of {', '.join(results['scores'])}")
+            raise ValueError(f"{folder} has no score {score!r}: choose from {', '.join(results['scores'])}")
         benchmarks.add(f"{run['benchmark']} ({run['variant']}), {score}")
         found = results["scores"][score]
         for task, layers in model["scores"].items():
@@ -72,7 +72,7 @@ def range_without_two(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | Non
 
 
 def describe(found: dict) -> str:
-    """r, how many checkpoints it is of, and how far it hangs on two of them."""
+    """r, how many checkpoints it is of, and how far it depends on two of them."""
     text = f"r = {found['r']:+.2f} (n = {found['n']})"
     if found["without_two"] is None:
         return f"{text}, too few to say more"

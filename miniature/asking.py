@@ -1,5 +1,5 @@
 """Questions asked of the miniature, over stored vision features; and asked again with something taken away: are patch
-places, or task tokens, what an answer hangs on?
+places, or task tokens, what an answer depends on?
 
 B questions of a batch, S their tokens, T the tower's tokens of an image, K task tokens, H LLM width.
 """
@@ -114,7 +114,7 @@ def permuted(features_BTW: Tensor, seed: int) -> Tensor:
 
 def task_token_states(model, inputs: dict[str, Tensor], is_task_BS: Tensor) -> list[Tensor]:
     """The task tokens' states (B, K, H) on entry into each layer. They come before the question and after the image:
-    they hang on the image alone."""
+    they depend on the image alone."""
     states = []
 
     def keep(layer, arguments):

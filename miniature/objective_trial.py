@@ -92,7 +92,7 @@ def identity(root: Path, arm: str, seed: int, budget: int, settings: dict, scale
 
 
 def brief_value(value):
-    """A field's value; of a list or object, and of a place in the package, what does not hang on where it lies."""
+    """A field's value; of a list or object, and of a place in the package, what does not depend on where it lies."""
     text = json.dumps(value).replace(str(recipe.WEIGHTS), "weights")
     if isinstance(value, (list, dict)) and value:
         return sha256(text.encode()).hexdigest()[:12]

@@ -197,7 +197,7 @@ def complete(args: Namespace, size: dict) -> None:
     that should confirm."""
     possible = [0, *map(int, size["scale"]["finetune_steps"])]
     if args.budgets is not None and not set(args.budgets) <= set(possible):
-        raise ValueError(f"--budgets {args.budgets}: choose of {possible}")
+        raise ValueError(f"--budgets {args.budgets}: choose from {possible}")
     if args.stage == "confirm":
         args.budgets = args.budgets or possible
         args.seeds = args.seeds or design.CONFIRMING_SEEDS

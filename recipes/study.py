@@ -161,7 +161,7 @@ def finetune_fields(
 
 
 def with_places(fields: dict, seed: int, output: Path) -> dict:
-    """With what all of the study's runs have: an order of the data that hangs on the seed alone; nothing is saved on
+    """With what all of the study's runs have: an order of the data that depends on the seed alone; nothing is saved on
     the way, and images are not opened."""
     fields["output_dir"] = str(output)
     fields["data_seed"] = seed

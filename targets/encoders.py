@@ -296,7 +296,7 @@ class OneFormerEncoder(TargetEncoder):
         cls, path, grid: int = 24, task_inputs=None, resize_mode="pad", batch_size=32, revision="main", **loading
     ):
         size, mean, std = read_preprocessing(path, revision=revision)
-        # The pixel decoder's dropout hangs on `is_training`, not on eval().
+        # The pixel decoder's dropout depends on `is_training`, not on eval().
         loading = {"unused": cls.unused, "is_training": False, **loading}
         model = load_teacher(_OneFormer, path, revision=revision, **loading)
         if task_inputs is None and (not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").exists()):

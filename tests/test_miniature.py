@@ -229,6 +229,15 @@ def test_shipped_checkpoints_carry_todays_code(method):
         assert own.read_text() == (components.WEIGHTS.parents[1] / own.name).read_text()
 
 
+def test_the_language_models_curriculum():
+    """(share that reads patches, share of these with coordinates): lookups in texts, then patches, then bare ones."""
+    assert components._curriculum(0.0) == components._curriculum(0.099) == (0.0, 1.0)
+    assert components._curriculum(0.1) == pytest.approx((0.5, 1.0))
+    assert components._curriculum(0.325) == pytest.approx((0.7, 0.5))
+    assert components._curriculum(0.55) == pytest.approx((0.9, 0.1))
+    assert components._curriculum(0.999) == pytest.approx((0.9, 0.1))
+
+
 def test_tokenizer_round_trip_and_assistant_spans():
     tokenizer = components.build_tokenizer()
     text = "where is the red object with respect to the blue object ? (A) left (B) right"

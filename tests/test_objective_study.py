@@ -192,7 +192,7 @@ def test_results_of_another_study_are_refused_by_name(root):
 def test_seeds_of_tuning_do_not_confirm(tmp_path):
     with pytest.raises(SystemExit, match=r"\[100\] are those of tuning"):
         objectives.main(["objectives", "--seeds", "0", "100", "--out", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match=r"--budgets \[7\]: choose of \[0, 75, 300, 1000, 6000\]"):
+    with pytest.raises(SystemExit, match=r"--budgets \[7\]: choose from \[0, 75, 300, 1000, 6000\]"):
         objectives.main(["objectives", "--budgets", "7", "--out", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
 
@@ -283,6 +283,17 @@ def test_arms_are_known_fields(arm):
             args = OlaVlmArguments(**fields)
             assert args.learning_rate == (2e-3 if budget <= arms.FEW else 1e-3)
             assert (args.seed, args.data_seed) == (5, 5)
+
+
+def test_only_objectives_of_their_own_are_tuned():
+    """A control differs from its arm in content alone: its settings are the arm's."""
+    tuned = [arm for arm in arms.ARMS if arm not in arms.SETTINGS_OF]
+    assert tuned == ["llava", "ola_vlm", "patch", "words", "moments"]
+    assert set(arms.SETTINGS_OF.values()) <= set(tuned)
+    for own, control in arms.CONTROLS.items():
+        assert arms.SETTINGS_OF[control] == arms.SETTINGS_OF.get(own, own)
+    for both, first in arms.ON_TOP.items():
+        assert arms.SETTINGS_OF[both] == first
 
 
 @pytest.mark.parametrize(("own", "control"), arms.CONTROLS.items())

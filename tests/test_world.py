@@ -1,6 +1,7 @@
 """The miniature world: exact geometry, balanced questions, and nothing to be learned without seeing."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -179,3 +180,38 @@ def test_the_command_makes_what_recipes_read(tmp_path, monkeypatch, capsys):
         SystemExit, match=r"ola-vlm data: .* has a world of another size or of other questions: choose another"
     ):
         cli.main(["data", "miniature"])
+
+
+def test_tests_ask_about_small_differences_only():
+    """Larger ones are told right by any method, so that none could be better."""
+    scenes = render.sample_scenes(900, seed=3)
+    position = scenes.position()
+    column_of = {"red": 0, "blue": 1, "green": 2}  # a scene's first three objects
+    asked = {"relation": [], "depth": [], "distance": []}
+    for row in language.balanced(scenes, per_task=96, seed=0):
+        i = row["scene"]
+        named = [column_of[word] for word in row["question"].split() if word in column_of]
+        if row["task"] == "relation":
+            axis = scenes.u if "left" in row["choices"] else scenes.v
+            asked["relation"].append(abs(axis[i, named[0]] - axis[i, named[1]]))
+        elif row["task"] == "depth":
+            near, far = sorted(scenes.z[i, named])
+            asked["depth"].append(far / near)
+        elif row["task"] == "distance":
+            anchor, *others = named
+            near, far = sorted(np.linalg.norm(position[i, anchor] - position[i, other]) for other in others)
+            asked["distance"].append(far / near)
+    for kind, within in {"relation": (0.05, 0.16), "depth": (1.06, 1.3), "distance": (1.3, 2.0)}.items():
+        assert len(asked[kind]) > 80
+        assert within[0] < min(asked[kind]) and max(asked[kind]) < within[1], kind
+
+
+def test_a_world_of_other_questions_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["data", "miniature", "--shrunk"])
+    before = (tmp_path / "runs/miniature/data/test_questions.json").read_bytes()
+    monkeypatch.setattr(language, "ASKED", replace(language.ASKED, relation=(0.08, 0.3)))
+    with pytest.raises(SystemExit, match="of other questions: choose another --out"):
+        cli.main(["data", "miniature", "--shrunk"])
+    dataset.write_world(tmp_path / "runs/miniature/data", dataset.SHRUNK_SIZES, dataset.SHRUNK_QUESTIONS)
+    assert (tmp_path / "runs/miniature/data/test_questions.json").read_bytes() != before

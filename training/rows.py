@@ -1,6 +1,6 @@
 """Rows `{"id", "images", "messages"}` (TRL's columns) out of LLaVA's JSON, TRL-style JSON or a Hugging Face dataset.
 
-A row that can't be read comes as `{"id", "bad_row": BadRow}`: its taker decides whether to drop it or to stop.
+A row that can't be read comes as `{"id", "bad_row": BadRow}`: who takes it decides whether to drop it or to stop.
 """
 
 import codecs

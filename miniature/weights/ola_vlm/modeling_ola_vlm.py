@@ -114,7 +114,7 @@ class PredictorLayer(nn.Module):
         up, down = nn.Linear(dim, dim * ffn_mult, bias=False), nn.Linear(dim * ffn_mult, dim, bias=False)
         self.ffn = nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)
 
-    def forward(self, tokens_BTD: Tensor, queries: Tensor, keys: "ImageKeys") -> Tensor:
+    def forward(self, tokens_BTD: Tensor, queries: Tensor, keys: ImageKeys) -> Tensor:
         """`queries` (1 or N, Q, D); image n attends to those tokens that `keys` says."""
         images, length = len(keys.sample_N), queries.shape[1]
         queries_normed = self.norm_queries(queries)
