@@ -1,11 +1,13 @@
-# make miniature   the study: trains LLaVA-1.5 and OLA-VLM in miniature, probes both, writes runs/miniature/
+# make miniature   the study: trains LLaVA-1.5, OLA-VLM and words in miniature, probes them, writes runs/miniature/
 #                  (ARGS="--seeds 3" passes options on: `.venv/bin/ola-vlm miniature --help` lists them)
 # make smollm2     a real language model on photographs and scenes, about 80 minutes on a core; writes runs/smollm2/
+#                  (ARGS="--methods llava words": those instead of OLA-VLM)
 # make install     the environment alone
 # make test        the tests; make test-all adds the slow ones (and Chromium for them: make browser)
 # make lmms-eval  the shipped OLA-VLM in lmms-eval, in an environment of its own, .venv-lmms
 # make style       ruff's linter and formatter, checking only, and pyright
-# make pages      writes the generated parts of docs/ again
+# make pages      writes the generated parts of README and docs/ again
+# make report     compares README and the pages with what docs/results and docs/study say; fails if one differs
 # make clean       removes caches and build files; .venv and runs stay
 #
 # Any Python from 3.11 on will do; `make PYTHON=/path/to/python miniature` takes a certain one.
@@ -19,7 +21,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(RECENT)" 2>/dev/null && e
 # Two processes of one thread, a file's tests in one of them: they share what the file sets up.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: install browser miniature smollm2 lmms-eval test test-all style pages clean
+.PHONY: install browser miniature smollm2 lmms-eval test test-all style pages report clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/dev.stamp
@@ -48,8 +50,11 @@ style: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-pages: $(VENV)/installed.stamp
+pages: $(VENV)/dev.stamp
 	$(VENV)/bin/python docs/dev/write_pages.py
+
+report: $(VENV)/dev.stamp
+	$(VENV)/bin/python docs/dev/write_pages.py --check
 
 clean:
 	rm -rf build ola_vlm.egg-info .pytest_cache .ruff_cache

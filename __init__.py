@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
+# What type checkers and editors read; at run time `__getattr__` does the same.
 if TYPE_CHECKING:
     from .configuration_ola_vlm import OlaVlmConfig
     from .convert.parts import build_ola_vlm
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Public name -> the module that has it.
 _MODULES = {
     "OlaVlmConfig": ".configuration_ola_vlm",
     "OlaVlmForConditionalGeneration": ".modeling_ola_vlm",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 
+# Called for names that the module doesn't have yet, so `import ola_vlm` costs no import of torch.
 def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module 'ola_vlm' has no attribute {name!r}")

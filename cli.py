@@ -17,15 +17,19 @@ def usage() -> str:
     ]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:<13} {command.summary}")
+    # For what looks like a fault of ours: a mistake ends in one line, without its traceback.
     lines += ["", "OLA_VLM_TRACEBACK=1 shows where an error comes from."]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Without `argv` as this process's command (`as_command`)."""
+    # `as_command` comes back here with `argv`, once it has seen to signals and exit codes.
     if argv is None:
         arguments = sys.argv[1:]
-        name = arguments[0] if arguments else ""
+        name = ""
+        if arguments:
+            name = arguments[0]
         as_command(name, main, arguments)
         return
     word, *rest = argv or ["--help"]
@@ -39,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name is None:
         meant = did_you_mean(word.replace("_", "-"), COMMANDS)
         raise SystemExit(f"ola-vlm: unknown command {word!r}{meant} (`ola-vlm --help` lists all)")
+    # Arguments first: a mistake in them costs no import of torch.
     args = parse(name, rest)
     with mistakes_in_one_line(name):
         importlib.import_module(COMMANDS[name].work).main(args)

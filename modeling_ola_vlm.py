@@ -29,6 +29,8 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -37,7 +39,7 @@ from .configuration_ola_vlm import OlaVlmConfig
 
 # Custom code gets no checkpoint key conversion of its own, and would silently load LLaVA files with a random lm_head.
 for ours, theirs in {"ola_vlm": "llava", "OlaVlmModel": "LlavaModel"}.items():
-    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)  # pyright: ignore[reportArgumentType]
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)  # pyright: ignore[reportArgumentType] (LLaVA's is there)
 
 
 @dataclass
@@ -57,7 +59,8 @@ class OlaVlmCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
 class Parameters(nn.ParameterDict):
     """Parameters by name that are read by a call: hooks which bring offloaded weights (accelerate's) run at calls."""
 
-    __call__: Callable[[], dict[str, Tensor]] = nn.Module.__call__  # a ParameterDict refuses calls
+    # A ParameterDict refuses calls.
+    __call__: Callable[[], dict[str, Tensor]] = nn.Module.__call__
 
     def forward(self) -> dict[str, Tensor]:
         # Copies: when the call is over, offloaded or sharded weights are taken away again.
@@ -88,6 +91,7 @@ class ImageKeys:
         image of a row would be given copies of all the others' tokens, and masked ones cost as much as others."""
         if len(sample_N) <= rows:
             return cls(sample_N, key_mask_NT)
+        # M; an image with fewer keys than that gets columns which its mask then hides.
         most = int(key_mask_NT.sum(1).max())
         # The chosen ones in front, in their order.
         columns_NM = key_mask_NT.int().argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -111,19 +115,24 @@ class PredictorLayer(nn.Module):
         self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
         self.to_kv = nn.Linear(dim, 2 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
-        up, down = nn.Linear(dim, dim * ffn_mult, bias=False), nn.Linear(dim * ffn_mult, dim, bias=False)
+        up = nn.Linear(dim, dim * ffn_mult, bias=False)
+        down = nn.Linear(dim * ffn_mult, dim, bias=False)
         self.ffn = nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)
 
     def forward(self, tokens_BTD: Tensor, queries: Tensor, keys: ImageKeys) -> Tensor:
         """`queries` (1 or N, Q, D); image n attends to those tokens that `keys` says."""
-        images, length = len(keys.sample_N), queries.shape[1]
+        images = len(keys.sample_N)
+        length = queries.shape[1]
         queries_normed = self.norm_queries(queries)
-        # Tokens are projected once a row and queries once if all images share them; only then copied to each image.
+        # Keys and values (N, M + Q, heads * head_dim) of an image's tokens and of the queries themselves. Tokens are
+        # projected once a row and queries once if all images share them; only then copied to each image.
         kv_tokens = keys.take(self.to_kv(self.norm_tokens(tokens_BTD)))
         kv_queries = self.to_kv(queries_normed).expand(images, -1, -1)
         key, value = torch.cat([kv_tokens, kv_queries], dim=1).chunk(2, dim=-1)
         query = self.to_q(queries_normed).expand(images, -1, -1)
+        # (N, 1, 1, M + Q): queries are never hidden, so that no row of attention is empty.
         mask = F.pad(keys.mask_NM, (0, length), value=True)[:, None, None]
+        # (N, heads, Q or M + Q, head_dim)
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         queries = queries + self.to_out(attended.transpose(1, 2).flatten(2))
@@ -140,9 +149,11 @@ class EmbeddingPredictor(nn.Module):
 
     def __init__(self, task: dict, hidden_size: int):
         super().__init__()
-        dim, target_dim = task["predictor_dim"], task["target_dim"]
+        dim = task["predictor_dim"]
+        target_dim = task["target_dim"]
         sizes = (dim, task["predictor_heads"], task["predictor_head_dim"], task["predictor_ffn_mult"])
         self.target_length = task["target_length"]
+        # Under one name in both cases: None says that queries come from outside.
         if task["num_task_tokens"] == 0:
             self.latents = nn.Parameter(torch.randn(1, self.target_length, dim) / math.sqrt(dim))
         else:
@@ -152,15 +163,21 @@ class EmbeddingPredictor(nn.Module):
         self.proj_out = nn.Linear(dim, target_dim)
         self.norm_out = nn.LayerNorm(target_dim)
         mlp = [nn.Linear(target_dim, target_dim), nn.ReLU(), nn.Linear(target_dim, target_dim)]
-        self.output_mlp = nn.Sequential(*mlp) if task["output_mlp"] else nn.Identity()
+        if task["output_mlp"]:
+            self.output_mlp = nn.Sequential(*mlp)
+        else:
+            self.output_mlp = nn.Identity()
 
     def forward(self, states_BTH: Tensor, queries: Tensor | None, sample_N: Tensor, key_mask_NT: Tensor) -> Tensor:
         """`queries` (1 or N, R, H), None without task tokens; returns (N, Q, E)."""
-        dtype = self.norm_out.weight.dtype  # a linear layer's may be quantized
+        # A linear layer's may be quantized.
+        dtype = self.norm_out.weight.dtype
+        # (1 or N, Q, D), by one of two ways.
         if self.latents is not None:
             queries = self.latents
         else:
-            assert queries is not None  # there are task tokens
+            assert queries is not None
+            # A target of one position (gen) and several task tokens; `normalize_task` lets no other lengths by.
             if self.target_length % queries.shape[1] != 0:
                 queries = queries.mean(1, keepdim=True)
             queries = self.proj_in(queries.repeat(1, self.target_length // queries.shape[1], 1).to(dtype))
@@ -184,7 +201,10 @@ class PatchPredictor(nn.Module):
         """(any number of tokens, H) -> (as many, E)."""
         tokens_H = tokens_H.to(float_dtype(self) or tokens_H.dtype)
         for i, layer in enumerate(self.layers):
-            tokens_H = layer(tokens_H if i == 0 else F.gelu(tokens_H))
+            # Between layers, not in front of the first one.
+            if i > 0:
+                tokens_H = F.gelu(tokens_H)
+            tokens_H = layer(tokens_H)
         return tokens_H
 
 
@@ -212,6 +232,7 @@ def resize_grid(cells_VE: Tensor, length: int, name: str) -> Tensor:
     if side**2 != count or target_side**2 != length:
         sizes = f"an image has {count} tokens, its target {length} positions, and not both are squares"
         raise ValueError(f"task {name!r}: {sizes}: give images without tiles, or set target_length to {count}")
+    # (V, E) -> (E, side, side) -> (E, target_side, target_side) -> (Q, E)
     maps_EV = cells_VE.T.unflatten(1, (side, side))
     return F.adaptive_avg_pool2d(maps_EV[None], target_side)[0].flatten(1).T
 
@@ -220,29 +241,47 @@ def resize_grid(cells_VE: Tensor, length: int, name: str) -> Tensor:
 class ImageLayout:
     """Where the images of a batch are: found by token id, whatever the prompt, the padding side and their number."""
 
-    sample_N: Tensor  # the row that holds image n
-    groups_NT: dict[str, Tensor]  # for each of KEY_GROUPS but "task": which tokens of that row belong to it
-    task_columns_NK: dict[str, Tensor]  # columns of image n's own task tokens
-    pixels_NT: Tensor  # which tokens of that row stand for image n's pixels
+    # The row of the batch that holds image n.
+    sample_N: Tensor
+    # For each of KEY_GROUPS but "task": which tokens of that row belong to it.
+    groups_NT: dict[str, Tensor]
+    # Columns of image n's own task tokens.
+    task_columns_NK: dict[str, Tensor]
+    # Which tokens of that row stand for image n's pixels.
+    pixels_NT: Tensor
 
     @classmethod
-    def find(cls, input_ids: Tensor, attention_mask: Tensor | None, num_images: int, config) -> "ImageLayout":
-        """`input_ids`, `attention_mask` (B, T). Raises ValueError if the tokens don't fit to `num_images`."""
-        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    def find(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        num_images: int,
+        config,
+        packed_BT: Tensor | None = None,
+    ) -> "ImageLayout":
+        """`input_ids`, `attention_mask` (B, T). `packed_BT`: of rows packed into those of the batch, the number of the
+        one that a token belongs to (`packed_rows`). Raises ValueError if the tokens don't fit to `num_images`."""
+        mask_BT = attention_mask
+        if mask_BT is None:
+            mask_BT = torch.ones_like(input_ids)
         if mask_BT.shape != input_ids.shape:
             shapes = f"{tuple(mask_BT.shape)} and {tuple(input_ids.shape)}"
             raise ValueError(f"Predictions need a mask of the shape of input_ids, got {shapes}: pass whole sequences.")
         attended_BT = mask_BT.bool()
         is_image_BT = input_ids == config.image_token_id
+        row_BT = number_rows(input_ids, packed_BT)
         sample_N, pixels_NT = find_images(is_image_BT, num_images)
-        task_columns_NK, is_task_BT = find_task_tokens(input_ids, sample_N, config)
-        groups_NT = group_tokens(attended_BT, is_image_BT, is_task_BT, sample_N, pixels_NT)
+        # Of packed rows the image's own: that of its first token. `argmax` of booleans is the first True.
+        row_N = row_BT[sample_N, pixels_NT.int().argmax(1)]
+        is_own_NT = row_BT[sample_N] == row_N[:, None]
+        task_columns_NK, is_task_BT = find_task_tokens(input_ids, row_N, row_BT, config)
+        groups_NT = group_tokens(attended_BT, is_image_BT, is_task_BT, sample_N, pixels_NT, is_own_NT)
         return cls(sample_N, groups_NT, task_columns_NK, pixels_NT)
 
     def key_mask(self, task: dict) -> Tensor:
         """(N, T): what the task's predictors see for image n; never padding, other images or other tasks' tokens."""
         mask_NT = torch.zeros_like(self.groups_NT["image"])
-        for group in task["keys"]:
+        for group in task["attends_to"]:
             if group == "task":
                 mask_NT = mask_NT.scatter(1, self.task_columns_NK[task["name"]], True)
             else:
@@ -253,9 +292,11 @@ class ImageLayout:
         """(N, Q, E): `predictor` of each of an image's tokens, resized to the target's grid. ValueError if the tokens
         don't make the target's grid."""
         device = states_BTH.device
+        # All images' tokens, one after the other (here V is their number in the batch).
         image_V, column_V = self.pixels_NT.to(device).nonzero(as_tuple=True)
         # One call for the tokens of all images, though there may be none.
         predicted_VE = predictor(states_BTH[self.sample_N.to(device)[image_V], column_V])
+        # And back to images, whose tokens may differ in number.
         counts = self.pixels_NT.sum(1).tolist()
         length = task["target_length"]
         if all(count == length for count in counts):
@@ -271,6 +312,7 @@ class ImageLayout:
 
     def _check_in_one_piece(self, name: str) -> None:
         """ValueError if an image's tokens have others between them, as tiles have: they make no grid."""
+        # A piece begins where the token before is none of the image's.
         starts_NT = self.pixels_NT[:, 1:] & ~self.pixels_NT[:, :-1]
         pieces_N = starts_NT.sum(1) + self.pixels_NT[:, 0]
         if bool((pieces_N > 1).any()):
@@ -278,47 +320,83 @@ class ImageLayout:
             raise ValueError(f"task {name!r}: an image has {int(pieces_N.max())} tiles, which make no grid: {remedy}")
 
 
+def packed_rows(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """The number (B, T) of the packed row that a token belongs to; None unless rows are packed. They are where
+    transformers takes them to be: without a mask, positions (B, T) begin anew with each row. Padding is a row, too."""
+    if attention_mask is not None or position_ids is None or position_ids.ndim != 2:
+        return None
+    return find_packed_sequence_indices(position_ids)
+
+
+def number_rows(input_ids: Tensor, packed_BT: Tensor | None) -> Tensor:
+    """The number (B, T) of a token's row, counted through the batch."""
+    samples_B1 = torch.arange(len(input_ids), device=input_ids.device)[:, None]
+    if packed_BT is None:
+        return samples_B1.expand_as(input_ids)
+    return samples_B1 * input_ids.shape[1] + packed_BT
+
+
 def find_images(is_image_BT: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-    """The row of each image (N,), and which tokens of it are the image's own (N, T). ValueError if the images don't
-    have equally many tokens."""
+    """Each image's row of the batch (N,), and which tokens of it are the image's own (N, T). ValueError if the images
+    don't have equally many tokens."""
     places = is_image_BT.flatten().nonzero().flatten()
-    divides = len(places) == 0 if num_images == 0 else len(places) % num_images == 0
+    if num_images == 0:
+        divides = len(places) == 0
+    else:
+        divides = len(places) % num_images == 0
     if not divides:
         raise ValueError(f"{len(places)} image tokens don't divide among {num_images} images.")
-    places_NV = places.view(num_images, -1) if num_images else places.view(0, 1)
+    if num_images == 0:
+        # Any number of tokens an image but 0, by which places are divided below.
+        places_NV = places.view(0, 1)
+    else:
+        places_NV = places.view(num_images, -1)
     sample_N = places_NV[:, 0] // is_image_BT.shape[1]
     # Images are as long as each other, so a token's place among all of them says whose it is.
+    # Before the first image it is -1, no image's number.
     owner_BT = (is_image_BT.flatten().cumsum(0) - 1).view_as(is_image_BT) // places_NV.shape[1]
     numbers_N1 = torch.arange(num_images).to(owner_BT)[:, None]
     return sample_N, is_image_BT[sample_N] & (owner_BT[sample_N] == numbers_N1)
 
 
-def find_task_tokens(input_ids: Tensor, sample_N: Tensor, config) -> tuple[dict[str, Tensor], Tensor]:
+def find_task_tokens(input_ids: Tensor, row_N: Tensor, row_BT: Tensor, config) -> tuple[dict[str, Tensor], Tensor]:
     """Each task's columns of each image's own tokens (N, K), and which tokens are any task's (B, T): the n-th
-    occurrence of a task token belongs to the n-th image. ValueError if an image lacks one in its row."""
-    num_images = len(sample_N)
+    occurrence of a task token belongs to the n-th image. ValueError if an image lacks one in its row, where `row_N`
+    and `row_BT` are the numbers of the images' and the tokens' rows."""
+    num_images = len(row_N)
     columns = input_ids.shape[1]
+    # P = B * T places of the batch, row after row: so the n-th occurrence is the n-th image's.
     ids = torch.tensor(config.task_token_ids, device=input_ids.device, dtype=input_ids.dtype)
     is_token_KP = input_ids.flatten() == ids[:, None]
+    # (K, P) -> (K,): how often each id occurs in the batch.
     found_K = is_token_KP.sum(1)
-    fits = bool((found_K == num_images).all())
-    places_KN = is_token_KP.nonzero()[:, 1].view(len(ids), num_images) if fits else None
-    if places_KN is None or bool((places_KN // columns != sample_N).any()):
+    places_KN = None
+    if bool((found_K == num_images).all()):
+        # `nonzero` goes row by row: for each id its places, in order.
+        places_KN = is_token_KP.nonzero()[:, 1].view(len(ids), num_images)
+    # As many as images, but one row may have two and another none.
+    if places_KN is None or bool((row_BT.flatten()[places_KN] != row_N).any()):
         found = dict(zip(config.task_token_ids, found_K.tolist(), strict=True))
         what = f"Task tokens (id: how many) are {found} for {num_images} images"
         raise ValueError(f"{what}: every image needs all of them in its row, as the processor writes them.")
+    # Ids are in the order of the tasks.
     counts = {task["name"]: task["num_task_tokens"] for task in config.tasks}
     columns_NK = (places_KN % columns).T.split(list(counts.values()), dim=1)
     return dict(zip(counts, columns_NK, strict=True)), is_token_KP.any(0).view_as(input_ids)
 
 
 def group_tokens(
-    attended_BT: Tensor, is_image_BT: Tensor, is_task_BT: Tensor, sample_N: Tensor, pixels_NT: Tensor
+    attended_BT: Tensor,
+    is_image_BT: Tensor,
+    is_task_BT: Tensor,
+    sample_N: Tensor,
+    pixels_NT: Tensor,
+    is_own_NT: Tensor,
 ) -> dict[str, Tensor]:
     """What predictors can attend to for each image (N, T): words before the row's first image, the image's own tokens,
-    words after; never padding."""
-    words_NT = (attended_BT & ~is_image_BT & ~is_task_BT)[sample_N]
-    before_image_NT = (is_image_BT.cumsum(1) == 0)[sample_N]
+    words after; never padding. `is_own_NT`: which tokens of the batch's row are of the image's own row."""
+    words_NT = (attended_BT & ~is_image_BT & ~is_task_BT)[sample_N] & is_own_NT
+    before_image_NT = (is_image_BT[sample_N] & is_own_NT).cumsum(1) == 0
     return {
         "system": words_NT & before_image_NT,
         "image": pixels_NT & attended_BT[sample_N],
@@ -328,6 +406,7 @@ def group_tokens(
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Which positions (B, T) have a label as next token, and these labels."""
+    # Position t predicts token t + 1; the last one predicts none.
     next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
     supervised = next_labels != -100
     return supervised, next_labels[supervised]
@@ -338,12 +417,14 @@ def resample(
 ) -> Tensor:
     """(N, Q, E): a layer's resampler, whose queries are its own or the task's (`tables`, or its tokens' states)."""
     name = task["name"]
-    device = states_BTH.device  # the layers of a model on several devices have their own
+    # The layers of a model on several devices have their own.
+    device = states_BTH.device
     sample_N = layout.sample_N.to(device)
     queries = None
     if task["num_task_tokens"] > 0 and task["target_length"] > 1:
         queries = tables[name][None]
-    elif task["num_task_tokens"] > 0:  # a single query is the mean of the task tokens' states
+    elif task["num_task_tokens"] > 0:
+        # (N, K, H), of which the predictor takes the mean: a single query can't be tiled of several tokens.
         queries = states_BTH[sample_N[:, None], layout.task_columns_NK[name].to(device)]
     return predictor(states_BTH, queries, sample_N, layout.key_mask(task).to(device))
 
@@ -367,9 +448,13 @@ class OlaVlmModel(LlavaModel):
         self.multi_modal_projector.register_forward_pre_hook(as_tokens)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> Any:
-        if isinstance(kwargs.get("output_hidden_states"), list):  # layers of the LLM, not of the tower
+        # A list names layers of the LLM, not of the tower.
+        if isinstance(kwargs.get("output_hidden_states"), list):
             del kwargs["output_hidden_states"]
-        if self.config.vision_config.model_type == "timm_wrapper":  # takes none of the LLM's arguments
+        # Where the packed rows of the LLM begin: flash attention in the tower would take them for the images'.
+        kwargs = {name: value for name, value in kwargs.items() if name not in FlashAttentionKwargs.__annotations__}
+        # timm's towers take none of the LLM's arguments.
+        if self.config.vision_config.model_type == "timm_wrapper":
             own = ("vision_feature_layer", "vision_feature_select_strategy", "return_dict")
             kwargs = {name: value for name, value in kwargs.items() if name in own}
         if pixel_values.shape[0] > 0:
@@ -377,8 +462,8 @@ class OlaVlmModel(LlavaModel):
         # No image in the batch: a blank one, of which nothing is taken. Every rank of a training run gathers the same
         # sharded weights, whatever its rows hold, and has gradients, of zeros, for the same parameters.
         blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        features = super().get_image_features(pixel_values=blank, **kwargs).pooler_output[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalSubscript]
-        return BaseModelOutputWithPooling(pooler_output=[features[:0]])  # pyright: ignore[reportArgumentType]
+        features = super().get_image_features(pixel_values=blank, **kwargs).pooler_output[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalSubscript] (an output, no tuple)
+        return BaseModelOutputWithPooling(pooler_output=[features[:0]])  # pyright: ignore[reportArgumentType] (a list, as LLaVA's own)
 
     @can_return_tuple
     def forward(
@@ -397,18 +482,24 @@ class OlaVlmModel(LlavaModel):
             # Others' collators leave pixels out; other ranks may have some.
             side = self.config.vision_config.image_size
             pixel_values = self.multi_modal_projector.linear_1.weight.new_zeros(0, 3, side, side)
+        # Task tokens are ordinary rows: all is LLaVA's.
         if input_ids is None or (task_token_embeds is None and not freeze_task_tokens):
             return super().forward(
                 input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
             )
+
+        # Else the embeddings are made here, with task tokens' replaced.
         ids = torch.tensor(self.config.task_token_ids, device=input_ids.device)
         match_BTK = input_ids[..., None] == ids
         embeds_BTH = self.get_input_embeddings()(input_ids)
         if task_token_embeds is None:
             replacement = embeds_BTH.detach()
         else:
+            # Which of the K tokens it is; what isn't any of them takes row 0, and is left out below.
             replacement = task_token_embeds.to(embeds_BTH.dtype)[match_BTK.int().argmax(-1)]
         embeds_BTH = torch.where(match_BTK.any(-1, keepdim=True), replacement, embeds_BTH)
+
+        # LLaVA puts images among embeddings by their ids, which it doesn't get now: it is done as it does it.
         if pixel_values is not None:
             vision = {k: kwargs.pop(k, None) for k in ["vision_feature_layer", "vision_feature_select_strategy"]}
             features = torch.cat(self.get_image_features(pixel_values, return_dict=True, **vision).pooler_output)
@@ -435,32 +526,40 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     config: OlaVlmConfig
 
     def __init__(self, config: OlaVlmConfig):
+        # Not LLaVA's own, which would build a LlavaModel and a head first that are then replaced.
         LlavaPreTrainedModel.__init__(self, config)
         text = config.text_config
         self.model = OlaVlmModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.task_tokens_from_queries = self.task_tokens_frozen = False
-        predicted_tasks = config.tasks if config.has_predictors else []
-        if predicted_tasks:  # no empty containers otherwise: they would show in FSDP plans and module listings
+        # What a stage of training sets (`training.stages.apply_stage`).
+        self.task_tokens_from_queries = False
+        self.task_tokens_frozen = False
+        predicted_tasks = []
+        if config.has_predictors:
+            predicted_tasks = config.tasks
+        # No empty containers otherwise: they would show in FSDP plans and module listings.
+        if predicted_tasks:
             self.predictors = nn.ModuleDict()
             self.queries = Parameters()
             self.logit_scales = Parameters()
         for task in predicted_tasks:
             layers = {str(layer): make_predictor(task, text.hidden_size) for layer in task["layers"]}
             self.predictors[task["name"]] = nn.ModuleDict(layers)
-            self.logit_scales[task["name"]] = nn.Parameter(torch.full((1,), 2.0))  # FSDP2 can't shard a scalar
+            # FSDP2 can't shard a scalar.
+            self.logit_scales[task["name"]] = nn.Parameter(torch.full((1,), 2.0))
             if task["num_task_tokens"] > 0:
+                # A group of queries for each task token, at least one.
                 rows = max(task["target_length"], task["num_task_tokens"])
                 self.queries[task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
-        self._set_never_emitted()
+        self._suppress_token_ids()
         self.post_init()
 
-    def _set_never_emitted(self):
+    def _suppress_token_ids(self):
         """Ids that are inputs only, and the vocabulary's padding rows, which stand for no token."""
         rows = self.config.text_config.vocab_size
         padding = range(rows - self.config.vocab_padding, rows)
-        self.never_emitted = [self.config.image_token_id, *self.config.task_token_ids, *padding]
-        self.generation_config.suppress_tokens = self.never_emitted
+        self.suppressed_token_ids = [self.config.image_token_id, *self.config.task_token_ids, *padding]
+        self.generation_config.suppress_tokens = self.suppressed_token_ids
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -469,14 +568,17 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         if an image or task token's row would be lost."""
         rows = self.config.text_config.vocab_size
         ids = [self.config.image_token_id, *self.config.task_token_ids]
+        # The image's id may lie behind the table: 32,000 in LLaVA's default configuration, of 32,000 rows.
         largest_id = max([i for i in ids if i < rows], default=-1)
         if new_num_tokens is not None and new_num_tokens <= largest_id:
             needs = f"image and task tokens have ids up to {largest_id}: keep at least {largest_id + 1} rows"
             raise ValueError(f"new_num_tokens is {new_num_tokens}, but {needs}.")
-        tokens = rows - self.config.vocab_padding if new_num_tokens is None else new_num_tokens
+        tokens = new_num_tokens
+        if tokens is None:
+            tokens = rows - self.config.vocab_padding
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.vocab_padding = self.config.text_config.vocab_size - tokens
-        self._set_never_emitted()
+        self._suppress_token_ids()
         return embeddings
 
     @torch.no_grad()
@@ -507,19 +609,22 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
     ):
-        """LLaVA's, never emitting `never_emitted`, even with a generation config that came without ours."""
+        """LLaVA's, never emitting `suppressed_token_ids`, even with a generation config that came without ours."""
         if generation_config is None:
-            kwargs.setdefault("suppress_tokens", self.never_emitted)
-        elif "suppress_tokens" not in kwargs:  # transformers warns of arguments beside a generation config
+            kwargs.setdefault("suppress_tokens", self.suppressed_token_ids)
+        elif "suppress_tokens" not in kwargs:
+            # Into the config: transformers warns of arguments beside one.
             generation_config = copy.deepcopy(generation_config)
-            suppressed = {*(generation_config.suppress_tokens or []), *self.never_emitted}
+            suppressed = {*(generation_config.suppress_tokens or []), *self.suppressed_token_ids}
             generation_config.suppress_tokens = sorted(suppressed)
-        return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (GenerationMixin's, by another base)
 
     def task_token_embeddings(self, tables: Mapping[str, Tensor] | None = None) -> Tensor:
         """(all tasks' K, H): the task tokens' input embeddings, means of consecutive rows of the query tables. It is
         what the lookup gives, not what is in the vocabulary's rows: Gemma's module scales these (`lookup_scale`)."""
-        tables = self.queries() if tables is None else tables
+        if tables is None:
+            tables = self.queries()
+        # (R, H) -> (K, R / K, H) -> (K, H)
         counts = {task["name"]: task["num_task_tokens"] for task in self.config.tasks}
         return torch.cat([table.unflatten(0, (counts[name], -1)).mean(1) for name, table in tables.items()])
 
@@ -538,6 +643,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             found[name] = []
             for ids_WT in kinds:
                 is_token_WT1 = (ids_WT >= 0)[..., None]
+                # -1 can't be looked up: it takes token 0, which the sum then leaves out.
                 embeds_WTH = self.get_input_embeddings()(ids_WT.clamp(min=0)).float()
                 found[name].append((embeds_WTH * is_token_WT1).sum(1) / is_token_WT1.sum(1))
         return found
@@ -549,7 +655,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         `task_token_embeddings`: into the model's, or into those of a whole `state_dict` of it, which sharded training
         gathers to save it. KeyError if that lacks the vocabulary or a query table.
         """
-        has_tables = getattr(self.config, "has_predictors", True)  # an attached model always does
+        # The configuration of an attached model doesn't say: it always has some.
+        has_tables = getattr(self.config, "has_predictors", True)
         if not self.config.task_token_ids or not has_tables:
             return
         table = cast(Tensor, self.get_input_embeddings().weight)
@@ -610,22 +717,30 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         graph. With tasks, `labels` that are image or task tokens, which are never emitted, count as -100 (ignored).
         `supervised_logits_only=True` needs `labels`: the same loss, but `logits` (S, vocabulary) of those S
         positions only whose next token has a label: most of a caption's positions are the image's, and the head is
-        the widest layer. `word_ids`: with predictions, `word_embeddings` of these.
+        the widest layer. `word_ids`: with predictions, `word_embeddings` of these. Without an `attention_mask`,
+        `position_ids` (B, T) that begin anew within a row say that several rows of data are packed into it: each is
+        computed as if it were alone, predictions included.
         """
+        # What is asked for.
         wanted = kwargs.pop("output_hidden_states", None)
-        wanted = self.config.output_hidden_states if wanted is None else wanted
+        if wanted is None:
+            wanted = self.config.output_hidden_states
         output_predictions = output_predictions and len(self.config.tasks) > 0 and self.config.has_predictors
         if output_predictions and input_ids is None:
             raise ValueError("output_predictions=True finds images by token id: pass input_ids, not inputs_embeds.")
         if supervised_logits_only:
             if labels is None:
                 raise ValueError("supervised_logits_only=True leaves no logits without labels: pass labels.")
-            logits_to_keep = torch.empty(0, dtype=torch.long)  # none of LLaVA's: they are made below
+            # None of LLaVA's: they are made below.
+            logits_to_keep = torch.empty(0, dtype=torch.long)
         kept = self._hidden_states_to_keep(wanted, output_predictions, supervised_logits_only)
         if kept:
             kwargs["output_hidden_states"] = kept
         if self.training:
-            kwargs.setdefault("use_cache", False)  # keys and values of all layers, which no training reads
+            # A cache would hold keys and values of all layers, which no training reads.
+            kwargs.setdefault("use_cache", False)
+
+        # LLaVA's own pass, without labels: its loss takes tokens that are never emitted for candidates.
         outputs = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -637,12 +752,16 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             logits_to_keep=logits_to_keep,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
-            return_dict=True,  # pyright: ignore[reportCallIssue]
+            return_dict=True,  # pyright: ignore[reportCallIssue] (its decorator takes it)
             **self._task_token_inputs(),
             **kwargs,
         )
+        # Those that only predictors and head read are no output.
         states = outputs.hidden_states
-        outputs["hidden_states"] = states if wanted else None
+        if not wanted:
+            outputs["hidden_states"] = None
+
+        # The loss of the next tokens.
         if labels is not None:
             labels = self._without_inputs_only(labels)
             if supervised_logits_only:
@@ -650,11 +769,16 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
                 last = self.config.text_config.num_hidden_layers
                 outputs["logits"] = self.lm_head(states[last][supervised_BT])
             outputs["loss"] = self._next_token_loss(outputs.logits, labels, **kwargs)
+
+        # What is predicted of each image's embeddings.
         distilled = {}
         if output_predictions:
-            num_images = 0 if pixel_values is None else pixel_values.shape[0]
-            assert input_ids is not None  # checked above
-            layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config)
+            num_images = 0
+            if pixel_values is not None:
+                num_images = pixel_values.shape[0]
+            assert input_ids is not None
+            packed_BT = packed_rows(attention_mask, position_ids)
+            layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config, packed_BT)
             distilled = self.distill(states, layout, word_ids)
         return OlaVlmCausalLMOutputWithPast(**outputs, **distilled)
 
@@ -663,7 +787,10 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     ) -> bool | int | list[int] | None:
         """`output_hidden_states`: what the caller wants, and what predictors and head read; as few as can be."""
         if wanted:
-            return True if output_predictions or supervised_logits_only else wanted
+            # True: all of them, with ours among them.
+            if output_predictions or supervised_logits_only:
+                return True
+            return wanted
         layers = set()
         if output_predictions:
             for task in self.config.tasks:
@@ -686,13 +813,14 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         """With tasks: labels, which may be a copy of `input_ids`, without image and task tokens."""
         if not self.config.tasks:
             return labels
-        inputs_only = self.never_emitted[: len(self.never_emitted) - self.config.vocab_padding]
+        # `_suppress_token_ids` puts padding rows last. Counted from the front, as [:-0] would leave nothing.
+        inputs_only = self.suppressed_token_ids[: len(self.suppressed_token_ids) - self.config.vocab_padding]
         return labels.masked_fill(torch.isin(labels, torch.tensor(inputs_only, device=labels.device)), -100)
 
     def _next_token_loss(self, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
         if self.config.tasks:
             # Tokens that are never emitted are no candidates: their rows in the head neither learn nor disturb.
-            never = torch.tensor(self.never_emitted, device=logits.device)
+            never = torch.tensor(self.suppressed_token_ids, device=logits.device)
             logits = logits.index_fill(-1, never, torch.finfo(logits.dtype).min)
         vocab_size = self.config.text_config.vocab_size
         return self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)

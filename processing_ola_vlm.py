@@ -14,9 +14,11 @@ def added_ids(tokenizer, before: dict[str, int]) -> list[int]:
     """
     owners = {token_id: token for token, token_id in before.items()}
     ids = []
+    # A vocabulary's own order is not that of its ids.
     for token, token_id in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)):
         if token in before:
             continue
+        # A new token that took another one's id would share its embedding.
         if token_id in owners:
             holes = f"{len(before)} tokens with ids up to {max(owners)}"
             what = f"the tokenizer, of {holes}, gives {token} the id {token_id} of {owners[token_id]!r}"
@@ -47,7 +49,11 @@ class OlaVlmProcessor(LlavaProcessor):
         **kwargs,
     ):
         assert tokenizer is not None
+        for name, tokens in [("image_token", [image_token]), ("task_tokens", task_tokens or [])]:
+            if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, str) for token in tokens):
+                raise ValueError(f"{name} is {tokens!r}: give the names of tokens.")
         self.task_tokens = list(task_tokens or [])
+        # Said here: `convert_tokens_to_ids` would give the unknown token's id, or None.
         missing = [token for token in [image_token, *self.task_tokens] if token not in tokenizer.get_vocab()]
         if missing:
             raise ValueError(f"The tokenizer lacks {missing}: add them as special tokens, as build_ola_vlm does.")
@@ -66,6 +72,7 @@ class OlaVlmProcessor(LlavaProcessor):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """ProcessorMixin's. The class is at hand, so nobody is asked whether to run the folder's own code."""
         kwargs.setdefault("trust_remote_code", False)
+        # With the flag the library is left to itself, as with any other processor.
         if not kwargs["trust_remote_code"]:
             fields, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
             # AutoTokenizer doesn't know our model type and would try config.json by an empty class, with a warning.
@@ -80,6 +87,7 @@ class OlaVlmProcessor(LlavaProcessor):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that stands for one image: its placeholders, then the task tokens."""
+        # Behind the placeholders, so that under the causal mask task tokens attend to the image.
         return super().replace_image_token(image_inputs, image_idx, **kwargs) + "".join(self.task_tokens)
 
 

@@ -21,8 +21,10 @@ from .configuration_multi_encoder import MultiEncoderLlavaConfig
 from .modeling_multi_encoder import MultiEncoderLlavaForConditionalGeneration
 from .processing_multi_encoder import MultiEncoderLlavaProcessor
 
+# Fields of an OLA-VLM's configuration that the baseline's hasn't, or has values of its own for.
 OURS = {"model_type", "tasks", "task_token_ids", "has_predictors", "auto_map", "architectures", "transformers_version"}
-VIEW_FIELDS = ("do_pad", "do_center_crop", "size", "image_mean", "image_std")  # of an encoder's preprocessing
+# What the baseline keeps of an encoder's preprocessing.
+VIEW_FIELDS = ("do_pad", "do_center_crop", "size", "image_mean", "image_std")
 FIRST_LAYER = "model.multi_modal_projector.linear_1.weight"
 
 
@@ -46,8 +48,10 @@ def load_encoders(entries: dict[str, dict], length: int) -> dict[str, TargetEnco
         options = current_names(entry)
         kind = options.pop("encoder", None)
         path = options.pop("path", None)
+        # `check_run` says the same before; a program may come here without it.
         if kind not in ENCODERS or path is None:
             raise ValueError(f"teachers[{name!r}] is {entry}: give its path, and as encoder one of {list(ENCODERS)}")
+        # At the base grid's resolution, so that positions of all encoders are the same places of the image.
         encoders[name] = ENCODERS[kind].from_pretrained(path, grid=round(length**0.5), **options)
     return encoders
 
@@ -56,10 +60,13 @@ def trunk(encoder: TargetEncoder) -> tuple[PreTrainedModel, str]:
     """The part of a teacher that its features are computed with, and which of its outputs they are."""
     match encoder:
         case ClipImageEncoder():
+            # One embedding of the whole image.
             return encoder.model, "embedding"
         case DepthAnythingEncoder():
+            # Without the head that estimates depth.
             return cast(PreTrainedModel, encoder.model.backbone), encoder.view["features"]
         case OneFormerEncoder():
+            # The backbone alone: OneFormer's decoders make masks, which nobody asks for here.
             return encoder.model.model.pixel_level_module.encoder, "last"
     raise ValueError(f"{encoder.name} can't be a part of the model: take clip_image, depth_anything or oneformer")
 
@@ -68,6 +75,7 @@ def encoder_fields(name: str, encoder: TargetEncoder) -> dict:
     """An entry of `config.encoders`."""
     model, features = trunk(encoder)
     config = {}
+    # Only what differs from the library's defaults: it travels in config.json and makes the same model again.
     for field, value in model.config.to_diff_dict().items():
         if field not in OURS and field != "dtype":
             config[field] = value
@@ -98,10 +106,13 @@ def build_multi_encoder(
     """
     if llava.config.tasks or not encoders:
         raise ValueError("the multi-encoder baseline takes a LLaVA without tasks and at least one encoder (teachers)")
+    # The configuration: LLaVA's, and an entry for each encoder.
     fields = {name: value for name, value in llava.config.to_dict().items() if name not in OURS}
     parts = [encoder_fields(name, encoder) for name, encoder in encoders.items()]
     config = MultiEncoderLlavaConfig(**fields, fusion=fusion, encoders=parts, num_encoder_tokens=num_tokens)
+    # The weights: LLaVA's, and the encoders'.
     weights = llava.state_dict()
+    # A tied head is the input table under another name.
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     # The first layer gets columns for the encoders' channels: it is made anew, and LLaVA's columns are put into it.
@@ -114,6 +125,7 @@ def build_multi_encoder(
     model = assemble(MultiEncoderLlavaForConditionalGeneration, config, weights, new, llava.dtype)
     if base is not None:
         model.state_dict()[FIRST_LAYER][:, : base.shape[1]] = base
+    # How it writes and what it sees: LLaVA's settings of generation, and each encoder's own preprocessing.
     model.generation_config = llava.generation_config
     views = []
     for encoder in encoders.values():

@@ -43,11 +43,12 @@ class MultiEncoderLlavaConfig(LlavaConfig):
     task_token_ids: ClassVar[tuple] = ()
 
     fusion: str = "feature"
-    encoders: list | None = None  # pyright: ignore[reportRedeclaration]
+    encoders: list | None = None  # pyright: ignore[reportRedeclaration] (the field, typed below as it is read)
     num_encoder_tokens: int = 8
     vocab_padding: int = 0
 
-    if TYPE_CHECKING:  # what `__post_init__` leaves: configurations and a list, never dicts or None
+    # What `__post_init__` leaves: configurations and a list, never dicts or None.
+    if TYPE_CHECKING:
         text_config: Any = None
         vision_config: Any = None
         encoders: Any = None
@@ -57,6 +58,7 @@ class MultiEncoderLlavaConfig(LlavaConfig):
         self.encoders = list(self.encoders or [])
         _check(self.fusion in FUSIONS, "fusion", self.fusion, f"choose one of {FUSIONS}")
         _check(self.num_encoder_tokens > 0, "num_encoder_tokens", self.num_encoder_tokens, "give at least 1")
+        # Encoders' feature maps are resized to the base grid, which therefore has to be a square.
         grid = round(self.image_seq_length**0.5)
         _check(grid**2 == self.image_seq_length, "image_seq_length", self.image_seq_length, "give a square grid's")
         fields = {"name", "config", "size", "features", "dim"}
@@ -73,6 +75,7 @@ class MultiEncoderLlavaConfig(LlavaConfig):
     @property
     def num_image_tokens(self) -> int:
         """Of an image in the LLM."""
+        # "feature" widens tokens and adds none.
         appended = len(self.encoders) * self.num_encoder_tokens if self.fusion == "token" else 0
         return self.image_seq_length + appended
 

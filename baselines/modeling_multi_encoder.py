@@ -38,7 +38,7 @@ from .configuration_multi_encoder import MultiEncoderLlavaConfig
 
 # Custom code gets no checkpoint key conversion of its own.
 for ours, theirs in {"multi_encoder_llava": "llava", "MultiEncoderLlavaModel": "LlavaModel"}.items():
-    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)  # pyright: ignore[reportArgumentType]
+    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)  # pyright: ignore[reportArgumentType] (LLaVA's is there)
 
 
 class FrozenEncoder(nn.Module):
@@ -47,16 +47,19 @@ class FrozenEncoder(nn.Module):
     def __init__(self, fields: dict, grid: int):
         """`fields`: an entry of `config.encoders`; `grid`: side of the base grid."""
         super().__init__()
-        self.features, self.dim, self.grid = fields["features"], fields["dim"], grid
-        config, embeds = AutoConfig.for_model(**fields["config"]), self.features == "embedding"
-        self.model = (
-            CLIPVisionModelWithProjection(config)  # pyright: ignore[reportArgumentType]
-            if embeds
-            else AutoBackbone.from_config(config, trust_remote_code=False)
-        )
+        self.features = fields["features"]
+        self.dim = fields["dim"]
+        self.grid = grid
+        config = AutoConfig.for_model(**fields["config"])
+        # The class that has the projection to the embedding; a backbone gives feature maps alone.
+        if self.features == "embedding":
+            self.model = CLIPVisionModelWithProjection(config)  # pyright: ignore[reportArgumentType] (a CLIP's)
+        else:
+            self.model = AutoBackbone.from_config(config, trust_remote_code=False)
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        return super().train(False)  # some drop paths at random in training
+        # Some drop paths at random in training.
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixels_N3SS: Tensor) -> Tensor:
@@ -65,9 +68,13 @@ class FrozenEncoder(nn.Module):
         if self.features == "embedding":
             return self.model(pixels).image_embeds[:, None]
         maps = self.model(pixels).feature_maps
-        chosen = torch.stack(maps).mean(0) if self.features == "mean" else maps[-1]
+        chosen = maps[-1]
+        if self.features == "mean":
+            chosen = torch.stack(maps).mean(0)
+        # (N, Q + 1, E) of a ViT that keeps tokens, or maps (N, E, h, w).
         if chosen.ndim == 3:
-            return chosen[:, 1:]  # without the class token
+            # Without the class token.
+            return chosen[:, 1:]
         resized = F.interpolate(chosen, size=self.grid, mode="bilinear", align_corners=False)
         return resized.flatten(2).transpose(1, 2)
 
@@ -95,6 +102,7 @@ class MultiEncoderLlavaModel(LlavaModel):
         grid = math.isqrt(config.image_seq_length)
         self.encoders = nn.ModuleDict({fields["name"]: FrozenEncoder(fields, grid) for fields in config.encoders})
         widths = {fields["name"]: fields["dim"] for fields in config.encoders}
+        # The width of the base features as LLaVA's projector takes them: of several layers, their widths in sum.
         self.base_dim = self.multi_modal_projector.linear_1.in_features
         if config.fusion == "feature":
             self.multi_modal_projector = make_projector(config, self.base_dim + sum(widths.values()))
@@ -106,6 +114,7 @@ class MultiEncoderLlavaModel(LlavaModel):
     def views(self, pixel_values: Tensor) -> list[Tensor]:
         """(N, 3, S, S) for the base encoder and each of the others. ValueError if the pixels aren't theirs."""
         sizes = [self.config.vision_config.image_size, *(encoder["size"] for encoder in self.config.encoders)]
+        # Views of different sizes can't be stacked, so each is a piece of an image's row.
         lengths = [3 * size * size for size in sizes]
         if pixel_values.ndim != 2 or pixel_values.shape[1] != sum(lengths):
             expected = f"the views of encoders that see {sizes} pixels a side are (N, {sum(lengths)})"
@@ -129,24 +138,36 @@ class MultiEncoderLlavaModel(LlavaModel):
             # A blank one, of which nothing is taken: every rank of a training run gathers the same sharded weights,
             # whatever its rows hold, and has gradients, of zeros, for the same parameters.
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+
+        # What each encoder sees: the base encoder V patches, C channels; the others (N, Q, E) each.
         base, *views = self.views(pixel_values)
-        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-        assert layers is not None  # the configuration's by default
+        layers = vision_feature_layer
+        if isinstance(layers, int):
+            layers = [layers]
+        # By default they are the configuration's.
+        assert layers is not None
         outputs = self.vision_tower(base, output_hidden_states=layers, return_dict=True)
-        first = 1 if vision_feature_select_strategy == "default" else 0  # without the class token
+        # Without the class token.
+        first = 0
+        if vision_feature_select_strategy == "default":
+            first = 1
         features_NVC = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
         others = {name: self.encoders[name](view) for name, view in zip(self.encoders, views, strict=True)}
+
+        # Side by side in each token, or one after the other in the sequence.
         if self.config.fusion == "feature":
             repeated = [other_NQE.expand(-1, features_NVC.shape[1], -1) for other_NQE in others.values()]
             tokens_NTH = self.multi_modal_projector(torch.cat([features_NVC, *repeated], dim=-1))
         else:
+            # (N, V, H), and behind it (N, num_encoder_tokens, H) of each encoder.
             tokens = [self.multi_modal_projector(features_NVC)]
-            for name, other_NQE in others.items():  # pooling also repeats a single embedding
+            # Pooling also repeats a single embedding.
+            for name, other_NQE in others.items():
                 pooled = F.adaptive_avg_pool1d(other_NQE.transpose(1, 2), self.config.num_encoder_tokens)
                 tokens.append(self.encoder_projectors[name](pooled.transpose(1, 2)))
             tokens_NTH = torch.cat(tokens, dim=1)
         if num_images == 0:
-            return BaseModelOutputWithPooling(pooler_output=[tokens_NTH[:0]])  # pyright: ignore[reportArgumentType]
+            return BaseModelOutputWithPooling(pooler_output=[tokens_NTH[:0]])  # pyright: ignore[reportArgumentType] (a list, as LLaVA's own)
         outputs.pooler_output = list(tokens_NTH)
         return outputs
 
@@ -159,12 +180,13 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
     config: MultiEncoderLlavaConfig
 
     def __init__(self, config: MultiEncoderLlavaConfig):
+        # Not LLaVA's own, which would build a backbone first that is then replaced.
         LlavaPreTrainedModel.__init__(self, config)
         self.model = MultiEncoderLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         rows = config.text_config.vocab_size
-        self.never_emitted = [config.image_token_id, *range(rows - config.vocab_padding, rows)]
-        self.generation_config.suppress_tokens = self.never_emitted
+        self.suppressed_token_ids = [config.image_token_id, *range(rows - config.vocab_padding, rows)]
+        self.generation_config.suppress_tokens = self.suppressed_token_ids
         self.post_init()
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
@@ -187,29 +209,38 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
     ) -> LlavaCausalLMOutputWithPast:
         """LLaVA's forward. `supervised_logits_only=True`, as OLA-VLM's, needs `labels`: the same loss, but `logits`
         (S, vocabulary) of those S positions only whose next token has a label."""
-        kwargs |= {"input_ids": input_ids, "pixel_values": pixel_values, "inputs_embeds": inputs_embeds}
-        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs.update(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+        )
         if not supervised_logits_only:
-            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)  # pyright: ignore[reportReturnType]
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)  # pyright: ignore[reportReturnType] (no tuple: return_dict is not given)
         if labels is None:
             raise ValueError("supervised_logits_only=True leaves no logits without labels: pass labels.")
+        # Position t predicts token t + 1; the last one predicts none.
         states = self.model(**kwargs).last_hidden_state
         next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-        logits = self.lm_head(states[next_labels != -100])
-        kwargs |= {"vocab_size": self.config.text_config.vocab_size, "shift_labels": next_labels[next_labels != -100]}
-        return LlavaCausalLMOutputWithPast(loss=self.loss_function(logits, labels, **kwargs), logits=logits)
+        has_label = next_labels != -100
+        logits = self.lm_head(states[has_label])
+        kwargs.update(vocab_size=self.config.text_config.vocab_size, shift_labels=next_labels[has_label])
+        loss = self.loss_function(logits, labels, **kwargs)
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits)
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
     ):
-        """LLaVA's, never emitting `never_emitted`, even with a generation config that came without ours."""
+        """LLaVA's, never emitting `suppressed_token_ids`, even with a generation config that came without ours."""
         if generation_config is None:
-            kwargs.setdefault("suppress_tokens", self.never_emitted)
-        elif "suppress_tokens" not in kwargs:  # transformers warns of arguments beside a generation config
+            kwargs.setdefault("suppress_tokens", self.suppressed_token_ids)
+        elif "suppress_tokens" not in kwargs:
+            # As an argument beside a generation config, transformers would warn of it.
             generation_config = copy.deepcopy(generation_config)
-            suppressed = {*(generation_config.suppress_tokens or []), *self.never_emitted}
+            suppressed = {*(generation_config.suppress_tokens or []), *self.suppressed_token_ids}
             generation_config.suppress_tokens = sorted(suppressed)
-        return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (GenerationMixin's, by another base)
 
 
 MultiEncoderLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -23,7 +23,9 @@ class MultiEncoderLlavaProcessor(LlavaProcessor):
         views=None,
         **kwargs,
     ):
-        self.num_image_tokens, self.views = num_image_tokens, list(views or [])
+        self.num_image_tokens = num_image_tokens
+        self.views = list(views or [])
+        # Made anew from `views`, plain dicts, which a processor can save.
         self._processors = [LlavaImageProcessor(**view) for view in self.views]
         super().__init__(image_processor, tokenizer, chat_template=chat_template, image_token=image_token, **kwargs)
 
@@ -39,15 +41,17 @@ class MultiEncoderLlavaProcessor(LlavaProcessor):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _process_images(self, images, **kwargs):
+        # Views are joined below, so they have to be tensors, whatever the caller asks for.
         kwargs["return_tensors"] = "pt"
         processed, replacements = super()._process_images(images, **kwargs)
+        # (N, 3, S, S) each -> (N, sum of 3 * S * S), the base encoder's first.
         views = [processed, *(processor(images, **kwargs) for processor in self._processors)]
         processed["pixel_values"] = torch.cat([view["pixel_values"].flatten(1) for view in views], dim=1)
         return processed, replacements
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that stands for one image."""
-        return self.image_token * self.num_image_tokens  # pyright: ignore[reportOperatorIssue]
+        return self.image_token * self.num_image_tokens  # pyright: ignore[reportOperatorIssue] (a number when images are processed)
 
 
 MultiEncoderLlavaProcessor.register_for_auto_class()

@@ -28,6 +28,7 @@ KINDS = {
 
 @dataclass
 class Density:
+    # A file's counts, or the sums over several files'.
     code_lines: int = 0
     characters: int = 0
     comment_lines: int = 0
@@ -45,6 +46,7 @@ class Density:
         """The table's numbers: `KINDS` per 1,000 code lines, comments in %, characters a line, length of functions."""
         lines = max(self.code_lines, 1)
         lengths = sorted(self.function_lengths) or [0]
+        # Nine of ten functions are at most that long.
         percentile = lengths[int(0.9 * (len(lengths) - 1))]
         rates = [round(1000 * self.packings[kind] / lines, 1) for kind in KINDS]
         comments = round(100 * self.comment_lines / lines, 1)
@@ -56,10 +58,13 @@ def packing(node: ast.AST) -> str | None:
     """What kind of packing a node is."""
     match node:
         case ast.BinOp(op=ast.BitOr(), left=left, right=right):
+            # `|` also joins sets and types (`int | None`): a merge is known by a literal dict beside it.
             is_merge = isinstance(left, (ast.Dict, ast.DictComp)) or isinstance(right, (ast.Dict, ast.DictComp))
             return "merges" if is_merge else None
+        # `x |= {...}`; of a call the type isn't known, it counts as a dict.
         case ast.AugAssign(op=ast.BitOr(), value=ast.Dict() | ast.DictComp() | ast.Call() | ast.GeneratorExp()):
             return "merges"
+        # A tuple on both sides; unpacking one value, `a, b = f()`, is one step.
         case ast.Assign(targets=[ast.Tuple(), *_], value=ast.Tuple()):
             return "tuples"
         case ast.IfExp():
@@ -76,12 +81,14 @@ def is_nested(comprehension: ast.AST) -> bool:
     if len(comprehension.generators) > 1:
         return True
     inner = [node for node in ast.walk(comprehension) if isinstance(node, COMPREHENSIONS)]
-    return len(inner) > 1  # the first one is itself
+    # The first one is itself.
+    return len(inner) > 1
 
 
 def measure(file: Path) -> Density:
     text = file.read_text(encoding="utf-8")
     density = Density()
+    # By lines: comments aren't in the syntax tree.
     for line in text.splitlines():
         stripped = line.strip()
         if stripped.startswith("#"):
@@ -89,11 +96,13 @@ def measure(file: Path) -> Density:
         elif stripped:
             density.code_lines += 1
             density.characters += len(line)
+    # By nodes: a packing may span lines, and a text may look like one.
     for node in ast.walk(ast.parse(text)):
         kind = packing(node)
         if kind is not None:
             density.packings[kind] += 1
         if isinstance(node, ast.Call):
+            # `f(*args)` hides which parameter gets what; `**options` names them.
             density.packings["splats"] += sum(isinstance(argument, ast.Starred) for argument in node.args)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             density.function_lengths.append(node.end_lineno - node.lineno + 1)
@@ -101,6 +110,7 @@ def measure(file: Path) -> Density:
 
 
 def product_files() -> list[Path]:
+    # Of git, so that the environment, caches and what a run wrote don't count.
     listed = subprocess.run(
         ["git", "ls-files", "*.py"],
         cwd=ROOT,
@@ -108,6 +118,7 @@ def product_files() -> list[Path]:
         text=True,
         check=True,
     )
+    # miniature/weights/ has copies of the hub files: they would count for each checkpoint.
     names = [name for name in listed.stdout.splitlines() if not name.startswith(("tests/", "miniature/weights/"))]
     return [ROOT / name for name in names]
 

@@ -25,6 +25,7 @@ def command(folder: Path, name: str, steps: int) -> list[str]:
     fields = {
         "data": folder / "data" / "pretrain.json", "image_folder": folder / "data" / "images", "max_steps": steps,
         "output_dir": folder / name, "target_cache": folder / f"{name}_targets", "per_device_train_batch_size": 8,
+        # Checkpoints come often, so that a random moment hits one being written.
         "save_steps": 2, "save_total_limit": 2, "resume_from_checkpoint": "true", "disable_tqdm": "true",
     }  # fmt: skip
     options = (f"--{field}={value}" for field, value in fields.items())
@@ -32,6 +33,7 @@ def command(folder: Path, name: str, steps: int) -> list[str]:
 
 
 def checkpoints(run: Path) -> set[str]:
+    # Complete ones, and one that is being written or was when the run was killed.
     return {path.name for path in run.glob("checkpoint-*")}
 
 
@@ -47,28 +49,45 @@ def main() -> None:
         write_world(folder / "data", SHRUNK["sizes"], SHRUNK["questions"])
         options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-        start, whole = time.time(), subprocess.Popen(command(folder, "whole", args.steps), **options)
+        start = time.time()
+        # The run to compare with; it also shows how long a start takes.
+        whole = subprocess.Popen(command(folder, "whole", args.steps), **options)
         while whole.poll() is None and not checkpoints(folder / "whole"):
             time.sleep(0.1)
-        first = time.time() - start  # loading, and two steps
+        # Seconds of loading, of computing targets and of two steps: until then there is nothing to resume from.
+        first = time.time() - start
         if whole.wait():
             raise SystemExit("the undisturbed run failed")
-        run, torn = folder / "killed", 0
+        run = folder / "killed"
+        torn = 0
         for kill in tqdm(range(args.kills), desc="kills"):
-            process, before = subprocess.Popen(command(folder, "killed", args.steps), **options), checkpoints(run)
-            seen, while_saving, until = set(before), kill % 2 == 1, time.time() + rng.uniform(0, 1.5 * first)
-            number = len(seen) + rng.randint(1, 3)  # of the checkpoint that it dies with
-            while process.poll() is None and (len(seen) < number if while_saving else time.time() < until):
+            process = subprocess.Popen(command(folder, "killed", args.steps), **options)
+            before = checkpoints(run)
+            # Grows only, while the run deletes old checkpoints (`save_total_limit`).
+            seen = set(before)
+            # Every other kill waits for a checkpoint to appear, the others for a random time.
+            while_saving = kill % 2 == 1
+            until = time.time() + rng.uniform(0, 1.5 * first)
+            # Of the checkpoint that it dies with.
+            number = len(seen) + rng.randint(1, 3)
+            while process.poll() is None:
+                is_time = len(seen) >= number if while_saving else time.time() >= until
+                if is_time:
+                    break
+                # Looked at often: a small model's checkpoint is soon written.
                 time.sleep(0.001)
-                seen |= checkpoints(run)
+                seen.update(checkpoints(run))
             if while_saving:
-                time.sleep(rng.uniform(0, 0.1))  # at its beginning, in the middle or just after it
+                # At its beginning, in the middle or just after it.
+                time.sleep(rng.uniform(0, 0.1))
             if process.poll() is not None:
                 raise SystemExit(f"the run ended by itself after {kill} kills: give more --steps")
             process.kill()
             process.wait()
+            # trainer_state.json is written last: a checkpoint that lacks it was cut short, and isn't resumed from.
             whole = {state.parent.name for state in run.glob("checkpoint-*/trainer_state.json")}
             torn += bool(checkpoints(run) - before - whole)
+        # At last undisturbed, to its end.
         subprocess.run(command(folder, "killed", args.steps), check=True, **options)
         expected, found = (load_file(folder / name / "model.safetensors") for name in ("whole", "killed"))
         different = [name for name, value in expected.items() if not value.equal(found[name])]

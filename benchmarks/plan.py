@@ -8,6 +8,7 @@ needed.
 
 import argparse
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -34,18 +35,28 @@ from ola_vlm.targets.cache import BLOCK
 from ola_vlm.training.losses import embedding_loss
 from ola_vlm.training.stages import apply_stage
 
-LLAMA3 = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-LLAMA3 |= {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
+# Meta-Llama-3-8B and CLIP-ViT-L, as their configurations on the Hub say.
+LLAMA3 = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-# Attention on a CPU has no formula in torch.
+# torch's counter knows attention on GPUs only, and fake tensors are on the CPU: it gets the same formulas.
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
         *shapes[:4]
     ),
 }
+# A number's size in the cache; int8 has a scale in bf16 for each block of channels.
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / BLOCK}
-MAX_LENGTH = 2048  # of the recipes: what is planned for is a batch of rows that are that long
+# Of the recipes: what is planned for is a batch of rows that are that long.
+MAX_LENGTH = 2048
 GPU_BYTES = 80e9
 STRATEGIES = ("DDP", "FSDP2", "ZeRO-2", "ZeRO-3")
 # DeepSpeed's defaults, in numbers: `reduce_bucket_size` and `allgather_bucket_size`, `stage3_max_live_parameters`.
@@ -64,10 +75,12 @@ class Sizes(NamedTuple):
 
 
 def student_config(llm: dict, tower: dict, tasks: list[dict], patch_size: int = 14, grid: int = 24) -> OlaVlmConfig:
+    # 24 x 24 patches of 14 pixels: 336 pixels a side, 576 image tokens.
     vision = CLIPVisionConfig(**tower, image_size=grid * patch_size, patch_size=patch_size)
     tokens = sum(task.get("num_task_tokens", 8) for task in tasks)
-    llm = llm | {"vocab_size": llm["vocab_size"] + 64}  # <image> and task tokens, in a multiple of 64
-    first = llm["vocab_size"] - 64
+    first = llm["vocab_size"]
+    # <image> and task tokens, in a multiple of 64.
+    llm = {**llm, "vocab_size": first + 64}
     return OlaVlmConfig(
         text_config=LlamaConfig(**llm), vision_config=vision, image_token_index=first, image_seq_length=grid**2,
         tasks=tasks, task_token_ids=list(range(first + 1, first + 1 + tokens)), tie_word_embeddings=False,
@@ -77,9 +90,11 @@ def student_config(llm: dict, tower: dict, tasks: list[dict], patch_size: int = 
 def count(run: Callable[[], None], left_out: Iterable[Tensor] = ()) -> tuple[float, float]:
     """FLOPs of `run`, and bytes that autograd keeps in it for the backward pass; without those of `left_out` (weights)
     and of their views: what a linear layer keeps is its weight's transpose."""
+    # Storages by address: several tensors may be views of one. Keeping it keeps its address from being used again.
     kept = {}
     known = {tensor.untyped_storage()._cdata for tensor in left_out}
 
+    # Called for every tensor that autograd saves; it is saved as it is.
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
@@ -98,6 +113,7 @@ def sizes_of(model: OlaVlmForConditionalGeneration) -> Sizes:
     def numbers(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
+    # What FSDP2 shards and gathers as a unit; the rest, such as embeddings and head, is the root.
     blocks = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]
     blocks += [module for module in model.modules() if isinstance(module, EmbeddingPredictor)]
     by_block = list(map(numbers, blocks))
@@ -127,11 +143,14 @@ def count_step(
     Returns: "flops"; "kept", bytes kept for the backward pass, without weights and columns; "columns", bytes of the
     contrastive columns and of the fp32 copy of one task's that a loss makes for a moment; "sizes".
     """
+    # The whole step's rows; by default this GPU's alone.
     batch = batch or rows
     with FakeTensorMode():
         model = OlaVlmForConditionalGeneration._from_config(config, dtype=dtype)
+        # Decides what trains, and whether this stage has embedding losses at all.
         has_losses = apply_stage(model, stage).embedding_losses
         tasks = config.tasks if has_losses else []
+        # As the trainer upcasts what trains, for mixed precision; autocast then casts it in each product.
         if not is_sharded:
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -142,22 +161,30 @@ def count_step(
         tokens = config.image_seq_length + len(config.task_token_ids) + words
         side = config.vision_config.image_size
         shapes = {task["name"]: (task["target_length"], task["target_dim"]) for task in tasks}
+        # Task -> the targets of the whole step, with which the contrastive term compares each prediction.
         columns = {name: torch.empty(batch, *shape, dtype=dtype) for name, shape in shapes.items()}
 
         def forward() -> Tensor:
             pixels = torch.empty(rows, 3, side, side, dtype=dtype)
+            # The model's forward by hand: with fake tensors it can't look for image tokens among the ids.
+            # The tower and the projector: (rows, 576, H).
             features = torch.cat(model.model.get_image_features(pixels).pooler_output)
             features = features.view(rows, config.image_seq_length, -1)
+            # Task tokens and words are looked up alike; where in the row the image stands makes no difference.
             ids = torch.zeros(rows, tokens - config.image_seq_length, dtype=torch.long)
             embeds = model.get_input_embeddings()(ids)
             embeds = torch.cat([features.to(embeds.dtype), embeds], 1)
-            layers = sorted({layer for task in tasks for layer in task["layers"]})
-            mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # else values would be looked at
+            # Layers that some predictor reads, each once.
+            layers = sorted(set(chain.from_iterable(task["layers"] for task in tasks)))
+            # Given, as transformers would look at a mask's values to make one, and fake tensors have none.
+            mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
             options = {"output_hidden_states": layers or None, "attention_mask": mask, "use_cache": False}
             states = model.model.language_model(inputs_embeds=embeds, **options)
+            # Only supervised positions get logits, as in the trainer: (rows * supervised, vocabulary).
             logits = model.lm_head(states.last_hidden_state[:, :supervised].flatten(0, 1))
             labels = torch.zeros(len(logits), dtype=torch.long)
             total = F.cross_entropy(logits.float(), labels)
+            # Predictors look at all tokens of the row: an upper bound, as `attends_to` may leave some out.
             everything = torch.ones(rows, tokens, dtype=torch.bool)
             for task in tasks:
                 name = task["name"]
@@ -165,6 +192,7 @@ def count_step(
                 for layer in task["layers"]:
                     state = states.hidden_states[layer]
                     queries = None
+                    # As the model: query tables for a grid, the layer's own task tokens for one embedding.
                     if task["num_task_tokens"] > 0 and task["target_length"] > 1:
                         queries = model.queries[name][None]
                     elif task["num_task_tokens"] > 0:
@@ -172,16 +200,19 @@ def count_step(
                     predictor = model.predictors[name][str(layer)]
                     predicted = predictor(state, queries, torch.arange(rows), everything)
                     scale = model.logit_scales[name][0]
+                    # 0.3 is the paper's weight of the contrastive term.
                     total = total + embedding_loss(predicted, targets, scale, 0.3, columns[name]).total
             return total
 
         def step():
+            # For fp32 autocast is off; the backward pass is outside, as in the trainer.
             with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
                 total = forward()
             total.backward()
 
         flops, kept = count(step, [*model.parameters(), *columns.values()])
         sizes = sizes_of(model)
+    # The loss makes an fp32 copy of one task's columns at a time: the largest counts.
     numbers = [value.numel() for value in columns.values()]
     copy = 4 * max(numbers, default=0) if dtype is not torch.float32 else 0
     return {"flops": flops, "kept": kept, "columns": dtype.itemsize * sum(numbers) + copy, "sizes": sizes}
@@ -194,23 +225,31 @@ def training_memory(strategy: str, gpus: int, sizes: Sizes) -> dict[str, float]:
     trained, frozen, block, root = sizes
     match strategy:
         case "DDP":
-            weights, gradients, optimizer = 4 * trained + 2 * frozen, 4 * trained, 8 * trained
+            # What trains is fp32, with two moments of 4 bytes each; what is frozen stays bf16 and has neither.
+            weights = 4 * trained + 2 * frozen
+            gradients = 4 * trained
+            optimizer = 8 * trained
             # Buckets are copies of the gradients; autocast holds a bf16 copy of what trains.
             in_flight = 4 * trained + 2 * trained
         case "FSDP2":
             weights = (4 * trained + 2 * frozen) / gpus
-            gradients, optimizer = 4 * trained / gpus, 8 * trained / gpus
+            gradients = 4 * trained / gpus
+            optimizer = 8 * trained / gpus
             # Weights of the root, of the block at work and of the next one; gradients of the root and of a block, of
             # which one at a time is summed over ranks in fp32.
             in_flight = 2 * (root + 2 * block) + 2 * (root + block) + 4 * max(root, block)
         case "ZeRO-2":
+            # DeepSpeed trains bf16 weights, and keeps fp32 ones (4) beside the two moments (8).
             weights = 2 * (trained + frozen)
-            gradients, optimizer = 2 * trained / gpus, 12 * trained / gpus
+            gradients = 2 * trained / gpus
+            optimizer = 12 * trained / gpus
             # Two buckets of gradients (`overlap_comm`), one of weights.
             in_flight = 2 * 3 * ZERO_BUCKET
         case "ZeRO-3":
             weights = 2 * (trained + frozen) / gpus
-            gradients, optimizer = 2 * trained / gpus, 12 * trained / gpus
+            gradients = 2 * trained / gpus
+            optimizer = 12 * trained / gpus
+            # In bf16: gathered weights that may be there at once, and two buckets.
             in_flight = 2 * (ZERO_LIVE + 2 * ZERO_BUCKET)
         case _:
             raise ValueError(f"{strategy!r} is not one of {STRATEGIES}")
@@ -224,9 +263,11 @@ def checkpoint_bytes(strategy: str, sizes: Sizes) -> dict[str, float]:
     """
     whole = sizes.trained + sizes.frozen
     if strategy.startswith("ZeRO"):
-        weights, state = 2 * whole, 2 * whole + 12 * sizes.trained
+        weights = 2 * whole
+        state = 2 * whole + 12 * sizes.trained
     else:
-        weights, state = 4 * sizes.trained + 2 * sizes.frozen, 8 * sizes.trained
+        weights = 4 * sizes.trained + 2 * sizes.frozen
+        state = 8 * sizes.trained
     return {"model": 2 * whole, "resume": weights + state, "save_only_model": weights}
 
 
@@ -234,6 +275,7 @@ def count_teachers() -> dict[str, float]:
     """FLOPs of the paper's teachers on one image each; of OneFormer its backbone, which is all that targets need."""
 
     def forward(model_class, config: PreTrainedConfig, size: int) -> float:
+        # No backward pass: teachers are frozen.
         with torch.device("meta"), torch.no_grad():
             model = model_class(config)
             return count(lambda: model(torch.empty(1, 3, size, size)), model.parameters())[0]
@@ -245,6 +287,7 @@ def count_teachers() -> dict[str, float]:
         out_indices=[5, 12, 18, 24], reshape_hidden_states=False,
     )  # fmt: skip
     return {
+        # Sides in pixels at which each teacher sees an image.
         "gen": forward(CLIPVisionModelWithProjection, CLIPVisionConfig(**clip_h, patch_size=14), 224),
         "depth": forward(Dinov2Backbone, dinov2, 336),
         "seg": forward(SwinBackbone, swin_l, 800),
@@ -255,13 +298,28 @@ def gigabytes(values: Iterable[float]) -> str:
     return "".join(f"{value / 1e9:>11.1f}" for value in values)
 
 
+def rows_a_gpu(batch: int, gpus: int) -> int:
+    """ValueError if the step's rows can't be divided among the GPUs: what is left over would be neither counted nor
+    paid for."""
+    if gpus < 1:
+        raise ValueError(f"--gpus is {gpus}: give at least 1")
+    if batch < gpus or batch % gpus:
+        # The multiples below and above, each at least a row a GPU.
+        fitting = sorted({gpus * max(1, batch // gpus), gpus * (batch // gpus + 1)})
+        given = " or ".join(map(str, fitting))
+        raise ValueError(f"--batch {batch} doesn't divide among --gpus {gpus}: give a batch of {given}")
+    return batch // gpus
+
+
 def print_pretraining(args: argparse.Namespace) -> None:
+    # FLOP/s of all GPUs together.
     speed = args.gpus * args.peak_tflops * 1e12 * args.utilisation
-    rows = args.batch // args.gpus
+    rows = rows_a_gpu(args.batch, args.gpus)
     print(f"\npre-training step by DDP, {rows} rows a GPU")
     print(f"{'':<34}PFLOPs seconds  hours; GB a GPU:{'kept':>7}{'columns':>11}{'states':>11}{'whole':>11}")
     flops = {}
-    without_tokens = [task | {"num_task_tokens": 0} for task in default_tasks()]
+    # Predictors with queries of their own: what task tokens cost shows in the difference.
+    without_tokens = [{**task, "num_task_tokens": 0} for task in default_tasks()]
     methods = {"LLaVA": [], "OLA-VLM, N_seek 0": without_tokens, "OLA-VLM": default_tasks()}
     for name, tasks in methods.items():
         config = student_config(LLAMA3, CLIP_L, tasks)
@@ -272,11 +330,13 @@ def print_pretraining(args: argparse.Namespace) -> None:
             flops[name, checkpointing] = step["flops"]
             seconds = step["flops"] * args.gpus / speed
             hours = seconds * args.images / args.batch / 3600
+            # Weights, gradients, optimizer and what is in flight: none of it depends on the batch.
             states = sum(training_memory("DDP", args.gpus, step["sizes"]).values())
             memory = [step["kept"], step["columns"], states]
             title = f"{name}, checkpointing" if checkpointing else name
             line = f"  {title:<32}{step['flops'] * args.gpus / 1e15:>6.1f} {seconds:>7.2f} {hours:>6.2f}           "
             print(line + gigabytes([*memory, sum(memory)]))
+    # Without checkpointing, which computes the forward pass twice.
     whole = flops["OLA-VLM", False] / flops["LLaVA", False]
     predictors = flops["OLA-VLM, N_seek 0", False] / flops["LLaVA", False]
     print(f"FLOPs of OLA-VLM over LLaVA, teachers left out: {whole:.3f}; without task tokens {predictors:.3f}")
@@ -285,6 +345,7 @@ def print_pretraining(args: argparse.Namespace) -> None:
 def print_finetuning(args: argparse.Namespace) -> None:
     """Both stages that train the language model, with activation checkpointing, on rows of `MAX_LENGTH` tokens."""
     config = student_config(LLAMA3, CLIP_L, default_tasks())
+    # Rows of full length, the longest that a batch can have: what must fit.
     words = MAX_LENGTH - config.image_seq_length - len(config.task_token_ids)
     for stage in ("finetune", "visual_pretrain"):
         title = f"{stage} step, {args.finetune_rows} rows of {MAX_LENGTH} tokens a GPU, checkpointing"
@@ -294,6 +355,7 @@ def print_finetuning(args: argparse.Namespace) -> None:
         for is_sharded in (False, True):
             options = {"stage": stage, "checkpointing": True, "is_sharded": is_sharded}
             size = args.finetune_rows, words, args.finetune_supervised
+            # A step is counted twice only: all sharded strategies keep the same for the backward pass.
             steps[is_sharded] = count_step(config, *size, torch.bfloat16, **options)
         for strategy in STRATEGIES:
             step = steps[strategy != "DDP"]
@@ -311,6 +373,7 @@ def print_checkpoints() -> None:
         "visual_pretrain": ["FSDP2"],
     }.items():
         with FakeTensorMode():
+            # Which parameters train decides what a checkpoint holds of the optimizer.
             model = OlaVlmForConditionalGeneration._from_config(config)
             apply_stage(model, stage)
             sizes = sizes_of(model)
@@ -332,6 +395,11 @@ def main() -> None:
     parser.add_argument("--finetune_rows", type=int, default=8, help="rows a GPU of fine-tuning")
     parser.add_argument("--finetune_supervised", type=int, default=700, help="tokens with a label of its longest rows")
     args = parser.parse_args()
+    try:
+        # Now: counting takes a while.
+        rows_a_gpu(args.batch, args.gpus)
+    except ValueError as error:
+        parser.error(str(error))
     speed = args.gpus * args.peak_tflops * 1e12 * args.utilisation
     print(f"{args.gpus} GPUs of {args.peak_tflops:g} TFLOP/s at {args.utilisation:.0%}, {args.images:,} images")
 
@@ -340,6 +408,7 @@ def main() -> None:
         print(f"  {name:<36} {flops / 1e12:>16.3f} {flops * args.images / speed / 3600:>7.2f}")
 
     print("\ntarget cache                            MB an image       TB")
+    # Numbers of an image's targets, of all three tasks.
     values = sum(task["target_length"] * task["target_dim"] for task in default_tasks())
     for storage, size in BYTES.items():
         print(f"  {storage:<36} {values * size / 1e6:>12.2f} {values * size * args.images / 1e12:>8.2f}")

@@ -21,11 +21,21 @@ from ola_vlm.probing.resampler import ResamplerFit
 from ola_vlm.probing.ridge import RidgeFit
 from ola_vlm.probing.states import ImageStates
 
-LLM = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4, "num_attention_heads": 8}
-LLM |= {"num_key_value_heads": 8, "vocab_size": 1000, "tie_word_embeddings": False}
+# A small stand-in: widths count, as the ridge's work grows with their square.
+LLM = {
+    "hidden_size": 1024,
+    "intermediate_size": 2752,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 1000,
+    "tie_word_embeddings": False,
+}
 TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
-IMAGES, WORDS = 2, 40
-LLAMA3 = {"layers": 32, "hidden": 4096, "forward": 10_087e9}  # FLOPs an image: 9705e9 of the blocks, CLIP-L's
+IMAGES = 2
+WORDS = 40
+# "forward": FLOPs an image, 9705e9 of the blocks and CLIP-L's.
+LLAMA3 = {"layers": 32, "hidden": 4096, "forward": 10_087e9}
 
 
 class Turns:
@@ -34,19 +44,26 @@ class Turns:
         config = student_config(LLM, TOWER, [])
         self.model = OlaVlmForConditionalGeneration(config).eval()
         self.tokens = config.image_seq_length
+        # (IMAGES, 576) image tokens between the two halves of the words.
         image = torch.full((IMAGES, self.tokens), config.image_token_id)
         words = torch.randint(10, 900, (IMAGES, WORDS))
         ids = torch.cat([words[:, : WORDS // 2], image, words[:, WORDS // 2 :]], 1)
         side = config.vision_config.image_size
         self.inputs = {"input_ids": ids, "pixel_values": torch.randn(IMAGES, 3, side, side)}
-        tasks, shape = default_tasks(), (LLM["num_hidden_layers"] + 1, LLM["hidden_size"])
-        self.targets = {t["name"]: torch.randn(IMAGES, t["target_length"], t["target_dim"]) for t in tasks}
+        tasks = default_tasks()
+        self.targets = {}
+        for task in tasks:
+            self.targets[task["name"]] = torch.randn(IMAGES, task["target_length"], task["target_dim"])
+        shape = (LLM["num_hidden_layers"] + 1, LLM["hidden_size"])
         self.ridge = RidgeFit(tasks, *shape)
+        # Each batch is an optimizer step, of more epochs than are ever run: the fit must not come to its end.
         self.resampler = ResamplerFit(tasks, *shape, images=IMAGES, epochs=1000, step_images=IMAGES)
 
     @torch.no_grad()
     def forward(self) -> ImageStates:
+        # Probes read hidden states: of the head's logits the last one is enough, and no cache is kept.
         hidden = self.model(**self.inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states
+        # Where the image's tokens are in the row, and that they make a square grid.
         columns = [torch.arange(self.tokens) + WORDS // 2] * IMAGES
         attended = torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
         return ImageStates(hidden, attended, columns, [(round(self.tokens**0.5),) * 2] * IMAGES)
@@ -67,8 +84,10 @@ def flops(step) -> int:
 def ridge_flops(tasks: list[dict], layers: int, hidden: int) -> int:
     """Of the statistics, an image: a product (Q, H) x (Q, H + E) for each target length and layer."""
     widths = {}
+    # Tasks of one length share their inputs, and so the larger part of the product.
     for task in tasks:
         widths[task["target_length"]] = widths.get(task["target_length"], 0) + task["target_dim"]
+    # One more than the layers: the embeddings have a probe, too.
     return sum(2 * length * hidden * (hidden + width) for length, width in widths.items()) * (layers + 1)
 
 
@@ -77,25 +96,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu", action="store_true", help="processor time instead of the clock's, on a busy machine")
     args = parser.parse_args()
-    clock, turns = (time.process_time if args.cpu else time.perf_counter), Turns()
+    clock = time.process_time if args.cpu else time.perf_counter
+    turns = Turns()
     steps = {"forward alone": turns.forward, "ridge": turns.with_ridge, "resampler": turns.with_resampler}
     seconds = {name: [] for name in steps}
     for round_number in range(args.rounds + 1):
         for name, step in steps.items():
             start = clock()
             step()
-            if round_number > 0:  # the first one warms up
+            # The first round warms up.
+            if round_number > 0:
                 seconds[name].append(clock() - start)
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     what = (
+        # A ridge for each pair of target length (1 and 576) and layer, hence halved.
         f"{IMAGES} images, {len(turns.ridge.probes) // 2} layers of {LLM['hidden_size']}, {turns.tokens} image tokens"
     )
     print(f"{platform.machine()}, {threads}, torch {torch.__version__}; {what}; gen, depth, seg")
-    base, base_flops = statistics.median(seconds["forward alone"]), flops(turns.forward)
+    base = statistics.median(seconds["forward alone"])
+    # Counted after the timing: the counter slows what it counts.
+    base_flops = flops(turns.forward)
     for name, step in steps.items():
-        took, count = statistics.median(seconds[name]), flops(step)
+        took = statistics.median(seconds[name])
+        count = flops(step)
         print(f"{name:<14}{took:>8.2f} s {took / base:>6.2f} x forward   FLOP ratio {count / base_flops:.2f}")
     start = clock()
+    # The same alpha for all tasks: those of one length are solved as one system.
     turns.ridge.solve(dict.fromkeys(turns.targets, 1e-3))
     print(f"solving all ridge probes for one alpha: {clock() - start:.1f} s, once")
     share = ridge_flops(default_tasks(), LLAMA3["layers"], LLAMA3["hidden"]) / LLAMA3["forward"]

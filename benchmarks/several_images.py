@@ -6,6 +6,7 @@ one layer each. Prints FLOPs, what autograd keeps, and processor seconds, each b
 
 import argparse
 import time
+from itertools import chain
 
 import torch
 from plan import count, student_config
@@ -13,6 +14,7 @@ from plan import count, student_config
 from ola_vlm.configuration_ola_vlm import default_tasks
 from ola_vlm.modeling_ola_vlm import ImageLayout, OlaVlmForConditionalGeneration
 
+# As small as can be: only the predictors are run, on random states.
 TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = 60  # of a row
 REPETITIONS = 3
@@ -22,6 +24,7 @@ def make_model(hidden_size: int) -> OlaVlmForConditionalGeneration:
     llm = {
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
+        # One, as the tasks name layer 1: it is never run, the states are random.
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "vocab_size": 1000,
@@ -33,16 +36,21 @@ def make_model(hidden_size: int) -> OlaVlmForConditionalGeneration:
 def measure(model: OlaVlmForConditionalGeneration, rows: int, images: int) -> tuple[float, float, float]:
     """FLOPs, bytes kept and processor seconds by image, for `rows` of `images` each."""
     config = model.config
+    # An image's tokens and its task tokens, between words (5 and 6 stand for any).
     of_image = [config.image_token_id] * config.image_seq_length + config.task_token_ids
     ids = torch.tensor([5] * (WORDS // 2) + of_image * images + [6] * (WORDS // 2)).expand(rows, -1)
+    # Which tokens belong to which image, as the model's forward finds it.
     layout = ImageLayout.find(ids, torch.ones_like(ids), rows * images, config)
     states = torch.randn(*ids.shape, config.text_config.hidden_size, requires_grad=True)
 
     def step():
+        # Task -> layer -> (N, Q, E), of which any loss will do: all of the backward pass runs.
         predictions = model.predict_embeddings({1: states}, layout)
-        total = sum(of_layer.square().mean() for of_task in predictions.values() for of_layer in of_task.values())
+        of_layers = chain.from_iterable(of_task.values() for of_task in predictions.values())
+        total = sum(prediction.square().mean() for prediction in of_layers)
         total.backward()
 
+    # Bytes kept for the backward pass, without the weights: what grows with the images.
     flops, kept = count(step, left_out=list(model.parameters()))
     seconds = []
     for _ in range(REPETITIONS):
@@ -63,6 +71,7 @@ def main() -> None:
     model = make_model(args.hidden_size)
     print("by image:               GFLOPs   MB kept   processor seconds")
     for images in args.images:
+        # The same number of images in one row and in rows of one; 1 image is both.
         for rows, of_row in dict.fromkeys([(1, images), (images, 1)]):
             flops, kept, seconds = measure(model, rows, of_row)
             shape = f"{rows} row{'s' * (rows > 1)} of {of_row} image{'s' * (of_row > 1)}"

@@ -21,12 +21,14 @@ from ola_vlm.configuration_ola_vlm import default_tasks
 from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
 
+# 61 million parameters a layer; with 16 layers and the vocabulary about a billion.
 LANGUAGE_MODEL = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
 
 
 def memory(field: str) -> int:
     """Bytes of this process, of Linux's /proc: VmRSS, now, or VmHWM, at most."""
+    # A line is `VmHWM:    123456 kB`.
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -39,11 +41,13 @@ def write_parts(folder: Path, layers: int, vocab_size: int) -> int:
     from tokenizers import Tokenizer, models
 
     config = LlamaConfig(**LANGUAGE_MODEL, num_hidden_layers=layers, vocab_size=vocab_size)
+    # Made without memory, then allocated in bf16 at once: a fp32 model first would take twice as much.
     with torch.device("meta"):
         language_model = LlamaForCausalLM(config).to(torch.bfloat16)
     language_model.to_empty(device="cpu")
     for parameter in language_model.parameters():
         parameter.data.normal_(std=0.02)
+    # A folder as of a published model: weights, configuration and tokenizer.
     language_model.save_pretrained(folder / "language_model")
     words = {f"word{i}": i for i in range(vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
@@ -65,11 +69,15 @@ def measure(folder: Path, source: str, dtype: str, save: bool) -> dict[str, floa
     else:
         options["checkpoint"] = str(folder / "checkpoint")
     args = OlaVlmArguments(**options)
+    # Python and libraries are loaded by now, and no weight is.
     before = memory("VmRSS")
+    # `load_model` is what `ola-vlm train` calls at a run's start.
     model, processor = load_model(args)
     for parameter in model.parameters():
+        # Reads it: a weight that is mapped from its file takes no memory until then.
         parameter.detach().sum()
     peak = memory("VmHWM") - before
+    # After the measurement: the checkpoint that the other two runs load.
     if save:
         model.save_pretrained(folder / "checkpoint")
         processor.save_pretrained(folder / "checkpoint")
@@ -85,6 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure is not None:
         folder, source, dtype = args.measure
+        # One of the four runs writes the checkpoint, in the type that the parts have.
         save = source == "parts" and dtype == "bfloat16"
         print(json.dumps(measure(Path(folder), source, dtype, save)))
         return
@@ -94,6 +103,7 @@ def main() -> None:
         print(f"{'from':<12}{'kept in':<10}{'weights kept, GB':>18}{'peak, GB':>10}{'ratio':>8}")
         for source in ("parts", "checkpoint"):
             for dtype in ("bfloat16", "float32"):
+                # A process each: the peak of one would hide that of the next.
                 command = [sys.executable, __file__, "--measure", folder, source, dtype]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found = json.loads(done.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ the same pictures from PIL images to targets, in turns within one run; the best 
 import argparse
 import platform
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,10 +36,12 @@ from ola_vlm.targets.encoders import (
     VisionEncoder,
 )
 
-HALF = [0.5] * 3, [0.5] * 3  # mean and standard deviation
+# Mean and standard deviation of the channels; the speed doesn't depend on them.
+HALF = [0.5] * 3, [0.5] * 3
 
 
 def depth_anything(width: int, layers: int, heads: int) -> DepthAnythingEncoder:
+    # Depth-Anything reads the backbone at four depths; evenly spaced here.
     taps = [layers * part // 4 for part in (1, 2, 3, 4)]
     size = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     backbone = Dinov2Config(**size, image_size=518, patch_size=14, out_indices=taps, reshape_hidden_states=False)
@@ -50,33 +53,44 @@ def siglip() -> VisionEncoder:
     return VisionEncoder(SiglipVisionModel(SiglipVisionConfig(image_size=224, patch_size=16)), 224, 24, *HALF)
 
 
-def oneformer() -> OneFormerEncoder:
-    stages = {
-        "depths": [2, 2, 18, 2],
-        "num_heads": [6, 12, 24, 48],
-        "out_features": [f"stage{i}" for i in range(1, 5)],
-    }
-    backbone = SwinConfig(image_size=384, embed_dim=192, window_size=12, **stages)
+def oneformer(width: int, depths: list[int], heads: list[int], size: int) -> OneFormerEncoder:
+    stages = {"depths": depths, "num_heads": heads, "out_features": [f"stage{i}" for i in range(1, 5)]}
+    backbone = SwinConfig(image_size=384, embed_dim=width, window_size=12, **stages)
     model = OneFormerForUniversalSegmentation(OneFormerConfig(backbone_config=backbone, is_training=False))
-    return OneFormerEncoder(model, 800, 24, *HALF)
+    # 24: the grid to which the backbone's features are resized, 576 positions.
+    return OneFormerEncoder(model, size, 24, *HALF)
 
 
-def clip_huge() -> ClipImageEncoder:
-    size = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
+def clip(width: int, layers: int, heads: int) -> ClipImageEncoder:
+    size = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+    }
     model = CLIPVisionModelWithProjection(CLIPVisionConfig(**size, patch_size=14, projection_dim=1024))
     return ClipImageEncoder(model, 1024, 224, 1, *HALF)
 
 
+# Built when their turn comes: all at once would take gigabytes.
 SMALL = {"Depth-Anything-V2-Small": lambda: depth_anything(384, 12, 6), "SigLIP-base": siglip}
 PAPER = {
     "Depth-Anything-V2-Large": lambda: depth_anything(1024, 24, 16),
-    "OneFormer Swin-L": oneformer,
-    "CLIP-H": clip_huge,
+    "OneFormer Swin-L": lambda: oneformer(192, [2, 2, 18, 2], [6, 12, 24, 48], size=800),
+    "CLIP-H": lambda: clip(1280, 32, 16),
+}
+# As large beside step.py's vision tower as the paper's are beside ViT-L.
+NARROW = {
+    "depth": lambda: depth_anything(256, 6, 4),
+    "seg": lambda: oneformer(48, [2, 2, 6, 2], [2, 4, 8, 16], size=384),
+    "gen": lambda: clip(320, 8, 4),
 }
 
 
 def miniature(name: str) -> TargetEncoder:
+    # The side of the task's grid; 1 for an embedding of the whole image.
     (grid,) = [round(task["target_length"] ** 0.5) for task in TASKS if task["name"] == name]
+    # A copy, as entries are taken out: what is left are arguments of `from_pretrained`.
     teacher = dict(TEACHERS[name])
     return ENCODERS[teacher.pop("encoder")].from_pretrained(teacher.pop("path"), grid=grid, **teacher)
 
@@ -84,11 +98,14 @@ def miniature(name: str) -> TargetEncoder:
 def images_per_second(encoder: TargetEncoder, images: list, batch_sizes: list[int], rounds: int) -> list[float]:
     """The best of `rounds` for each batch size."""
     best = [0.0] * len(batch_sizes)
+    # Warms up.
     encoder.encode(images[:2])
     for _ in range(rounds):
+        # The loop sets the encoder's own batch size, by which `encode` divides the images.
         for i, encoder.batch_size in enumerate(batch_sizes):
             start = time.perf_counter()
-            encoder.encode(images)  # ends on the CPU: it has waited for the device
+            # Ends on the CPU: it has waited for the device.
+            encoder.encode(images)
             best[i] = max(best[i], len(images) / (time.perf_counter() - start))
     return best
 
@@ -107,8 +124,11 @@ def main() -> None:
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     print(f"{platform.machine()} {platform.system()}, torch {torch.__version__}, {device}, {args.dtype}")
     print(f"{args.images} images of 480 x 360, images/s:   one by one   batches of {args.batch_size}   ratio")
-    teachers = {f"miniature {name}": lambda name=name: miniature(name) for name in TEACHERS} if not args.paper else {}
-    for name, build in (teachers | (PAPER if args.paper else SMALL)).items():
+    teachers = {**PAPER}
+    if not args.paper:
+        teachers = {f"miniature {name}": partial(miniature, name) for name in TEACHERS}
+        teachers.update(SMALL)
+    for name, build in teachers.items():
         encoder = build()
         encoder.model.to(args.device, getattr(torch, args.dtype))
         single, batched = images_per_second(encoder, images, [1, args.batch_size], args.rounds)

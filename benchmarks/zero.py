@@ -15,13 +15,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# The same models and rows as tests/test_sharding.py, which runs FSDP2.
 sys.path.insert(0, str(ROOT / "tests"))
 
-from sharded_worker import make_all_parts, prepare  # noqa: E402
-from training_helpers import losses  # noqa: E402
+from sharded_worker import make_all_parts, prepare  # noqa: E402 (found by the path above)
+from training_helpers import losses  # noqa: E402 (the same)
 
+# OLA-VLM in its three stages, a multi-encoder baseline, and another family with attached predictors.
 KINDS = ("ola_vlm", "ola_vlm_finetune", "ola_vlm_visual", "feature", "idefics3")
-CONFIGS = {  # configuration -> what is changed in its "zero_optimization"
+# Configuration -> what is changed in its "zero_optimization".
+CONFIGS = {
     "zero2.json": {},
     "zero3.json": {"stage3_param_persistence_threshold": 0},
 }
@@ -30,6 +33,7 @@ CONFIGS = {  # configuration -> what is changed in its "zero_optimization"
 def run(folder: Path, kind: str, config: str, ranks: int) -> None:
     """This process's part; the first one writes what was logged."""
     options = {"max_steps": 3, "optim": "adamw_torch", "learning_rate": 0.01}
+    # Without one: one process without DeepSpeed, the run to compare with.
     if config:
         deepspeed = json.loads((ROOT / "recipes" / "accelerate" / config).read_text())
         deepspeed["zero_optimization"] |= CONFIGS[config]
@@ -37,8 +41,10 @@ def run(folder: Path, kind: str, config: str, ranks: int) -> None:
     out = folder / "runs" / f"{kind}{config}"
     trainer = prepare(kind, folder, out, ranks, **options)
     trainer.train()
+    # On every process, like saving: ZeRO-3 gathers weights from all of them.
     metrics = trainer.evaluate(trainer.train_dataset[:8])
     trainer.save_model()
+    # One process writes for all.
     if trainer.args.process_index == 0:
         evaluated = {name: value for name, value in metrics.items() if name.startswith("eval_loss")}
         (out / "losses.json").write_text(json.dumps([*losses(trainer), evaluated]))
@@ -46,9 +52,11 @@ def run(folder: Path, kind: str, config: str, ranks: int) -> None:
 
 def launch(folder: Path, kind: str, config: str = "", ranks: int = 1) -> tuple[list[dict], list[str]]:
     """The losses of each step and of the evaluation, and the names of the files that were saved."""
+    # torchrun starts this file again, as a worker (`--worker`), once a process.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command += [__file__, "--worker", str(folder), kind, config, str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    # DeepSpeed looks for a GPU unless it is told.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{kind} {config}: {done.stderr[-3000:]}")
@@ -72,12 +80,15 @@ def main() -> None:
             expected, expected_files = launch(folder, kind)
             for config in CONFIGS:
                 logged, files = launch(folder, kind, config, ranks=2)
+                # A sharded run must save the folder that an unsharded one saves.
                 if files != expected_files:
                     raise SystemExit(f"{kind} {config}: it saves {files}, one process {expected_files}")
                 differences = []
                 for step, expected_step in zip(logged, expected, strict=True):
                     for loss, value in expected_step.items():
+                        # Relative to one process's loss, which may be exactly 0.
                         differences.append(abs(step[loss] - value) / max(abs(value), 1e-9))
+                # The last entry is the evaluation's.
                 steps = len(logged) - 1
                 print(f"{kind:<16} {config}: {steps} steps, largest relative difference {max(differences):.1e}")
 

@@ -6,16 +6,14 @@ McNemar's, exact, where answers are right or wrong; a sign-flip permutation of w
 DIR/disagreements.html shows the questions on which one is better: image, question, both answers, truth.
 """
 
-from pathlib import Path
-
-from .parsing import Parser
+from .parsing import Parser, results_folder
 
 
 def parser() -> Parser:
     parser = Parser("compare", __doc__)
     parser.add_argument("a", metavar="A", help="answers.jsonl, or the folder with it")
     parser.add_argument("b", metavar="B", help="another model's")
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="default: comparison")
+    parser.add_argument("--out", type=results_folder, default="comparison", help="default: comparison")
     parser.add_argument("--data", help="where the images are, if not where A found them")
     parser.add_argument(
         "--anyway",

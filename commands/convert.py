@@ -3,7 +3,7 @@
     ola-vlm convert REFERENCE_DIR OUT [--vision_tower DIR] [--tokenizer DIR]
 
 Nothing is guessed: a key of the checkpoint that the table doesn't know, and a weight of ours that no key provides, are
-errors that list them. `convert.reference.DROPPED` says what is dropped, and why.
+an error that names them. `convert.reference.DROPPED` says what is dropped, and why.
 """
 
 from .parsing import Parser

@@ -6,23 +6,25 @@ on; when all is answered it only scores. Processes share the questions: `torchru
 eval ...`.
 """
 
-from pathlib import Path
-
 from ..eval.benchmarks import BENCHMARKS
-from .parsing import Parser, add_loading_options, shipped
+from .parsing import Parser, add_loading_options, count, results_folder, shipped
 
 
 def parser() -> Parser:
     parser = Parser("eval", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=shipped, help="folder or name on the Hub")
+    # Any word is taken: it may be the name of a file.
     parser.add_argument(
         "--benchmark",
         required=True,
         nargs="+",
         metavar="NAME",
-        help=f"one or more of {', '.join(BENCHMARKS)}, or a file with your own questions (.json, .jsonl)",
+        help=f"one or more of {', '.join(BENCHMARKS)}, or a file with your own questions (.json, .jsonl, .csv, .tsv)",
     )
-    parser.add_argument("--out", type=Path, required=True, help="with several benchmarks each has a folder of its own")
+    parser.add_argument(
+        "--out", type=results_folder, required=True, help="with several benchmarks each has a folder of its own"
+    )
+    # Variants differ from benchmark to benchmark, and the command checks them: the help lists them all.
     names = "; ".join(f"{name}: {', '.join(benchmark.variants)}" for name, benchmark in BENCHMARKS.items())
     parser.add_argument("--variant", help=f"prompt and scoring by name, the first is the default ({names})")
     parser.add_argument(
@@ -37,7 +39,8 @@ def parser() -> Parser:
         action="store_true",
         help="questions whose image can't be opened count as unanswered (default: they stop it in the end)",
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="questions a batch (16)")
-    parser.add_argument("--max_new_tokens", type=int, default=16, help="of an answer (16)")
+    # How answers are made. Benchmarks ask for a letter, a number or a few words: 16 tokens are enough.
+    parser.add_argument("--batch_size", type=count, default=16, help="questions a batch (16)")
+    parser.add_argument("--max_new_tokens", type=count, default=16, help="of an answer (16)")
     add_loading_options(parser)
     return parser

@@ -8,32 +8,32 @@ recipe (llama3_vit_pretrain, the paper's) its tasks, teachers, target cache, see
 standardize_targets matter here.
 """
 
-from pathlib import Path
-
 from .fields import FieldParser
-from .parsing import one_of, shipped
+from .parsing import count, one_of, results_folder, shipped
 
 
 def parser() -> FieldParser:
     takes = "MODEL... --images DIR --out OUT [--recipe NAME]"
-    parser = FieldParser("probe", __doc__, shown=("teachers",), takes=takes, takes_file=False)
+    parser = FieldParser("probe", __doc__, shown=("teachers", "trust_remote_code"), takes=takes, takes_file=False)
     parser.add_argument("models", nargs="+", metavar="MODEL", type=shipped, help="folders or names on the Hub")
+    # Which images, how many of them, and against which of the recipe's teachers.
     parser.add_argument(
         "--images", required=True, help="a folder of images, a .json of rows, or a Hugging Face data set"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=results_folder, required=True, help="folder of the results")
     parser.add_argument("--targets", nargs="+", metavar="TASK", help="tasks of the recipe; all by default")
+    # The ridge is solved exactly, from sums over the images; a resampler is trained, as the paper's probes are.
     parser.add_argument(
         "--probe", type=one_of(["ridge", "resampler"], "probe"), default="ridge", help="ridge (default) or resampler"
     )
     parser.add_argument("--test_images", help="held-out images of their own; by default a fifth of --images")
-    parser.add_argument("--max_images", type=int, help="of --images, drawn by the seed; all by default")
-    parser.add_argument("--batch_size", type=int, default=16, help="images a forward pass")
-    parser.add_argument("--epochs", type=int, default=2, help="of a resampler")
-    parser.add_argument("--step_images", type=int, default=256, help="images an optimizer step of a resampler")
+    parser.add_argument("--max_images", type=count, help="of --images, drawn by the seed; all by default")
+    parser.add_argument("--batch_size", type=count, default=16, help="images a forward pass")
+    parser.add_argument("--epochs", type=count, default=2, help="of a resampler")
+    parser.add_argument("--step_images", type=count, default=256, help="images an optimizer step of a resampler")
+    # What the models get of an image, and how they are loaded.
     parser.add_argument("--prompt", help='the words after the image (default: "Describe the image.")')
     parser.add_argument("--no_square", action="store_true", help="don't pad images to the square that teachers see")
     parser.add_argument("--model_dtype", default="auto", help="auto: the checkpoint's, float32 on a CPU")
     parser.add_argument("--device_map", help="auto, cuda:1, ...")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a checkpoint")
     return parser

@@ -10,6 +10,7 @@ from .parsing import Parser, shipped
 
 
 def _folder(path: str) -> Path:
+    # argparse calls one function for a type, and the package's own weights must be found from any folder.
     return Path(shipped(path))
 
 
@@ -18,6 +19,7 @@ def parser() -> Parser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_folder, help="folder of a model or of an adapter")
     parser.add_argument("repo", metavar="REPO", help="name/name on the Hub; made if it is not there")
     parser.add_argument("--private", action="store_true", help="if it is made: for its owner only")
+    # What the model card says beyond the run's own record.
     parser.add_argument(
         "--results",
         nargs="+",

@@ -5,12 +5,10 @@ ola-vlm recipes llama3_vit_pretrain > my_run.yaml
 """
 
 from ..recipes import RECIPES
-from .parsing import Parser, one_of
+from .parsing import Parser, recipe_of
 
 
 def parser() -> Parser:
     parser = Parser("recipes", __doc__)
-    parser.add_argument(
-        "name", metavar="NAME", nargs="?", type=one_of(RECIPES, "recipe"), help="print this one as YAML"
-    )
+    parser.add_argument("name", metavar="NAME", nargs="?", type=recipe_of(RECIPES), help="print this one as YAML")
     return parser

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from . import study_ablations, study_objectives
 from .parsing import Parser, one_of
 
+# Name -> what makes its parser.
 STUDIES = {"ablations": study_ablations.parser, "objectives": study_objectives.parser}
 
 
@@ -18,10 +19,12 @@ class StudyParser(Parser):
     """The first word chooses the study, whose parser reads the others."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None):
+        # The study's own parser takes all that follows its name, `--help` too.
         words = list(sys.argv[1:] if args is None else args)
         if words and words[0] in STUDIES:
             name, *others = words
             return STUDIES[name]().parse_args(others, Namespace(study=name))
+        # No study's name comes first: it is --help, or a mistake that this parser reports.
         return super().parse_args(words, namespace)
 
 

@@ -7,14 +7,14 @@ written of all that is done so far: ablations.md, ablations.json and a figure a 
 """
 
 import os
-from pathlib import Path
 
 from ..recipes.miniature import ABLATIONS
-from .parsing import Parser, count, one_of
+from .parsing import Parser, count, one_of, results_folder
 
 
 def parser() -> Parser:
     parser = Parser("study ablations", __doc__)
+    # Tables are named by what they vary.
     parser.add_argument(
         "--tables",
         nargs="+",
@@ -31,7 +31,8 @@ def parser() -> Parser:
         metavar=("PT", "IFT"),
         help="steps of PT and of IFT, for a short sweep (default: the miniature's own)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: runs/ablations")
+    # How it runs: trials that --out has already aren't trained again.
+    parser.add_argument("--out", type=results_folder, default="runs/ablations", help="default: runs/ablations")
     parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="trials at a time (a core each)")
     parser.add_argument("--report", action="store_true", help="only report what is done so far")
     parser.add_argument("--shrunk", action="store_true", help="4 steps on a few scenes: checks the chain only")

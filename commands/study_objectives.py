@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 
 from ..recipes.study import ARMS, BUDGETS, CONFIRMING_SEEDS, DEFAULT_ARMS, ON_REQUEST, TUNING_SEEDS
-from .parsing import Parser, count, one_of
+from .parsing import Parser, count, one_of, results_folder
 
+# What this repository's own tuning chose.
 SETTINGS_FILE = Path(__file__).parents[1] / "docs" / "study" / "settings.json"
 
 
@@ -24,6 +25,7 @@ def parser() -> Parser:
         metavar="STAGE",
         help="tune or confirm",
     )
+    # What is trained.
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -42,17 +44,20 @@ def parser() -> Parser:
         "--budgets",
         nargs="+",
         type=int,
-        help=f"scenes with questions; default: {', '.join(map(str, BUDGETS))}; to tune, those that choose a setting",
+        help=f"scenes with questions; default: {', '.join(map(str, BUDGETS))}; to tune, those that choose a setting "
+        "(one that plays no part at the budgets given is not tuned)",
     )
+    # Where and how it runs, and which settings it takes.
     parser.add_argument("--processes", type=count, default=os.cpu_count() or 1, help="trials at a time (a core each)")
-    parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="default: runs/objectives")
+    parser.add_argument("--out", type=results_folder, default="runs/objectives", help="default: runs/objectives")
     parser.add_argument(
         "--settings",
         type=Path,
         default=SETTINGS_FILE,
         help="where tuning writes what it chose, and confirming reads it; default: docs/study/settings.json",
     )
-    parser.add_argument("--report", action="store_true", help="only report the confirming results that are in --out")
+    # What else a run can be for.
+    parser.add_argument("--report", action="store_true", help="only report the stage's results that are in --out")
     parser.add_argument("--pack", type=Path, metavar="DIR", help="also put the results there, a small file an arm")
     parser.add_argument("--shrunk", action="store_true", help="2 steps on a few scenes: checks the chain only")
     return parser

@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    work: str  # the module whose `main` does it
+    # The module whose `main` does it.
+    work: str
     summary: str
 
 
+# In the order in which `ola-vlm --help` lists them.
 COMMANDS = {
+    # Training, and what it needs before.
     "train": Command("ola_vlm.train", "train one stage: --recipe NAME, or RUN.yaml [--any_field value]"),
     "recipes": Command("ola_vlm.recipes.show", "list the recipes, or print one as a file to train from: [NAME]"),
     "targets": Command(
@@ -26,10 +29,12 @@ COMMANDS = {
         "ola_vlm.recipes.check_data", "count rows, images and answers, and find what can't be trained on"
     ),
     "data": Command("ola_vlm.world.dataset", "make data to begin with: data miniature"),
+    # Studies in miniature.
     "miniature": Command("ola_vlm.miniature.study", "train LLaVA and OLA-VLM in miniature, probe both, compare them"),
     "study": Command(
         "ola_vlm.miniature.studies", "the paper's ablations, and visual objectives: study ablations | objectives"
     ),
+    # What layers hold.
     "probe": Command(
         "ola_vlm.probing.run", "how well each layer of frozen models tells what teachers see: MODEL... --images DIR"
     ),
@@ -39,11 +44,13 @@ COMMANDS = {
     "correlation": Command(
         "ola_vlm.eval.correlation", "probe scores against benchmark scores, over several checkpoints"
     ),
+    # How well a model answers.
     "eval": Command("ola_vlm.eval.run", "ask a checkpoint a benchmark's questions, score its answers"),
     "score": Command("ola_vlm.eval.scoring", "score a file of answers"),
     "compare": Command(
         "ola_vlm.eval.compare", "compare two files of answers: paired tests, a page of the disagreements"
     ),
+    # A checkpoint: to look at, to convert, to talk to, to hand on.
     "visualize": Command(
         "ola_vlm.probing.visualize", "pictures of what each layer of a checkpoint sees: CHECKPOINT IMAGE..."
     ),
@@ -52,9 +59,11 @@ COMMANDS = {
         "ola_vlm.convert.tower", "turn an open_clip model's ConvNeXt into a folder for vision_tower"
     ),
     "chat": Command(
-        "ola_vlm.inference.chat", 'talk to a checkpoint about images in the terminal: [IMAGE ["question"]]'
+        "ola_vlm.inference.chat", 'talk to a checkpoint about images in the terminal: CHECKPOINT [IMAGE ["question"]]'
     ),
-    "export": Command("ola_vlm.convert.export", "write a checkpoint of ours as a plain LLaVA model"),
+    "export": Command(
+        "ola_vlm.convert.export", "write a checkpoint without its predictors: an OLA-VLM as a plain LLaVA"
+    ),
     "merge": Command("ola_vlm.convert.merge", "merge an adapter into its base model: ADAPTER OUT"),
     "push": Command(
         "ola_vlm.convert.push", "publish a checkpoint or an adapter on the Hub with a model card made from its run"
@@ -70,5 +79,6 @@ def find_command(word: str) -> str | None:
 
 def parse(name: str, argv: Sequence[str] | None = None) -> Namespace:
     """The command's arguments. SystemExit, one line, for a mistake; after --help, too."""
+    # "target-tasks" is commands/target_tasks.py.
     module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     return module.parser().parse_args(argv)

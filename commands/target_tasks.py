@@ -13,28 +13,43 @@ itself, its targets decoded the same way, and the mean target. Writes OUT/target
 that is done is not done again.
 """
 
+import argparse
 import json
 from pathlib import Path
 
-from .parsing import Parser
+from .parsing import Parser, count
+
+
+def extractor(text: str) -> dict:
+    """An argument's type: an encoder as JSON, with at least its kind and its path."""
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from error
+    if not isinstance(options, dict) or not all(isinstance(options.get(name), str) for name in ("encoder", "path")):
+        raise argparse.ArgumentTypeError(f'{text!r}: give {{"encoder": KIND, "path": FOLDER_OR_NAME}}')
+    return options
 
 
 def parser() -> Parser:
     parser = Parser("target-tasks", __doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="of `ola-vlm probe`")
+    # Images with known truth; at least one of these is needed.
     parser.add_argument("--da2k", type=Path, help="DA-2K's folder: annotations.json and the images it names")
     parser.add_argument("--coco", type=Path, help="folder of panoptic_val2017.json, panoptic_val2017 and val2017")
     parser.add_argument("--miniature", type=Path, help="a study's folder, whose test scenes have exact truth")
+    # For gen: the pictures that embeddings are decoded to, and the features by which they are compared.
     parser.add_argument("--gallery", type=Path, help="images, the nearest of which stands for a generated one")
     parser.add_argument("--gallery_pattern", default="**/*", help='of its files ("train_*" in a study\'s data/images)')
     parser.add_argument(
         "--features",
-        type=json.loads,
+        type=extractor,
         help="the extractor of the Frechet distance's features, as JSON like a recipe's teachers (the gen teacher)",
     )
     parser.add_argument(
-        "--max_images", type=int, help="of each data set, the first ones; of the gallery, ten times that"
+        "--max_images", type=count, help="of each data set, the first ones; of the gallery, ten times that"
     )
+    # How the models and teachers are loaded.
     parser.add_argument("--device_map", help="auto, cuda:1, ...")
     parser.add_argument("--model_dtype", default="auto", help="auto: the checkpoint's, float32 on a CPU")
     parser.add_argument(

@@ -13,20 +13,21 @@ states of pre-training: fine-tuning has changed these.
 """
 
 import argparse
-from pathlib import Path
 
 from ..recipes import RECIPES
-from .parsing import Parser, one_of, shipped
+from .parsing import Parser, recipe_of, results_folder, shipped
 
 
 class VisualizeParser(Parser):
     def parse_known_args(self, args=None, namespace=None):
         parsed, unknown = super().parse_known_args(args, namespace)
+        # Now, not in the command's work, whose import takes seconds.
         check(self, parsed)
         return parsed, unknown
 
 
 def check(parser: Parser, args: argparse.Namespace) -> None:
+    # They are matched by their order.
     if args.compare_probes is not None and len(args.compare_probes) != len(args.compare):
         parser.error(
             f"{len(args.compare_probes)} --compare_probes for {len(args.compare)} --compare: give one for each"
@@ -37,18 +38,20 @@ def parser() -> Parser:
     parser = VisualizeParser("visualize", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=shipped, help="folder or name on the Hub")
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=shipped, help="files")
-    parser.add_argument("--out", type=Path, default=Path("layers"), help="default: layers")
+    parser.add_argument("--out", type=results_folder, default="layers", help="default: layers")
+    # What makes pictures of embeddings (the teachers), and what predicts the embeddings (probes).
     parser.add_argument(
         "--recipe",
-        type=one_of(RECIPES, "recipe"),
+        type=recipe_of(RECIPES),
         metavar="NAME",
-        help="whose teachers decode (default: those of the run that trained the checkpoint)",
+        help="whose teachers decode (default: those of the runs that trained the checkpoints)",
     )
     parser.add_argument(
         "--probes",
         metavar="DIR",
         help="folder of `ola-vlm probe`, or none (default: the checkpoint's own probes, else its predictors)",
     )
+    # Other checkpoints to compare with; --compare_probes says for each of them what --probes says for the first.
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -61,6 +64,7 @@ def parser() -> Parser:
         "--compare_probes", nargs="+", metavar="DIR", help="folders of `ola-vlm probe`, one for each of --compare"
     )
     parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="default: all, or 8 of them")
+    # An embedding of gen has no picture of its own: the nearest image's is shown, or unCLIP draws one.
     parser.add_argument(
         "--images_for_gen",
         metavar="DIR",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -26,7 +27,13 @@ from ..processing_ola_vlm import OlaVlmProcessor, added_ids
 from ..targets.encoders import OF_VISION_TOWER, has_preprocessing, load_vision_config, vision_preprocessing
 from ..targets.loading import load_whole, loading_from
 from ..targets.weights import assemble, not_mapped
-from ..training.chat_template import IMAGE_TOKEN, default_template, fit_chat_template, taking_images
+from ..training.chat_template import (
+    IMAGE_TOKEN,
+    default_template,
+    fit_chat_template,
+    special_tokens_around,
+    taking_images,
+)
 
 
 def build_processor(
@@ -49,21 +56,31 @@ def build_processor(
     """
     if resize_mode not in ("pad", "reference"):
         raise ValueError(f'resize_mode {resize_mode!r} is unknown: choose "pad" or "reference"')
+    # A tower that is given as an object, or was saved without a preprocessing, says none.
     mean, std = statistics or (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     square = {"height": vision_config.image_size, "width": vision_config.image_size}
+    # "pad": padded to a square, then resized as one. "reference": resized by the shorter edge, then cropped.
     pads = resize_mode == "pad"
+    size = square
+    if not pads:
+        size = {"shortest_edge": vision_config.image_size}
     image_processor = LlavaImageProcessor(
         do_pad=pads,
-        size=square if pads else {"shortest_edge": vision_config.image_size},
+        size=size,
         crop_size=square,
         do_center_crop=not pads,
         image_mean=mean,
         image_std=std,
     )
     task_tokens = task_token_strings(tasks)
+    # Special tokens are never split, and left out of decoded answers.
     tokenizer.add_tokens([IMAGE_TOKEN, *task_tokens], special_tokens=True)
-    if tokenizer.pad_token is None:  # Llama-3's has none; labels and masks go by position, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token
+    # Llama-3's tokenizer has none. Labels and masks go by position, not by id, so that any token can pad.
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    # A slow one, which is only refused where it is trained with, has no such settings.
+    if tokenizer.is_fast:
+        _leave_prompts_alone(tokenizer)
     template = chat_template or default_template(tokenizer.chat_template)
     processor = OlaVlmProcessor(
         image_processor,
@@ -74,9 +91,28 @@ def build_processor(
         num_additional_image_tokens=class_tokens,
         vision_feature_select_strategy=strategy,
     )
-    with contextlib.suppress(ValueError):  # which training raises
+    # A template that can't be trained with is an error of training, not of building: answers only need the prompt.
+    with contextlib.suppress(ValueError):
         fit_chat_template(processor)
     return processor
+
+
+def _leave_prompts_alone(tokenizer) -> None:
+    """In place: the tokenizer neither cuts nor fills a text, as one does that was saved in the middle of a training,
+    and adds nothing behind it, where a prompt's answer goes; what it adds in front stays."""
+    for name in ("max_length", "truncation_strategy", "stride", "pad_to_multiple_of"):
+        tokenizer.init_kwargs.pop(name, None)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    front, behind = special_tokens_around(tokenizer)
+    if not behind:
+        return
+    # Reset first: it puts another post-processor in place.
+    if getattr(tokenizer, "add_eos_token", False):
+        tokenizer.add_eos_token = False
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in front]
+    backend.post_processor = TemplateProcessing(single=[*front, "$A"], special_tokens=ids)
 
 
 def build_config(
@@ -90,23 +126,27 @@ def build_config(
 ) -> OlaVlmConfig:
     """`token_ids`: of `<image>` and the task tokens; `num_tokens`: the vocabulary's least size, that is the largest id
     and one, which is rounded up."""
+    # Zero would be a division by zero below.
     if pad_vocab_to_multiple_of < 1:
         raise ValueError(f"pad_vocab_to_multiple_of is {pad_vocab_to_multiple_of}: give 1 for no padding, or more")
     text_config = copy.deepcopy(text_config)
     vision_config = copy.deepcopy(vision_config)
-    # No paths of this machine in the checkpoint.
+    # Parts from folders have a path of this machine there, which would be saved in the checkpoint.
     text_config.name_or_path = ""
     vision_config.name_or_path = ""
+    # An LLM may have more rows than its tokenizer has tokens (Phi-3, Qwen2): none of them is cut off.
     num_tokens = max(num_tokens, text_config.vocab_size)
     text_config.vocab_size = math.ceil(num_tokens / pad_vocab_to_multiple_of) * pad_vocab_to_multiple_of
     return OlaVlmConfig(
         text_config=text_config,
         vision_config=vision_config,
+        # `<image>` comes first, then the task tokens in the order of the sequence.
         image_token_index=token_ids[0],
         image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
         tie_word_embeddings=text_config.tie_word_embeddings,
         tasks=tasks,
         task_token_ids=token_ids[1:],
+        # The padding rows stand for no token; the model never emits them.
         vocab_padding=text_config.vocab_size - num_tokens,
         **fields,
     )
@@ -120,9 +160,14 @@ def resize_embedding(
     mean of the `known` ids' rows; no other row changes. In place if `weight` has as many. The mean has no finer values
     than those that were `stored`, if they had another type than `weight`.
     """
+    # A tokenizer may know more ids than the table has rows, and its ids may have holes.
     known = sorted(i for i in known if i < len(weight))
-    contiguous = known == list(range(len(known)))  # a view is enough
-    of_tokens = weight[: len(known)] if contiguous else weight[known]
+    if known == list(range(len(known))):
+        # Ids without holes are a view of the first rows; a list of indices would copy the table, a gigabyte.
+        of_tokens = weight[: len(known)]
+    else:
+        of_tokens = weight[known]
+    # (V, H) -> (H,). Summed in float32: in 16 bits the later ones of a hundred thousand rows would be rounded away.
     mean = of_tokens.mean(0, dtype=torch.float32).to(stored or weight.dtype).to(weight.dtype)
     if rows == len(weight):
         table = weight
@@ -134,7 +179,8 @@ def resize_embedding(
     return table
 
 
-# Fields of language models that LLaVA knows nothing of, since they act outside of embeddings, blocks and head.
+# Fields of language models that act outside of embeddings, blocks and head, where LLaVA has nothing: Gemma 2's cap on
+# logits, Cohere's, Granite's and Falcon-H1's scales of logits and embeddings, ...
 SCALES = (
     "final_logit_softcapping",
     "logit_scale",
@@ -152,19 +198,32 @@ def check_logits(language_model: PreTrainedModel):
     head of the states, which is all that LLaVA computes."""
     name = type(language_model).__name__
     config = language_model.config.to_dict()
+    # None and 1 change nothing. Fields only explain a failure: what counts is what the model computes.
     scales = {field: config[field] for field in SCALES if config.get(field) not in (None, 1)}
-    because = f" (its configuration has {scales})" if scales else ""
+    because = ""
+    if scales:
+        because = f" (its configuration has {scales})"
+    # Dropout would make two passes differ.
     training = language_model.training
     language_model.eval()
     head = head_of(language_model)
+    # (1, 4): any few tokens will do.
     ids = torch.arange(4, device=language_model.device)[None]
-    # A cap on logits shows only if they are large (too large for 16 bits).
+    # A cap such as Gemma 2's 30 * tanh(x / 30) hardly changes small logits: enlarged, it shows. Float32, since float16
+    # ends at 65,504.
     enlarge = head.register_forward_hook(lambda module, args, logits: logits.float() * 1000)
+    # The LLM as a whole, from tokens; then LLaVA's two steps: states from embeddings, logits from states.
     with enlarge:
         logits = language_model(input_ids=ids).logits
-        states = language_model.base_model(input_ids=ids).last_hidden_state
+        backbone = backbone_of(language_model)
+        states = backbone(input_ids=ids).last_hidden_state
         embeds = language_model.get_input_embeddings()(ids)
-        states_of_embeds = language_model.base_model(inputs_embeds=embeds).last_hidden_state
+        try:
+            states_of_embeds = backbone(inputs_embeds=embeds).last_hidden_state
+            # As an image's features are, no token's: Gemma 4 looks for the tokens, by which it reads further tables.
+            backbone(inputs_embeds=embeds.mean(1, keepdim=True))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} takes no embeddings but those of tokens: take another LLM.") from error
         expected = head(states)
     language_model.train(training)
     if not _close(states_of_embeds, states):
@@ -174,6 +233,7 @@ def check_logits(language_model: PreTrainedModel):
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
+    # Relative to the largest value: in 16 bits, and by other kernels, equal computations differ a little.
     return ours.allclose(theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
@@ -186,31 +246,50 @@ def measure_tower(vision_tower: PreTrainedModel) -> tuple[PreTrainedConfig, int]
     is_timm = config.model_type == "timm_wrapper"
     if is_timm:
         name = f"timm's {config.architecture}"
+        # timm's configurations say the size as (channels, height, width).
         config.image_size = config.pretrained_cfg["input_size"][-1]
     side = config.image_size
     if not isinstance(side, int):
         raise ValueError(f"{name} has an image_size of {side}, not one number: take another vision tower")
+    # What a tower gives is measured: no field says alike for all whether there is a class token.
+    # (1, 3, S, S) -> (1, T, E) of a ViT, (1, E, h, w) of a convolutional net.
     blank = torch.zeros(1, 3, side, side, dtype=vision_tower.dtype, device=vision_tower.device)
-    features = vision_tower(blank).last_hidden_state
+    try:
+        features = vision_tower(blank).last_hidden_state
+    except TypeError as error:
+        # SigLIP 2's NaFlex takes patches, and where they lie.
+        raise ValueError(f"{name} takes more than an image's pixels: take another vision tower") from error
     if is_timm != (features.ndim == 4):
         shape = tuple(features.shape)
         raise ValueError(f"{name} gives features {shape}: take a convolutional net of timm, or a ViT of transformers")
     if is_timm:
+        # A ViT's configuration says both already.
         config.hidden_size = features.shape[1]
         config.patch_size = side // features.shape[-1]
         return config, 0
     return config, features.shape[1] - (side // config.patch_size) ** 2
 
 
+# Beginnings of names in OLA-VLM's state dict; `NEW_PARTS` are those that no part brings along.
 BACKBONE = "model.language_model."
 HEAD = "lm_head.weight"
 NEW_PARTS = ("model.multi_modal_projector.", "predictors.", "queries.", "logit_scales.")
 
 
+def backbone_of(language_model: PreTrainedModel) -> PreTrainedModel:
+    """The LLM without its head."""
+    backbone = language_model.base_model
+    if isinstance(backbone, PreTrainedModel) and backbone is not language_model:
+        return backbone
+    # Llama 4's is called otherwise than its class says.
+    return next(module for module in language_model.children() if isinstance(module, PreTrainedModel))
+
+
 def table_name(language_model: PreTrainedModel) -> str:
     """The input embeddings' name in the LLM's backbone."""
     table = language_model.get_input_embeddings().weight
-    return next(name for name, parameter in language_model.base_model.named_parameters() if parameter is table)
+    # Found by identity, since families name it differently: "embed_tokens.weight", GPT-2's "wte.weight".
+    return next(name for name, parameter in backbone_of(language_model).named_parameters() if parameter is table)
 
 
 def head_of(language_model: PreTrainedModel) -> torch.nn.Linear:
@@ -240,6 +319,7 @@ def vocabulary_tables(language_model: PreTrainedModel) -> dict[str, torch.nn.Par
 
 def names_of(language_model: PreTrainedModel, parameter: torch.nn.Parameter) -> list[str]:
     """The names that a parameter has in the LLM."""
+    # A tied head is the same parameter under a second name, and a file may have either.
     named = language_model.named_parameters(remove_duplicate=False)
     return [name for name, candidate in named if candidate is parameter]
 
@@ -249,12 +329,18 @@ def parts_weights(vision_tower: PreTrainedModel, language_model: PreTrainedModel
     copy_tower, copy_language_model = copied
     weights = {}
     for name, value in vision_tower.state_dict().items():
-        weights["model.vision_tower." + name] = value.clone() if copy_tower else value
-    for name, value in language_model.base_model.state_dict().items():
-        weights[BACKBONE + name] = value.clone() if copy_language_model else value
+        if copy_tower:
+            value = value.clone()
+        weights["model.vision_tower." + name] = value
+    for name, value in backbone_of(language_model).state_dict().items():
+        if copy_language_model:
+            value = value.clone()
+        weights[BACKBONE + name] = value
     if not language_model.config.tie_word_embeddings:
         head = head_of(language_model).weight.data
-        weights[HEAD] = head.clone() if copy_language_model else head
+        if copy_language_model:
+            head = head.clone()
+        weights[HEAD] = head
     return weights
 
 
@@ -283,9 +369,12 @@ def build_ola_vlm(
     towers of another layout (`measure_tower`), for an LLM whose logits LLaVA can't give (`check_logits`) and for a
     tokenizer whose new tokens would take the rows of others (`added_ids`).
     """
+    # A configuration takes any field: a misspelled one would be kept there, and do nothing.
     unknown = config_overrides.keys() - {field.name for field in dataclasses.fields(OlaVlmConfig)}
     if unknown:
         raise ValueError(f"config_overrides has {sorted(unknown)}: no fields of OlaVlmConfig")
+
+    # The parts: tower, language model and tokenizer. Those that are read here are nobody else's.
     statistics = None
     tower_is_ours = isinstance(vision_tower, str)
     if tower_is_ours:
@@ -298,28 +387,39 @@ def build_ola_vlm(
             trust_remote_code=False,
             config=vision_config,
             key_mapping=OF_VISION_TOWER,
+            # A pooler's vector isn't used, and some checkpoints lack it.
             unused=["pooler."],
         )
     language_model_is_ours = isinstance(language_model, str)
     if language_model_is_ours:
+        # The type that the rows had in the checkpoint, before they were converted to `dtype`.
         with loading_from(language_model):
             stored = AutoConfig.from_pretrained(language_model, trust_remote_code=False).dtype
         language_model = load_whole(AutoModelForCausalLM, language_model, dtype=dtype, trust_remote_code=False)
     else:
         stored = language_model.dtype
     if tokenizer is None or isinstance(tokenizer, str):
+        # A loaded LLM remembers where it came from.
         words = tokenizer or language_model.name_or_path
         tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
+    # Cheap: it looks at the LLM's modules, while `check_logits` below computes with them.
     check_head(language_model)
 
+    # Processor and configuration, which say how many rows the vocabulary's tables need.
     text_config = language_model.config
     generation_config = language_model.generation_config
     tasks = [normalize_task(task, text_config.hidden_size, text_config.num_hidden_layers) for task in tasks]
-    tokenizer = copy.deepcopy(tokenizer)  # the caller's doesn't change
+    # Tokens will be added to it, and the caller's must not change.
+    tokenizer = copy.deepcopy(tokenizer)
     known = tokenizer.get_vocab()
     vision_config, class_tokens = measure_tower(vision_tower)
-    config_overrides.setdefault("vision_feature_select_strategy", "default" if class_tokens else "full")
-    if vision_config.model_type == "timm_wrapper":  # whose other stages have other widths and grids
+    # LLaVA's "default" drops the first token, which would be a patch if there is no class token.
+    strategy = "full"
+    if class_tokens:
+        strategy = "default"
+    config_overrides.setdefault("vision_feature_select_strategy", strategy)
+    # Of a convolutional net the last stage: the others have other widths and grids than were measured.
+    if vision_config.model_type == "timm_wrapper":
         config_overrides.setdefault("vision_feature_layer", -1)
     processor = build_processor(
         tokenizer,
@@ -331,6 +431,7 @@ def build_ola_vlm(
         strategy=config_overrides["vision_feature_select_strategy"],
         resize_mode=resize_mode,
     )
+    # By then the processor has added `<image>` and the task tokens to this tokenizer.
     added = added_ids(tokenizer, known)
     config = build_config(
         text_config,
@@ -341,11 +442,14 @@ def build_ola_vlm(
         pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
         **config_overrides,
     )
+
+    # The tables, longer by the new tokens' rows.
     dtype = dtype or language_model.dtype
     tables = {}
     for name, parameter in vocabulary_tables(language_model).items():
         weight = parameter.data
         if language_model_is_ours:
+            # Its pages in the mapped file would stay in memory beside the longer table.
             weight = not_mapped(weight, str(language_model.name_or_path), names_of(language_model, parameter))
         else:
             weight = weight.clone()
@@ -354,19 +458,25 @@ def build_ola_vlm(
             known.values(),
             added=added,
             rows=config.text_config.vocab_size,
-            stored=stored,  # pyright: ignore[reportArgumentType]
+            stored=stored,  # pyright: ignore[reportArgumentType] (what it has no value for stays as it is)
         )
+        # Else the old table would be held while the next one is made.
         del weight
         if language_model_is_ours:
-            # The LLM looks at the longer table from here on, so that each is in memory once.
+            # From here on the LLM's table is a view of the longer one, so that each is in memory once.
             parameter.data = tables[name][: len(parameter)]
+
+    # One model of all weights; what is new in it is made as a new model's.
+    # Not before: it computes with the tables, and would have read the mapped ones into memory beside the new.
     check_logits(language_model)
     weights = parts_weights(vision_tower, language_model, copied=(not tower_is_ours, not language_model_is_ours))
     weights.update(tables)
     # From here on `weights` alone holds the parts.
     del vision_tower, language_model, parameter, tables
     model = assemble(OlaVlmForConditionalGeneration, config, weights, NEW_PARTS, dtype)
+    # Until here the task tokens' rows are the known rows' mean: their query tables are drawn by `assemble`.
     model.write_task_tokens()
+    # But the LLM's own ends, which may be several: Llama-3 has one of texts and one of turns.
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     for field in ["bos_token_id", "eos_token_id"]:
         setattr(model.generation_config, field, getattr(generation_config, field))

@@ -10,8 +10,10 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import yaml
 from huggingface_hub import (
@@ -25,13 +27,18 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING
 
 from ..commands.running import command, tell
-from ..targets.escapes import code, markdown, terminal
-from ..targets.files import inside, read_object, write_whole
-from ..targets.loading import check_folder
+from ..eval.benchmarks import shown_name
+from ..files.escapes import code, markdown, one_line, terminal
+from ..files.strangers import entries_of, inside, read_object
+from ..files.writing import write_whole
+from ..inference.checkpoints import OWN_CLASSES, read_checkpoint
+from ..targets.loading import check_folder, indexed_files
 from ..targets.statistics import own_statistics
-from ..training.run_record import read_run, statistics_files
+from ..training.run_record import read_run, statistics_files, steps_in
 
 logger = logging.getLogger(__name__)
 
@@ -39,67 +46,47 @@ ROOT = Path(__file__).parents[1]
 OUR_CODE = {f"{kind}_ola_vlm.py" for kind in ("configuration", "modeling", "processing")}
 PARTS = ("vision_tower", "language_model")
 PUSHED = [
-    *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("configuration_*.py", "modeling_*.py", "processing_*.py", "target_statistics/*.safetensors", "probes/probes.*"),
-    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt"),
+    # weights
+    "config.json",
+    "generation_config.json",
+    # config.json of a model, adapter_config.json of an adapter (LoRA).
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "target_statistics/*.safetensors",
+    # Fitted probes (`Probes.save`), if they were put there: probes.json and probes.safetensors.
+    "probes/probes.*",
+    # code
+    "configuration_*.py",
+    "modeling_*.py",
+    "processing_*.py",
+    # processor and tokenizer
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
 ]
+# "model.safetensors", "adapter_model.safetensors", "model-00001-of-00003.safetensors".
 SHARD = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
 PAPER = "arXiv:2412.09585"
-TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-{{ summary }}
-
-## How to use
-
-```python
-{{ usage }}
-```
-
-## Training
-
-{{ training }}
-
-## Evaluation
-
-{{ evaluation }}
-
-## Limits
-
-{{ limits }}
-
-## Citation
-
-```bibtex
-@article{jain2024ola_vlm,
-  title   = {OLA-VLM: Elevating Visual Perception in Multimodal LLMs with Auxiliary Embedding Distillation},
-  author  = {Jitesh Jain and Zhengyuan Yang and Humphrey Shi and Jianfeng Gao and Jianwei Yang},
-  journal = {arXiv:2412.09585},
-  year    = {2024}
-}
-```
-"""
-USE_MODEL = """from transformers import pipeline
-
-ask = pipeline("image-text-to-text", "{repo}"{code})
-content = [{{"type": "image", "path": "photograph.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
-print(ask(text=[{{"role": "user", "content": content}}], return_full_text=False)[0]["generated_text"])"""
-USE_ADAPTER = """from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-base = AutoModelForImageTextToText.from_pretrained("{base}", trust_remote_code=True)
-model = PeftModel.from_pretrained(base, "{repo}")
-processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)"""
+CARD = Path(__file__).with_name("model_card.md")
+# The picture that a card's example shows, and its question: of any model, and of the miniature.
+PHOTOGRAPH = ("photograph.jpg", "What is in the picture?")
+# The picture is that of docs/.
+SCENE = ("scene.png", "which object is closer to the camera ? (A) red object (B) blue object")
 
 
 def is_repository(name: str | None, local: Collection[str] = ()) -> bool:
     """Whether it is a repository's name, by the Hub's own rules: not a folder of this machine, nor one of the `local`
     paths of the machine that it was trained on."""
+    # The Hub also takes names without an owner ("gpt2"), which a folder's name can't be told from.
     if not name or name in local or name.count("/") != 1 or Path(name).exists():
         return False
     try:
@@ -113,6 +100,7 @@ def local_paths(runs: Sequence[dict]) -> set[str]:
     """What was a path where the runs trained: as they recorded it, and each one's own folder."""
     paths = set()
     for run in runs:
+        # "models/llama" looks like a repository's name: only the machine that trained knew it for a folder.
         paths.update(run.get("local_paths", []))
         paths.add(run.get("output_dir"))
     return paths
@@ -122,7 +110,9 @@ def shown(path: str | None, local: Collection[str] = ()) -> str:
     """A name on the Hub as it is; of a path its end alone, since the rest is a machine's own."""
     if not path:
         return ""
-    return code(path if is_repository(path, local) else Path(path).name)
+    if is_repository(path, local):
+        return code(path)
+    return code(Path(path).name)
 
 
 def without_paths(fields):
@@ -131,8 +121,11 @@ def without_paths(fields):
         return {name: without_paths(value) for name, value in fields.items()}
     if isinstance(fields, list):
         return [without_paths(value) for value in fields]
+    # A relative path looks like any text; one that exists here is taken for a path.
     is_path = isinstance(fields, str) and (os.path.isabs(fields) or os.path.exists(fields))
-    return Path(fields).name if is_path else fields
+    if is_path:
+        return Path(fields).name
+    return fields
 
 
 def find_files(checkpoint: Path, statistics: Path | None = None) -> dict[str, Path]:
@@ -141,39 +134,81 @@ def find_files(checkpoint: Path, statistics: Path | None = None) -> dict[str, Pa
     file of a checkpoint must not choose what of this machine is published."""
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is no folder: give that of a checkpoint or an adapter")
-    names = [path.relative_to(checkpoint) for pattern in PUSHED for path in checkpoint.glob(pattern)]
-    files = {str(name): inside(checkpoint, name) for name in names}
+    # Only what is known to belong to a checkpoint: a run's folder also holds logs, states and pickles.
+    files = {}
+    for pattern in PUSHED:
+        for path in checkpoint.glob(pattern):
+            name = path.relative_to(checkpoint)
+            files[str(name)] = inside(checkpoint, name)
+            # A pipe would be waited for.
+            if not path.is_file():
+                raise ValueError(f"{path} is no file: take it out of the folder")
+
+    # What others need to load it.
     if "adapter_config.json" in files:
+        # An adapter: its weights alone; the base model is named, not published.
         needed = ["adapter_model.safetensors"]
     elif "config.json" in files:
         index = "model.safetensors.index.json"
         needed = ["model.safetensors"]
+        # Sharded weights: the index says which files they are.
         if index in files:
-            needed = sorted(set(map(str, read_object(files[index])["weight_map"].values())))
+            needed = [str(path.relative_to(checkpoint)) for path in indexed_files(files[index])]
         for module in code_files(read_object(files["config.json"])):
-            if module in OUR_CODE:  # of a checkpoint that was saved without its code
+            # Our own modules may be missing where a checkpoint was saved without its code; others' must be there.
+            if module in OUR_CODE:
                 files.setdefault(module, ROOT / module)
             needed.append(module)
     else:
         raise ValueError(f"{checkpoint} has no config.json and no adapter_config.json: it is no checkpoint")
     if "config.json" in files:
-        files |= {f"target_statistics/{path.name}": path for path in find_statistics(checkpoint, statistics)}
-    shards = [name for name in files if SHARD.fullmatch(name)]
-    if stale := [name for name in shards if name not in needed]:
+        for path in find_statistics(checkpoint, statistics):
+            files[f"target_statistics/{path.name}"] = path
+
+    # What is too much, and what is missing.
+    # A larger model was saved here before: its shards would be gigabytes that nobody reads.
+    stale = [name for name in files if SHARD.fullmatch(name) and name not in needed]
+    if stale:
         left = f"{', '.join(stale)} of an earlier save, which the checkpoint's own weights don't use"
         raise ValueError(f"{checkpoint} has {left}: delete what is old")
     needed += ["processor_config.json", "tokenizer_config.json"]
-    if lacking := [name for name in needed if name not in files]:
+    lacking = [name for name in needed if name not in files]
+    if lacking:
         raise ValueError(f"{checkpoint} lacks {', '.join(lacking)}: save model and processor there by save_pretrained")
-    check_folder(checkpoint)  # half-fetched weights would be others' trouble
+    # Cut files (an interrupted download, a pointer of Git LFS) and missing weights would be found by others only.
+    check_folder(checkpoint)
+    # An adapter's weights can be checked only in its base model, which may not be here.
+    if "adapter_config.json" not in files:
+        check_weights(checkpoint)
     return files
+
+
+def check_weights(checkpoint: Path) -> None:
+    """ValueError if a model lacks weights; only their names are read. A model that its own code alone could load isn't
+    looked at."""
+    fields = read_object(checkpoint / "config.json")
+    kind = fields.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"{checkpoint / 'config.json'} has the model_type {kind!r:.80}: it must be a name")
+    # A foreign model with tasks has attached predictors in a file beside its weights: it isn't looked at either.
+    if kind in OWN_CLASSES or (kind in CONFIG_MAPPING and not fields.get("tasks")):
+        read_checkpoint(checkpoint, device_map="meta")
 
 
 def code_files(config: dict) -> set[str]:
     """The modules that a configuration's auto_map names. ValueError for what is no name of one."""
-    classes = (config.get("auto_map") or {}).values()
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"config.json: its auto_map is {auto_map!r:.60}: it must name classes")
+    # Of a tokenizer there are two, the slow one and the fast one, and either may be null.
+    classes = []
+    for value in auto_map.values():
+        classes += [name for name in value if name is not None] if isinstance(value, list) else [value]
+    # A value is "module.Class", or "owner/name--module.Class" for code of another repository.
     modules = {str(name).split("--")[-1].split(".")[0] for name in classes}
-    if strange := [module for module in modules if not module.isidentifier()]:
+    # The name becomes a file's: no path such as "../secret" may be made of it.
+    strange = [module for module in modules if not module.isidentifier()]
+    if strange:
         raise ValueError(f"config.json: its auto_map names the file {strange[0]!r}, which is no module")
     return {f"{module}.py" for module in modules}
 
@@ -181,11 +216,15 @@ def code_files(config: dict) -> set[str]:
 def find_statistics(checkpoint: Path, folder: Path | None) -> list[Path]:
     """The checkpoint's own or, of one that was trained before stages took them along, those of a user's `folder`: that
     of the stage before, which run.json names, but a file has no say in it."""
+    # The user's own word on the command line.
     if folder is not None:
         return [inside(folder, path.relative_to(folder)) for path in sorted(folder.glob("*.safetensors"))]
-    if found := own_statistics(checkpoint):
-        return [inside(path.parent, path.name) for path in found]
-    if elsewhere := statistics_files(checkpoint):
+    own = own_statistics(checkpoint)
+    if own:
+        return own
+    # Only looked at, to tell the user what to give: run.json must not choose what is published.
+    elsewhere = statistics_files(checkpoint)
+    if elsewhere:
         place = elsewhere[0].parent
         logger.warning(
             f"without the targets' statistics, which run.json says are in {place}: give --statistics {place}"
@@ -197,9 +236,13 @@ def history(checkpoint: Path) -> list[dict]:
     """What `ola-vlm train` wrote of the run and of those that it began at, the first one first; none if unknown."""
     runs = []
     run = read_run(checkpoint)
-    if run and (checkpoint / "trainer_state.json").exists():
-        run["max_steps"] = read_object(checkpoint / "trainer_state.json")["global_step"]
+    if run:
+        # Of a run's checkpoint-1000 the record is the whole run's: the checkpoint's own steps go into it.
+        run["finished_steps"] = steps_in(checkpoint, run)
     while run:
+        # As planned it is -1 if the run went by epochs, and too many steps if it was stopped.
+        if run.get("finished_steps") is not None:
+            run["max_steps"] = run["finished_steps"]
         runs.insert(0, run)
         run = run.get("started_from")
     return runs
@@ -214,63 +257,105 @@ def training_text(runs: list[dict], config: dict) -> str:
     if not runs:
         return "Not recorded: there was no run.json beside the checkpoint (`ola-vlm train` writes one)."
     local = local_paths(runs)
-    rows, texts = [], []
-    for run in runs:
-        batch = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"] * run.get("processes", 1)
-        steps = f"{run['max_steps']:d}" if run["max_steps"] > 0 else f"{run['num_train_epochs']:g} epochs"
-        method = f"adapters of rank {run['lora_rank']:d}" if run.get("lora_rank") else "all of the stage's weights"
-        method += ", 4-bit language model" if run.get("load_in_4bit") else ""
-        what = [
-            markdown(run["stage"]),
-            markdown(run["recipe"] or "none"),
-            shown(run["data"], local),
-            steps,
-            f"{batch:d}",
-        ]
-        rows.append([*what, f"{run['learning_rate']:g}", f"{run['seed']:d}", method])
+    # What was trained, one row a stage, the first one first.
     heads = ["stage", "recipe", "data", "steps", "batch", "learning rate", "seed", "trained"]
-    texts.append(table(heads, rows))
-    if parts := [f"{name.replace('_', ' ')} {shown(runs[0].get(name), local)}" for name in PARTS if runs[0].get(name)]:
+    texts = [table(heads, [training_row(run, local) for run in runs])]
+    # What it was built from: the parts, or a checkpoint.
+    parts = [f"{name.replace('_', ' ')} {shown(runs[0].get(name), local)}" for name in PARTS if runs[0].get(name)]
+    if parts:
         texts.append(f"Built from {' and '.join(parts)}.")
     elif runs[0].get("checkpoint"):
         texts.append(f"The first of these stages began at {shown(runs[0]['checkpoint'], local)}.")
-    if taught := teachers(runs):
-        texts.append("Teachers of the embedding losses, which are no part of this repository:")
+    used = teachers(runs)
+    if used:
+        texts.append("Teachers of the embedding losses, whose weights are not in this checkpoint:")
         layers = {task["name"]: ", ".join(map(str, task["layers"])) for task in config.get("tasks") or []}
         rows = []
-        for task, (kind, path, license) in taught.items():
-            weights = shown(path, local)
-            rows.append([markdown(task), markdown(layers.get(task, "")), markdown(kind), weights, markdown(license)])
+        for task, teacher in used.items():
+            # Teachers of words are named "words.class": the layers are those of the task before the period.
+            of_task = layers.get(task.partition(".")[0], "")
+            names = [markdown(name) for name in (task, of_task, teacher.encoder)]
+            rows.append([*names, shown(teacher.weights, local), markdown(teacher.license)])
         texts.append(table(["task", "layers of the LLM", "encoder", "weights", "their license"], rows))
     return "\n\n".join(texts)
 
 
-def teachers(runs: list[dict]) -> dict[str, tuple[str, str, str]]:
-    """Task -> (encoder, weights, license) of the stages that used them."""
-    used = [run["teachers"] for run in runs if run.get("teachers") and (run.get("tasks") or run.get("fusion"))]
-    return {
-        task: (teacher["encoder"], teacher["path"], teacher.get("license", teacher.get("licence", "not recorded")))
-        for entries in used
-        for task, teacher in entries.items()
-    }
+def training_row(run: dict, local: Collection[str]) -> list[str]:
+    """A run's row of the card's table."""
+    numbers = ("max_steps", "num_train_epochs", "min_steps", "learning_rate", "seed", "per_device_train_batch_size")
+    odd = [name for name in numbers if name in run and not isinstance(run[name], (int, float))]
+    if odd:
+        raise TypeError(f"{odd[0]} is {run[odd[0]]!r:.60}")
+    # What an optimizer step sees, over all processes and accumulated batches.
+    batch = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"] * run.get("processes", 1)
+    if run["max_steps"] > 0:
+        steps = f"{run['max_steps']:d}"
+    else:
+        # A run that didn't come to its end: what was planned is all that is known.
+        epochs = run["num_train_epochs"]
+        steps = f"{epochs:g} {'epoch' if epochs == 1 else 'epochs'}"
+        if run.get("min_steps"):
+            steps += f", at least {run['min_steps']:d} steps"
+    method = "all of the stage's weights"
+    if run.get("lora_rank"):
+        method = f"adapters of rank {run['lora_rank']:d}"
+    if run.get("load_in_4bit"):
+        method += ", 4-bit language model"
+    return [
+        markdown(run["stage"]),
+        markdown(run["recipe"] or "none"),
+        shown(run["data"], local),
+        steps,
+        f"{batch:d}",
+        f"{run['learning_rate']:g}",
+        f"{run['seed']:d}",
+        method,
+    ]
+
+
+class Teacher(NamedTuple):
+    """`weights`: a name on the Hub, or a path where the run trained."""
+
+    encoder: str
+    weights: str
+    license: str
+
+
+def teachers(runs: list[dict]) -> dict[str, Teacher]:
+    """Task (and kind of word, "words.class") -> its teacher, of the stages that used them."""
+    used = {}
+    for run in runs:
+        # Without tasks, and without the multi-encoder baseline's fusion, a stage's teachers were named but not asked.
+        if not (run.get("tasks") or run.get("fusion")):
+            continue
+        for task, teacher in entries_of(run.get("teachers") or {}).items():
+            # Earlier versions wrote "licence".
+            license = teacher.get("license", teacher.get("licence", "not recorded"))
+            used[task] = Teacher(teacher["encoder"], teacher["path"], license)
+    return used
 
 
 def evaluation(paths: Sequence[str]) -> tuple[str, list[EvalResult], dict[str, bytes]]:
     """Text, metadata (the model-index) and files for `.eval_results`, by name, from results.json (`ola-vlm eval`) and
     report.json (`ola-vlm miniature`), or their folders."""
-    texts, metadata = [], []
+    texts = []
+    metadata = []
     files = {}
     for path in map(Path, paths):
-        there = [path / name for name in ("results.json", "report.json") if (path / name).exists()]
         if not path.exists():
             raise ValueError(f"{path} is not there")
-        found = read_object(there[0] if there else path)
-        if "scores" in found and "run" in found:
-            text, entries = _of_benchmark(found)
+        in_folder = [path / name for name in ("results.json", "report.json") if (path / name).exists()]
+        file = path
+        if in_folder:
+            file = in_folder[0]
+        results = read_object(file)
+        # A benchmark's results can also be entered on the Hub's leaderboards; a study's go into the text alone.
+        if "scores" in results and "run" in results:
+            text, entries = _of_benchmark(results)
             metadata += entries
-            files |= _eval_results(found)
-        elif "methods" in found:
-            text = _of_study(found)
+            files.update(_eval_results(results))
+        elif "methods" in results:
+            text = _of_study(results)
         else:
             raise ValueError(f"{path} is neither results.json of `ola-vlm eval` nor a study's report.json")
         texts.append(text)
@@ -287,11 +372,17 @@ def _eval_results(results: dict) -> dict[str, bytes]:
     run = results["run"]
     if not _is_of_the_hub(run):
         return {}
+    # It becomes a file's name, and results.json may be a stranger's.
+    if re.fullmatch(r"\w[\w.-]*", run["benchmark"]) is None:
+        name = one_line(run["benchmark"])[:80]
+        raise ValueError(f"results.json names a benchmark {name!r}, which `ola-vlm eval` doesn't have")
     entries = []
     for name, score in results["scores"].items():
-        if "/" in name:  # a task's or a source's
+        # "task/Count", "source/COCO": parts of the benchmark, which has no leaderboard for them.
+        if "/" in name:
             continue
         error = 100 * score["standard_error"]
+        # It has no field for a standard error, which goes into the notes.
         entry = EvalResultEntry(
             dataset_id=run["data"],
             task_id=name,
@@ -305,131 +396,233 @@ def _eval_results(results: dict) -> dict[str, bytes]:
 
 
 def _of_benchmark(results: dict) -> tuple[str, list[EvalResult]]:
-    run, scores = results["run"], results["scores"]
-    percent = {name: (100 * one["score"], 100 * one["standard_error"], one["n"]) for name, one in scores.items()}
-    rows = [[markdown(name), f"{score:.1f} ± {error:.1f}", f"{n:d}"] for name, (score, error, n) in percent.items()]
-    title = f"{markdown(run['benchmark'])} ({markdown(run['variant'])})"
-    text = f"{title}: per cent ± standard error over questions, number of questions.\n\n"
-    of = {"task_type": "image-text-to-text", "dataset_name": run["benchmark"], "metric_type": "accuracy"}
-    of["dataset_type"] = run["data"] if _is_of_the_hub(run) else run["benchmark"]
-    headline = [
-        EvalResult(**of, metric_name=f"{name} (standard error {error:.1f})", metric_value=round(score, 1))
-        for name, (score, error, _) in percent.items()
-        if "/" not in name
-    ]
-    return text + table(["", "score", "questions"], rows), headline
+    run = results["run"]
+    dataset = run["benchmark"]
+    if _is_of_the_hub(run):
+        dataset = run["data"]
+    rows = []
+    headline = []
+    for name, scored in results["scores"].items():
+        score = 100 * scored["score"]
+        error = 100 * scored["standard_error"]
+        rows.append([markdown(name), f"{score:.1f} ± {error:.1f}", f"{scored['n']:d}"])
+        # The metadata has headline numbers only, not "task/Count" or "source/COCO".
+        if "/" not in name:
+            entry = EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=dataset,
+                dataset_name=run["benchmark"],
+                metric_type="accuracy",
+                metric_name=f"{name} (standard error {error:.1f})",
+                metric_value=round(score, 1),
+            )
+            headline.append(entry)
+    text = f"{markdown(shown_name(run))}: per cent ± standard error over questions, number of questions."
+    return f"{text}\n\n{table(['', 'score', 'questions'], rows)}", headline
 
 
 def _of_study(report: dict) -> str:
     rows = []
+    tasks = []
     for method, of_method in report["methods"].items():
         accuracies = [seed["accuracy"] for seed in of_method["seeds"]]
-        values = {task: [100 * accuracy[task] for accuracy in accuracies] for task in accuracies[0]}
-        spread = [f"{mean(v):.1f} ± {stdev(v):.1f}" if len(v) > 1 else f"{v[0]:.1f}" for v in values.values()]
-        rows.append([markdown(method), len(accuracies), *spread])
-    head = ["method", "training seeds", *map(markdown, values)]
+        # All methods answer the same tasks.
+        tasks = list(accuracies[0])
+        cells = []
+        for task in tasks:
+            values = [100 * accuracy[task] for accuracy in accuracies]
+            cell = f"{mean(values):.1f}"
+            # One seed has no deviation.
+            if len(values) > 1:
+                cell += f" ± {stdev(values):.1f}"
+            cells.append(cell)
+        rows.append([markdown(method), len(accuracies), *cells])
+    head = ["method", "training seeds", *map(markdown, tasks)]
     text = "The study in miniature: per cent, mean ± standard deviation over training seeds."
     return f"{text}\n\n{table(head, rows)}"
 
 
-def limits(runs: list[dict], results: Sequence[str], is_adapter: bool) -> Iterator[str]:
-    licenses = {task: license for task, (_, _, license) in teachers(runs).items()}
-    if restricted := [
-        f"{markdown(task)} ({markdown(one)})"
-        for task, one in licenses.items()
-        if re.search(r"\bNC\b", one, re.IGNORECASE)
-    ]:
+def limits(runs: list[dict], results: Sequence[str], is_adapter: bool, is_of_miniature: bool) -> Iterator[str]:
+    if is_of_miniature:
+        yield "It knows nothing but a world of rendered scenes and about a hundred words, those of its own questions."
+    used = teachers(runs)
+    restricted = []
+    for task, teacher in used.items():
+        # Creative Commons' "NC", non-commercial: Depth Anything V2's large model is CC-BY-NC-4.0.
+        if re.search(r"\bNC\b", teacher.license, re.IGNORECASE):
+            restricted.append(f"{markdown(task)} ({markdown(teacher.license)})")
+    if restricted:
         yield f"**Not for commercial use**, for its teachers' licenses: {', '.join(restricted)}."
-    if "not recorded" in licenses.values():
+    if any(teacher.license == "not recorded" for teacher in used.values()):
         yield "A teacher's license was not recorded: see its own page before use."
     yield "The terms of the language model, the vision encoder and the data hold beside this repository's."
     yield "Answers may be wrong, and wrong without a sign of it. Nothing was done about harmful answers or biases."
     if not results:
         yield "Not evaluated, or the results were not given."
-    if not is_adapter and any(run["stage"] != "pretrain" for run in runs) and teachers(runs):
+    # Predictors train in pre-training only, on the states that the language model had then.
+    if not is_adapter and used and any(run["stage"] != "pretrain" for run in runs):
         yield "The embedding predictors are those of pre-training: later stages change the states that they read."
 
 
 def make_card(
-    checkpoint: Path, repo: str, results: Sequence[str] = (), base: str | None = None, license: str | None = None
+    checkpoint: Path,
+    repo: str,
+    results: Sequence[str] = (),
+    base: str | None = None,
+    license: str | None = None,
+    example: tuple[str, str] | None = None,
 ) -> ModelCard:
-    """Of a checkpoint's folder; `base`: repository of an adapter's base model. ValueError for wrong `results`."""
+    """Of a checkpoint's folder; `base`: repository of an adapter's base model; `example`: picture and question, by
+    default those of `example_of`. ValueError for wrong `results`."""
     runs = history(checkpoint)
     local = local_paths(runs)
+
+    # What it is.
     measured, entries, _ = evaluation(results)
     is_adapter = (checkpoint / "adapter_config.json").exists()
-    config = {} if is_adapter else read_object(checkpoint / "config.json")
-    began = [base] if is_adapter else [runs[0].get(name) for name in (*PARTS, "checkpoint")] if runs else []
+    tags = ["ola-vlm", PAPER.lower()]
+    if is_adapter:
+        config = {}
+        tags.insert(1, "lora")
+        summary = f"An adapter (LoRA) for `{base}`"
+        began = [base]
+    else:
+        config = read_object(checkpoint / "config.json")
+        summary = f"A vision-language model ({code(config['model_type'])})"
+        # The Hub shows a model below those that it began at.
+        began = []
+        if runs:
+            began = [runs[0].get(name) for name in (*PARTS, "checkpoint")]
+    tasks = config.get("tasks") or []
+    # A task's targets are a teacher's features, or the words for what it sees.
+    of_features = [markdown(task["name"]) for task in tasks if task.get("target") != "words"]
+    if of_features:
+        names = ", ".join(of_features)
+        summary += f", whose language model's layers were taught to predict the features of {names} encoders"
+    if len(of_features) < len(tasks):
+        summary += ", whose image tokens were taught to lie where the words for what teachers see in them lie"
+
+    # What the Hub reads of it, and what people do.
+    library_name = "transformers"
+    if is_adapter:
+        library_name = "peft"
     data = ModelCardData(
-        library_name="peft" if is_adapter else "transformers",
+        library_name=library_name,
         pipeline_tag="image-text-to-text",
-        tags=["ola-vlm", *(["lora"] if is_adapter else []), PAPER.lower()],
+        tags=tags,
         license=license,
+        # Names on the Hub only: a path is a machine's own, and no link can be made of it.
         base_model=[name for name in began if name is not None and is_repository(name, local)] or None,
         datasets=sorted({run["data"] for run in runs if is_repository(run["data"], local)}) or None,
         model_name=repo.split("/")[-1],
         eval_results=entries or None,
     )
-    tasks = [task["name"] for task in config.get("tasks") or []]
-    kind = (
-        f"An adapter (LoRA) for `{base}`" if is_adapter else f"A vision-language model ({code(config['model_type'])})"
-    )
-    names = ", ".join(map(markdown, tasks))
-    taught = f", whose language model's layers were taught to predict the features of {names} encoders"
-    trust = ", trust_remote_code=True" if config.get("auto_map") else ""
+    image, question = example or example_of(checkpoint)
+    is_of_miniature = not is_adapter and example_of(checkpoint) == SCENE
     return ModelCard.from_template(
         data,
-        template_str=TEMPLATE,
+        template_path=str(CARD),
         title=repo.split("/")[-1],
-        summary=f"{kind}{taught if tasks else ''}. Made with OLA-VLM ({PAPER}).",
-        usage=USE_ADAPTER.format(base=base, repo=repo) if is_adapter else USE_MODEL.format(repo=repo, code=trust),
+        summary=f"{summary}. Made with OLA-VLM ({PAPER}).",
+        repo=repo,
+        base=base if is_adapter else None,
+        has_code=bool(config.get("auto_map")),
+        image=image,
+        question=question,
         training=training_text(runs, config),
         evaluation=measured,
-        limits="\n".join(f"- {line}" for line in limits(runs, results, is_adapter)),
+        limits=list(limits(runs, results, is_adapter, is_of_miniature)),
     )
+
+
+def example_of(checkpoint: Path) -> tuple[str, str]:
+    """The picture and the question of a card's example: the miniature's if the checkpoint's tokenizer has those words
+    and no others."""
+    file = checkpoint / "tokenizer.json"
+    if not file.is_file():
+        return PHOTOGRAPH
+    tokenizer = Tokenizer.from_file(str(file))
+    # Byte-level tokenizers have none, and know every word.
+    unknown = getattr(tokenizer.model, "unk_token", None)
+
+    def is_known(question: str) -> bool:
+        return unknown not in tokenizer.encode(question, add_special_tokens=False).tokens
+
+    if is_known(SCENE[1]) and not is_known(PHOTOGRAPH[1]):
+        return SCENE
+    return PHOTOGRAPH
+
+
+def write_card(folder: str | Path, repo: str, **options) -> None:
+    """README.md of a checkpoint's folder; `repo` and `options` of `make_card`."""
+    write_whole(Path(folder) / "README.md", str(make_card(Path(folder), repo, **options)) + "\n")
 
 
 def write_adapter_card(folder: str | Path) -> None:
     """README.md of an adapter's folder: ours in place of peft's, which knows nothing of the run."""
     folder = Path(folder)
+    # peft writes down where the base model was loaded from: a name on the Hub, or a folder of this machine.
     base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
     if not is_repository(base, local_paths(history(folder))):
         base = Path(base).name
-    write_whole(folder / "README.md", str(make_card(folder, folder.name, base=base)))
+    write_card(folder, folder.name, base=base)
+
+
+@contextmanager
+def as_our_commands_write_them() -> Iterator[None]:
+    """run.json and results may be of others, and their fields anything: ValueError for what isn't ours."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"run.json or the results are not as our commands write them ({what})") from error
 
 
 @command("push")
 def main(args: Namespace) -> None:
+    # The Hub would take a name without an owner for the user's own.
     if args.repo.count("/") != 1:
         raise ValueError(f"REPO is {args.repo!r}: give owner/name")
     validate_repo_id(args.repo)
-    files, base = find_files(args.checkpoint, args.statistics), None
+    files = find_files(args.checkpoint, args.statistics)
+    base = None
+    # Name in the repository -> a file's path (a text), or content that goes up in its place (bytes).
     content: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
-    if "probes/probes.json" in files:  # which names the model that they were fitted to
+    # It names the model that the probes were fitted to, which may be a path of this machine.
+    if "probes/probes.json" in files:
         fields = without_paths(read_object(files["probes/probes.json"]))
         content["probes/probes.json"] = json.dumps(fields, indent=2).encode()
     if "adapter_config.json" in files:
         fields = read_object(files["adapter_config.json"])
-        base = args.base or fields["base_model_name_or_path"]
-        if not is_repository(base, local_paths(history(args.checkpoint))):
+        # Who loads the adapter gets the base model by this name.
+        base = args.base or fields.get("base_model_name_or_path")
+        if not base or not isinstance(base, str):
+            raise ValueError("adapter_config.json names no base model: give its --base REPO")
+        with as_our_commands_write_them():
+            local = local_paths(history(args.checkpoint))
+        if not is_repository(base, local):
             raise ValueError(f"the adapter's base model is the folder {base}: push that, then give its --base REPO")
-        content["adapter_config.json"] = json.dumps(fields | {"base_model_name_or_path": base}, indent=2).encode()
+        fields["base_model_name_or_path"] = base
+        content["adapter_config.json"] = json.dumps(fields, indent=2).encode()
     elif args.base:
         raise ValueError("--base is for adapters, and CHECKPOINT is a whole model")
-    try:
+    elif example_of(args.checkpoint) == SCENE:
+        # The card's example asks about it.
+        content[SCENE[0]] = str(ROOT / "docs" / SCENE[0])
+    # Before anything is sent.
+    with as_our_commands_write_them():
         card = make_card(args.checkpoint, args.repo, args.results, base, args.license)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"run.json or the results are not as our commands write them ({what})") from error
-    content |= evaluation(args.results)[2]
+    _, _, eval_results = evaluation(args.results)
+    content.update(eval_results)
     if args.dry_run:
         print(*map(terminal, (card, *sorted(content))), sep="\n")
         return
     content["README.md"] = str(card).encode()
-    api, added = HfApi(), [CommitOperationAdd(name, content[name]) for name in sorted(content)]
+    # One commit: nobody ever sees a repository with half of a checkpoint.
+    added = [CommitOperationAdd(name, content[name]) for name in sorted(content)]
+    api = HfApi()
+    # None: the owner's own default.
     api.create_repo(args.repo, private=args.private or None, exist_ok=True)
     commit = api.create_commit(args.repo, added, commit_message=f"{len(added)} files by ola-vlm push")
     print(f"{commit.repo_url}: {len(added)} files, revision {commit.oid}")
-    tell(
-        f"Next: look at its card on {commit.repo_url}; a Space that shows it: docs/space.md",
-    )
+    tell(f"Next: look at its card on {commit.repo_url}; a Space that shows it: space/README.md")

@@ -3,56 +3,67 @@ The reference implementation's checkpoints (Llama and Phi-3) -> OLA-VLM, and its
 `ola-vlm convert` (commands/convert.py).
 
 Nothing is guessed: a key of the checkpoint that the table doesn't know, and a weight of ours that no key provides, are
-errors that list them. `DROPPED` says what is dropped, and why.
+an error that names them. `DROPPED` says what is dropped, and why.
 """
 
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, TimmWrapperConfig, TimmWrapperModel
 
 from ..commands.running import command, tell
+from ..configuration_ola_vlm import KEY_GROUPS
+from ..files.escapes import terminal
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes
 from ..probing.states import PROMPT
 from ..processing_ola_vlm import OlaVlmProcessor, added_ids
 from ..targets.encoders import load_vision_config
-from ..targets.escapes import terminal
 from ..targets.loading import (
     SETTINGS,
     TEXTS,
     check_place,
     loading_from,
+    one_line,
     read_bin,
     read_json_object,
     read_safetensors,
     weight_files,
 )
+from ..training.run_record import check_holds_no_model
 from .parts import build_config, build_processor, measure_tower, resize_embedding
 
+# The tables whose groups' means are the task tokens.
 QUERIES = re.compile(r"model\.special_(gen|depth|seg)_tokens")
+# model_type of the reference -> of transformers; "llava_..." is its baseline without tasks.
 LANGUAGE_MODELS = {"ola_llama": "llama", "llava_llama": "llama", "ola_phi3": "phi3", "llava_phi3": "phi3"}
 
 # Our names of the checkpoint's parameters. A head of a task is renamed to its predictor before.
 PREDICTOR = r"(predictors\.\w+\.\d+\.)"
+# The first pattern that matches a whole key counts.
 KEYS = {
     r"(lm_head\.weight)": r"\1",
     r"model\.(embed_tokens\.weight|norm\.weight|layers\..+)": r"model.language_model.\1",
+    # Its projector is a Sequential of linear (0), GELU (1) and linear (2).
     r"model\.mm_projector\.0\.(weight|bias)": r"model.multi_modal_projector.linear_1.\1",
     r"model\.mm_projector\.2\.(weight|bias)": r"model.multi_modal_projector.linear_2.\1",
+    # A CLIP ViT, then timm's ConvNeXt with open_clip's weights.
     r"model\.vision_tower\.vision_tower\.vision_model\.(.+)": r"model.vision_tower.\1",
     r"model\.vision_tower\.vision_tower\.((?:stem|stages|norm_pre|head)\..+)": r"model.vision_tower.timm_model.\1",
     r"model\.special_(gen|depth|seg)_tokens": r"queries.\1",
     r"(gen|depth|seg)_logit_scale": r"logit_scales.\1",
     PREDICTOR + r"projector\.(latents|(?:proj_in|proj_out|norm_out)\.(?:weight|bias))": r"\1\2",
+    # In a resampler's layer 0 is the attention and 1 the feed-forward net; norm1 is the tokens', norm2 the queries'.
     PREDICTOR + r"projector\.layers\.(\d+)\.0\.norm1\.(weight|bias)": r"\1layers.\2.norm_tokens.\3",
     PREDICTOR + r"projector\.layers\.(\d+)\.0\.norm2\.(weight|bias)": r"\1layers.\2.norm_queries.\3",
     PREDICTOR + r"projector\.layers\.(\d+)\.0\.(to_q|to_kv|to_out)\.weight": r"\1layers.\2.\3.weight",
@@ -61,16 +72,19 @@ KEYS = {
 }
 TEACHER = "a frozen teacher: it is loaded from its own checkpoint where it is needed"
 BUFFER = "a buffer, which is computed"
+# Kinds of keys -> why nothing of ours takes them.
 DROPPED = {
     r"predictors\.depth\.\d+\.linear_[23]\..+": "a twin of linear_1 that got no gradient; for the depth picture only",
     r"da_v2_head\..+": "the depth teacher's decoder: visualization takes the teacher's own",
-    r"(dav2_backbone|oneformer|gen_encoder)\..+": TEACHER,
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": BUFFER,
+    r"(dav2_backbone|oneformer|gen_encoder|pipe)\..+": TEACHER,
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": BUFFER,
     r"model\.vision_tower\.vision_tower\.vision_model\.embeddings\.position_ids": BUFFER,
 }
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 HEAD = re.compile(r"image_(gen|depth|seg)_heads\.(\d+)\.")
+# How many of many keys an error names.
+NAMED = 5
 
 
 def task_key(key: str, layers: dict[str, list[int]]) -> str:
@@ -78,7 +92,9 @@ def task_key(key: str, layers: dict[str, list[int]]) -> str:
     head = HEAD.match(key)
     if head is None:
         return key
-    task, number = head[1], int(head[2])
+    task = head[1]
+    number = int(head[2])
+    # A head that config.json doesn't name: its key stays, and is reported as unknown.
     if number >= len(layers.get(task, [])):
         return key
     return f"predictors.{task}.{layers[task][number]}.{key[head.end() :]}"
@@ -111,11 +127,14 @@ def conversion_report(keys: Iterable[str], layers: dict[str, list[int]], has_pre
         if reason is not None:
             dropped[key] += 1
             fate = f"dropped: {reason}"
+        # Without predictors our model has no query tables: what they say is in the vocabulary's rows.
         elif QUERIES.fullmatch(key) and not has_predictors:
             fate = "its groups' means, the task tokens' rows of the vocabulary"
         else:
             fate = rename_key(key, layers)
-        assert fate is not None  # such a key is dropped
+        # `rename_key` gives None for dropped keys only.
+        assert fate is not None
+        # Layers' and heads' numbers become *: a line for each kind, not hundreds.
         counts[re.sub(r"\d+", "*", key), re.sub(r"\d+", "*", fate)] += 1
     lines = [f"{count:>5}  {key}  ->  {fate}" for (key, fate), count in counts.items()]
     teachers = sum(reason_to_drop(key, layers) == TEACHER for key in dropped)
@@ -131,11 +150,13 @@ def conversion_report(keys: Iterable[str], layers: dict[str, list[int]], has_pre
 
 def shard_files(folder: Path) -> list[Path]:
     """The files of a checkpoint's weights, with an index or without. ValueError that names a missing shard."""
+    # Files that an index or the usual name gives; else whatever looks like weights.
     files = weight_files(folder) or sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"no *.safetensors and no pytorch_model*.bin in {folder}")
     names = {file.name for file in files}
     for file in files:
+        # "pytorch_model-00001-of-00003.bin" without its index: the name says how many there are.
         numbered = re.fullmatch(r"(.+-)(\d+)(-of-)(\d+)(\.\w+)", file.name)
         if numbered is None:
             continue
@@ -151,8 +172,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, one file or several, safetensors or (`weights_only`) `.bin`."""
     state_dict = {}
     for file in shard_files(folder):
-        read = read_safetensors if file.suffix == ".safetensors" else read_bin
-        state_dict.update(read(file))
+        if file.suffix == ".safetensors":
+            of_file = read_safetensors(file)
+        else:
+            of_file = read_bin(file)
+        state_dict.update(of_file)
+    if not state_dict:
+        raise ValueError(f"{folder} has files of weights with nothing in them: fetch the whole checkpoint")
     return state_dict
 
 
@@ -160,15 +186,18 @@ def find_checkpoint(reference: str | Path) -> Path:
     """The folder, or what is fetched of a repository. ValueError for what is no whole checkpoint."""
     check_place(reference)
     folder = Path(reference)
+    # Of a repository's weights safetensors are fetched; pickles, which are as large, only if there are none.
     if not folder.is_dir():
         files = [*SETTINGS, *TEXTS, "*.safetensors"]
         with loading_from(reference):
             folder = Path(snapshot_download(str(reference), allow_patterns=files))
             if not list(folder.glob("*.safetensors")):
                 folder = Path(snapshot_download(str(reference), allow_patterns=[*files, "pytorch_model*.bin*"]))
+    # LLaVA's scripts save a LoRA's other weights, the projector's, in non_lora_trainables.bin.
     if any((folder / name).exists() for name in ("adapter_config.json", "non_lora_trainables.bin")):
         what = f"{folder} is a LoRA, which needs its base model"
         raise ValueError(f"{what}: merge both by the reference's own code first, then convert the whole checkpoint")
+    # LLaVA's pre-training saves the projector alone.
     if (folder / "mm_projector.bin").exists() and not list(folder.glob("*model*")):
         raise ValueError(f"{folder} holds a projector alone: give a whole checkpoint")
     if not (folder / "config.json").is_file():
@@ -183,36 +212,53 @@ def convert_state_dict(state_dict: dict[str, Tensor], layers: dict[str, list[int
         name = rename_key(key, layers)
         if name is None:
             continue
-        converted[name] = value.reshape(1) if "logit_scales" in name else value
+        # () -> (1,): the reference's are scalars, which FSDP2 can't shard.
+        if "logit_scales" in name:
+            value = value.reshape(1)
+        converted[name] = value
     return converted
 
 
 def read_task(config: dict, name: str, depth_mlp: bool) -> dict:
     """Our fields of a task from the reference's config; heads are numbered in the order of its `layers`."""
-    prefix = "img" if name == "gen" else name
+    # Its generation task is "gen" in the group's name (image_gen) and "img" in the fields' (img_layer_indices).
+    prefix = name
+    if name == "gen":
+        prefix = "img"
     fields = config[f"image_{name}"]
-    contrastive = config.get("use_contrastive", True)
+    # Without the contrastive term its weight stays in the config, unused.
+    contrastive_weight = 0.0
+    if config.get("use_contrastive", True):
+        contrastive_weight = config["contrastive_loss_weight"]
+    # Whether predictors attend to the words after the image.
+    sees_text = config.get("pass_text_to_aux", True)
     return {
         "name": name,
+        # "18-20": numbers of layers, joined by hyphens.
         "layers": [int(layer) for layer in fields[f"{prefix}_layer_indices"].split("-")],
         "num_task_tokens": config["num_task_tokens"],
         "target_length": fields["num_tokens"],
         "target_dim": fields["output_dim"],
         "loss_weight": fields[f"{prefix}_loss_weight"],
-        "contrastive_weight": config["contrastive_loss_weight"] if contrastive else 0.0,
+        "contrastive_weight": contrastive_weight,
         "predictor_depth": fields["depth"],
         "predictor_heads": fields["num_heads"],
         "predictor_head_dim": fields["dim_head"],
         "predictor_ffn_mult": fields["ff_mult"],
         "output_mlp": name == "depth" and depth_mlp,
+        "attends_to": [group for group in KEY_GROUPS if group != "text" or sees_text],
     }
 
 
 def find_vision_tower(folder: Path, name: str) -> str:
     """Where the configuration of the tower is that a checkpoint names: beside it, or the name on the Hub."""
+    if not name or not isinstance(name, str):
+        raise ValueError(f"its config.json names no vision tower, mm_vision_tower is {name!r}: give vision_tower")
+    # The config is a stranger's: it may name a folder beside the checkpoint or one on the Hub, no path elsewhere.
     is_name = not Path(name).is_absolute() and ".." not in Path(name).parts
     if is_name and (folder.parent / name).is_dir():
         return str(folder.parent / name)
+    # On the Hub these are open_clip's files, which are no tower until they are converted.
     if "convnext" in name.lower():
         raise ValueError(f"{name} is a ConvNeXt: give vision_tower, a folder of `ola-vlm convert-tower`")
     if not is_name:
@@ -223,7 +269,9 @@ def find_vision_tower(folder: Path, name: str) -> str:
 def read_text_config(fields: dict) -> PreTrainedConfig:
     """The language model's configuration, whose fields the reference keeps among its own."""
     language_model = LANGUAGE_MODELS[fields["model_type"]]
+    # Every field of this kind of model; newer versions of transformers have the two of RoPE under another name.
     known = {*AutoConfig.for_model(language_model).to_dict(), "rope_theta", "rope_scaling"}
+    # These are of the reference's own class and file, or were the type in which it was saved.
     known -= {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype"}
     return AutoConfig.for_model(language_model, **{name: fields[name] for name in sorted(known & fields.keys())})
 
@@ -239,18 +287,28 @@ def convert_reference(reference: str | Path, vision_tower: str | None = None, to
             name, or a folder beside `reference`); of a ConvNeXt, which it names without one, a folder of
             `ola-vlm convert-tower`.
         tokenizer: folder or repository of the LLM's, by default the checkpoint's own, if it has one.
-    Raises ValueError for an architecture that doesn't fit and for files that can't be read, RuntimeError listing
-    missing and unknown weights.
+    Raises ValueError for an architecture that doesn't fit, for files that can't be read, and for weights that are
+    missing, unknown or of another shape.
     """
     folder = find_checkpoint(reference)
     fields = read_json_object(folder / "config.json")
-    if fields.get("model_type") not in LANGUAGE_MODELS:
-        kind = fields.get("model_type")
+    kind = fields.get("model_type")
+    # As a list, since a damaged file's may be an object, which no dictionary takes.
+    if kind not in list(LANGUAGE_MODELS):
         raise ValueError(f"model_type is {kind!r}: only {list(LANGUAGE_MODELS)} can be converted.")
-    try:
+    with fields_of(folder / "config.json"):
         return _convert(folder, fields, vision_tower, tokenizer)
+
+
+@contextmanager
+def fields_of(file: Path) -> Iterator[None]:
+    """Fields are read where they are needed: one that is missing or of another type is said of the file."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"{file} has a field of another type: {one_line(error)}") from error
     except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks {error}, which the reference's checkpoints have") from error
+        raise ValueError(f"{file} lacks {error}, which the reference's checkpoints have") from error
 
 
 @dataclass
@@ -258,15 +316,18 @@ class Tower:
     """What a vision tower's configuration says of the tokens of an image."""
 
     config: PreTrainedConfig
-    strategy: str  # LLaVA's: "default" leaves the class token out
+    # LLaVA's: "default" leaves the class token out.
+    strategy: str
     class_tokens: int
 
 
 def read_tower(name: str) -> Tower:
     config = load_vision_config(name)
+    # A ViT of the reference is CLIP's: one class token before the patches.
     if config.model_type != "timm_wrapper":
         return Tower(config=config, strategy="default", class_tokens=1)
     assert isinstance(config, TimmWrapperConfig)
+    # Shapes alone are asked for: no weights are made.
     with torch.device("meta"):
         config, class_tokens = measure_tower(TimmWrapperModel(config))
     return Tower(config=config, strategy="full", class_tokens=class_tokens)
@@ -290,12 +351,15 @@ def read_vocabulary(
     if tokenizer is None and (folder / "tokenizer_config.json").is_file():
         tokenizer = str(folder)
     if tokenizer is None:
+        # Which rows are tokens can't be known without a tokenizer: all are taken for known.
         known = range(text_config.vocab_size)
+        # One of it is `<image>`.
         num_tokens = len(known) + 1 + sum(task["num_task_tokens"] for task in tasks)
         ids = list(range(len(known), num_tokens))
         return Vocabulary(processor=None, ids=ids, known=known, added=ids, num_tokens=num_tokens)
     with loading_from(tokenizer, weights=False):
         loaded = AutoTokenizer.from_pretrained(tokenizer, config=text_config, trust_remote_code=False)
+    # Before `build_processor` adds our tokens to it.
     vocabulary = loaded.get_vocab()
     processor = build_processor(loaded, tower.config, tasks, strategy=tower.strategy, class_tokens=tower.class_tokens)
     return Vocabulary(
@@ -311,8 +375,14 @@ def read_tasks(fields: dict, state_dict: dict[str, Tensor], has_heads: bool) -> 
     """None of the reference's plain LLaVA baseline."""
     if "aux_mode" not in fields or not (has_heads or fields.get("num_task_tokens")):
         return []
+    # The reference's depth heads end with an MLP (linear_1): whether they do, the weights tell and the config doesn't.
     depth_mlp = any(".linear_1." in key for key in state_dict)
-    return [read_task(fields, name, depth_mlp) for name in fields["aux_mode"].split("-")]
+    try:
+        return [read_task(fields, name, depth_mlp) for name in fields["aux_mode"].split("-")]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"its config.json describes tasks as the reference never does ({error}): correct it"
+        ) from error
 
 
 def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: str | None):
@@ -321,40 +391,56 @@ def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: st
     state_dict = read_weights(folder)
     has_heads = any(HEAD.match(key) for key in state_dict)
     tasks = read_tasks(fields, state_dict, has_heads)
+    # Tasks without heads: an instruction-tuned checkpoint. Without tasks there is nothing to lack.
     has_predictors = has_heads or not tasks
     layers = {task["name"]: task["layers"] for task in tasks}
     converted = convert_state_dict(state_dict, layers)
     if has_heads and not fields.get("use_contrastive", True):
-        # Ours always has the scales, which nothing then uses.
+        # Ours has logit scales in any case. Nothing uses them where the contrastive weight is 0.
         for task in tasks:
+            # 2.0 is what a new model begins with.
             converted[f"logit_scales.{task['name']}"] = torch.full((1,), 2.0)
 
+    # The configuration, and tables with rows for our tokens.
     vocabulary = read_vocabulary(folder, tokenizer, text_config, tower, tasks)
+    # A ConvNeXt's last map is taken, whatever layer the reference's configuration says.
+    feature_layer = -1
+    if tower.class_tokens:
+        feature_layer = fields["mm_vision_select_layer"]
     config = build_config(
         text_config,
         tower.config,
         tasks,
         vocabulary.ids,
         vocabulary.num_tokens,
-        # A ConvNeXt's last map is taken, whatever layer the reference's configuration says.
-        vision_feature_layer=fields["mm_vision_select_layer"] if tower.class_tokens else -1,
+        vision_feature_layer=feature_layer,
         vision_feature_select_strategy=tower.strategy,
         has_predictors=has_predictors,
     )
+    # The checkpoint's own; of a damaged one without embeddings that of any weight, until `check_weights` names it.
     dtype = converted.get(EMBEDDINGS, next(iter(converted.values()))).dtype
     rows = config.text_config.vocab_size
+    # (V, H) -> (V', H): rows for `<image>` and the task tokens, and padding.
     for name in (EMBEDDINGS, OUTPUT):
-        if name in converted:
-            converted[name] = resize_embedding(converted[name], vocabulary.known, added=vocabulary.added, rows=rows)
+        if name not in converted:
+            continue
+        if len(converted[name]) != text_config.vocab_size:
+            what = f"{len(converted[name])} rows of the vocabulary, its config.json says {text_config.vocab_size}"
+            raise ValueError(f"{folder} has {what}: correct vocab_size there, or give a whole checkpoint")
+        converted[name] = resize_embedding(converted[name], vocabulary.known, added=vocabulary.added, rows=rows)
+    # A tied head is saved once, and our model's state dict has it under both names.
     if config.tie_word_embeddings:
         converted[OUTPUT] = converted[EMBEDDINGS]
     tables = {}
     if not has_predictors:
-        # The tables have no other place than the rows that are made of them.
-        tables = take_tables(converted, tasks)
+        # The model has no place for the tables: what they say goes into the task tokens' rows, below.
+        tables = take_tables(folder, converted, tasks)
 
-    model = OlaVlmForConditionalGeneration(config).to(dtype)  # pyright: ignore[reportArgumentType]
-    model.load_state_dict(converted)  # an error lists the weights that are missing and those that are unknown
+    model = OlaVlmForConditionalGeneration(config).to(dtype)  # pyright: ignore[reportArgumentType] (its stub)
+    # By our names and the checkpoint's, so that the error names the keys that its files have.
+    check_weights(folder, converted, model.state_dict(), {rename_key(key, layers): key for key in state_dict})
+    model.load_state_dict(converted)
+    # With predictors from the model's own query tables; without them from those of the checkpoint, below.
     model.write_task_tokens()
     if tables:
         with torch.no_grad():
@@ -364,56 +450,109 @@ def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: st
     return model.eval(), vocabulary.processor, conversion_report(state_dict, layers, has_predictors)
 
 
-def take_tables(converted: dict[str, Tensor], tasks: list[dict]) -> dict[str, Tensor]:
-    """Each task's query table, out of `converted`. RuntimeError for missing ones."""
-    missing = [task["name"] for task in tasks if f"queries.{task['name']}" not in converted]
+def check_weights(
+    place: str | Path, converted: Mapping[str, Tensor], expected: Mapping[str, Tensor], keys: Mapping[str | None, str]
+) -> None:
+    """ValueError, one line, for weights that the model has no place for, that are missing, or of another shape.
+    `keys`: our names of the checkpoint's keys -> these."""
+    unknown = sorted(keys.get(name, name) for name in converted.keys() - expected.keys())
+    missing = sorted(expected.keys() - converted.keys())
+    shapes = []
+    for name in sorted(converted.keys() & expected.keys()):
+        if converted[name].shape != expected[name].shape:
+            found = f"{tuple(converted[name].shape)} for {tuple(expected[name].shape)}"
+            shapes.append(f"{keys.get(name, name)} ({found})")
+    # All at once: mended one by one, a checkpoint of many gigabytes would be read for each.
+    problems = []
+    if unknown:
+        problems.append(f"has weights that the table of keys doesn't know ({len(unknown)}): {_listed(unknown)}")
     if missing:
-        raise RuntimeError(f"Missing key(s): the tables of task tokens of {', '.join(missing)}")
+        problems.append(f"lacks weights ({len(missing)}): {_listed(missing)}")
+    if shapes:
+        problems.append(f"has weights of another shape than its config.json says ({len(shapes)}): {_listed(shapes)}")
+    if problems:
+        remedy = "give a whole checkpoint as the reference saves it, with nothing in it of other models"
+        raise ValueError(f"{place} {'; '.join(problems)}. Nothing was written: {remedy}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = ""
+    if len(names) > NAMED:
+        more = f" and {len(names) - NAMED} more"
+    return f"{', '.join(names[:NAMED])}{more}"
+
+
+def take_tables(place: str | Path, converted: dict[str, Tensor], tasks: list[dict]) -> dict[str, Tensor]:
+    """Each task's query table, out of `converted`. ValueError for missing ones."""
+    missing = [f"model.special_{task['name']}_tokens" for task in tasks if f"queries.{task['name']}" not in converted]
+    if missing:
+        raise ValueError(f"{place} lacks the tables of task tokens, {', '.join(missing)}: give a whole checkpoint")
     return {task["name"]: converted.pop(f"queries.{task['name']}") for task in tasks}
 
 
 def set_end_tokens(model: OlaVlmForConditionalGeneration, fields: dict, processor: OlaVlmProcessor | None) -> None:
+    # The reference keeps them in config.json; transformers generates by the generation config.
     for field in ["bos_token_id", "eos_token_id", "pad_token_id"]:
         setattr(model.generation_config, field, fields.get(field))
     if processor is None or processor.tokenizer.eos_token_id is None:
         return
-    # Llama-3's chats end with another token than its texts.
-    given = fields.get("eos_token_id")
-    ends = {end for end in (given if isinstance(given, list) else [given]) if end is not None}
+    # config.json's token ends a text, the tokenizer's a turn of a chat: two tokens in Llama-3. Both end an answer.
+    ends = fields.get("eos_token_id")
+    if not isinstance(ends, list):
+        ends = [ends]
+    ends = {end for end in ends if end is not None}
     ends.add(processor.tokenizer.eos_token_id)
-    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    # A list is for several; a single one is a number, as most models have it.
+    if len(ends) == 1:
+        model.generation_config.eos_token_id = ends.pop()
+    else:
+        model.generation_config.eos_token_id = sorted(ends)
+
+
+def empty_probes(fields: dict, folder: Path) -> Probes:
+    """As a probing run's config.json describes them, without its weights."""
+    task = fields["probe_mode"]
+    if task not in ("gen", "depth", "seg"):
+        raise ValueError(f"probe_mode is {task!r}: only gen, depth and seg are known")
+    # States are those of all layers and, as number 0, the embeddings, for which the reference has no head.
+    try:
+        num_layers = fields["num_hidden_layers"] + 1
+        size = fields[f"image_{task}"]
+        task = {
+            "name": task,
+            "target_length": size["num_tokens"],
+            "target_dim": size["output_dim"],
+            "predictor_heads": size["num_heads"],
+            "predictor_head_dim": size["dim_head"],
+            "predictor_ffn_mult": size["ff_mult"],
+        }
+        about = {"prompt": PROMPT, "square": True, "model": folder.name}
+        return Probes("resampler", [task], num_layers, fields["hidden_size"], about, first_layer=1)
+    except TypeError as error:
+        what = f"{folder / 'config.json'} describes probes as the reference never does ({error})"
+        raise ValueError(f"{what}: correct it") from error
 
 
 def convert_probes(reference: str | Path) -> tuple[Probes, str]:
     """The resampler probes of one of its probing runs (`probe_mode` in config.json: one task, a head for every LLM
     layer, the first head for layer 1), and what became of each key. ValueError for missing or unknown ones."""
     folder = find_checkpoint(reference)
-    fields = read_json_object(folder / "config.json")
-    task = fields["probe_mode"]
-    num_layers = fields["num_hidden_layers"] + 1
-    if task not in ("gen", "depth", "seg"):
-        raise ValueError(f"probe_mode is {task!r}: only gen, depth and seg are known")
-    size = fields[f"image_{task}"]
-    task = {
-        "name": task,
-        "target_length": size["num_tokens"],
-        "target_dim": size["output_dim"],
-        "predictor_heads": size["num_heads"],
-        "predictor_head_dim": size["dim_head"],
-        "predictor_ffn_mult": size["ff_mult"],
-    }
-    about = {"prompt": PROMPT, "square": True, "model": folder.name}
-    probes = Probes("resampler", [task], num_layers, fields["hidden_size"], about, first_layer=1)
+    with fields_of(folder / "config.json"):
+        probes = empty_probes(read_json_object(folder / "config.json"), folder)
+    (task,) = probes.tasks.values()
+    # Head i is that of layer i + 1 (`first_layer`).
     layers = {task["name"]: list(probes.layers)}
     state_dict = read_weights(folder)
     heads = {key: value for key, value in state_dict.items() if key.startswith(f"image_{task['name']}_heads.")}
     converted = convert_state_dict(heads, layers)
-    try:
-        weights = {name.removeprefix("predictors."): value.float() for name, value in converted.items()}
-        probes.modules.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{reference}: {error}") from error
-    # The runs don't record their images' mean target; without it only the plain cosine is a score.
+    # A resampler probe has a predictor's parts. Probes compute in float32.
+    weights = {name.removeprefix("predictors."): value.float() for name, value in converted.items()}
+    keys: dict[str | None, str] = {}
+    for key in heads:
+        keys[(rename_key(key, layers) or "").removeprefix("predictors.")] = key
+    check_weights(reference, weights, probes.modules.state_dict(), keys)
+    probes.modules.load_state_dict(weights)
+    # (Q, E) of zeros: the runs don't record their images' mean target, so that only the plain cosine is a score.
     probes.means = {task["name"]: torch.zeros(task["target_length"], task["target_dim"])}
     others = len(state_dict) - len(heads)
     return (
@@ -424,17 +563,16 @@ def convert_probes(reference: str | Path) -> tuple[Probes, str]:
 
 @command("convert")
 def main(args: Namespace) -> None:
+    check_holds_no_model(args.out)
     folder = find_checkpoint(args.reference)
-    try:
-        if "probe_mode" in read_json_object(folder / "config.json"):
-            probes, report = convert_probes(folder)
-            print(terminal(report))
-            probes.save(args.out)
-            print(f"Wrote probes to {args.out}: for `ola-vlm visualize --probes` and `load_probes`.")
-            return
-        model, processor, report = convert_reference(folder, args.vision_tower, args.tokenizer)
-    except RuntimeError as error:  # keys that are missing or unknown
-        raise ValueError(error) from error
+    # The reference's probing runs save the whole frozen model with the probes in it.
+    if "probe_mode" in read_json_object(folder / "config.json"):
+        probes, report = convert_probes(folder)
+        print(terminal(report))
+        probes.save(args.out)
+        print(f"Wrote probes to {args.out}: for `ola-vlm visualize --probes` and `load_probes`.")
+        return
+    model, processor, report = convert_reference(folder, args.vision_tower, args.tokenizer)
     print(terminal(report))
     model.save_pretrained(args.out)
     if processor is None:

@@ -1,1 +1,2 @@
-"""Benchmarks: questions asked (`run`), answers scored (`scoring`), models compared (`compare`, `statistics`)."""
+"""Benchmarks: questions asked (`run`), answers read (`reading`) and scored (`scoring`), models compared (`compare`,
+`statistics`)."""

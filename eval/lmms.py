@@ -5,22 +5,35 @@ lmms-eval finds `manifest` by the entry point `lmms_eval.models`; only it import
 
 import torch
 from accelerate import Accelerator
-
-# It lives in an environment of its own (make lmms-eval).
-from lmms_eval import utils  # pyright: ignore[reportMissingImports]
-from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
-from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
-from lmms_eval.protocol import ChatMessages  # pyright: ignore[reportMissingImports]
+from lmms_eval import utils  # pyright: ignore[reportMissingImports] (in an environment of its own: make lmms-eval)
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports] (the same)
+from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports] (the same)
+from lmms_eval.protocol import ChatMessages  # pyright: ignore[reportMissingImports] (the same)
 from tqdm import tqdm
 
 from ..inference.checkpoints import load_checkpoint
 from ..inference.generate import answer_chats
 
+# Settings of a task that `generate` takes; others are the harness's own.
 GENERATION = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "repetition_penalty")
 
 
 def manifest() -> ModelManifest:
     return ModelManifest(model_id="ola_vlm", chat_class_path=f"{__name__}.OlaVlm")
+
+
+def generation_options(settings: dict) -> dict:
+    """A task's settings as options of `generate`: greedy ones without those of sampling."""
+    # For a task that names no length: the harness's own default.
+    options = {"max_new_tokens": 1024}
+    options.update({name: settings[name] for name in GENERATION if settings.get(name) is not None})
+    # Tasks that name a temperature above 0 and no do_sample mean to sample.
+    options["do_sample"] = bool(options.get("do_sample", options.get("temperature", 0) > 0))
+    # transformers warns of options of sampling where none is done.
+    if not options["do_sample"]:
+        for name in ("temperature", "top_p", "top_k"):
+            options.pop(name, None)
+    return options
 
 
 class OlaVlm(lmms):
@@ -33,6 +46,7 @@ class OlaVlm(lmms):
         device, max_batch_size: of lmms-eval's command line; the device is this process's own.
     """
 
+    # Those that are simple for lmms-eval get text and images apart; this one gets messages.
     is_simple = False
 
     def __init__(
@@ -46,11 +60,14 @@ class OlaVlm(lmms):
         max_batch_size: int | None = None,
     ):
         super().__init__()
+        # The command line also takes "auto", which wants a search for the largest batch.
         if not str(batch_size).isdigit():
             raise ValueError(f"batch_size {batch_size!r}: give a number")
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # By these the harness divides the requests among processes, and gathers their answers.
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
         self.model, self.processor = load_checkpoint(pretrained, dtype, device_map, trust_remote_code)
         self.model.eval()
 
@@ -60,8 +77,10 @@ class OlaVlm(lmms):
 
     def generate_until(self, requests) -> list[str]:
         """An answer to each request, in batches of alike settings; cut where one of its "until" strings begins."""
+        # It groups requests by their settings, which a batch shares, and puts answers back into their order.
         collator = utils.Collator(
             [request.args for request in requests],
+            # Sorted by the length of the context, so that alike lengths share a batch.
             lambda args: (len(args[0]), args[0]),
             group_fn=lambda args: args[2],
             grouping=True,
@@ -69,23 +88,28 @@ class OlaVlm(lmms):
         answers = []
         bar = tqdm(total=len(requests), desc="answering", unit="question", disable=self.rank != 0)
         for batch in collator.get_batched(n=self.batch_size, batch_fn=None):
+            # A request's arguments: context, messages of a row, settings, row, task, split.
             chats = [self._messages(args[1], *args[3:]) for args in batch]
             settings = dict(batch[0][2])
-            until = settings.pop("until", [])
-            until = [until] if isinstance(until, str) else until
-            generation = {name: settings[name] for name in GENERATION if settings.get(name) is not None}
-            generation["do_sample"] = bool(generation.get("do_sample", generation.get("temperature", 0) > 0))
-            if not generation["do_sample"]:
-                generation = {k: v for k, v in generation.items() if k not in ("temperature", "top_p", "top_k")}
-            for answer in answer_chats(self.model, self.processor, chats, **{"max_new_tokens": 1024, **generation}):
-                answers.append(answer[: min([answer.find(stop) for stop in until if stop in answer], default=None)])
+            # A task's YAML may say `until: null`.
+            until = settings.pop("until", None) or []
+            if isinstance(until, str):
+                until = [until]
+            options = generation_options(settings)
+            for answer in answer_chats(self.model, self.processor, chats, **options):
+                # The earliest of the strings; None is the answer's own end.
+                ends = [answer.find(stop) for stop in until if stop in answer]
+                answers.append(answer[: min(ends, default=None)])
             bar.update(len(batch))
         bar.close()
         return collator.get_original(answers)
 
     def _messages(self, doc_to_messages, doc_id: int, task: str, split: str) -> list[dict]:
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-        if messages.extract_media()[1] or messages.extract_media()[2]:
+        media = messages.extract_media()
+        videos = media[1]
+        sounds = media[2]
+        if videos or sounds:
             raise ValueError(f"{task}: videos and sound can't be shown to this model, choose tasks with images")
         return messages.to_hf_messages()
 

@@ -17,10 +17,10 @@ from transformers import __version__
 from transformers.utils import logging
 
 from ..commands.running import command, tell
+from ..files.escapes import terminal
+from ..files.writing import check_is_of, only_one, whole_file
 from ..inference.checkpoints import load_checkpoint, processes, weights_state
 from ..inference.generate import generate_answers
-from ..targets.escapes import terminal
-from ..targets.files import only_one, whole_file
 from .benchmarks import evenly, find_benchmark, find_variant, load_questions, locate
 from .scoring import table, write_results
 
@@ -29,10 +29,15 @@ logger = logging.get_logger(__name__)
 
 def _read_lines(out: Path) -> Iterator[dict]:
     """What is answered so far; the last line of a process that was killed may be torn."""
+    # The joined file of a finished run, and what the processes of an interrupted one left.
     for file in [*out.glob("answers.jsonl"), *out.glob("answers.*.part")]:
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                yield json.loads(line)
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    continue
+                if isinstance(record.get("id"), str) and isinstance(record.get("run"), dict):
+                    yield record
 
 
 def answer(
@@ -54,21 +59,30 @@ def answer(
     state = processes()
     out.mkdir(parents=True, exist_ok=True)
     done = {record["id"]: record for record in _read_lines(out)}
+    # Answers of another model or prompt are never mixed in: all that makes them is compared.
     for record in done.values():
         if record["run"] != run:
             differs = ", ".join(name for name in run if record["run"].get(name) != run[name])
             raise ValueError(f"{out} has answers of a run with another {differs}: choose another --out")
-    order = sorted(questions, key=lambda question: len(question["question"]))  # all processes get alike lengths
-    if todo := [q for q in order[state.process_index :: state.num_processes] if q["id"] not in done]:
+    # Sorted by length, of which each process takes every nth: all have questions of like lengths, and end together.
+    order = sorted(questions, key=lambda question: len(question["question"]))
+    share = order[state.process_index :: state.num_processes]
+    # The share is taken of all questions: processes that see others' new answers still divide them alike.
+    todo = [question for question in share if question["id"] not in done]
+    if todo:
         model, processor = load()
         greedy = {"do_sample": False, "max_new_tokens": run["max_new_tokens"]}
-        generation = model.generation_config.to_diff_dict() | greedy
+        # What an answer is made with, for the record: the checkpoint's own settings, and ours over them.
+        generation = {**model.generation_config.to_diff_dict(), **greedy}
         quiet = not state.is_main_process
         bar = tqdm(total=len(todo), desc=f"answering {run['benchmark']}", unit="question", disable=quiet)
+        # A file of this process's own: several may write at the same time, and one that is killed leaves its own.
         with (out / f"answers.{uuid.uuid4().hex}.part").open("w", encoding="utf-8") as lines, bar:
 
             def save(answered: list[dict]) -> None:
-                lines.writelines(json.dumps({**r, "generation": generation, "run": run}) + "\n" for r in answered)
+                for record in answered:
+                    lines.write(json.dumps({**record, "generation": generation, "run": run}) + "\n")
+                # On disk at once: an interrupted evaluation loses a batch at most.
                 lines.flush()
                 bar.update(len(answered))
 
@@ -88,15 +102,19 @@ def answer(
                 save=save,
                 unreadable=unreadable,
             )
+
+    # The first process joins what all have written, in the questions' order.
     state.wait_for_everyone()
     if state.is_main_process:
         done = {record["id"]: record for record in _read_lines(out)}
-        if left := [question["id"] for question in questions if question["id"] not in done]:
+        left = [question["id"] for question in questions if question["id"] not in done]
+        if left:
             named = ", ".join(left[:5]) + ", ..." * (len(left) > 5)
             remedy = "mend the files and run this again, or add --count_unreadable to count them as wrong"
             raise ValueError(f"{len(left)} questions have no image that can be opened ({named}): {remedy}")
         with whole_file(out / "answers.jsonl") as unfinished, unfinished.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(done[question["id"]]) + "\n" for question in questions)
+        # Only now that all answers are in the whole file.
         for part in out.glob("answers.*.part"):
             part.unlink()
 
@@ -119,21 +137,32 @@ def _evaluate(args: Namespace) -> Iterator[dict]:
     if len(args.benchmark) > 1 and (args.data or args.revision):
         raise ValueError("--data and --revision are one benchmark's: give one --benchmark with them")
     variants = {name: find_variant(name, args.variant) for name in args.benchmark}
-    folders = {name: args.out / Path(name).stem if len(variants) > 1 else args.out for name in variants}
+    # One benchmark's results lie in the folder itself, several ones' in a folder each.
+    folders: dict[str, Path] = {}
+    for name in variants:
+        folders[name] = args.out
+        if len(variants) > 1:
+            folders[name] = args.out / Path(name).stem
     if len(set(folders.values())) < len(folders):
         raise ValueError(f"two benchmarks would share a folder: {', '.join(map(str, folders.values()))}")
+    for folder in folders.values():
+        check_is_of("eval", folder, "answers.jsonl", "answers.*.part")
+    # Now, since the checkpoint may be written over while it is asked; and one that isn't there is said at once.
     weights = weights_state(args.checkpoint)
 
+    # The model is loaded once for all benchmarks, and only if there is something left to be answered.
     @cache
     def load():
         return load_checkpoint(args.checkpoint, args.dtype, args.device_map, args.trust_remote_code)
 
     state = processes()
     for name, variant in variants.items():
-        with state.main_process_first():  # the others find what it has downloaded or made
+        # The first process downloads or renders; the others wait, and find it done.
+        with state.main_process_first():
             folder, revision = locate(name, args.data, args.revision)
         questions, read_image = load_questions(name, folder, variant)
         questions = evenly(questions, args.limit)
+        # What makes these answers: a folder with another one's is refused.
         run = {
             "benchmark": name,
             "variant": variant,
@@ -148,8 +177,12 @@ def _evaluate(args: Namespace) -> Iterator[dict]:
         }
         if args.limit is not None:
             run["limit"] = args.limit
+        # The first process locks the folder for all of this run: a second run on it is refused.
         folders[name].mkdir(parents=True, exist_ok=True)
-        with only_one(folders[name]) if state.is_main_process else nullcontext():
+        lock = nullcontext()
+        if state.is_main_process:
+            lock = only_one(folders[name])
+        with lock:
             answer(load, questions, read_image, folders[name], run, args.batch_size, args.count_unreadable)
         if state.is_main_process:
             yield write_results(folders[name])

@@ -10,45 +10,58 @@ from .question_files import Row
 def cvbench(row: Row) -> dict:
     choices = row.choices("choices")
     return {
+        # With its type (2D, 3D), should both files number their rows from 0.
         "id": f"{row['type']}-{row['idx']}",
-        "task": row["task"],
-        "source": row["source"],
-        "question": row["prompt"],
+        "task": row.text("task"),
+        "source": row.text("source"),
+        "question": row.text("prompt"),
         "choices": choices,
         "answer": f"({row.letter('answer', choices)})",
     }
 
 
 def _listed_options(row: Row) -> tuple[list[str], str]:
-    """The options that the question lists, and the right one's letter; four options without words if the answer's is
-    not among those that could be read."""
-    options = read_options(row["question"])
+    """The options that the question lists, and the right one's letter; options without words, four or as many as
+    the answer's letter takes, if that is not among those that could be read."""
+    options = read_options(row.text("question"))
+    # A letter alone says enough; more than that is compared with the options' words, too.
     is_one_letter = re.fullmatch(r"\W*[A-Za-z]\W*", str(row["answer"])) is not None
     letter = row.letter("answer", [] if is_one_letter else options)
-    return (options if ascii_uppercase.index(letter) < len(options) else [""] * 4), letter
+    # Options in a form that can't be read: answers are then read by their letters alone, of the usual four; or more,
+    # since the right one must be among them.
+    if ascii_uppercase.index(letter) >= len(options):
+        options = [""] * max(4, ascii_uppercase.index(letter) + 1)
+    return options, letter
 
 
 def mmstar(row: Row) -> dict:
     choices, letter = _listed_options(row)
     return {
         "id": str(row["index"]),
-        "task": row["category"],
-        "source": row["l2_category"],
-        "question": row["question"],
+        "task": row.text("category"),
+        "source": row.text("l2_category"),
+        "question": row.text("question"),
         "choices": choices,
         "answer": letter,
     }
 
 
 def realworldqa(row: Row) -> dict:
-    letters = "[A-Da-d]" if read_options(row["question"]) else "[A-D]"
+    # Without listed options a small letter may be a word, the article "a".
+    letters = "[A-Da-d]" if read_options(row.text("question")) else "[A-D]"
     is_letter = re.match(rf"\W*{letters}\s*(?:[.:)\]]|$)", str(row["answer"])) is not None
-    choices, answer = _listed_options(row) if is_letter else ([], row["answer"])
+    if is_letter:
+        task = "choice"
+        choices, answer = _listed_options(row)
+    else:
+        task = "short"
+        choices = []
+        answer = row.text("answer")
     return {
         "id": str(row.place),
-        "task": "choice" if is_letter else "short",
+        "task": task,
         "source": "RealWorldQA",
-        "question": row["question"],
+        "question": row.text("question"),
         "choices": choices,
         "answer": answer,
     }
@@ -56,25 +69,34 @@ def realworldqa(row: Row) -> dict:
 
 def okvqa(row: Row) -> dict:
     answers = row["answers"]
+    # Some copies write the ten answers as text.
     if isinstance(answers, str):
         answers = row.choices("answers")
+    # Now: else scoring would find it, once all questions are answered.
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise row.problem("answers", f"holds {str(answers)[:80]!r}: it must be a list of texts")
     return {
         "id": str(row["question_id"]),
-        "task": row.get("question_type") or "all",
+        "task": str(row.get("question_type") or "all"),
         "source": "OK-VQA",
-        "question": row["question"],
+        "question": row.text("question"),
         "choices": [],
-        "answer": list(answers),
+        "answer": answers,
     }
 
 
 def mmvp(row: Row) -> dict:
-    index = int(row["Index"])
+    try:
+        index = int(row["Index"])
+    except (ValueError, TypeError) as error:
+        raise row.problem("Index", f"holds {row['Index']!r}: it must be a whole number") from error
+    # "(a) Open (b) Closed": before the first label there is nothing, hence from the second piece on.
     choices = re.split(r"\s*\([a-z]\)\s*", row["Options"])[1:] or row.choices("Options")
     return {
         "id": str(index),
         "task": "question",
         "source": "MMVP",
+        # Questions 1 and 2 are a pair, 3 and 4 the next.
         "pair": (index + 1) // 2,
         "question": f"{row['Question']} {row['Options']}",
         "choices": choices,
@@ -83,20 +105,23 @@ def mmvp(row: Row) -> dict:
 
 
 def blink(row: Row) -> dict | None:
-    if row.get("image_2"):  # questions about several pictures are left out
+    # About several pictures: None leaves the question out, and `load_questions` says how many are.
+    if row.get("image_2"):
         return None
     choices = row.choices("choices")
     return {
         "id": str(row["idx"]),
-        "task": row.get("sub_task") or row.file.parent.name,
+        # In the Hub's copy each subtask has a folder of its own, named like it.
+        "task": str(row.get("sub_task") or row.file.parent.name),
         "source": "BLINK",
-        "question": row["prompt"],
+        "question": row.text("prompt"),
         "choices": choices,
         "answer": f"({row.letter('answer', choices)})",
     }
 
 
 def three_dsr(row: Row) -> dict:
+    # Two options or four: the columns of the others are empty.
     letters = [letter for letter in "ABCD" if row.get(letter) is not None]
     choices = [str(row[letter]) for letter in letters]
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
@@ -104,8 +129,9 @@ def three_dsr(row: Row) -> dict:
     return {
         "id": str(row["index"]),
         "task": category,
-        # a question's variants: the image mirrored ("-flip"), the options in another order ("-1")
+        # Variants differ in their id's end: the image is mirrored ("-flip"), the options are in another order ("-1").
         "group": re.sub(r"(-flip|-\d)+$", "", str(row["qid"])),
+        # "height_higher" -> "height": the four groups that the benchmark reports.
         "group_source": category.split("_object")[0].split("_")[0],
         "source": None,
         "question": f"{row['question']}\n{options}",
@@ -115,20 +141,36 @@ def three_dsr(row: Row) -> dict:
 
 
 def three_dsr_vanilla(row: Row) -> dict:
+    # Without variants each question counts by itself.
     return {name: value for name, value in three_dsr(row).items() if not name.startswith("group")}
 
 
 def vstar(row: Row) -> dict:
-    columns = {**row.values, "question": row["text"], "answer": row["label"]}
+    # Under the names that `_listed_options` asks for.
+    columns = {**row.values, "question": row.text("text"), "answer": row["label"]}
     choices, letter = _listed_options(Row(columns, row.file, row.number))
     return {
         "id": row.name("question_id", "index"),
-        "task": row["category"],
+        "task": row.text("category"),
         "source": "V*Bench",
-        "question": row["text"],
+        "question": row.text("text"),
         "choices": choices,
         "answer": letter,
     }
+
+
+def _options_in_columns(row: Row) -> tuple[str | None, Row]:
+    """For a row whose options have a column each ("A", "B" or "option_a", "option_b"): the name of a column that lists
+    them, and the row with it; else None and the row."""
+    for form in ("{}", "option_{}", "choice_{}"):
+        filled = [letter for letter in ascii_uppercase if row.get(form.format(letter)) is not None]
+        if filled[:2] == ["A", "B"]:
+            options = {letter: row.get(form.format(letter)) for letter in filled}
+            return "choices", Row({**row.values, "choices": options}, row.file, row.number)
+    return None, row
+
+
+TURNS = "must hold a turn from human and one from gpt, each with a value, which is a text"
 
 
 def your_own(row: Row) -> dict:
@@ -136,32 +178,43 @@ def your_own(row: Row) -> dict:
     turns = row.get("conversations")
     if turns:
         try:
+            # Reversed, so that the first turn of each speaker is the one that stays.
             texts = {turn["from"]: turn["value"] for turn in reversed(turns)}
-            question, answer = texts["human"], texts["gpt"]
+            question = texts["human"]
+            answer = texts["gpt"]
         except (KeyError, TypeError) as error:
-            raise row.problem(
-                "conversations", "must hold a turn from human and one from gpt, each with a value"
-            ) from error
+            raise row.problem("conversations", TURNS) from error
+        # An answer of null would be the word "None".
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise row.problem("conversations", TURNS)
     else:
         question = row.get("question", "text", "prompt") or row["question"]
         answer = row.get("answer", "label", "ground_truth")
         if answer is None:
             raise row.problem("answer", "is missing: without a right answer nothing can be scored")
+    # As a text, a list of answers would be met by no answer.
+    for column, value in {"question": question, "answer": answer}.items():
+        if isinstance(value, (list, dict)):
+            raise row.problem(column, f"holds {str(value)[:80]!r}: it must be a text")
+    # LLaVA's rows mark the image's place; here the chat template does.
     question = str(question).replace("<image>", "").strip()
-    has_list = row.get("choices", "options") is not None
-    choices = (
-        row.choices("choices" if row.get("choices") is not None else "options") if has_list else read_options(question)
-    )
-    if has_list and len(read_options(question)) != len(choices):
+    in_question = read_options(question)
+    column = next((name for name in ("choices", "options") if row.get(name) is not None), None)
+    if column is None and not in_question:
+        column, row = _options_in_columns(row)
+    choices = in_question if column is None else row.choices(column)
+    # The question doesn't list its options (or other ones than there are): they are written below it.
+    if len(in_question) != len(choices):
         lines = (f"({letter}) {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
         question = "\n".join([question, *lines])
     if choices:
         try:
             answer = f"({Row({'answer': answer}, row.file, row.number).letter('answer', choices)})"
         except ValueError:
-            if has_list:
+            if column is not None:
                 raise
-            choices = []  # a free answer to a text that happens to look like options
+            # A free answer to a text that happens to look like options.
+            choices = []
     return {
         "id": row.name("id", "question_id", "idx"),
         "task": str(row.get("task", "category") or "all"),

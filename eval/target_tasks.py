@@ -6,12 +6,12 @@ itself, its targets decoded the same way, and the mean target.
 """
 
 import hashlib
-import json
 import operator
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..commands.running import command, tell
+from ..files.escapes import one_line, terminal
+from ..files.strangers import inside, read_finished, read_object, teachers_of_file
+from ..files.writing import only_one, write_json
 from ..inference.checkpoints import load_checkpoint, processes, weights_state
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.features import NearestNeighbors, predicted_tasks, predictor_features, probe_features, statistics_of
@@ -35,13 +38,13 @@ from ..targets.encoders import (
     OneFormerEncoder,
     TargetEncoder,
 )
-from ..targets.escapes import one_line, terminal
-from ..targets.files import inside, only_one, read_finished, read_object, teachers_of_file, write_json
 from ..targets.fill import make_teachers
 from ..targets.images import image_files, open_image
 from ..targets.statistics import TargetStatistics
+from ..training.attach import AttachedPredictors
 from ..world import render
 from .dense import (
+    MIN_FEATURES,
     VOID,
     confusion_matrix,
     depth_order_correct,
@@ -51,9 +54,12 @@ from .dense import (
     reference_mean_iou,
 )
 
-PAIRS = 8  # of points, in a scene of the miniature
-RATIO = 1.1  # of a pair's depths, at least
-DRAWS = 10_000  # of two points a scene, at most: a flat depth map has no such pair
+# Pairs of points that are drawn in a scene of the miniature.
+PAIRS = 8
+# The farther point's depth is at least so many times the nearer one's.
+RATIO = 1.1
+# Tries a scene, at most: a flat depth map has no such pair, and they would never end.
+DRAWS = 10_000
 
 
 def da2k_items(folder: Path) -> list[dict]:
@@ -63,16 +69,22 @@ def da2k_items(folder: Path) -> list[dict]:
 def coco_items(folder: Path) -> list[dict]:
     """COCO's panoptic val2017: panoptic_val2017.json, and folders panoptic_val2017 (masks) and val2017 (images). Its
     133 classes are numbered in the order of their ids, as OneFormer's are."""
-    content = json.loads((folder / "panoptic_val2017.json").read_text(encoding="utf-8"))
-    category_ids = sorted(category["id"] for category in content["categories"])
-    numbers = {category_id: number for number, category_id in enumerate(category_ids)}
-    file_names = {image["id"]: image["file_name"] for image in content["images"]}
+    file = folder / "panoptic_val2017.json"
+    content = read_object(file)
     items = []
-    for annotation in content["annotations"]:
-        classes = {segment["id"]: numbers[segment["category_id"]] for segment in annotation["segments_info"]}
-        mask = inside(folder, Path("panoptic_val2017", annotation["file_name"]))
-        image = inside(folder, Path("val2017", file_names[annotation["image_id"]]))
-        items.append({"image": str(image), "mask": (str(mask), classes)})
+    try:
+        # Ids have gaps (1 to 200 for 133 classes): sorted, their places are OneFormer's numbers.
+        category_ids = sorted(category["id"] for category in content["categories"])
+        numbers = {category_id: number for number, category_id in enumerate(category_ids)}
+        file_names = {image["id"]: image["file_name"] for image in content["images"]}
+        for annotation in content["annotations"]:
+            classes = {segment["id"]: numbers[segment["category_id"]] for segment in annotation["segments_info"]}
+            mask = inside(folder, Path("panoptic_val2017", annotation["file_name"]))
+            image = inside(folder, Path("val2017", file_names[annotation["image_id"]]))
+            items.append({"image": str(image), "mask": (str(mask), classes)})
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} is not as COCO's panoptic annotations are ({what}): fetch it again") from error
     return items
 
 
@@ -80,6 +92,7 @@ def miniature_items(root: Path) -> list[dict]:
     """The test scenes of a study's folder with their exact depth (as pairs of points, drawn by a fixed seed; fewer of
     a scene that hardly has any) and masks."""
     stored = load_file(root / "data" / "test.safetensors")
+    # Fixed, so that all models and all runs are asked about the same points.
     rng = np.random.default_rng(0)
     items = []
     for i, (depth, mask) in enumerate(zip(stored["depth"].astype(float), stored["mask"], strict=True)):
@@ -97,8 +110,11 @@ def draw_pairs(depth: np.ndarray, rng: np.random.Generator) -> list[dict]:
         point1, point2 = rng.integers(0, render.SIZE, (2, 2))
         depth1 = depth[tuple(point1)]
         depth2 = depth[tuple(point2)]
+        # Nearly the same depth has no clear order.
         if max(depth1, depth2) > RATIO * min(depth1, depth2):
-            closer = "point1" if depth1 < depth2 else "point2"
+            closer = "point2"
+            if depth1 < depth2:
+                closer = "point1"
             pairs.append({"point1": point1.tolist(), "point2": point2.tolist(), "closer_point": closer})
     return pairs
 
@@ -111,6 +127,7 @@ def read_mask(mask: np.ndarray | tuple[str, dict[int, int]]) -> np.ndarray:
     colors = np.asarray(open_image(path)).astype(np.int64)
     # COCO writes a segment's id as a color, the lowest digit to the base of 256 first.
     ids, indices = np.unique(colors @ [1, 256, 256**2], return_inverse=True)
+    # Ids that the annotation doesn't list, 0 among them, are pixels without a class.
     class_of_id = np.array([classes.get(int(i), VOID) for i in ids])
     return class_of_id[indices.reshape(colors.shape[:2])]
 
@@ -121,11 +138,13 @@ def to_image(maps: Tensor, size: tuple[int, int], encoder: TargetEncoder, mode: 
     whole = (height, width)
     top = 0
     left = 0
+    # Padded evenly on both sides; else the image was stretched to the square, and is stretched back.
     if encoder.view["square"] == "pad":
         side = max(size)
         whole = (side, side)
         top = (side - height) // 2
         left = (side - width) // 2
+    # (S, S) -> whole -> the image's own part of it.
     resized = F.interpolate(maps[None, None].double(), size=whole, mode=mode)[0, 0].numpy()
     return resized[top : top + height, left : left + width]
 
@@ -146,10 +165,13 @@ def seg_sums(maps: Tensor, images: list[Image.Image], items: list[dict], encoder
         truth = read_mask(item["mask"])
         guess = to_image(class_map, image.size, encoder, "nearest").astype(int)
         known = truth[truth != VOID]
+        # An image without a labeled pixel has no score; the reference fails here.
         if not known.size:
             continue
+        # Masks of another data set, or a teacher that was trained on one.
         if known.max() >= num_classes:
             raise ValueError(f"a mask has class {known.max()}, the seg teacher knows {num_classes} classes")
+        # From 0 to (C, C + 1) by the first image.
         sums["confusion"] = sums["confusion"] + confusion_matrix(truth, guess, num_classes)
         sums["iou"] += reference_mean_iou([truth], [guess])
         sums["images"] += 1
@@ -171,16 +193,21 @@ def seg_scores(sums: dict) -> dict[str, float]:
 class Kind(NamedTuple):
     """How a kind of teacher's maps are scored."""
 
-    truth: str  # what an image must come with
-    count: Callable[..., dict]  # a batch's sums
-    scores: Callable[[dict], dict[str, float]]  # what the sums say; the first score is shown
+    # What an image must come with.
+    truth: str
+    # A batch's sums.
+    count: Callable[..., dict]
+    # What the sums say; the first score is shown.
+    scores: Callable[[dict], dict[str, float]]
 
 
+# Kind of teacher -> how it is scored; gen's has no maps, and is scored by distance.
 KINDS = {
     DepthAnythingEncoder: Kind(truth="pairs", count=depth_sums, scores=depth_scores),
     OneFormerEncoder: Kind(truth="mask", count=seg_sums, scores=seg_scores),
 }
-DISTANCE = "Frechet distance"  # gen's score: the less, the better
+# gen's score: the less, the better.
+DISTANCE = "Frechet distance"
 
 
 class Gallery:
@@ -191,6 +218,7 @@ class Gallery:
         features = []
         for start in tqdm(range(0, len(sources), batch_size), desc="gallery", unit="batch"):
             images = [open_image(source) for source in sources[start : start + batch_size]]
+            # (N, 1, E) -> (N, E): one embedding an image.
             embeddings.append(encoder.encode(images)[:, 0])
             features.append(extractor.encode(images)[:, 0])
         self.sources = sources
@@ -204,7 +232,7 @@ class Gallery:
         return self.features[indices]
 
 
-# images -> task, row and embeddings (N, Q, E), None for the teacher's own map
+# Images -> task, row and embeddings (N, Q, E), None for the teacher's own map.
 EmbeddingsOf = Callable[[list[Image.Image]], Iterator[tuple[str, str, Tensor | None]]]
 
 
@@ -214,20 +242,26 @@ class Tally:
     def __init__(self, teachers: dict[str, TargetEncoder], gallery: Gallery | None):
         self.teachers = teachers
         self.gallery = gallery
-        self.sums: dict[tuple[str, str], dict] = defaultdict(dict)  # (task, row) -> name -> sum
-        self.features: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # (task, row) -> (N, F) of each batch
-        self.real: list[Tensor] = []  # the images' own features
+        # (task, row) -> name -> sum.
+        self.sums: dict[tuple[str, str], dict] = defaultdict(dict)
+        # (task, row) -> (N, F) of each batch.
+        self.features: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        # The images' own features.
+        self.real: list[Tensor] = []
 
     def add(self, items: Sequence[dict], images: list[Image.Image], embeddings_of: EmbeddingsOf) -> None:
+        # Real images' features, once a batch, for all rows to be compared with.
         if self.gallery is not None:
             self.real.append(self.gallery.extractor.encode(images)[:, 0])
         for task, row, embeddings in embeddings_of(images):
             encoder = self.teachers[task]
             kind = KINDS.get(type(encoder))
+            # DA-2K has pairs and no masks, COCO masks and no pairs: what has no truth is passed over.
             if kind is not None and kind.truth in items[0]:
                 sums = self.sums[task, row]
                 for name, value in kind.count(encoder.decode(embeddings, images), images, items, encoder).items():
                     sums[name] = sums.get(name, 0) + value
+            # A teacher of one embedding an image; None would be its own picture, which it doesn't have.
             is_gen = kind is None and encoder.target_length == 1
             if is_gen and self.gallery is not None and embeddings is not None:
                 self.features[task, row].append(self.gallery.nearest(embeddings[:, 0].cpu()))
@@ -236,9 +270,11 @@ class Tally:
         """{task: {row: scores}}"""
         scores = defaultdict(dict)
         for (task, row), sums in self.sums.items():
-            if sums.get("pairs") or sums.get("images"):  # else there is no truth to compare with
+            # Neither pairs nor labeled images: there was no truth to compare with.
+            if sums.get("pairs") or sums.get("images"):
                 scores[task][row] = KINDS[type(self.teachers[task])].scores(sums)
         for (task, row), features in self.features.items():
+            # (N, F), of the data set's N images in both.
             decoded = torch.cat(features).numpy()
             distance = frechet_distance(decoded, torch.cat(self.real).numpy())
             scores[task][row] = {DISTANCE: distance, "n": len(decoded)}
@@ -270,21 +306,23 @@ def of_teachers(teachers: dict[str, TargetEncoder], means: dict[str, Tensor]) ->
             if type(encoder) in KINDS:
                 yield task, "target encoder", None
             yield task, "its targets, decoded", encoder.encode(images)
+            # (Q, E) -> (N, Q, E).
             yield task, "the mean target, decoded", means[task].expand(len(images), -1, -1)
 
     return embeddings_of
 
 
 def of_model(reader: StateReader, probes: Probes, statistics: dict[str, TargetStatistics]) -> EmbeddingsOf:
-    """Embeddings from the probes and, of an OLA-VLM, from its predictors."""
+    """Embeddings from the probes and, of a model that has some, from its predictors."""
     model = reader.model
     sources = {"probe": probe_features(probes, model, reader.processor)}
-    if isinstance(model, OlaVlmForConditionalGeneration) and predicted_tasks(model):
+    if isinstance(model, (OlaVlmForConditionalGeneration, AttachedPredictors)) and predicted_tasks(model):
         sources["predictor"] = predictor_features(model, reader.processor, statistics, reader.prompt)
 
     def embeddings_of(images):
         for kind, features in sources.items():
             for task, by_layer in features(images).items():
+                # A model may have predictors of more tasks than were probed, and no teacher is loaded for these.
                 if task not in probes.tasks:
                     continue
                 for layer, embeddings in by_layer.items():
@@ -295,11 +333,16 @@ def of_model(reader: StateReader, probes: Probes, statistics: dict[str, TargetSt
 
 def best_rows(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Of the layers of one kind ("probe 3", "probe 4") the best row."""
-    best = {}  # kind -> row
+    # Kind -> row.
+    best = {}
     for row, scores in rows.items():
+        # "probe 3" -> "probe".
         kind = row.rstrip("0123456789 ")
         score = next(iter(scores))
-        is_better = operator.lt if score == DISTANCE else operator.gt
+        # The first score counts: larger is better, but for a distance.
+        is_better = operator.gt
+        if score == DISTANCE:
+            is_better = operator.lt
         if kind not in best or is_better(scores[score], rows[best[kind]][score]):
             best[kind] = row
     return {row: rows[row] for row in best.values()}
@@ -313,13 +356,16 @@ def table(results: dict) -> str:
             for task, rows in tasks.items():
                 for row, scores in best_rows(rows).items():
                     score, value = next(iter(scores.items()))
-                    shown = f"{value:.3f}" if score == DISTANCE else f"{100 * value:.1f}%"
+                    shown = f"{100 * value:.1f}%"
+                    if score == DISTANCE:
+                        shown = f"{value:.3f}"
                     columns = f"{one_line(name):<36}{one_line(task):<8}{data_name:<12}{row:<26}"
                     lines.append(f"{columns}{score} {shown} (n = {scores['n']:,})")
     return "\n".join(lines)
 
 
-READERS = {"da2k": da2k_items, "coco": coco_items, "miniature": miniature_items}  # option -> how its data are read
+# Option -> how its data are read.
+READERS = {"da2k": da2k_items, "coco": coco_items, "miniature": miniature_items}
 
 
 def read_data(args: Namespace) -> dict[str, list[dict]]:
@@ -331,6 +377,11 @@ def read_data(args: Namespace) -> dict[str, list[dict]]:
             data[name] = read(folder)[: args.max_images]
     if not data:
         raise ValueError("no data: give --da2k, --coco or --miniature")
+    for name, items in data.items():
+        if args.gallery is not None and len(items) < MIN_FEATURES:
+            what = f"--gallery compares sets of images, and of --{name} there are {len(items)}"
+            raise ValueError(f"{what}: take at least {MIN_FEATURES} (--max_images), or leave --gallery out")
+    # Before teachers and models are loaded, which takes long.
     missing = [image for image in images_of(data) if not Path(image).is_file()]
     if missing:
         raise ValueError(f"{len(missing)} images are not there, the first is {missing[0]}")
@@ -338,7 +389,7 @@ def read_data(args: Namespace) -> dict[str, list[dict]]:
 
 
 def images_of(data: dict[str, list[dict]]) -> list[str]:
-    return [item["image"] for items in data.values() for item in items]
+    return [item["image"] for item in chain.from_iterable(data.values())]
 
 
 def load_gallery(
@@ -346,12 +397,14 @@ def load_gallery(
 ) -> tuple[Gallery | None, str]:
     """The images that stand for generated ones, if they are asked for and a teacher is gen's; and whose features are
     compared, in words. `asked`: images that must not stand for themselves."""
+    # One position: an embedding of the whole image, as only gen's are.
     gen = next((encoder for encoder in teachers.values() if encoder.target_length == 1), None)
     if args.gallery is None or gen is None:
         return None, "none, without --gallery"
     extractor = gen
     features = "the gen teacher's, not Inception's"
     if args.features:
+        # One feature vector an image, by the encoder that the user names; FID itself has Inception's.
         options = {"grid": 1, "device": device, **args.features}
         encoder = options.pop("encoder")
         path = options.pop("path")
@@ -359,6 +412,7 @@ def load_gallery(
         extractor = ENCODERS[encoder].from_pretrained(path, **options)
     files = sorted(set(image_files(args.gallery, args.gallery_pattern)) - set(asked))
     if args.max_images:
+        # Ten images to choose from for each that is asked about.
         files = files[: 10 * args.max_images]
     if not files:
         raise ValueError(f"{args.gallery} has no images {args.gallery_pattern} but those that are asked about")
@@ -370,11 +424,27 @@ def run(args: Namespace) -> dict:
     if not (args.out / "probes.json").exists():
         raise ValueError(f"{args.out} has no probes.json: `ola-vlm probe` writes it")
     probed = read_object(args.out / "probes.json")
-    settings = probed["run"]
+    try:
+        settings = probed["run"]
+        teacher_entries = settings["teachers"]
+        names = [task["name"] for task in settings["tasks"]]
+        folders = {model: inside(args.out, about["folder"]) for model, about in probed["models"].items()}
+        model_names = {model: str(about["name"]) for model, about in probed["models"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{args.out / 'probes.json'} is not as `ola-vlm probe` writes it ({what})") from error
+    # probes.json may be a stranger's: it may name teachers, but set no option that runs code.
     if not args.trust_remote_code:
-        settings["teachers"] = teachers_of_file(settings["teachers"], args.out / "probes.json")
-    folders = {model: inside(args.out, about["folder"]) for model, about in probed["models"].items()}
+        settings["teachers"] = teachers_of_file(teacher_entries, args.out / "probes.json")
+    if without := [name for name in names if name not in settings["teachers"]]:
+        raise ValueError(
+            f"{args.out / 'probes.json'} names no teacher of {one_line(without)}: run `ola-vlm probe` anew"
+        )
+    if not folders:
+        raise ValueError(f"{args.out / 'probes.json'} has no models: run `ola-vlm probe` anew")
     data = read_data(args)
+    if args.features and args.features["encoder"] not in ENCODERS:
+        raise ValueError(f"--features has the encoder {args.features['encoder']!r}: choose one of {list(ENCODERS)}")
     device = processes().device
     assert device is not None
     teachers = {}
@@ -383,6 +453,7 @@ def run(args: Namespace) -> dict:
     asked = images_of(data)
     gallery, features = load_gallery(args, teachers, asked, device)
     gallery_images = gallery.sources if gallery is not None else []
+    # The hash tells other images from the same number of them; the empty line parts both lists.
     names = "\n".join([*asked, "", *gallery_images])
     about = {
         "data": {name: len(items) for name, items in data.items()},
@@ -396,7 +467,8 @@ def run(args: Namespace) -> dict:
         """Of all data, from the folder if they were computed there of the same `about`."""
         file = folder / "target_tasks.json"
         known = read_finished(file) or {}
-        if known.get("about") == about:
+        # Scores of the same data, teachers and weights: an interrupted run goes on behind them.
+        if known.get("about") == about and isinstance(known.get("scores"), dict):
             return known["scores"]
         embeddings_of = make_embeddings()
         scores = {}
@@ -410,12 +482,13 @@ def run(args: Namespace) -> dict:
         loaded, processor = load_checkpoint(model, args.model_dtype, args.device_map, args.trust_remote_code)
         return of_model(probes.reader(loaded, processor), probes, statistics_of(model))
 
+    # The training images' means are the same in all models' probes: they are the teachers'.
     means = load_probes(next(iter(folders.values()))).means
     name = "target encoders"
     scores = {name: scores_in(args.out / "teachers", name, about, partial(of_teachers, teachers, means))}
-    alphas = probed.get("alphas", probed.get("strengths"))  # the latter: their name before
-    for model, about_model in probed["models"].items():
-        name = about_model["name"]
+    # Ridge strengths of the probes; "strengths" in older files.
+    alphas = probed.get("alphas", probed.get("strengths"))
+    for model, name in model_names.items():
         about_scores = {**about, "weights": weights_state(model), "alphas": alphas}
         scores[name] = scores_in(folders[model], name, about_scores, partial(load_model, model))
     results = {**about, "scores": scores}

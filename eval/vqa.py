@@ -14,9 +14,17 @@ what've when's where'd where's where've who'd who'd've who'll who's who've why'l
 wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 NUMBERS = "zero one two three four five six seven eight nine ten"
-WORDS = {form[:i] + form[i + 1 :]: form for form in CONTRACTIONS.split() for i in range(len(form)) if form[i] == "'"}
-WORDS |= {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS.split())}
-WORDS["somebody'd"] = "somebodyd"  # so in the evaluator
+# What an answer's word is replaced by.
+WORDS = {"none": "0"}
+# "dont" -> "don't"; of a form with two apostrophes each one may be missing.
+for _form in CONTRACTIONS.split():
+    for _place, _letter in enumerate(_form):
+        if _letter == "'":
+            WORDS[_form[:_place] + _form[_place + 1 :]] = _form
+for _number, _word in enumerate(NUMBERS.split()):
+    WORDS[_word] = str(_number)
+# The challenge's evaluator has this one so, without its apostrophe.
+WORDS["somebody'd"] = "somebodyd"
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
@@ -27,15 +35,24 @@ def normalize_answer(text: str) -> str:
     As in the challenge, a punctuation mark vanishes if it stands beside a space anywhere in the text (and any does if
     there is a number like 1,000); others become spaces."""
     text = re.sub(r"\s", " ", text).strip()
-    plain, vanishes = text, re.search(r"\d,\d", text) is not None
+    has_large_number = re.search(r"\d,\d", text) is not None
+    plain = text
     for mark in PUNCTUATION:
-        plain = plain.replace(mark, "" if vanishes or f"{mark} " in text or f" {mark}" in text else " ")
+        vanishes = has_large_number or f"{mark} " in text or f" {mark}" in text
+        plain = plain.replace(mark, "" if vanishes else " ")
+    # Full stops go, but not the point of a decimal number.
     plain = re.sub(r"\.(?!\d)", "", plain)
     return " ".join(WORDS.get(word, word) for word in plain.lower().split() if word not in ARTICLES)
 
 
 def vqa_accuracy(output: str, answers: Sequence[str]) -> float:
     """Mean over the answers left out one at a time of min(1, matches among the others / 3); 0 to 1."""
-    given, answers = normalize_answer(output), [normalize_answer(answer) for answer in answers]
+    given = normalize_answer(output)
+    answers = [normalize_answer(answer) for answer in answers]
     matches = answers.count(given)
-    return sum(min(1, (matches - (answer == given)) / 3) for answer in answers) / len(answers)
+    total = 0
+    for left_out in answers:
+        # An answer that was left out can't match itself.
+        among_others = matches - (left_out == given)
+        total += min(1, among_others / 3)
+    return total / len(answers)

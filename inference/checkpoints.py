@@ -6,6 +6,9 @@ peft on one of these. What can't be loaded whole is refused in one line (`target
 """
 
 import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,8 +29,22 @@ from ..baselines.processing_multi_encoder import MultiEncoderLlavaProcessor
 from ..configuration_ola_vlm import OlaVlmConfig
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..processing_ola_vlm import OlaVlmProcessor
-from ..targets.loading import check_place, find_file, load_whole, loading_from, one_line, read_json_object
-from ..training.attach import PREDICTORS_FILE, attach_predictors
+from ..targets.loading import (
+    check_code,
+    check_place,
+    find_file,
+    load_whole,
+    loading_from,
+    one_line,
+    read_json_object,
+)
+from ..training.attach import (
+    PREDICTORS_FILE,
+    AttachedPredictors,
+    PredictorFields,
+    attach_predictors,
+    load_predictors,
+)
 from ..training.chat_template import check_chat_template
 
 ADAPTER = "adapter_config.json"
@@ -36,17 +53,30 @@ OWN_CLASSES = {
     OlaVlmConfig.model_type: (OlaVlmForConditionalGeneration, OlaVlmProcessor),
     MultiEncoderLlavaConfig.model_type: (MultiEncoderLlavaForConditionalGeneration, MultiEncoderLlavaProcessor),
 }
+# What peft raises for fields of other types, weights of other shapes and adapters of models that it doesn't know.
+PEFT_ERRORS = (RuntimeError, KeyError, TypeError, AttributeError, ImportError, re.error)
+# Model types of the authors' own code, whose checkpoints have other names and files.
 REFERENCE_TYPES = ("ola_llama", "llava_llama", "ola_phi3", "llava_phi3")
 
 
 def processes() -> PartialState:
     """torchrun's processes, or this one alone."""
-    return PartialState(cpu=not torch.accelerator.is_available())  # without `cpu` it sees no other process on CPUs
+    # Without `cpu` it sees no other process on CPUs.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def check_is_no_file(checkpoint: str | Path) -> None:
+    """ValueError for a file, as of arguments the wrong way round."""
+    if Path(checkpoint).is_file():
+        raise ValueError(
+            f"{checkpoint} is a file, no checkpoint: CHECKPOINT comes first, a folder or a name on the Hub"
+        )
 
 
 def adapter_base(checkpoint: str | Path) -> str | None:
     """The name or folder of the model that an adapter was trained on; None if `checkpoint` is no adapter.
     ValueError for an adapter that doesn't say, and for a base that isn't there or is an adapter, too."""
+    check_is_no_file(checkpoint)
     check_place(checkpoint)
     file = find_file(checkpoint, ADAPTER)
     if file is None:
@@ -76,25 +106,29 @@ def classes_of(
     checkpoint: str | Path, fields: dict, trust_remote_code: bool = False, llava_as_ours: bool = False
 ) -> tuple[type, type]:
     """Model's and processor's class for a configuration's `fields`. `llava_as_ours`: a plain LLaVA as an OLA-VLM
-    without tasks, which can be trained. ValueError for models that don't read images or that nobody knows."""
+    without tasks, which can be trained, unless predictors were attached to it. ValueError for models that don't read
+    images or that nobody knows."""
+    # Ours, and what can be taken for ours.
     kind = fields.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(f"{checkpoint} has the model_type {kind!r} in its config.json: it must be a name")
     if kind in OWN_CLASSES:
         return OWN_CLASSES[kind]
-    if llava_as_ours:
-        # Other models than LLaVA are refused by OlaVlmConfig.
+    # None: of a processor that was saved alone, which says nothing of a model.
+    if llava_as_ours and kind in (None, "llava") and not fields.get("tasks"):
         return OWN_CLASSES[OlaVlmConfig.model_type]
+
+    # Anybody's, by transformers' own class or, if the user allows it, by code in the checkpoint.
     if kind in REFERENCE_TYPES or str(kind).startswith("probe_"):
         what = f"{checkpoint} is a checkpoint of the reference implementation ({kind})"
         raise ValueError(f"{what}: convert it first (`ola-vlm convert`)")
     if kind in CONFIG_MAPPING:
         assert kind is not None
+        # A language model alone, or an encoder, would fail later and by a longer message.
         if CONFIG_MAPPING[kind] not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(f"{checkpoint} is a {kind}, which does not read images: give an image-text-to-text model")
-    elif not fields.get("auto_map"):
-        raise ValueError(f"{checkpoint} is a {kind!r}, which this version of transformers doesn't know: update it")
-    elif not trust_remote_code:
-        what = f"{checkpoint} is a {kind!r}, whose code comes with the checkpoint"
-        raise ValueError(f"{what}: read that code, then give --trust_remote_code to run it")
+    else:
+        check_code(checkpoint, fields, trust_remote_code)
     return AutoModelForImageTextToText, AutoProcessor
 
 
@@ -108,11 +142,18 @@ def read_processor(
         return None
     if base is not None and not has_own:
         return read_processor(base, trust_remote_code, llava_as_ours)
+    # A processor that was saved without a model says nothing of the model's type.
     model = base or checkpoint
     has_processor_only = llava_as_ours and find_file(model, "config.json") is None
-    fields = {} if has_processor_only else read_fields(model)
+    fields = {}
+    if not has_processor_only:
+        fields = read_fields(model)
     _, processor_class = classes_of(checkpoint, fields, trust_remote_code, llava_as_ours)
-    code = {"trust_remote_code": trust_remote_code} if processor_class is AutoProcessor else {}
+    # Our own classes never run a checkpoint's code.
+    code = {}
+    if processor_class is AutoProcessor:
+        code["trust_remote_code"] = trust_remote_code
+    # A template that can't ask a question is refused here, not in the middle of a benchmark.
     with loading_from(checkpoint, weights=False):
         processor = processor_class.from_pretrained(checkpoint, **code)
         check_chat_template(processor)
@@ -146,23 +187,38 @@ def read_checkpoint(
     if base is not None:
         model = read_adapter(checkpoint, base, trust_remote_code, llava_as_ours, **loading)
         return model, processor
-    code = {"trust_remote_code": trust_remote_code} if model_class is AutoModelForImageTextToText else {}
+    code = {}
+    if model_class is AutoModelForImageTextToText:
+        code["trust_remote_code"] = trust_remote_code
     model = load_whole(model_class, checkpoint, **code, **loading)
-    predictors = find_file(checkpoint, PREDICTORS_FILE) if fields.get("tasks") else None
+
+    # Our own models' predictors are among their weights; attached ones lie in a file beside them.
+    predictors = None
+    if fields.get("tasks"):
+        predictors = find_file(checkpoint, PREDICTORS_FILE)
     if predictors is not None and model_class is AutoModelForImageTextToText:
-        try:
+        with fitting(predictors):
             attach_predictors(model, fields["tasks"], processor, predictors.parent)
-        except RuntimeError as error:  # torch lists the names
-            raise ValueError(f"{predictors} doesn't fit to the tasks of config.json: {one_line(error)}") from error
     return model, processor
 
 
+@contextmanager
+def fitting(predictors: Path) -> Iterator[None]:
+    """ValueError, one line, for a file of predictors that are others than the tasks say."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch lists the names, on many lines.
+        raise ValueError(f"{predictors} doesn't fit to the tasks of config.json: {one_line(error)}") from error
+
+
 def read_adapter(adapter: str, base: str, trust_remote_code: bool, llava_as_ours: bool, **loading) -> PreTrainedModel:
-    """The model `base` with an adapter merged into it."""
+    """The model `base` with an adapter merged into it, and with the predictors that were trained beside it."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ValueError(f"{adapter} is an adapter, which needs peft: pip install peft") from error
+    # The base with the adapter's layers in it.
     weights = find_file(adapter, "adapter_model.safetensors")
     if weights is None and find_file(adapter, "adapter_model.bin") is None:
         raise ValueError(f"{adapter} has no adapter_model.safetensors: give a whole adapter")
@@ -170,16 +226,43 @@ def read_adapter(adapter: str, base: str, trust_remote_code: bool, llava_as_ours
     with loading_from(adapter):
         try:
             wrapped = PeftModel.from_pretrained(model, adapter)
-        except (RuntimeError, KeyError) as error:  # torch lists the shapes, peft a name
+        except PEFT_ERRORS as error:
+            # torch lists the shapes, peft a name.
             what = f"{adapter} lacks weights or doesn't fit to its base model {base}"
             raise ValueError(f"{what}: {one_line(error)}") from error
+
+    # peft leaves layers that the file lacks as they begin, where they change nothing.
     if weights is not None:
         with safe_open(weights, "pt") as file:
             written = set(file.keys())
         needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
-        if missing := sorted(needed - written):
+        missing = sorted(needed - written)
+        if missing:
             raise ValueError(f"{adapter} has no weights for {', '.join(missing[:5])}: give a whole adapter")
-    return wrapped.merge_and_unload()
+        # Of a larger vocabulary peft writes the embeddings, too.
+        tables = ("embed_tokens", "lm_head")
+        unused = sorted(name for name in written - needed if not any(table in name for table in tables))
+        if unused:
+            remedy = (
+                f"name them there (target_modules, modules_to_save), or take the {ADAPTER} that was saved with them"
+            )
+            raise ValueError(
+                f"{adapter} has weights that its {ADAPTER} doesn't name, {', '.join(unused[:5])}: {remedy}"
+            )
+
+    # One model again, of the base's class, and the predictors that trained beside the adapter.
+    merged = wrapped.merge_and_unload()
+    predictors = find_file(adapter, PREDICTORS_FILE)
+    if predictors is None:
+        return merged
+    with fitting(predictors):
+        if isinstance(merged, (AttachedPredictors, OlaVlmForConditionalGeneration)):
+            load_predictors(merged, predictors.parent)
+        else:
+            fields = PredictorFields.read(predictors)
+            attach_predictors(merged, fields.tasks, checkpoint=predictors.parent)
+            merged.config.image_view = fields.image_view
+    return merged
 
 
 def load_checkpoint(
@@ -191,13 +274,16 @@ def load_checkpoint(
     """
     device = processes().device
     assert device is not None
+    # CPUs compute in 16 bits slowly, where they can at all.
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     options = {"needs_processor": True, "dtype": dtype, "device_map": device_map}
     model, processor = read_checkpoint(checkpoint, trust_remote_code, **options)
-    assert processor is not None  # it is needed
+    # `needs_processor` asks for it.
+    assert processor is not None
+    # accelerate has placed a model with a device map; a 4-bit one can't be moved at all.
     if device_map is None:
-        model = model.to(device)  # pyright: ignore[reportArgumentType]
+        model = model.to(device)  # pyright: ignore[reportArgumentType] (its stub)
     return model, processor
 
 
@@ -205,12 +291,22 @@ def weights_state(checkpoint: str | Path) -> str:
     """What changes when a checkpoint does: a hash of its files' names, sizes and dates, or its commit on the Hub; of
     an adapter also its base model's."""
     base = adapter_base(checkpoint)
-    of_base = "" if base is None else f" on {weights_state(base)}"
+    of_base = ""
+    config_name = "config.json"
+    if base is not None:
+        of_base = f" on {weights_state(base)}"
+        config_name = ADAPTER
+    # A name on the Hub, or a folder of this machine.
     if not Path(checkpoint).is_dir():
+        # The commit is part of the path in the Hub's cache.
         with loading_from(checkpoint):
-            file = find_file(checkpoint, "config.json" if base is None else ADAPTER)
+            file = find_file(checkpoint, config_name)
         return f"{extract_commit_hash(str(file), None)}{of_base}"
-    suffixes = (".safetensors", ".bin", ".json")
-    files = sorted(file for file in Path(checkpoint).iterdir() if file.suffix in suffixes)
+    # Not of their contents: gigabytes would be read for each comparison.
+    # Weights, settings, tokenizers, chat templates and code: all that answers and probes depend on.
+    suffixes = (".safetensors", ".bin", ".json", ".jinja", ".model", ".py")
+    # Other texts are notes and logs, which may be written to all along.
+    vocabularies = ("vocab.txt", "merges.txt")
+    files = sorted(file for file in Path(checkpoint).iterdir() if file.suffix in suffixes or file.name in vocabularies)
     state = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     return f"files:{hashlib.sha256(state.encode()).hexdigest()[:16]}{of_base}"

@@ -15,8 +15,11 @@ from torch import Tensor
 from ..eval.multiple_choice import is_correct
 from .stored_vision import StoredVision, features_as_pixels
 
+# Questions at a time.
 BATCH = 96
-MAX_NEW_TOKENS = 8  # as `generate_answers` has it
+# As `generate_answers` has it.
+MAX_NEW_TOKENS = 8
+# Images whose projected tokens `token_placement` compares with the embeddings.
 PLACED_IMAGES = 64
 
 
@@ -32,9 +35,13 @@ class Questions:
         self.processor = processor
         self.store = store
         self.per_task = dict(Counter(question["task"] for question in questions))
-        in_order = [task for task, count in self.per_task.items() for _ in range(count)]
+        # `objective_trial.accuracy` expects the answers of one task to stand together.
+        in_order = []
+        for task, count in self.per_task.items():
+            in_order += [task] * count
         if in_order != [question["task"] for question in questions]:
             raise ValueError("questions of a task must stand together: sort them by task")
+        # Alike lengths side by side waste no padding.
         order = sorted(range(len(questions)), key=lambda i: len(questions[i]["question"]))
         self.batches = []
         for start in range(0, len(order), BATCH):
@@ -55,9 +62,15 @@ class Questions:
 
     @torch.inference_mode()
     def correct(self, model, change: str | None = None) -> list[bool]:
-        """Whether each question is answered right. `change`: one of `CHANGES`, made to what the model sees."""
+        """Whether each question is answered right. `change`: one of `CHANGES`, made to what the model sees.
+
+        Swapped states are those of the question before it in its batch. Where that asks about the same image, and in a
+        batch of one, nothing changes, which understates the loss a little; of the study's 576 validation questions
+        that is none.
+        """
         was_training = model.training
         model.eval()
+        # With a type: of an empty list, a model's without task tokens, torch would make floats.
         task_ids = torch.tensor(model.config.task_token_ids, dtype=torch.long)
         right = [False] * len(self.questions)
         with features_as_pixels(model):
@@ -65,6 +78,8 @@ class Questions:
                 inputs = dict(encoded)
                 features_BTW = self.store.features([self.questions[i]["image"] for i in chosen])
                 is_task_BS = torch.isin(inputs["input_ids"], task_ids)
+                # What is taken away: from the features, from the mask, or from the states of each layer. There the
+                # batch is rolled by one: each question gets the states of the one before it.
                 changed = nullcontext()
                 if change == "permuted_patches":
                     features_BTW = permuted(features_BTW, seed=number)
@@ -76,6 +91,7 @@ class Questions:
                 inputs["pixel_values"] = features_BTW
                 with changed:
                     outputs = self._generate(model, inputs)
+                # Batches are sorted by length: each answer goes back to its question's place.
                 for i, output in zip(chosen, outputs, strict=True):
                     right[i] = is_correct({**self.questions[i], "output": output})
         model.train(was_training)
@@ -105,9 +121,11 @@ def changes_of(model) -> list[str]:
 def permuted(features_BTW: Tensor, seed: int) -> Tensor:
     """Each image's patches in an order of its own; the first token is the tower's class token and stays."""
     generator = torch.Generator().manual_seed(seed)
+    # T - 1 patches, at the places from 1 on.
     count = features_BTW.shape[1] - 1
     orders = [torch.randperm(count, generator=generator) for _ in features_BTW]
     order_BT = 1 + torch.stack(orders)
+    # (B, T - 1) -> (B, T - 1, W): a patch moves with all of its channels.
     patches = features_BTW.gather(1, order_BT[..., None].expand(-1, -1, features_BTW.shape[2]))
     return torch.cat([features_BTW[:, :1], patches], dim=1)
 
@@ -119,9 +137,11 @@ def task_token_states(model, inputs: dict[str, Tensor], is_task_BS: Tensor) -> l
 
     def keep(layer, arguments):
         hidden_BSH = arguments[0]
+        # (B, S, H)[mask] -> (B * K, H) -> (B, K, H): each row has the same K task tokens, in their order.
         states.append(hidden_BSH[is_task_BS].unflatten(0, (len(hidden_BSH), -1)))
 
     with layer_hooks(model, [keep] * len(model.model.language_model.layers)):
+        # One token: the prompt goes through the layers once, and each hook keeps one tensor.
         model.generate(**inputs, do_sample=False, max_new_tokens=1)
     return states
 
@@ -133,8 +153,10 @@ def given_task_token_states(model, states: Sequence[Tensor], is_task_BS: Tensor)
     def hook_of(given_BKH: Tensor):
         def give(layer, arguments):
             hidden_BSH, *others = arguments
-            if hidden_BSH.shape[:2] != is_task_BS.shape:  # a generated token: the prompt is in the cache
+            # A generated token comes alone: the task tokens are in the cache, as they were given.
+            if hidden_BSH.shape[:2] != is_task_BS.shape:
                 return None
+            # A copy: the tensor is also what the layer before has returned.
             hidden_BSH = hidden_BSH.clone()
             hidden_BSH[is_task_BS] = given_BKH.flatten(0, 1)
             return (hidden_BSH, *others)
@@ -161,8 +183,10 @@ def layer_hooks(model, hooks: Sequence) -> Iterator[None]:
 def token_placement(model, features_NTW: Tensor, words: int) -> dict[str, float]:
     """Where projected image tokens lie among the language model's embeddings, of which the first `words` stand for
     words: means of the tokens' norms, of the embeddings' norms, and of a token's largest cosine to an embedding."""
+    # Without the class token, which LLaVA leaves out.
     tokens = model.model.multi_modal_projector(features_NTW[:, 1:]).flatten(0, 1)
     table = model.get_input_embeddings().weight[:words].detach()
+    # (N * (T - 1), H) @ (H, words): every token with every word.
     cosines = torch.nn.functional.normalize(tokens, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T
     return {
         "token_norm": tokens.norm(dim=-1).mean().item(),

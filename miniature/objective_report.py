@@ -10,15 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ..files.writing import save_figure, write_whole
 from ..probing.figures import STYLE
 from ..recipes import study as design
-from ..targets.files import save_figure, write_whole
 from ..world import language
 from .asking import CHANGES
 from .report import ALPHA, table
 
 FIGURE = "accuracy.png"
 TASKS_FIGURE = "accuracy_by_task.png"
+PROBES_FIGURE = "probes_and_answers.png"
+PLACEMENT_FIGURE = "placement.png"
 # An arm and its control share a color; controls are dashed.
 COLORS = {
     "llava": "#222222",
@@ -31,24 +33,38 @@ COLORS = {
     "moments": "#7a4fb5",
     "moments_ola_vlm": "#c77cff",
 }
-NOTHING_IS_AT = 0.35  # how far left of the smallest budget 0 stands, as a share of that budget
+# Where budget 0 stands on a logarithmic axis, which has no 0: at this share of the smallest budget.
+NOTHING_IS_AT = 0.35
 
 
 def write_report(folder: Path, numbers: dict) -> str:
     """report.md (returned), report.json and the figures, into `folder`."""
-    write_whole(folder / "report.json", json.dumps(numbers, indent=1))
+    write_whole(folder / "report.json", numbers_text(numbers))
     draw(folder / FIGURE, {"mean of the tasks": numbers["accuracy"]}, columns=1)
     draw(folder / TASKS_FIGURE, numbers["by_task"], columns=2)
-    text = "\n".join(report_lines(numbers)) + "\n"
+    draw_placement(folder / PLACEMENT_FIGURE, numbers["placement_along"])
+    if numbers["probes"]:
+        draw_probes(folder / PROBES_FIGURE, numbers["probes"])
+    text = report_text(numbers)
     write_whole(folder / "report.md", text)
     return text
 
 
+def numbers_text(numbers: dict) -> str:
+    return json.dumps(numbers, indent=1)
+
+
+def report_text(numbers: dict) -> str:
+    return "\n".join(report_lines(numbers)) + "\n"
+
+
 def report_lines(numbers: dict) -> list[str]:
+    # What was asked first, then why: where tokens lie, what answers depend on, what probes see, what it costs.
     lines = ["# Which visual objective makes answers better?", "", f"{numbers['trials']} results of confirming runs."]
     lines += ["", f"![accuracy against labels]({FIGURE})", ""]
     lines += ["## Accuracy on the test questions (%, mean of the tasks; 95% interval over seeds)", ""]
     lines += accuracy_lines(numbers["accuracy"])
+    # A section a family: Holm's correction is made within it.
     for family, rows in numbers["comparisons"].items():
         lines += ["", f"## {family}: difference in points over paired seeds", "", *comparison_lines(rows)]
     if numbers["labels"]:
@@ -56,11 +72,13 @@ def report_lines(numbers: dict) -> list[str]:
         lines += labels_lines(numbers["labels"])
     lines += ["", "## Where projected tokens lie (norm, largest cosine to a word's embedding)", ""]
     lines += placement_lines(numbers["placement"])
+    lines += ["", f"![where projected tokens lie along fine-tuning]({PLACEMENT_FIGURE})"]
     lines += ["", "## What validation answers lose when something is taken away (points, 95% interval)", ""]
     lines += changes_lines(numbers["changes"])
     if numbers["probes"]:
         lines += ["", "## Probes after pre-training and answers: Pearson's r over the arms' means", ""]
         lines += probe_lines(numbers["probes"])
+        lines += ["", f"![probes against answers]({PROBES_FIGURE})"]
     lines += ["", "## Costs (means over seeds; processor seconds of one thread)", "", *cost_lines(numbers["costs"])]
     for task, by_arm in numbers["by_task"].items():
         lines += ["", f"## Accuracy: {task}", "", *accuracy_lines(by_arm)]
@@ -69,7 +87,11 @@ def report_lines(numbers: dict) -> list[str]:
 
 
 def budgets_in(by_arm: Mapping[str, Mapping[int, object]]) -> list[int]:
-    return sorted({budget for cells in by_arm.values() for budget in cells})
+    # Arms may have different ones: those that joined later, or are still on their way.
+    found = set()
+    for cells in by_arm.values():
+        found.update(cells)
+    return sorted(found)
 
 
 def accuracy_lines(by_arm: Mapping[str, Mapping[int, dict]]) -> list[str]:
@@ -78,7 +100,12 @@ def accuracy_lines(by_arm: Mapping[str, Mapping[int, dict]]) -> list[str]:
     for arm, cells in by_arm.items():
         row = [arm, seeds_text(cells)]
         for budget in budgets:
-            row.append(interval_text(cells[budget]["mean"], *cells[budget]["ci95"]) if budget in cells else "-")
+            # An arm that joined later, or is on its way, lacks some budgets.
+            text = "-"
+            if budget in cells:
+                cell = cells[budget]
+                text = interval_text(cell["mean"], *cell["ci95"])
+            row.append(text)
         rows.append(row)
     return table(["arm", "seeds", *map(str, budgets)], rows)
 
@@ -86,10 +113,12 @@ def accuracy_lines(by_arm: Mapping[str, Mapping[int, dict]]) -> list[str]:
 def seeds_text(cells: Mapping[int, dict]) -> str:
     """How many seeds the cells have; the range if they differ."""
     counts = sorted({cell["n"] for cell in cells.values()})
+    # Counts that agree are one number; else the least and the largest, "3-8".
     return "-".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
 
 
 def interval_text(mean: float, low: float, high: float) -> str:
+    # One seed has no interval.
     if math.isnan(low):
         return f"{mean:.1f}"
     return f"{mean:.1f} ± {(high - low) / 2:.1f}"
@@ -100,11 +129,15 @@ def comparison_lines(rows: list[dict]) -> list[str]:
     lines = []
     for row in rows:
         low, high = row["ci95"]
+        # One seed has no interval.
+        interval = "-"
+        if not math.isnan(low):
+            interval = f"[{low:+.1f}, {high:+.1f}]"
         lines.append([
             f"{row['arm']} - {row['other']}",
             str(row["budget"]),
             f"{row['difference']:+.1f}",
-            "-" if math.isnan(low) else f"[{low:+.1f}, {high:+.1f}]",
+            interval,
             p_text(row["p"]),
             p_text(row["p_holm"]),
             f"{row['positive']} of {row['n']} above 0",
@@ -116,7 +149,9 @@ def comparison_lines(rows: list[dict]) -> list[str]:
 def p_text(p: float) -> str:
     if math.isnan(p):
         return "-"
-    return f"{p:.2g}" if p >= 1e-4 else "< .0001"
+    if p < 1e-4:
+        return "< .0001"
+    return f"{p:.2g}"
 
 
 def verdict(row: dict) -> str:
@@ -124,13 +159,17 @@ def verdict(row: dict) -> str:
     if math.isnan(row["p"]):
         return "one seed says nothing"
     if row["p_holm"] <= ALPHA:
-        return "better" if row["difference"] > 0 else "worse"
+        if row["difference"] > 0:
+            return "better"
+        return "worse"
+    # Two one-sided tests at 5% are an interval of 90%.
     low, high = row["ci90"]
     return f"not shown; excluded: above {high:+.1f}, below {low:+.1f}"
 
 
 def labels_lines(needed: Mapping[str, Mapping[int, float]]) -> list[str]:
     budgets = budgets_in(needed)
+    # The baseline's own curve ends at the largest budget.
     most = budgets[-1]
     rows = []
     for arm, cells in needed.items():
@@ -145,7 +184,10 @@ def labels_lines(needed: Mapping[str, Mapping[int, float]]) -> list[str]:
 def labels_text(value: float | None, most: int) -> str:
     if value is None:
         return "-"
-    return f"more than {most}" if math.isinf(value) else f"{value:.0f}"
+    # The baseline never gets there, with as many labels as there are.
+    if math.isinf(value):
+        return f"more than {most}"
+    return f"{value:.0f}"
 
 
 def placement_lines(placed: Mapping[str, Mapping[int, dict]]) -> list[str]:
@@ -155,23 +197,39 @@ def placement_lines(placed: Mapping[str, Mapping[int, dict]]) -> list[str]:
         row = [arm]
         for budget in budgets:
             cell = cells.get(budget)
-            row.append(f"{cell['token_norm']:.1f}, {cell['largest_cosine']:.2f}" if cell else "-")
+            text = "-"
+            if cell:
+                text = f"{cell['token_norm']:.1f}, {cell['largest_cosine']:.2f}"
+            row.append(text)
+        # The language model's own embeddings hardly move: one figure stands for all.
         any_cell = next(iter(cells.values()))
         rows.append([*row, f"{any_cell['embedding_norm']:.2f}"])
     return table(["arm", *map(str, budgets), "norm of an embedding"], rows)
 
 
 def changes_lines(rows: list[dict]) -> list[str]:
-    names = [name for name in CHANGES if any(name in row for row in rows)]
+    # Those that some arm has: without task tokens there are none to be changed.
+    known = set().union(*rows)
+    names = [name for name in CHANGES if name in known]
     lines = []
     for row in rows:
-        cells = [interval_text(*row[name]) if name in row else "-" for name in names]
-        lines.append([row["arm"], str(row["budget"]), *cells])
+        line = [row["arm"], str(row["budget"])]
+        for name in names:
+            text = "-"
+            if name in row:
+                text = interval_text(*row[name])
+            line.append(text)
+        lines.append(line)
     return table(["arm", "labels", *(name.replace("_", " ") for name in names)], lines)
 
 
 def probe_lines(rows: list[dict]) -> list[str]:
-    cells = [[row["target"], str(row["budget"]), f"{row['r']:+.2f}", str(row["n"])] for row in rows]
+    cells = []
+    for row in rows:
+        r = "-"
+        if "r" in row:
+            r = f"{row['r']:+.2f}"
+        cells.append([row["target"], str(row["budget"]), r, str(row["n"])])
     return table(["probe's target", "labels of the answers", "r", "arms"], cells)
 
 
@@ -179,7 +237,14 @@ def cost_lines(costs: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     names = list(next(iter(costs.values())))
     rows = []
     for arm, cells in costs.items():
-        rows.append([arm, *("-" if cells[name] is None else f"{cells[name]:.0f}" for name in names)])
+        row = [arm]
+        for name in names:
+            value = cells[name]
+            text = "-"
+            if value is not None:
+                text = f"{value:.0f}"
+            row.append(text)
+        rows.append(row)
     return table(["arm", *names], rows)
 
 
@@ -190,12 +255,19 @@ def cost_lines(costs: Mapping[str, Mapping[str, float | None]]) -> list[str]:
 def draw(path: Path, panels: Mapping[str, Mapping[str, Mapping[int, dict]]], columns: int) -> None:
     """Accuracy against scenes with questions, a panel a task; one line an arm, bars: 95% intervals over seeds."""
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(8.5 if columns == 1 else 12, 5.2 * rows + 0.8), layout="constrained")
+    # A single panel has room for the legend at its side.
+    width = 12
+    place: dict = {"loc": "outside upper center", "ncols": 4}
+    if columns == 1:
+        width = 8.5
+        place = {"loc": "outside right center"}
+    figure = Figure(figsize=(width, 5.2 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
+    # Not strict: the last row of the grid may have a place more than there are panels.
     for axis, (title, by_arm) in zip(axes, panels.items(), strict=False):
         draw_panel(axis, title, by_arm)
+    # All panels have the same arms: the first one's legend is that of all.
     handles, labels = axes[0].get_legend_handles_labels()
-    place: dict = {"loc": "outside right center"} if columns == 1 else {"loc": "outside upper center", "ncols": 4}
     figure.legend(handles, labels, **place)
     figure.supxlabel(
         "scenes with questions (0: right after pre-training); bars: 95% intervals over seeds", fontsize=11
@@ -217,9 +289,11 @@ def draw_panel(axis: Axes, title: str, by_arm: Mapping[str, Mapping[int, dict]])
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(FixedLocator(list(places.values())))
     axis.xaxis.set_minor_locator(NullLocator())
+    # Ticks are found again by their place, as a formatter gets nothing else.
     names = {round(place, 6): f"{budget:,}" for budget, place in places.items()}
     axis.xaxis.set_major_formatter(FuncFormatter(lambda place, _: names.get(round(place, 6), "")))
-    chance = language.CHANCE["average" if title not in language.CHANCE else title]
+    # A panel has a task's name; the one for their mean has none, and gets the average's chance.
+    chance = language.CHANCE.get(title, language.CHANCE["average"])
     axis.axhline(100 * chance, color="black", linestyle=":", linewidth=1, label="chance")
     axis.set(title=title, ylabel="accuracy on test questions (%)")
 
@@ -227,13 +301,18 @@ def draw_panel(axis: Axes, title: str, by_arm: Mapping[str, Mapping[int, dict]])
 def budget_places(budgets: list[int]) -> dict[int, float]:
     """Where a budget stands on a logarithmic axis: 0 left of the smallest."""
     positive = [budget for budget in budgets if budget > 0]
-    least = NOTHING_IS_AT * min(positive) if positive else 1.0
+    least = 1.0
+    if positive:
+        least = NOTHING_IS_AT * min(positive)
     return {budget: float(budget or least) for budget in budgets}
 
 
 def half_width(ci95: list[float]) -> float:
     low, high = ci95
-    return 0.0 if math.isnan(low) else (high - low) / 2
+    # One seed: a bar without length.
+    if math.isnan(low):
+        return 0.0
+    return (high - low) / 2
 
 
 def arm_label(arm: str) -> str:
@@ -242,7 +321,68 @@ def arm_label(arm: str) -> str:
 
 def line_style(arm: str) -> dict:
     """A control is dashed, in the color of what it controls."""
+    # CONTROLS, read from a control to its arm.
     owner = next((own for own, control in design.CONTROLS.items() if control == arm), None)
     if owner is None:
         return {"color": COLORS.get(arm, "#555555"), "linestyle": "-", "marker": "o"}
     return {"color": COLORS.get(owner, "#555555"), "linestyle": "--", "marker": "s"}
+
+
+@rc_context(STYLE)
+def draw_placement(path: Path, along: Mapping[str, list[dict]]) -> None:
+    """How long projected tokens are, in embeddings' norms, and how near to a word's embedding: after pre-training
+    (step 0) and while an arm is fine-tuned on the most labels."""
+    figure = Figure(figsize=(12, 5.0), layout="constrained")
+    norms, cosines = figure.subplots(1, 2)
+    for arm, points in along.items():
+        steps = [point["step"] for point in points]
+        # In units of an embedding's mean length: 1 is as long as a word.
+        lengths = [point["token_norm"] / point["embedding_norm"] for point in points]
+        norms.plot(steps, lengths, markersize=4, label=arm_label(arm), **line_style(arm))
+        cosines.plot(steps, [point["largest_cosine"] for point in points], markersize=4, **line_style(arm))
+    norms.axhline(1, color="black", linestyle=":", linewidth=1, label="as long as a word")
+    norms.set(title="length of a projected token", ylabel="in mean norms of an embedding")
+    cosines.set(title="nearness to a word", ylabel="largest cosine to an embedding")
+    for axis in (norms, cosines):
+        axis.set_xlabel("steps of fine-tuning (0: right after pre-training)")
+    figure.legend(*norms.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    save_figure(figure, path, dpi=130)
+
+
+@rc_context(STYLE)
+def draw_probes(path: Path, rows: list[dict]) -> None:
+    """Answers against probes after pre-training: a column a target, a row for answers right after pre-training and one
+    for those with the most labels; small points are seeds, large ones an arm's mean."""
+    budgets = sorted({row["budget"] for row in rows})
+    # One row if there are results of one budget only.
+    shown = list(dict.fromkeys((budgets[0], budgets[-1])))
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    figure = Figure(figsize=(4 * len(targets) + 1, 3.8 * len(shown) + 0.8), layout="constrained")
+    axes = figure.subplots(len(shown), len(targets), squeeze=False)
+    for row in rows:
+        if row["budget"] in shown:
+            axis = axes[shown.index(row["budget"])][targets.index(row["target"])]
+            draw_probes_panel(axis, row)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.supxlabel("ridge probe after pre-training: mean-centered cosine, mean of the layers", fontsize=11)
+    save_figure(figure, path, dpi=130)
+
+
+def draw_probes_panel(axis: Axes, row: dict) -> None:
+    for arm, points in row["points"].items():
+        style = line_style(arm)
+        seeds_x, seeds_y = zip(*points, strict=True)
+        axis.scatter(seeds_x, seeds_y, s=8, alpha=0.35, color=style["color"], marker=style["marker"])
+        # A control's mean is hollow.
+        face = style["color"]
+        if style["linestyle"] == "--":
+            face = "none"
+        # The arm's mean over its seeds.
+        mean = (sum(seeds_x) / len(points), sum(seeds_y) / len(points))
+        axis.scatter(
+            *mean, s=60, facecolor=face, edgecolor=style["color"], marker=style["marker"], label=arm_label(arm)
+        )
+    r = ""
+    if "r" in row:
+        r = f", r = {row['r']:+.2f}"
+    axis.set(title=f"{row['target']}, {row['budget']:,} labels{r}", ylabel="accuracy on test questions (%)")

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, TrainerCallback, logging
 
+from ..files.strangers import read_object
+from ..files.writing import one_at_a_time, write_json, write_whole
 from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.fit import batches
 from ..probing.probes import score as score_probes
@@ -27,7 +29,6 @@ from ..probing.ridge import ALPHAS
 from ..processing_ola_vlm import OlaVlmProcessor
 from ..recipes import miniature as recipe
 from ..recipes import study as design
-from ..targets.files import read_object, write_json, write_whole
 from ..targets.fill import make_teachers, open_caches
 from ..train import train
 from ..training.arguments import OlaVlmArguments
@@ -37,11 +38,13 @@ from .objective_results import layers_mean
 from .stored_vision import StoredCollator, StoredVision, TrainOnFeatures
 from .trial import PROBE_BATCH, fit_ridge, probe_paths, read_json
 
-VERSION = 1  # of what a trial does: results of another version are others
-# Fields that say where files lie, and what is logged.
+# Counts changes of what a trial does: a result of another version is refused.
+VERSION = 1
+# Fields that change no result: where files lie, what is logged, saved and checked. `identity` leaves them out.
 PLACES = {"output_dir", "data", "image_folder", "target_cache", "target_fill", "checkpoint", "disable_tqdm"}
 PLACES |= {"report_to", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "check_images", "use_cpu"}
-WORLD_FILE = "study.json"  # hashes of data and components, written by `prepare`
+# Hashes of data and components, written by `objectives.prepare`.
+WORLD_FILE = "study.json"
 
 
 def result_file(root: Path, stage: str, arm: str, seed: int, budget: int, settings: dict) -> Path:
@@ -76,9 +79,11 @@ def label(settings: dict) -> str:
 def identity(root: Path, arm: str, seed: int, budget: int, settings: dict, scale: dict) -> dict:
     """What makes a result this one: seed, fields of both stages (lists and objects as hashes), how it is evaluated,
     and the hashes of data and components. Not: where files lie."""
+    # In place of every folder: a result stays what it is when its study is moved.
     nowhere = Path("root")
     found = {"version": VERSION, "arm": arm, "seed": seed, "budget": budget}
     stages = {"pretrain": design.pretrain_fields(arm, seed, settings, scale, nowhere, nowhere)}
+    # Budget 0 is the model right after pre-training: nothing is fine-tuned, so there is no step to choose.
     if budget > 0:
         arguments = arm, seed, budget, settings, scale, nowhere, nowhere, nowhere, nowhere
         stages["finetune"] = design.finetune_fields(*arguments)
@@ -114,6 +119,7 @@ def read_result(file: Path, wanted: dict) -> dict | None:
 
 def labelled_scenes(count: int, seed: int, budget: int) -> np.ndarray:
     """Which of `count` scenes have questions: a smaller budget's are among a larger one's, the same for all arms."""
+    # The first ones of one permutation a seed, so budgets are nested. 11 sets it apart from the seed's other uses.
     return np.sort(np.random.default_rng([11, seed]).permutation(count)[:budget])
 
 
@@ -131,16 +137,20 @@ class Evaluations(TrainerCallback):
         self.seconds = 0.0
 
     def on_step_end(self, args, state, control, model, **kwargs):
+        # The last one is the last step.
         steps = {round(state.max_steps * (i + 1) / self.count) for i in range(self.count)}
         if state.global_step not in steps:
             return
         start = time.process_time()
         point = {"step": state.global_step, **self.validate(model)}
         self.curve.append(point)
+        # Of equal steps the earlier one stays.
         if self.best is None or point["accuracy"]["average"] > self.best["accuracy"]["average"]:
             self.best = point
+            # In memory: on disk it would be a checkpoint for each new best.
             trained = ((name, value) for name, value in model.named_parameters() if value.requires_grad)
             self.weights = {name: value.detach().clone() for name, value in trained}
+        # Evaluations since the best one.
         since = len(self.curve) - 1 - self.curve.index(self.best)
         if since >= self.patience:
             control.should_training_stop = True
@@ -149,13 +159,14 @@ class Evaluations(TrainerCallback):
     @torch.no_grad()
     def restore(self, model) -> None:
         """The model as it was at the best step."""
+        # What is frozen hasn't moved: the trained parameters are enough.
         parameters = dict(model.named_parameters())
         for name, value in self.weights.items():
             parameters[name].copy_(value)
 
 
 class Trial:
-    """`settings`: learning rates and weight; `scale`: steps, batches, evaluations (`recipes.design.SCALE`)."""
+    """`settings`: learning rates and weight; `scale`: steps, batches, evaluations (`recipes.study.SCALE`)."""
 
     def __init__(
         self, root: str, stage: str, arm: str, seed: int, budgets: Sequence[int], settings: dict, scale: dict
@@ -171,6 +182,7 @@ class Trial:
         self.checkpoint = pretrain_folder(self.root, stage, arm, seed, settings)
         images = sorted((self.root / "data" / "images").glob("*.png"))
         self.store = StoredVision.prepare(self.root / "features", recipe.WEIGHTS / "vision_tower", images)
+        # The model's own vocabulary is larger: `<image>` and task tokens are no words.
         self.words = AutoConfig.from_pretrained(recipe.WEIGHTS / "language_model").vocab_size
         self.asked: dict[str, Questions] = {}
 
@@ -188,12 +200,14 @@ class Trial:
 
     def run(self) -> None:
         """Every budget that has no result yet."""
+        # The others are there after an interruption, or when more budgets are asked for later.
         missing = []
         for budget in self.budgets:
             if read_result(self.result_file(budget), self.identity(budget)) is None:
                 missing.append(budget)
         for number, budget in enumerate(missing):
             self.progress(number / len(missing))
+            # Runs once: for every further budget it is found on disk.
             pretrained = self.pretrain()
             if budget == 0:
                 self.right_after_pretraining(pretrained)
@@ -206,14 +220,22 @@ class Trial:
 
     def pretrain(self) -> dict:
         """What is known of the pre-training, which is run unless its checkpoint is there."""
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        # Tuning's trials that share it may run side by side: the first one trains, and the others find it done.
+        with one_at_a_time(self.checkpoint.parent):
+            return self.pretrain_alone()
+
+    def pretrain_alone(self) -> dict:
         done = self.checkpoint.with_name("pretrained.json")
         found = read_result(done, self.identity(0))
         if found is not None:
             return found
-        if self.checkpoint.exists():  # of an interrupted trial
+        # Of an interrupted trial: it begins anew.
+        if self.checkpoint.exists():
             shutil.rmtree(self.checkpoint)
         arguments = self.arm, self.seed, self.settings, self.scale, self.root, self.checkpoint
         fields = design.pretrain_fields(*arguments)
+        # Processor time, which other work on the machine lengthens little.
         start = time.process_time()
         trainer = self.train(fields, [])
         found = {"identity": self.identity(0), "seconds": time.process_time() - start}
@@ -225,17 +247,21 @@ class Trial:
     def train(self, fields: dict, callbacks: list[TrainerCallback]) -> OlaVlmTrainer:
         make_collator = partial(StoredCollator, store=self.store)
         # ola_vlm.train, a script too, names the package absolutely: to pyright its classes are others.
-        trainer = train(OlaVlmArguments(**fields), [*callbacks, TrainOnFeatures()], make_collator=make_collator)  # pyright: ignore[reportArgumentType]
-        assert trainer is not None  # nothing is resumed
-        return trainer  # pyright: ignore[reportReturnType]
+        trainer = train(OlaVlmArguments(**fields), [*callbacks, TrainOnFeatures()], make_collator=make_collator)  # pyright: ignore[reportArgumentType] (see above)
+        # It is None only for a resumed run that has finished already.
+        assert trainer is not None
+        return trainer  # pyright: ignore[reportReturnType] (see above)
 
     def target_bytes(self, fields: dict) -> int:
         """On disk, of all stored targets of the arm's tasks."""
         if not fields["tasks"]:
             return 0
         caches = open_caches(self.root / "targets", make_teachers(fields["tasks"], fields["teachers"]))
-        folders = {cache.folder for cache in caches.values()}
-        return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+        # Tasks may share a cache.
+        total = 0
+        for folder in {cache.folder for cache in caches.values()}:
+            total += sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return total
 
     def validate(self, model, processor) -> dict:
         """Accuracy on the validation questions, and where the projected tokens lie."""
@@ -246,6 +272,7 @@ class Trial:
         }
 
     def placement(self, model) -> dict[str, float]:
+        # The same images each time: arms and steps are compared.
         names = [name for name in self.store.place if name.startswith("validation_")][:PLACED_IMAGES]
         return token_placement(model, self.store.features(names), self.words)
 
@@ -264,6 +291,7 @@ class Trial:
     def finetune(self, budget: int) -> None:
         """The result of a budget: the best step on the validation questions answers the test questions."""
         folder = self.folder / f"finetune_{budget}"
+        # Of an interrupted trial: it begins anew, as the best step's weights were in memory only.
         if folder.exists():
             shutil.rmtree(folder)
         data = self.labelled_data(budget)
@@ -277,19 +305,23 @@ class Trial:
         evaluations = Evaluations(validate, self.scale["evaluations"], self.scale["patience"])
         start = time.process_time()
         trainer = self.train(fields, [evaluations])
+        # What evaluating took is no cost of the method's.
         spent = time.process_time() - start
         seconds = {"finetune": spent - evaluations.seconds, "validation": evaluations.seconds}
         evaluations.restore(trainer.model)
-        assert evaluations.best is not None  # there is one at the end, if none before
+        # The last step is evaluated in any case.
+        assert evaluations.best is not None
         result = {"validation": evaluations.curve, "chosen_step": evaluations.best["step"]}
         result["losses"] = last_losses(trainer.state.log_history)
         self.conclude(budget, trainer.model, processor, result, seconds)
+        # What is kept of a fine-tuning is its result.
         shutil.rmtree(folder)
 
     def labelled_data(self, budget: int) -> Path:
         """The rows of the seed's labelled scenes."""
         whole = self.root / "data" / "finetune.json"
         rows = read_json(whole)
+        # With all scenes labelled there is nothing to choose.
         if budget >= len(rows):
             return whole
         file = self.folder / f"finetune_{budget}.json"
@@ -305,13 +337,16 @@ class Trial:
             start = time.process_time()
             correct = test.correct(model)
             result["accuracy"] = rounded(accuracy(test, correct))
+            # A digit a question, 1 for right: arms can be paired question by question.
             result["correct"] = "".join(str(int(right)) for right in correct)
             result["questions"] = test.per_task
             seconds["test"] = time.process_time() - start
+            # What answers depend on is asked of the validation images: no choice is made by it.
             start = time.process_time()
             changed = {change: validation.correct(model, change) for change in changes_of(model)}
             result["changes"] = {name: rounded(accuracy(validation, right)) for name, right in changed.items()}
             seconds["changes"] = time.process_time() - start
+            # Probes are slow: right after pre-training, and with the most labels.
             if budget in (0, max(map(int, self.scale["finetune_steps"]))):
                 start = time.process_time()
                 result["probes"] = self.probe(model, processor)
@@ -330,6 +365,7 @@ class Trial:
         for split in ("validation", "test"):
             scores, _ = score_probes(batches(reader, targets, paths[split], PROBE_BATCH), probes)
             found[split] = {f"{alpha:g}": centered(by_task) for alpha, by_task in scores.items()}
+        # Validation scores only choose the alpha: their mean over layers will do.
         for by_task in found["validation"].values():
             for task, layers in by_task.items():
                 by_task[task] = round(layers_mean(layers), 4)
@@ -346,6 +382,7 @@ def centered(by_task: dict) -> dict:
 
 def accuracy(questions: Questions, correct: Sequence[bool]) -> dict[str, float]:
     """Shares by task, and `average`: their mean."""
+    # Questions of a task stand together, in this order.
     found = {}
     start = 0
     for task, count in questions.per_task.items():

@@ -7,24 +7,37 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from ..commands.running import command
+from ..files.strangers import read_object
+from ..files.writing import only_one, write_json, write_whole
 from ..recipes import miniature as recipe
 from ..recipes import study as design
-from ..targets.files import only_one, read_object, write_json, write_whole
 from ..targets.fill import fill, make_teachers, open_caches
 from ..world import dataset
 from .objective_report import write_report
-from .objective_results import collect, pack, read_results, unpack
+from .objective_results import (
+    chosen_point,
+    collect,
+    pack,
+    pack_tuning,
+    read_results,
+    read_tuning,
+    tuning_table,
+    unpack,
+)
 from .objective_trial import WORLD_FILE, Trial, identity, read_result, result_file, trial_folder
 from .processes import Job, run_jobs
+from .report import table
 from .stored_vision import StoredVision, weights_hash
 from .study import prepare as prepare_world
 from .trial import read_json
 
+# Folders of `recipe.WEIGHTS`. Their hashes are a part of what makes a result comparable.
 COMPONENTS = ("language_model", "vision_tower", "gen", "depth", "seg")
 FULL = {"sizes": dataset.SIZES, "questions": dataset.QUESTIONS, "scale": design.SCALE}
 # Checks the chain in a minute or two; its numbers mean nothing.
@@ -42,7 +55,8 @@ SHRUNK = {
     },
 }
 
-PACKED = """Results of the confirming runs (../STUDY.md), a file an arm and a line a trial and budget.
+PACKED = """Results of the confirming runs (../STUDY.md), a file an arm and a line a trial and budget; in tuning/ those
+that settings.json was chosen from.
 
 `ola-vlm study objectives --report --out docs/study` makes table and figures again.
 """
@@ -53,8 +67,10 @@ def prepare(root: Path, size: dict) -> None:
     begun with another size."""
     options = {"sizes": size["sizes"], "questions": size["questions"]}
     overrides = {"probe_splits": size["scale"]["probe_splits"]}
+    # What is compared with an earlier start is `options`; the probes' splits only say which targets to fill.
     prepare_world(root, {**options, "overrides": overrides}, options)
     images = sorted((root / "data" / "images").glob("*.png"))
+    # Before the trials start, which all read these files.
     StoredVision.prepare(root / "features", recipe.WEIGHTS / "vision_tower", images)
     fill_arms_targets(root)
     found = {"data": data_hash(root / "data", images)}
@@ -68,8 +84,10 @@ def fill_arms_targets(root: Path) -> None:
     images = sorted(map(str, (root / "data" / "images").glob("train_*.png")))
     filled = []
     for arm in design.ARMS:
+        # Only tasks and teachers are read of these fields: any seed, settings and folders will do.
         fields = design.pretrain_fields(arm, 0, design.DEFAULT_SETTINGS, design.SCALE, root, root)
         teachers = make_teachers(fields["tasks"], fields["teachers"])
+        # An arm and its control have the same.
         if not teachers or fields["teachers"] in filled:
             continue
         caches = open_caches(root / "targets", teachers)
@@ -80,7 +98,7 @@ def fill_arms_targets(root: Path) -> None:
 
 
 def data_hash(folder: Path, images: Sequence[Path]) -> str:
-    """Of what trials read: captions, questions, and images by their pixels."""
+    """Of what trials read: the files of captions, questions and images."""
     digest = sha256()
     for name in ("pretrain", "finetune", "validation_questions", "test_questions"):
         digest.update((folder / f"{name}.json").read_bytes())
@@ -104,21 +122,23 @@ class Study:
         for arm, seed, settings in trials:
             wanted = {budget: identity(self.root, arm, seed, budget, settings, self.scale) for budget in budgets}
             files = {budget: result_file(self.root, stage, arm, seed, budget, settings) for budget in budgets}
+            # A trial does all of its budgets that are missing: it pre-trains once for all of them.
             if all(read_result(files[budget], wanted[budget]) is not None for budget in budgets):
                 finished += 1
                 continue
             fields = {"root": str(self.root), "stage": stage, "arm": arm, "seed": seed, "budgets": list(budgets)}
             folder = trial_folder(self.root, stage, arm, seed, settings)
             argument = json.dumps({**fields, "settings": settings, "scale": self.scale})
+            # A former attempt's would count as done.
             (folder / "progress").unlink(missing_ok=True)
+            # In tuning an arm and seed have several trials, which differ in their folder's name.
             jobs[arm, seed, folder.name] = Job(folder, Trial.__module__, argument)
         run_jobs(jobs, self.processes, "trial", done, finished)
 
     def validated(self, arm: str, seed: int, budget: int, settings: dict) -> float:
         """Accuracy on the validation questions at the chosen step of a tuning trial."""
         result = read_json(result_file(self.root, "tune", arm, seed, budget, settings))
-        (chosen,) = [point for point in result["validation"] if point["step"] == result["chosen_step"]]
-        return chosen["accuracy"]["average"]
+        return chosen_point(result)["accuracy"]["average"]
 
     def tune(self, arms: Sequence[str], seeds: Sequence[int], rounds=design.ROUNDS) -> dict:
         """Each arm's settings, one after the other, each at the best of the earlier ones; and all that was seen:
@@ -126,21 +146,24 @@ class Study:
         chosen = {arm: dict(design.DEFAULT_SETTINGS) for arm in arms}
         scores = {arm: {} for arm in arms}
         for setting, grid, budgets in rounds:
+            # What each arm tries in this round: one setting changes.
             candidates = {}
             for arm in arms:
+                # LLaVA has no losses to weigh: it keeps the default and skips that round.
                 if setting != "weight" or design.has_weight(arm):
                     candidates[arm] = {value: {**chosen[arm], setting: value} for value in grid}
-            trials = [
-                (arm, seed, settings)
-                for arm, by_value in candidates.items()
-                for seed in seeds
-                for settings in by_value.values()
-            ]
+            trials = []
+            for arm, by_value in candidates.items():
+                trials += [(arm, seed, settings) for seed, settings in product(seeds, by_value.values())]
+            # A value that an earlier round has chosen is among the candidates: its results are found, not run again.
             self.run("tune", trials, budgets)
+
+            # The best one, by the mean over seeds and budgets, stays for the rounds that follow.
             for arm, by_value in candidates.items():
                 seen = {}
                 for value, settings in by_value.items():
-                    found = [self.validated(arm, seed, budget, settings) for seed in seeds for budget in budgets]
+                    pairs = product(seeds, budgets)
+                    found = [self.validated(arm, seed, budget, settings) for seed, budget in pairs]
                     seen[value] = round(float(np.mean(found)), 5)
                 scores[arm][setting] = {f"{value:g}": score for value, score in seen.items()}
                 chosen[arm][setting] = max(seen, key=seen.__getitem__)
@@ -150,11 +173,15 @@ class Study:
 def write_settings(file: Path, root: Path, seeds: Sequence[int], found: dict) -> None:
     """The settings file: what was tuned before and with the same data and components stays, other arms join."""
     world = read_json(root / WORLD_FILE)
-    former = read_object(file) if file.exists() else {}
+    former = {}
+    if file.exists():
+        former = read_object(file)
+    # What was tuned in another world holds there only.
+    if former.get("world") != world:
+        former = {}
     content = {"world": world, "seeds": list(seeds), "settings": {}, "scores": {}}
     for part in ("settings", "scores"):
-        kept = former.get(part, {}) if former.get("world") == world else {}
-        content[part] = {**kept, **found[part]}
+        content[part] = {**former.get(part, {}), **found[part]}
     write_json(file, content)
 
 
@@ -168,6 +195,7 @@ def read_settings(file: Path, root: Path, arms: Sequence[str]) -> dict[str, dict
     differing = [name for name in world if content["world"].get(name) != world[name]]
     if differing:
         raise ValueError(f"{file} was tuned with another {', '.join(differing)}: {remedy}")
+    # An arm's own, or those of the arm that it is a variant of, such as its shuffled control.
     owners = {arm: design.SETTINGS_OF.get(arm, arm) for arm in arms}
     missing = [owner for owner in owners.values() if owner not in content["settings"]]
     if missing:
@@ -175,44 +203,72 @@ def read_settings(file: Path, root: Path, arms: Sequence[str]) -> dict[str, dict
     return {arm: content["settings"][owner] for arm, owner in owners.items()}
 
 
+def asked_rounds(asked: Sequence[int] | None) -> list[tuple]:
+    """The rounds of tuning; with budgets that were `asked` for in place of their own, as far as the round's setting
+    plays a part there. Rounds that have none are left out, which is told: all of their candidates would be equal."""
+    if asked is None:
+        return list(design.ROUNDS)
+    rounds = []
+    for setting, grid, _ in design.ROUNDS:
+        budgets = [budget for budget in asked if plays_a_part(setting, budget)]
+        if budgets:
+            rounds.append((setting, grid, budgets))
+        else:
+            stays = f"it stays {design.DEFAULT_SETTINGS[setting]:g}"
+            print(f"{setting} is not tuned, since it plays no part at --budgets {', '.join(map(str, asked))}: {stays}")
+    return rounds
+
+
+def plays_a_part(setting: str, budget: int) -> bool:
+    """Whether some arm's results at this budget depend on the setting."""
+    return any(setting in design.relevant_settings(design.DEFAULT_SETTINGS, arm, budget) for arm in design.ARMS)
+
+
 def run_stage(args, root: Path, size: dict, report: Callable[[], str]) -> None:
     """Tunes, or confirms. ValueError as of its parts."""
     root.mkdir(parents=True, exist_ok=True)
     with only_one(root):
+        # Packed results that were copied here are done.
         unpack(root)
         prepare(root, size)
         study = Study(root, size["scale"], args.processes)
         if args.stage == "tune":
-            rounds = [(name, grid, args.budgets or budgets) for name, grid, budgets in design.ROUNDS]
+            rounds = asked_rounds(args.budgets)
             tuned = [arm for arm in args.arms if arm not in design.SETTINGS_OF]
             write_settings(args.settings, root, args.seeds, study.tune(tuned, args.seeds, rounds))
             return
         settings = read_settings(args.settings, root, args.arms)
-        trials = [(arm, seed, settings[arm]) for seed in args.seeds for arm in args.arms]
+        # Seed by seed: interrupted, all arms have come equally far.
+        trials = [(arm, seed, settings[arm]) for seed, arm in product(args.seeds, args.arms)]
         study.run("confirm", trials, args.budgets, report)
 
 
 def complete(args: Namespace, size: dict) -> None:
     """Fills in the stage's own seeds and budgets. ValueError for budgets that there aren't, and for seeds of tuning
     that should confirm."""
+    # 0 is the model right after pre-training.
     possible = [0, *map(int, size["scale"]["finetune_steps"])]
     if args.budgets is not None and not set(args.budgets) <= set(possible):
         raise ValueError(f"--budgets {args.budgets}: choose from {possible}")
     if args.stage == "confirm":
         args.budgets = args.budgets or possible
         args.seeds = args.seeds or design.CONFIRMING_SEEDS
+        # Settings are at their luckiest with the seeds that chose them.
         mixed = set(args.seeds) & set(design.TUNING_SEEDS)
         if mixed:
             raise ValueError(f"--seeds {sorted(mixed)} are those of tuning: confirm with others")
         return
     args.seeds = args.seeds or design.TUNING_SEEDS
     if args.shrunk and args.budgets is None:
-        args.budgets = possible[:2]  # a round's own are none of the shrunken world's
+        # A round's own are none of the shrunken world's.
+        args.budgets = possible[:2]
 
 
 @command("study")
 def main(args: Namespace) -> None:
-    size = SHRUNK if args.shrunk else FULL
+    size = FULL
+    if args.shrunk:
+        size = SHRUNK
     root = args.out.resolve()
     complete(args, size)
 
@@ -221,8 +277,14 @@ def main(args: Namespace) -> None:
 
     if not args.report:
         run_stage(args, root, size, report)
-    if args.stage == "tune" and not args.report:
-        print(args.settings.read_text())
+    if args.stage == "tune":
+        tried = read_tuning(root)
+        if args.report:
+            print("\n".join(table(["arm", "tried", "validation answers (%)"], tuning_table(tried))))
+        else:
+            print(args.settings.read_text())
+        if args.pack:
+            pack_tuning(tried, args.pack)
         return
     print(report())
     if args.pack:

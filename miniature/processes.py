@@ -26,6 +26,7 @@ def run_jobs(
 ) -> None:
     """Runs the jobs, `workers` at a time, in their order; `done` is called as one has ended. `finished`: how many are
     done already, for the bar. RuntimeError with the end of a job's log when it fails; the others are stopped."""
+    # One thread each: with more, processes would wait for each other.
     waiting = list(jobs)
     running: dict[tuple, subprocess.Popen] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -38,13 +39,16 @@ def run_jobs(
                 job = jobs[name]
                 command = [sys.executable, "-m", job.module, job.argument]
                 job.folder.mkdir(parents=True, exist_ok=True)
+                # Appended to: the log of an interrupted attempt stays.
                 with (job.folder / "log.txt").open("ab") as log:
                     running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            # How far all are.
             time.sleep(POLL_SECONDS)
             files = [job.folder / "progress" for job in jobs.values()]
             shares = [file.read_text() for file in files if file.exists()]
             bar.n = 100 * (finished + sum(float(share or 0) for share in shares))
             bar.set_postfix_str(", ".join(" ".join(map(str, name)) for name in running))
+            # Which have ended.
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 if running.pop(name).returncode:
                     log = (jobs[name].folder / "log.txt").read_text(errors="replace")
@@ -52,6 +56,7 @@ def run_jobs(
                 done()
     finally:
         bar.close()
+        # All are told first and then waited for: they end side by side.
         for process in running.values():
             process.terminate()
         for process in running.values():

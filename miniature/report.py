@@ -1,11 +1,12 @@
 """The study's report: report.json -> report.md and figures, a pure function of the files in its folder.
 
-`python -m ola_vlm.miniature.report RUN_FOLDER` writes it again. docs/miniature.md lists the fields of report.json.
+`python -m ola_vlm.miniature.report RUN_FOLDER` writes it again; with `--summary FILE` it also stores what README
+quotes. docs/miniature.md lists the fields of report.json.
 """
 
+import argparse
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -17,14 +18,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..eval.statistics import holm_adjusted
+from ..files.writing import save_figure, write_json, write_whole
 from ..probing.figures import METHODS, STYLE, method_styles
-from ..targets.files import save_figure, write_whole
+from ..recipes import miniature as recipe
 
 BASELINE = "llava"
 OURS = "ola_vlm"
-CONTROL = "ola_vlm_shuffled"
+# A stage -> what the report calls its end.
 STAGES = {"pretrain": "after PT", "finetune": "after IFT"}
+# A probe's score in report.json -> its name on an axis.
 METRICS = {"ridge": "mean-centered cosine", "ridge_plain": "plain cosine"}
+# A figure -> its caption, in the order of the report.
 CAPTIONS = {
     "summary.png": "Accuracy, its gain at the last IFT step (bars: 95% over questions), mean-centered "
     "cosine of the probes. Bands: sd over seeds.",
@@ -32,11 +36,12 @@ CAPTIONS = {
     "probes.png": "Ridge probes by layer, mean-centered cosine: predicting the mean scores 0. Bands: sd over seeds.",
     "probes_plain.png": "The same probes, plain cosine as in the paper: predicting the mean scores high too.",
     "losses.png": "Embedding losses during PT by task, layer and part. Bands: sd over seeds.",
-    # drawn by the study, shown if they are there
+    # Drawn by the study itself, not here; shown if they are there.
     "decoded_depth.png": "Depth decoded from the predictions after PT, beside the truth and the teacher's own.",
     "decoded_seg.png": "Segmentation features predicted after PT, as difference to the mean target (gray).",
     "world.png": "Scenes of the miniature world: image, depth, masks and questions.",
 }
+# The level of all tests.
 ALPHA = 0.05
 
 
@@ -44,8 +49,10 @@ def write_report(out_dir: Path, results: dict | None = None) -> Path:
     """Write report.json (if `results` are given), figures and report.md into `out_dir`; returns report.md's path."""
     if results is not None:
         write_whole(out_dir / "report.json", json.dumps(results, indent=1))
+    # Read back even if just written: in JSON all keys are texts, and a report made again must be the same.
     results = dict(json.loads((out_dir / "report.json").read_text()))
     draw_figures(results, out_dir)
+    # The text last: it shows the figures that are there.
     report = out_dir / "report.md"
     write_whole(report, report_text(results, [name for name in CAPTIONS if (out_dir / name).exists()]))
     return report
@@ -72,6 +79,7 @@ def probe_curve(stage: str, task: str, metric: str = "ridge") -> Reader:
 
     def read(seed: dict) -> dict[int, float]:
         by_layer = seed["probes"].get(stage, {}).get(task, {})
+        # Layers are texts in JSON: as numbers, 10 comes after 9.
         return {int(layer): scores[metric] for layer, scores in by_layer.items()}
 
     return read
@@ -79,20 +87,24 @@ def probe_curve(stage: str, task: str, metric: str = "ridge") -> Reader:
 
 def over_seeds(method: dict, read: Reader) -> dict[object, tuple[float, float]]:
     """{x: (mean, sample standard deviation)} over the seeds that have x, x in order; 0 for a single seed."""
+    # x -> what each seed has there.
     values = defaultdict(list)
     for seed in method["seeds"]:
         for x, value in read(seed).items():
             values[x].append(value)
     summary = {}
     for x, of_seeds in sorted(values.items()):
-        deviation = np.std(of_seeds, ddof=1) if len(of_seeds) > 1 else 0.0
+        deviation = 0.0
+        if len(of_seeds) > 1:
+            deviation = np.std(of_seeds, ddof=1)
         summary[x] = (np.mean(of_seeds), deviation)
     return summary
 
 
 def distinct(results: dict, read: Callable[[dict], list]) -> list:
     """What `read` finds in any seed's results, each once, in the order of its first appearance."""
-    seen = {}  # a dict keeps the order
+    # A dict keeps the order.
+    seen = {}
     for method in results["methods"].values():
         for seed in method["seeds"]:
             seen.update(dict.fromkeys(read(seed)))
@@ -113,6 +125,7 @@ def probed_tasks(results: dict) -> list[str]:
 def chance_of(results: dict) -> dict[str, float]:
     """Chance in % for every task in order, the last one being "average"."""
     chance = {task: 100 * value for task, value in results["chance"].items() if task != "average"}
+    # Put in last: tables and figures end with the mean.
     chance["average"] = np.mean(list(chance.values()))
     return chance
 
@@ -129,6 +142,7 @@ def report_text(results: dict, figures: list[str]) -> str:
     """report.md: verdicts first, then tables and figures."""
     seeds = ", ".join(f"{name} {len(method['seeds'])}" for name, method in results["methods"].items())
     lines = ["# LLaVA-1.5 and OLA-VLM in miniature", "", f"Seeds: {seeds}."]
+    # The picture that says most, before the text.
     if "summary.png" in figures:
         lines += picture_lines("summary.png")
     lines += ["", "## What is better, and what is not"]
@@ -137,6 +151,7 @@ def report_text(results: dict, figures: list[str]) -> str:
     for pair, by_task in compared.items():
         if by_task:
             lines += ["", f"**{pair}**, accuracy at the last IFT step:", "", *verdicts(by_task)]
+    # Then what the verdicts rest on.
     lines += [*speed_and_probes(results), "", "## Accuracy at the last IFT step (%, mean ± sd over seeds)", ""]
     lines += [*accuracy_table(results), "", *headroom(results)]
     for name in figures:
@@ -156,11 +171,13 @@ def picture_lines(name: str) -> list[str]:
 def verdicts(compared: dict[str, dict]) -> list[str]:
     """One plain sentence a task. "Better" has to stand Holm's correction over the tasks (the average aside), and, said
     without reserve, a test over training seeds too: questions alone judge only the models that were trained."""
+    # Each task is one more chance to be lucky.
     stands = holm({task: comparison["p"] for task, comparison in compared.items() if task != "average"})
     lines = []
     for task, comparison in compared.items():
         p = comparison["p"]
-        is_shown = stands.get(task, bool(p <= ALPHA))  # the average is asked alone
+        # The average is tested alone.
+        is_shown = stands.get(task, bool(p <= ALPHA))
         points, low, high = (f"{100 * value:+.1f}" for value in (comparison["difference"], *comparison["ci95"]))
         test = f"p = {p:.2g} ({comparison['test']}, n = {comparison['n']})"
         line = f"- {task}: **{verdict(comparison, is_shown)}**. {points} points [{low}, {high}], {test}"
@@ -176,7 +193,10 @@ def verdicts(compared: dict[str, dict]) -> list[str]:
 def verdict(comparison: dict, is_shown: bool) -> str:
     if not is_shown:
         return "no difference shown"
-    word = "better" if comparison["difference"] > 0 else "worse"
+    word = "worse"
+    if comparison["difference"] > 0:
+        word = "better"
+    # A test over questions judges the models at hand; one over seeds what training again would give.
     p_seeds = comparison.get("p_seeds")
     if p_seeds is None or p_seeds > ALPHA:
         word += " for these trained models, not shown for new seeds"
@@ -191,6 +211,7 @@ def speed_and_probes(results: dict) -> list[str]:
     def gains(name: str, read: Reader, digits: int) -> str:
         baseline = over_seeds(results["methods"][BASELINE], read)
         parts = []
+        # Where both have a point.
         for x, (mean, _) in over_seeds(results["methods"][name], read).items():
             if x in baseline:
                 parts.append(f"{x}: {mean - baseline[x][0]:+.{digits}f}")
@@ -198,7 +219,8 @@ def speed_and_probes(results: dict) -> list[str]:
 
     lines = []
     for name in results["methods"]:
-        if name in (BASELINE, CONTROL):
+        # LLaVA has no gain over itself, and the control is no method.
+        if name in (BASELINE, recipe.CONTROL):
             continue
         lines += ["", f"**{name} - {BASELINE}** along IFT, mean of the tasks, points by step:", ""]
         lines += ["- " + gains(name, accuracy_curve("average"), 1)]
@@ -235,6 +257,7 @@ def headroom(results: dict) -> list[str]:
         if task == "average":
             continue
         mean, _ = accuracy[task]
+        # Nearer to chance than 10 points, or above 92%, methods have no room to differ.
         if mean < chance + 10:
             lines.append(f"- {task}: {BASELINE} ends only {mean - chance:+.1f} points from chance.")
         elif mean > 92:
@@ -246,10 +269,24 @@ def cost_table(results: dict) -> list[str]:
     parts = distinct(results, lambda seed: seed["seconds"])
     rows = []
     for name, method in results["methods"].items():
-        seconds = [np.mean([seed["seconds"].get(part, 0) for seed in method["seeds"]]) for part in parts]
-        memory = max(seed["peak_memory_mb"] for seed in method["seeds"])
-        rows.append([name, *(f"{value:.0f}" for value in (*seconds, memory))])
-    return table(["method", *(f"{part} (s)" for part in parts), "peak memory (MB)"], rows)
+        seeds = method["seeds"]
+        cells = []
+        for part in parts:
+            # A method that has no such part spent no time on it.
+            seconds = np.mean([seed["seconds"].get(part, 0) for seed in seeds])
+            cells.append(f"{seconds:.0f}")
+        # The largest seed's: it is what a machine needs.
+        memory = max(seed["peak_memory_mb"] for seed in seeds)
+        rows.append([name, *cells, processor_seconds(method), f"{memory:.0f}"])
+    return table(["method", *(f"{part} (s)" for part in parts), "processor (s)", "peak memory (MB)"], rows)
+
+
+def processor_seconds(method: dict) -> str:
+    """Of all parts, mean over seeds; "?" for what an earlier version left."""
+    known = [sum(seed["processor_seconds"].values()) for seed in method["seeds"] if "processor_seconds" in seed]
+    if not known:
+        return "?"
+    return f"{np.mean(known):.0f}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -258,12 +295,123 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def inline(value) -> str:
     if isinstance(value, dict):
+        # {"a": {"b": 1}, "c": 2} -> "a (b 1), c 2"
         parts = []
         for key, item in value.items():
-            text = f"({inline(item)})" if isinstance(item, dict) else inline(item)
+            text = inline(item)
+            if isinstance(item, dict):
+                text = f"({text})"
             parts.append(f"{key} {text}")
         return ", ".join(parts)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------- summary
+# The language model's last layer.
+SUMMARY_LAYER = 4
+
+
+def summarize(results: dict) -> dict:
+    """What README quotes, in the digits that it prints: accuracies in per cent as [mean, sd] over seeds, their
+    differences to LLaVA with a 95% interval over questions where one was computed, and the probes' differences."""
+    summary = {
+        "seeds": max(len(method["seeds"]) for method in results["methods"].values()),
+        "machine": results.get("machine", "not recorded"),
+        "chance": {task: round(value, 1) for task, value in chance_of(results).items()},
+        "accuracy": {},
+        "minus_llava": {},
+        "probes_layer": SUMMARY_LAYER,
+        "probes_minus_llava": {},
+    }
+    # In report.json OLA-VLM's comparison has a field of its own.
+    compared = {f"{OURS} - {BASELINE}": results.get("comparison", {}), **results.get("comparisons", {})}
+    averages = {}
+    for name, method in results["methods"].items():
+        accuracy = over_seeds(method, final_accuracy)
+        averages[name] = accuracy["average"][0]
+        summary["accuracy"][name] = {}
+        for task, (mean, deviation) in accuracy.items():
+            summary["accuracy"][name][task] = [round(float(mean), 1), round(float(deviation), 1)]
+    for name in results["methods"]:
+        if name == BASELINE:
+            continue
+        gain: dict[str, float | list[float]] = {"points": round(float(averages[name] - averages[BASELINE]), 1)}
+        comparison = compared.get(f"{name} - {BASELINE}", {}).get("average")
+        if comparison is not None:
+            gain["ci95"] = [round(100 * bound, 1) for bound in comparison["ci95"]]
+        summary["minus_llava"][name] = gain
+        # The control's targets were other images': its probes say nothing to be quoted.
+        if name != recipe.CONTROL:
+            summary["probes_minus_llava"][name] = probe_gains(results, name)
+    return summary
+
+
+def probe_gains(results: dict, name: str) -> dict[str, dict[str, float]]:
+    """{stage: {teacher's task: mean-centered cosine at SUMMARY_LAYER minus LLaVA's}}."""
+    gains: dict[str, dict[str, float]] = {}
+    for stage in STAGES:
+        gains[stage] = {}
+        for task in probed_tasks(results):
+            read = probe_curve(stage, task)
+            ours = over_seeds(results["methods"][name], read)[SUMMARY_LAYER][0]
+            baseline = over_seeds(results["methods"][BASELINE], read)[SUMMARY_LAYER][0]
+            gains[stage][task] = round(float(ours - baseline), 3)
+    return gains
+
+
+def summary_tables(summary: dict) -> str:
+    """README's two tables, of `summarize`'s content."""
+    return "\n".join([*summary_accuracy(summary), "", *summary_probes(summary)])
+
+
+def summary_accuracy(summary: dict) -> list[str]:
+    rows = [["chance", *(f"{value:.1f}" for value in summary["chance"].values()), ""]]
+    for name, accuracy in summary["accuracy"].items():
+        row = [METHODS[name][0]]
+        for task in summary["chance"]:
+            mean, deviation = accuracy[task]
+            cell = f"{mean:.1f}"
+            if summary["seeds"] > 1:
+                cell += f" ± {deviation:.1f}"
+            row.append(cell)
+        # LLaVA itself has none.
+        gain = ""
+        if name in summary["minus_llava"]:
+            gain = gain_text(summary["minus_llava"][name])
+        row.append(gain)
+        rows.append(row)
+    tasks = []
+    for task in summary["chance"]:
+        if task == "average":
+            task = "mean"
+        tasks.append(task)
+    return table(["accuracy after IFT (%)", *tasks, "mean minus LLaVA's"], rows)
+
+
+def gain_text(gain: dict) -> str:
+    text = f"{gain['points']:+.1f}"
+    if "ci95" in gain:
+        low, high = gain["ci95"]
+        text += f" [{low:+.1f}, {high:+.1f}]"
+    return text
+
+
+def summary_probes(summary: dict) -> list[str]:
+    header: list[str] = []
+    rows = []
+    for name, by_stage in summary["probes_minus_llava"].items():
+        header = [f"probes of LLM layer {summary['probes_layer']}, mean-centered cosine"]
+        row = [f"{METHODS[name][0]} minus {METHODS[BASELINE][0]}"]
+        for stage, gains in by_stage.items():
+            name_of_stage = STAGES[stage].removeprefix("after ")
+            for task, gain in gains.items():
+                header.append(f"{task}, {name_of_stage}")
+                # "+0.035" -> "+.035"
+                row.append(f"{gain:+.3f}".replace("0.", ".", 1))
+        rows.append(row)
+    return table(header, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
@@ -273,10 +421,12 @@ def inline(value) -> str:
 def draw_figures(results: dict, out_dir: Path) -> None:
     """Draw into `out_dir` what `results` hold data for."""
     bands = bands_of(results)
+    # Accuracy along IFT: a panel a task.
     accuracy_panels = [partial(accuracy_panel, results, task) for task in chance_of(results)]
     save_grid(out_dir / "accuracy.png", 3, accuracy_panels, bands)
     tasks = probed_tasks(results)
     if tasks:
+        # Probes by layer: a row a stage, a column a task, which shares its axis.
         centered = probe_panels(results, "ridge")
         save_grid(out_dir / "probes.png", len(tasks), centered, bands, sharey="col")
         plain = probe_panels(results, "ridge_plain")
@@ -286,6 +436,7 @@ def draw_figures(results: dict, out_dir: Path) -> None:
         after_finetuning = [partial(gain_panel, results), *centered[len(tasks) :]]
         note = f"{bands}; gain, bars: 95% intervals over questions"
         save_grid(out_dir / "summary.png", 1 + len(tasks), [*after_pretraining, *after_finetuning], note)
+    # Embedding losses by "task/layer/part"; the text loss has no slashes.
     loss_keys = distinct(results, lambda seed: [key for key in seed["losses"] if key.count("/") == 2])
     if loss_keys:
         save_grid(out_dir / "losses.png", 2, [partial(loss_panel, results, key) for key in loss_keys], bands)
@@ -308,6 +459,7 @@ def save_grid(path: Path, columns: int, panels: list[Callable[[Axes], None]], no
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(10, 2.9 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **shared).flat
+    # Places of the grid that no panel fills are hidden.
     for ax, panel in zip(axes, [*panels, *[hide] * (rows * columns - len(panels))], strict=True):
         panel(ax)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -318,6 +470,7 @@ def save_grid(path: Path, columns: int, panels: list[Callable[[Axes], None]], no
 
 def bands_of(results: dict) -> str:
     """What a line and its band are."""
+    # Methods may have different numbers of seeds while a study is on its way.
     counts = {len(method["seeds"]) for method in results["methods"].values()}
     if max(counts) == 1:
         return "lines: one seed"
@@ -333,6 +486,7 @@ def draw_methods(ax, results: dict, read: Reader) -> None:
         if not curve:
             continue
         steps = list(curve)
+        # [(mean, sd), ...] -> means, deviations.
         mean, sd = np.transpose(list(curve.values()))
         ax.plot(steps, mean, markersize=4, **styles[name])
         ax.fill_between(steps, mean - sd, mean + sd, color=styles[name]["color"], alpha=0.15, linewidth=0)
@@ -342,7 +496,10 @@ def draw_methods(ax, results: dict, read: Reader) -> None:
 def accuracy_panel(results: dict, task: str, ax) -> None:
     draw_methods(ax, results, accuracy_curve(task))
     ax.axhline(chance_of(results)[task], color="black", linestyle=":", label="chance")
-    ax.set(title="mean of the tasks" if task == "average" else task, xlabel="IFT step", ylabel="accuracy (%)")
+    title = task
+    if task == "average":
+        title = "mean of the tasks"
+    ax.set(title=title, xlabel="IFT step", ylabel="accuracy (%)")
 
 
 def probe_panel(results: dict, stage: str, task: str, metric: str, ax) -> None:
@@ -357,15 +514,38 @@ def loss_panel(results: dict, key: str, ax) -> None:
 
 
 def gain_panel(results: dict, ax) -> None:
-    """OLA-VLM minus LLaVA with its interval, for every task."""
-    compared = results.get("comparison")
-    if compared:
-        gain, low, high = 100 * np.array([[one["difference"], *one["ci95"]] for one in compared.values()]).T
-        ax.errorbar(gain, list(compared), xerr=[gain - low, high - gain], fmt="o", color=METHODS[OURS][1], capsize=3)
+    """What each method but the control has more than LLaVA, with its interval, for every task, one below the other."""
+    compared = {OURS: results.get("comparison")}
+    # Pairs are "method - other": those with LLaVA as the other.
+    for pair, by_task in results.get("comparisons", {}).items():
+        name, _, other = pair.partition(" - ")
+        if other == BASELINE and name != recipe.CONTROL:
+            compared[name] = by_task
+    shown = {name: by_task for name, by_task in compared.items() if by_task}
+    for number, (name, by_task) in enumerate(shown.items()):
+        # (tasks, 3) -> a row of differences, of lower and of upper bounds.
+        gain, low, high = 100 * np.array([[one["difference"], *one["ci95"]] for one in by_task.values()]).T
+        # Methods beside each other, around the task's own place.
+        rows = np.arange(len(by_task)) + 0.25 * (number - (len(shown) - 1) / 2)
+        ax.errorbar(gain, rows, xerr=[gain - low, high - gain], fmt="o", color=METHODS[name][1], capsize=3)
+        ax.set_yticks(np.arange(len(by_task)), list(by_task))
+    if shown:
+        # The first task is the uppermost.
         ax.invert_yaxis()
-        ax.set(title="gain (points)", xlabel=f"{METHODS[OURS][0]} minus {METHODS[BASELINE][0]}")
+        ax.set(title="gain (points)", xlabel=f"minus {METHODS[BASELINE][0]}")
     ax.axvline(0, color="black", linewidth=1)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the study: report.json is there")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="docs/results/miniature.json, for README")
+    args = parser.parse_args()
+    write_report(args.folder)
+    if args.summary is not None:
+        results = json.loads((args.folder / "report.json").read_text())
+        write_json(args.summary, summarize(results))
+
+
 if __name__ == "__main__":
-    write_report(Path(sys.argv[1]))
+    main()

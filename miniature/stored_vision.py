@@ -21,18 +21,21 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..targets.files import whole_file, write_json
+from ..files.writing import whole_file, write_json
 from ..targets.images import open_image
 from ..training.collator import OlaVlmCollator, Sample
 
-LAYER = -2  # of the tower, which LLaVA reads
+# The tower's layer that LLaVA reads.
+LAYER = -2
+# Images that go through the tower at a time.
 BATCH = 100
 
 
 def weights_hash(folder: Path) -> str:
-    """Of a component's configuration, weights and tokenizer: its files in their order."""
+    """Of a component's configuration, weights and tokenizer: its files, sorted by name."""
     digest = hashlib.sha256()
     for file in sorted(Path(folder).iterdir()):
+        # A README changes no feature.
         if file.suffix in (".json", ".jinja", ".safetensors"):
             digest.update(file.name.encode())
             digest.update(file.read_bytes())
@@ -58,8 +61,10 @@ class StoredVision:
         file = Path(folder) / f"features_{weights_hash(tower)}.npy"
         names = [path.name for path in images]
         listed = file.with_suffix(".json")
+        # The same names in the same order: row n of the array is the nth image.
         if file.exists() and listed.exists() and json.loads(listed.read_text()) == names:
             return cls(folder, names, np.load(file, mmap_mode="r"))
+        # As LLaVA's processor and tower do it, in float32.
         model = AutoModel.from_pretrained(tower, dtype=torch.float32).eval()
         processor = AutoImageProcessor.from_pretrained(tower)
         parts = []
@@ -69,16 +74,19 @@ class StoredVision:
             parts.append(model(pixels, output_hidden_states=True).hidden_states[LAYER].numpy())
         with whole_file(file) as unfinished, unfinished.open("wb") as opened_file:
             np.save(opened_file, np.concatenate(parts))
+        # The names last: without them the features don't count.
         write_json(listed, names)
         return cls(folder, names, np.load(file, mmap_mode="r"))
 
     def features(self, names: Sequence[str]) -> Tensor:
         """(N, T, W)."""
         places = [self.place[Path(name).name] for name in names]
+        # Indexing by a list copies: the file is mapped read-only, and torch wants memory that it may write to.
         return torch.from_numpy(self.features_NTW[places])
 
     def open(self, path: str) -> Image.Image:
         """An image, for teachers and their caches; each file is decoded once."""
+        # Kept for good: a study's images are small.
         if path not in self.opened:
             self.opened[path] = open_image(path)
         return self.opened[path]
@@ -92,14 +100,19 @@ class StoredCollator(OlaVlmCollator):
         super().__init__(*arguments, **options)
 
     def prepare(self, row: dict) -> Sample:
+        # As in `OlaVlmCollator`, but the images stay paths, whose features are looked up.
         encoded = self.check_text(row)
         paths = row["images"][: encoded.num_images]
+        # With shuffled targets the teachers see other images than the model.
         others = row.get("target_images", row["images"])[: encoded.num_images]
-        target_images = [self.store.open(path) for path in others] if self.target_sources else []
+        target_images = []
+        if self.target_sources:
+            target_images = [self.store.open(path) for path in others]
         return Sample(str(row["id"]), encoded, paths, target_images)
 
     def _pixel_values(self, images: list) -> Tensor:
-        if isinstance(images[0], Image.Image):  # the blank one, whose size says how many tokens an image becomes
+        # The blank image, by which the constructor finds out how many tokens an image becomes: it has real pixels.
+        if isinstance(images[0], Image.Image):
             return super()._pixel_values(images)
         return self.store.features(images)
 
@@ -110,15 +123,16 @@ class EveryLayer:
     def __init__(self, features: Tensor):
         self.features = features
 
+    # LLaVA asks for its own layer, which is the one that is stored.
     def __getitem__(self, layer: int) -> Tensor:
         return self.features
 
 
 class StoredTower(nn.Module):
-    """In the tower's place: its input are the features already."""
+    """Stands in the tower's place: what it is given are the features already."""
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=pixel_values, hidden_states=EveryLayer(pixel_values))  # pyright: ignore[reportArgumentType]
+        return BaseModelOutput(last_hidden_state=pixel_values, hidden_states=EveryLayer(pixel_values))  # pyright: ignore[reportArgumentType] (indexed like the tuple of layers)
 
 
 @contextmanager

@@ -8,4 +8,5 @@ from ..commands.running import command
 
 @command("study")
 def main(args: Namespace) -> None:
+    # Imported only now: the other studies' modules aren't needed.
     importlib.import_module(f".{args.study}", __package__).main(args)

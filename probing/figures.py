@@ -6,10 +6,10 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ..targets.escapes import mathtext
-from ..targets.files import save_figure
+from ..files.escapes import mathtext
+from ..files.writing import save_figure
 
-# fonts that survive the width of a README
+# Fonts that can still be read at the width of a README.
 STYLE: dict = {
     "font.size": 12,
     "axes.titlesize": 13,
@@ -54,14 +54,18 @@ def method_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
         method = next((part for part in parts if part in METHODS), None)
         if method is not None:
             label, color, line_style = METHODS[method]
+            # What else the path says tells runs of one method apart: "llava/seed1" becomes "LLaVA, seed1".
             rest = [part for part in parts if part != method]
             label = ", ".join([label, *rest])
         else:
             label = name
             color = OTHER_COLORS[others % len(OTHER_COLORS)]
+            # Once all colors are taken, they come again with the next line style.
             line_style = LINE_STYLES[others // len(OTHER_COLORS) % len(LINE_STYLES)]
             others += 1
+        # How many earlier curves have this color.
         same_color = sum(style["color"] == color for style in styles.values())
+        # A method's first curve keeps the line style that it has in every figure.
         if method is not None and same_color:
             line_style = LINE_STYLES[same_color % len(LINE_STYLES)]
         marker = MARKERS[same_color % len(MARKERS)]
@@ -76,8 +80,10 @@ def curves_figure(path: str | Path, results: dict) -> None:
     tasks = [task["name"] for task in results["run"]["tasks"]]
     models = list(results["models"].values())
     styles = method_styles(model["name"] for model in models)
+    # Score in probes.json -> what its row of panels is called.
     rows = {kind: "cosine similarity,\nmean-centered", f"{kind}_plain": "cosine similarity,\nplain (the paper's)"}
     with rc_context(STYLE):
+        # In inches. The legend below the panels takes one more line for three models.
         figure = Figure(figsize=(4.2 * len(tasks) + 0.8, 7.2 + 0.3 * (len(models) // 3)), layout="constrained")
         axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
         for row, (score, label) in zip(axes, rows.items(), strict=True):
@@ -86,8 +92,10 @@ def curves_figure(path: str | Path, results: dict) -> None:
                 for model in models:
                     curve = {int(layer): scores[score] for layer, scores in model["scores"][task].items()}
                     axis.plot(curve.keys(), curve.values(), markersize=4, **styles[model["name"]])
+                # Mean-centered, the mean target scores 0 by definition; its plain score was measured.
                 zero = 0.0 if score == kind else results["zero"][task]
                 axis.axhline(zero, color="0.35", linestyle=":", label="the mean target (nothing seen)")
+                # Layers are whole numbers: no tick at 2.5.
                 axis.xaxis.get_major_locator().set_params(integer=True)
         for axis, task in zip(axes[0], tasks, strict=True):
             axis.set_title(mathtext(task))
@@ -95,6 +103,7 @@ def curves_figure(path: str | Path, results: dict) -> None:
             axis.set_xlabel("LLM layer (0: its input)")
         counts = results["image_counts"]
         figure.suptitle(f"{kind} probes: {counts['train']:,} images to fit, {counts['test']:,} held out to score")
+        # All panels show the same models: the first one's legend is everyone's.
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(handles)))
         save_figure(figure, path, dpi=110)

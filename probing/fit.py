@@ -16,10 +16,13 @@ from .resampler import ResamplerFit
 from .ridge import RidgeFit
 from .states import ImageStates, StateReader
 
-TargetSources = Mapping[str, Callable[[list], Tensor]]  # task -> images -> targets (N, Q, E), such as a TargetCache
+# Task -> images -> targets (N, Q, E), such as a TargetCache.
+TargetSources = Mapping[str, Callable[[list], Tensor]]
+# Between saves: a ridge's statistics of an 8B model are about 13 GB.
 SAVE_SECONDS = 300.0
 
 
+# Decoding alone is left to the loader's workers; the model runs in the main process.
 class _Images(Dataset):
     def __init__(self, sources: Sequence):
         self.sources = sources
@@ -46,7 +49,9 @@ def batches(
         indices = [list(range(start, min(start + plan, len(sources)))) for start in range(0, len(sources), plan)]
     else:
         indices = [list(map(int, batch)) for batch in plan]
+    # Skipped batches are not even decoded. A batch stays a list: the pictures in it may differ in size.
     loader = DataLoader(_Images(sources), batch_sampler=indices[skip:], num_workers=workers, collate_fn=list)
+    # In images. The progress bar begins where an interrupted fit stopped.
     done = sum(map(len, indices[:skip]))
     total = done + sum(map(len, indices[skip:]))
     device = reader.model.device
@@ -69,16 +74,23 @@ def fit(
 ) -> None:
     """All probes in one go over the `sources`. `saved`: a file that holds the fit so far, each `save_seconds` and at
     its end; with it there, the fit goes on from it, to the same result."""
-    plan, done = fitter.plan(len(sources), batch_size), 0
+    # The plan depends on the seed at most, so the number of finished batches says where to go on.
+    plan = fitter.plan(len(sources), batch_size)
+    done = 0
     if saved is not None and saved.exists():
         with safe_open(saved, "pt") as file:
+            # In the header of the same file: the count can't disagree with the tensors.
             done = int(file.metadata()["batches"])
-        fitter.load_state(load_file(saved))
+        # Where the model is: a ridge is solved where its statistics lie.
+        state = load_file(saved)
+        fitter.load_state({name: value.to(reader.model.device) for name, value in state.items()})
     last_save = time.monotonic()
     for states, of_images in batches(reader, targets, sources, plan, workers, describe, skip=done):
         fitter.update(states, of_images)
         done += 1
+        # Also after the last batch: a ridge is solved from this file again when its alphas are chosen.
         is_due = time.monotonic() - last_save >= save_seconds or done == len(plan)
+        # In the middle of a resampler's step gradients wait, which the file doesn't hold.
         if saved is not None and is_due and fitter.can_stop:
             save_tensors(fitter.state(), saved, {"batches": str(done)})
             last_save = time.monotonic()

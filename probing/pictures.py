@@ -28,6 +28,7 @@ from ..targets.fill import BATCH, make_teachers
 from ..targets.images import open_image
 from ..targets.loading import loading_from
 from .features import (
+    NAME_TEACHERS,
     Features,
     NearestNeighbors,
     images_of_run,
@@ -46,7 +47,8 @@ Pictures = dict[str, Sequence[Image.Image | None]]
 TARGET = "decoded target"  # headings
 NOTHING_SEEN = "mean target (nothing seen)"
 OUTSIDE = "outside of what the\nprobes were fitted on"
-DRAWN_LAYERS = 8  # at most, unless asked otherwise
+# At most, unless asked otherwise.
+DRAWN_LAYERS = 8
 
 
 def square(image: Image.Image, fill: int = 128) -> Image.Image:
@@ -69,11 +71,13 @@ def note_of(picture: Image.Image | None) -> str:
 
 def has_classes(picture: Image.Image | None) -> bool:
     """Whether a legend's colors mean classes in it."""
+    # Only `draw_difference` marks its pictures: their colors are directions, not classes.
     return picture is not None and picture.info.get("has_classes", True)
 
 
 def signed(score: float) -> str:
     """Two digits; no -0.00."""
+    # Adding 0.0 turns -0.0 into 0.0.
     return f"{round(score, 2) + 0.0:+.2f}"
 
 
@@ -82,7 +86,9 @@ def class_color(index: int, name: str) -> tuple[int, int, int]:
     if is_color_like(name):
         color = to_rgb(name)
     else:
-        hue = (index + 4) * 0.618034 % 1  # steps of the golden ratio never come close to each other
+        # Steps of the golden ratio never come close to each other.
+        hue = (index + 4) * 0.618034 % 1
+        # Neighbors in the list of classes differ in these, too.
         saturation = (0.35, 0.75)[index % 2]
         value = (0.95, 0.7, 0.85)[index % 3]
         color = hsv_to_rgb([hue, saturation, value])
@@ -98,10 +104,12 @@ class NearestImages:
         if not images:
             raise ValueError("no images to look up the nearest of")
         self.images = images
-        self.caption = f"the nearest of {len(images):,} images by embedding, none is generated; nearest: its cosine"
+        self.caption = f"the nearest of {len(images):,} images by embedding, none is generated; near: its cosine"
         embeddings = []
         for start in tqdm(range(0, len(images), BATCH), desc="images for gen", unit="batch"):
+            # Opened a batch at a time: of the whole set only the embeddings stay in memory.
             batch = [open_image(image) for image in images[start : start + BATCH]]
+            # (N, 1, E) -> (N, E): gen has one embedding an image.
             embeddings.append(encoder.encode(batch)[:, 0])
         self.nearest = NearestNeighbors(torch.cat(embeddings))
 
@@ -109,8 +117,9 @@ class NearestImages:
         cosines, indices = self.nearest(embeddings_NE)
         pictures = []
         for cosine, index in zip(cosines.tolist(), indices.tolist(), strict=True):
+            # Opened anew for each use: a note is added to it.
             picture = square(open_image(self.images[index]))
-            add_note(picture, f"nearest {signed(cosine)}")
+            add_note(picture, f"near {signed(cosine)}")
             pictures.append(picture)
         return pictures
 
@@ -120,11 +129,13 @@ class UnclipImages:
     same noise for every embedding, so that only the embedding makes a difference."""
 
     def __init__(self, path: str, steps: int = 25, seed: int = 0, device="cpu", size: int | None = None):
-        from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline  # pyright: ignore[reportPrivateImportUsage]
+        # Imported here: it is an optional dependency, which only --unclip needs.
+        from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline  # pyright: ignore[reportPrivateImportUsage] (public; it loads lazily)
 
         with loading_from(path):
             pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(path, use_safetensors=True)
         self.pipeline: Any = pipeline.to(device)
+        # In place of the pipeline's own sampler: the paper takes 25 steps of this one.
         self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(self.pipeline.scheduler.config)
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps = steps
@@ -137,9 +148,12 @@ class UnclipImages:
         for embedding in embeddings_NE.to(self.pipeline.device, self.pipeline.image_encoder.dtype):
             output = self.pipeline(
                 image_embeds=embedding[None],
+                # No words: what is drawn comes from the embedding alone.
                 prompt="",
                 num_inference_steps=self.steps,
+                # A new one for each picture, so that all begin with the same noise.
                 generator=torch.Generator(self.pipeline.device).manual_seed(self.seed),
+                # None: the size that the pipeline was trained for.
                 height=self.size,
                 width=self.size,
             )
@@ -150,7 +164,9 @@ class UnclipImages:
 def draw_depth(inverse_depth: np.ndarray) -> Image.Image:
     """(h, w), larger is closer; each picture has its own range."""
     values = np.asarray(inverse_depth, float)
+    # A flat map has no range to divide by: it becomes all dark.
     shares = (values - values.min()) / max(np.ptp(values), 1e-12)
+    # (h, w, RGBA) -> (h, w, RGB).
     return Image.fromarray(matplotlib.colormaps["inferno"](shares, bytes=True)[..., :3].copy())
 
 
@@ -161,12 +177,15 @@ def draw_difference(features_QE: Tensor, target_QE: Tensor, mean_QE: Tensor, siz
     square over positions. Gray is no difference: who sees nothing sees gray everywhere.
     """
     difference = target_QE - mean_QE
+    # (Q, E) -> (3, E): the right singular vectors, the largest first.
     directions = torch.linalg.svd(difference, full_matrices=False)[2][:3]
     # A direction has no sign of its own: its largest part is made positive.
     largest = directions.abs().argmax(1, keepdim=True)
     directions = directions * directions.gather(1, largest).sign()
+    # By the target's spread, not the features' own: a weak prediction then looks pale.
     spread = (difference @ directions.T).square().mean(0).sqrt().clamp(min=1e-6)
     values = (features_QE - mean_QE) @ directions.T / spread
+    # (Q, 3). A grid of fewer than three cells has fewer directions: the colors that are left stay at gray's value.
     values = F.pad(values, (0, 3 - values.shape[1]))
     side = math.isqrt(len(values))
     # Half of the colors' range is two and a half times the spread; what lies beyond is cut off.
@@ -222,11 +241,13 @@ class SegmentationDecoder(FeatureDecoder):
 
     def __init__(self, encoder: OneFormerEncoder):
         super().__init__(encoder)
+        # By number: row i of the palette is the color of class i. JSON has the numbers as text.
         names = sorted((int(index), name) for index, name in (encoder.model.config.id2label or {}).items())
         self.legend = {name: class_color(index, name) for index, name in names}
         self.palette = np.array([class_color(index, name) for index, name in names], np.uint8)
 
     def draw(self, values: np.ndarray) -> Image.Image:
+        # (h, w) of class numbers -> (h, w, RGB).
         return Image.fromarray(self.palette[np.asarray(values)])
 
     @torch.no_grad()
@@ -235,6 +256,7 @@ class SegmentationDecoder(FeatureDecoder):
             targets_NQE = self.encoder.encode(images)
         pictures = []
         for features_QE, target_QE in zip(features_NQE, targets_NQE, strict=True):
+            # (1, E) of the image itself or (Q, E) of the training images.
             mean = target_QE.mean(0, keepdim=True) if mean_QE is None else mean_QE
             pictures.append(draw_difference(features_QE, target_QE, mean, self.encoder.size))
         return pictures
@@ -250,6 +272,7 @@ class EmbeddingDecoder(FeatureDecoder):
 
     @torch.no_grad()
     def teacher_output(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        # This teacher has no picture of its own: its embedding is shown as a predicted one is.
         return self.decode_gen(self.encoder.encode(images)[:, 0])
 
     def decode(self, features_NQE, images, targets_NQE=None, mean_QE=None) -> list[Image.Image]:
@@ -303,6 +326,7 @@ class LayerViewer:
         self.decode_gen = decode_gen
         self.decoders: dict[str, FeatureDecoder] = {}
         self.left_out: dict[str, str] = {}
+        # A task that can't be decoded doesn't keep the others from being shown.
         for task, encoder in encoders.items():
             try:
                 self.decoders[task] = feature_decoder(encoder, decode_gen)
@@ -334,6 +358,7 @@ class LayerViewer:
         `like`: take the teachers, the images for gen and the layers of this one, to be compared with it.
         """
         folder = local_folder(checkpoint)
+        # Probes, given or beside the weights, come before the model's own predictors.
         if probes is None and (folder / "probes").exists():
             probes = folder / "probes"
         fitted = load_probes(probes) if probes and probes != "none" else None
@@ -342,7 +367,8 @@ class LayerViewer:
             raise ValueError(f"{folder} has no predictors: fit probes with `ola-vlm probe`, give --probes")
         without_teacher = [task["name"] for task in tasks if task["name"] not in run["teachers"]]
         if without_teacher:
-            raise ValueError(f"no teacher decodes {', '.join(without_teacher)}: give a --recipe that has one")
+            raise ValueError(f"no teacher decodes {', '.join(without_teacher)}: {NAME_TEACHERS}")
+        # Models are compared by the same teachers, which are loaded once.
         if like is None:
             encoders, decode_gen = load_decoders(tasks, run, model.device, images_for_gen, unclip)
         else:
@@ -351,6 +377,7 @@ class LayerViewer:
             layers = like.layers
         check_shapes(folder, tasks, encoders)
         if fitted is None:
+            # A mean target is on record only where targets were standardized.
             statistics = statistics_of(checkpoint)
             return cls(
                 predictor_features(model, processor, statistics, prompt),
@@ -362,6 +389,7 @@ class LayerViewer:
             )
         by = f"{fitted.kind} probes of every layer"
         fitted_to = fitted.about.get("model")
+        # They may have been fitted to another checkpoint, such as an earlier stage: the caption says so.
         if fitted_to and Path(fitted_to).resolve() != folder.resolve():
             by += f", fitted to {fitted_to}"
         is_outside = None
@@ -383,6 +411,7 @@ class LayerViewer:
         scores, and whether the image lies outside of what the probes were fitted on."""
         opened = [open_image(image) for image in images]
         features = self.features(opened)
+        # A layer that no task has is a mistake; where only some tasks have it, the others leave it out.
         for layer in self.layers or ():
             if not any(layer in layers for layers in features.values()):
                 known = {task: sorted(layers) for task, layers in features.items()}
@@ -392,6 +421,7 @@ class LayerViewer:
         for task, by_layer in features.items():
             if task not in self.decoders:
                 continue
+            # New ones for each task: a note that is added to a picture stays on it.
             squares = [square(image) for image in opened]
             for picture, is_outside in zip(squares, are_outside, strict=True):
                 if is_outside:
@@ -408,6 +438,7 @@ class LayerViewer:
         layers = sorted(by_layer)
         if len(layers) <= DRAWN_LAYERS:
             return layers
+        # The first and the last layer are always among them.
         return [layers[i] for i in np.linspace(0, len(layers) - 1, DRAWN_LAYERS).round().astype(int)]
 
     def are_outside(self, images: Sequence[Image.Image]) -> list[bool]:
@@ -422,7 +453,8 @@ class LayerViewer:
         targets = decoder.encoder.encode(images)
         mean = self.means.get(task)
         features = {}
-        if not isinstance(decoder, EmbeddingDecoder):  # the teacher's own output is just that
+        # An embedding's teacher output is its decoded target already: one column is enough.
+        if not isinstance(decoder, EmbeddingDecoder):
             features[TARGET] = targets
         if mean is not None:
             features[NOTHING_SEEN] = mean.expand_as(targets)
@@ -432,6 +464,7 @@ class LayerViewer:
             decoded = decoder.decode(features_NQE, images, targets, mean)
             columns[heading] = decoded
             if mean is None:
+                # Nothing to take off: the paper's score, high for anything near the mean.
                 kind = "plain cosine"
                 cosines = flat_cosine(features_NQE, targets)
             else:
@@ -454,13 +487,19 @@ class LayerViewer:
         """What can't be said of the images; "" if nothing."""
         if self.is_outside is not None:
             return ""
-        return "whether an image is like those that this was fitted on is not known: `ola-vlm probe` keeps that"
+        # No record of how the images looked that predictors, or probes of an earlier version, learned from.
+        return (
+            "Images of another kind than the training images can't be marked here, and their pictures may mislead: "
+            f"{self.by or 'these features'} came without a record of what the training images were like (probes by "
+            "`ola-vlm probe` keep one)."
+        )
 
 
 def check_shapes(folder: Path, tasks: Sequence[dict], encoders: Mapping[str, TargetEncoder]) -> None:
     """ValueError if a checkpoint's features are not those of the teachers that decode them."""
     for task in tasks:
         encoder = encoders.get(task["name"])
+        # Compared by the first model's teachers: a task without one is not shown.
         if encoder is None:
             continue
         shape = (task["target_length"], task["target_dim"])
@@ -475,6 +514,7 @@ def load_decoders(
     """The teachers of `tasks`, and what shows gen; see `LayerViewer.load`."""
     entries = {task["name"]: run["teachers"][task["name"]] for task in tasks}
     encoders = {name: teacher.encoder for name, teacher in make_teachers(tasks, entries, device).items()}
+    # gen is shown by a generator if one is named, else by the nearest images, else left out.
     if unclip:
         return encoders, UnclipImages(unclip, device=device)
     image_encoders = [encoder for encoder in encoders.values() if isinstance(encoder, ClipImageEncoder)]

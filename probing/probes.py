@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configuration_ola_vlm import normalize_task
+from ..files.strangers import read_object
+from ..files.writing import whole_file, write_json
 from ..modeling_ola_vlm import EmbeddingPredictor
-from ..targets.files import read_object, whole_file, write_json
-from ..targets.loading import read_safetensors
+from ..targets.loading import one_line, read_safetensors
 from ..targets.statistics import TargetStatistics
 from .states import ImageStates, StateReader
 
-# The paper's probe, as its predictor without task tokens; depth's has no further MLP either.
+# The paper's probe, as its predictor without task tokens; depth's has no further MLP either. "layers" is only there
+# to pass the configuration's checks: every layer gets a probe.
 RESAMPLER = {"layers": [1], "num_task_tokens": 0, "predictor_dim": None, "predictor_depth": 1, "output_mlp": False}
-SAMPLE = 1000  # images whose mean states tell which others are like them
-Scores = dict[str, dict[str, dict[str, float]]]  # task -> layer -> {kind: centered cosine, kind_plain: the paper's}
+# Images whose mean states tell which others are like them.
+SAMPLE = 1000
+# Task -> layer -> {kind: centered cosine, kind_plain: the paper's}.
+Scores = dict[str, dict[str, dict[str, float]]]
 
 
 def flat_cosine(prediction_NQE: Tensor, target_NQE: Tensor) -> Tensor:
@@ -55,8 +59,11 @@ class Familiarity(NamedTuple):
         """From the images' mean states."""
         mean = states_NH.mean(0)
         std = (states_NH - mean).square().mean(0).sqrt()
+        # A channel that never varies says nothing of an image.
         std = torch.where(std > 1e-6, std, 1)
+        # `distance` needs mean and deviation only; the limit follows from it.
         unfinished = cls(mean, std, torch.zeros(()))
+        # "higher" takes a distance that occurs: of a few images even the farthest is inside.
         limit = torch.quantile(unfinished.distance(states_NH), 0.99, interpolation="higher")
         return cls(mean, std, limit)
 
@@ -78,7 +85,8 @@ class StateSample:
     """Mean states of at most `SAMPLE` of the images that a fit sees, evenly spaced over the first `count`."""
 
     def __init__(self):
-        self.rows: dict[int, Tensor] = {}  # number of an image -> (H,)
+        # Number of an image -> (H,).
+        self.rows: dict[int, Tensor] = {}
         self.chosen: set[int] = set()
 
     def plan(self, count: int) -> None:
@@ -87,6 +95,7 @@ class StateSample:
     def update(self, states: ImageStates, start: int) -> None:
         """`start`: how many images came before."""
         numbers = range(start, start + len(states.grids))
+        # Of a large fit most batches have no chosen image: their means aren't computed.
         if self.chosen.isdisjoint(numbers):
             return
         for number, row in zip(numbers, mean_states(states).cpu(), strict=True):
@@ -94,7 +103,9 @@ class StateSample:
                 self.rows[number] = row
 
     def familiarity(self) -> Familiarity | None:
-        return Familiarity.fit(torch.stack(list(self.rows.values()))) if self.rows else None
+        if not self.rows:
+            return None
+        return Familiarity.fit(torch.stack(list(self.rows.values())))
 
     def state(self) -> dict[str, Tensor]:
         """What an interrupted fit goes on from; empty before the first image."""
@@ -157,20 +168,27 @@ class Probes:
         self.hidden_size = hidden_size
         self.about = about or {}
         self.tasks = {task["name"]: normalize_task({**task, **RESAMPLER}, hidden_size, 1) for task in tasks}
-        self.means: dict[str, Tensor] = {}  # task -> training images' mean target (Q, E)
-        self.familiarity: Familiarity | None = None  # None: of probes from before it was kept
-        self.statistics: dict[str, TargetStatistics] = {}  # of standardized targets, which are what a probe predicts
+        # Task -> training images' mean target (Q, E).
+        self.means: dict[str, Tensor] = {}
+        # None: of probes from before it was kept.
+        self.familiarity: Familiarity | None = None
+        # Of standardized targets, which are what a probe predicts.
+        self.statistics: dict[str, TargetStatistics] = {}
 
         def make(task: dict) -> nn.Module:
+            # The same first weights in every layer: curves over layers show what the states hold.
             torch.manual_seed(seed)
             if kind == "ridge":
                 return LinearProbe(hidden_size, task["target_dim"])
             return EmbeddingPredictor(task, hidden_size)
 
+        # The reference's probes begin at layer 1.
         self.layers = range(first_layer, num_layers)
         self.modules = nn.ModuleDict()
+        # `make` seeds torch's generator: the caller's random numbers go on as if it hadn't.
         with torch.random.fork_rng():
             for name, task in self.tasks.items():
+                # torch takes only text for a module's name.
                 self.modules[name] = nn.ModuleDict({str(layer): make(task) for layer in self.layers})
 
     def probe(self, task: str, layer: int) -> nn.Module:
@@ -179,8 +197,10 @@ class Probes:
     def raw(self, states: ImageStates, task: str, layer: int) -> Tensor:
         """(N, Q, E), standardized if the targets were."""
         probe = self.probe(task, layer)
+        # A ridge reads the position's own state, a resampler all of the row's tokens.
         if self.kind == "ridge":
             return probe(states.positions(layer, self.tasks[task]["target_length"]))
+        # Image n is in row n. None: without task tokens the queries are the probe's own.
         everyone = torch.arange(len(states.grids), device=states.attended_NT.device)
         return probe(states.hidden[layer], None, everyone, states.attended_NT)
 
@@ -209,6 +229,7 @@ class Probes:
 
     def save(self, folder: str | Path) -> None:
         """probes.safetensors and probes.json."""
+        # One flat file of names such as "means.depth", which `_probes_of` takes apart again.
         tensors = {f"probes.{name}": value for name, value in self.modules.state_dict().items()}
         for name, mean in self.means.items():
             tensors[f"means.{name}"] = mean
@@ -237,16 +258,32 @@ def load_probes(folder: str | Path) -> Probes:
     if len(folders) != 1:
         names = ", ".join(sorted(path.name for path in folders)) or "none"
         raise ValueError(f"{folder} should have the probes of one model, it has those of {names}: give its folder")
-    fields = read_object(folders[0] / "probes.json")
+    tensors = read_safetensors(folders[0] / "probes.safetensors")
+    try:
+        return _probes_of(read_object(folders[0] / "probes.json"), tensors)
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+        # A stranger's probes.json may hold anything: these are what its fields lead to further on.
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(
+            f"{folders[0]} has no probes as `ola-vlm probe` writes them ({what}): fit them anew"
+        ) from error
+
+
+def _probes_of(fields: Mapping, tensors: Mapping[str, Tensor]) -> Probes:
+    # An older file may lack some, first_layer say: these get their defaults.
     known = ("kind", "tasks", "num_layers", "hidden_size", "about", "first_layer")
     probes = Probes(**{name: fields[name] for name in known if name in fields})
+    model = probes.about.get("model")
+    if model is not None and not isinstance(model, str):
+        raise TypeError(f"the model is {model!r}")
     weights = {}
     familiarity = {}
     statistics = defaultdict(dict)
-    for name, value in read_safetensors(folders[0] / "probes.safetensors").items():
+    for name, value in tensors.items():
         match name.split("."):
             case ["probes", *names]:
-                weights[".".join(names).replace(".centre", ".center")] = value  # its spelling before
+                # Older files spell it "centre".
+                weights[".".join(names).replace(".centre", ".center")] = value
             case ["means", task]:
                 probes.means[task] = value
             case ["familiarity", part]:
@@ -277,16 +314,21 @@ def score(
     """For each of `probes`, by its key, {task: {layer: {kind: centered cosine, kind_plain: the paper's}}}, means over
     images; and {task: the paper's score of the training images' mean target}, which is its zero."""
     count = 0
-    totals: dict[tuple[K, str, int], Any] = defaultdict(float)  # -> both scores, summed over images
-    zero_totals = defaultdict(float)  # (key, task) -> the mean target's score, summed
+    # Both scores, summed over images.
+    totals: dict[tuple[K, str, int], Any] = defaultdict(float)
+    # (key, task) -> the mean target's score, summed.
+    zero_totals = defaultdict(float)
     for states, targets in batches:
         count += len(states.grids)
         for key, probes_of_key in probes.items():
             for task, layer, prediction in probes_of_key.predict(states):
+                # Prediction and target (N, Q, E), mean (Q, E).
                 target = targets[task]
                 mean = probes_of_key.means[task]
+                # (2, N): centered, plain.
                 cosines = torch.stack([centered_cosine(prediction, target, mean), flat_cosine(prediction, target)])
                 totals[key, task, layer] += cosines.double().sum(1)
+                # The mean target is the same for all layers: it is scored once.
                 if layer == probes_of_key.layers[0]:
                     zero = flat_cosine(mean.expand_as(target), target)
                     zero_totals[key, task] += zero.double().sum().item()

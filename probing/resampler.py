@@ -44,22 +44,28 @@ class ResamplerFit:
         self.epochs = epochs
         self.seed = seed
         self.learning_rate = learning_rate
+        # With fewer images than a step has, an epoch is one step.
         self.step_images = min(step_images, images)
         self.probes = Probes("resampler", tasks, num_layers, hidden_size, about, seed)
         self.probes.statistics = statistics or {}
         self.probes.to(device)
         self.optimizer = torch.optim.AdamW(self.probes.modules.parameters(), lr=learning_rate, weight_decay=0.0)
-        self.step = 0  # optimizer steps
-        self.seen = 0  # images, in all epochs
+        # Optimizer steps.
+        self.step = 0
+        # Images, in all epochs.
+        self.seen = 0
         self.sample = StateSample()
-        self.totals: dict[str, Tensor] = {}  # task -> sum of the first epoch's targets (Q, E)
-        self.losses: dict[str, float] = {}  # task -> mean over layers, of the last batch
+        # Task -> sum of the first epoch's targets (Q, E).
+        self.totals: dict[str, Tensor] = {}
+        # Task -> mean over layers, of the last batch.
+        self.losses: dict[str, float] = {}
 
     def plan(self, count: int, batch_size: int) -> list[Tensor]:
         """The batches of all epochs, as indices of `count` images; another order in each epoch."""
         assert count == self.images
         self.sample.plan(count)
         batches = []
+        # Steps first, then batches within them: how many images fit into memory doesn't change the steps.
         for epoch in range(self.epochs):
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch))
             for step in order.split(self.step_images):
@@ -74,11 +80,13 @@ class ResamplerFit:
     def update(self, states: ImageStates, targets: Mapping[str, Tensor]) -> None:
         """One batch; an optimizer step when a step's images are through. Each probe's graph is freed before the next
         one's is made."""
+        # Where the step begins in its epoch, and this batch's share of it: an epoch's last step may be smaller.
         start = self.seen % self.images // self.step_images * self.step_images
         share = len(states.grids) / min(self.step_images, self.images - start)
         # The second epoch's numbers are beyond those that are sampled.
         self.sample.update(states, self.seen)
         for name, target in targets.items():
+            # The later epochs bring the same images again.
             if self.seen < self.images:
                 self.totals[name] = self.totals.get(name, 0.0) + target.double().sum(0)
             if name in self.probes.statistics:
@@ -86,6 +94,7 @@ class ResamplerFit:
             total = 0.0
             for layer in range(self.probes.num_layers):
                 loss = F.smooth_l1_loss(self.probes.raw(states, name, layer).float(), target)
+                # Each batch adds its share: together they are the gradients of the mean over the step's images.
                 (share * loss).backward()
                 total += loss.item()
             self.losses[name] = total / self.probes.num_layers
@@ -95,6 +104,7 @@ class ResamplerFit:
 
     def _optimizer_step(self) -> None:
         steps = self.epochs * math.ceil(self.images / self.step_images)
+        # A linear warm-up, then half a cosine toward 0. The + 1 below: no step is taken at a rate of 0.
         warm_up = math.ceil(0.03 * steps)
         decay = 0.5 * (1 + math.cos(math.pi * max(0, self.step - warm_up) / max(1, steps - warm_up)))
         for group in self.optimizer.param_groups:
@@ -114,6 +124,7 @@ class ResamplerFit:
         tensors = {f"total.{name}": total for name, total in self.totals.items()}
         for name, parameter in self.probes.modules.named_parameters():
             tensors[f"weight.{name}"] = parameter.detach()
+            # AdamW's two moments and its step count: "optimizer.exp_avg.<name>".
             for part, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{part}.{name}"] = value
         tensors.update(self.sample.state())
@@ -129,6 +140,7 @@ class ResamplerFit:
         parameters = dict(self.probes.modules.named_parameters())
         device = next(iter(parameters.values())).device
         for key, value in tensors.items():
+            # A parameter's name has dots of its own: only the first parts of a key are ours.
             kind, _, name = key.partition(".")
             if kind == "total":
                 self.totals[name] = value.to(device)
@@ -137,4 +149,5 @@ class ResamplerFit:
             elif kind == "optimizer":
                 part, _, name = name.partition(".")
                 # AdamW keeps its step count on the CPU.
-                self.optimizer.state[parameters[name]][part] = value if part == "step" else value.to(device)
+                home = "cpu" if part == "step" else device
+                self.optimizer.state[parameters[name]][part] = value.to(home)

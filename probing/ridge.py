@@ -8,6 +8,7 @@ Q positions of the target, H LLM width, E target width, R rows (images * Q).
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from .probes import Probes, Scores, StateSample
 from .states import ImageStates
 
+# Tried on validation images; for `RidgeProbe`, whose inputs have unit variance, they mean the same in each layer.
 ALPHAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -23,13 +25,15 @@ class RidgeProbe:
 
     Inputs are standardized to unit variance, so that an alpha means the same for every layer and model (layers
     differ in scale, and a few channels of a large LLM in size by orders): it minimizes
-    mean |y - W x - b|^2 + alpha * |W std(x)|^2. Try 1e-5 to 1.
+    mean |y - W x - b|^2 + alpha * |W std(x)|^2.
     """
 
     def __init__(self):
         self.count = 0
-        self.mean = torch.zeros(())  # of the rows (x, y), (H + E,)
-        self.scatter = torch.zeros(())  # (H, H + E)
+        # Of the rows (x, y), (H + E,). Both zeros get their shape when the first rows are added.
+        self.mean = torch.zeros(())
+        # (H, H + E)
+        self.scatter = torch.zeros(())
 
     def update(self, x_RH: Tensor, y_RE: Tensor):
         """Adds rows: scatter matrices around the mean so far, merged by the parallel variance formula. The statistics
@@ -39,9 +43,11 @@ class RidgeProbe:
         if self.count > 0:
             self.mean = self.mean.to(x_RH.device)
             self.scatter = self.scatter.to(x_RH.device)
+        # In float64: a sum of squares minus the mean's square loses most digits in float32.
         both = torch.cat([x_RH.double(), y_RE.double()], dim=1)
         mean = both.mean(0)
         centered = both - mean
+        # The first rows have share 1, and nothing lies between them and what was before.
         delta = mean - self.mean
         share = rows / (self.count + rows)
         between = self.count * share * torch.outer(delta[:width], delta)
@@ -51,9 +57,11 @@ class RidgeProbe:
 
     def solve(self, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
         """Weights (H, E), center (H,) and bias (E,), float64, of `(x - center) @ weights + bias`; alpha > 0."""
+        # (C_xx + alpha I) W = C_xy for x of unit variance, and W back to x as it is.
         width = len(self.scatter)
         covariance = self.scatter / self.count
         std = covariance.diagonal().sqrt()
+        # A channel that never varies has no covariance with anything: its weights become 0.
         std = torch.where(std > 1e-9, std, 1)
         system = covariance[:, :width] / torch.outer(std, std)
         system.diagonal().add_(alpha)
@@ -71,14 +79,18 @@ class RidgeFit:
     def __init__(self, tasks: list[dict], num_layers: int, hidden_size: int, about: dict | None = None):
         self.args = (tasks, num_layers, hidden_size, about)
         self.num_layers = num_layers
-        self.groups = defaultdict(list)  # target length -> its tasks
+        # Target length -> its tasks.
+        self.groups = defaultdict(list)
         for task in tasks:
             self.groups[task["target_length"]].append(task["name"])
-        self.probes = {(length, layer): RidgeProbe() for length in self.groups for layer in range(num_layers)}
+        self.probes = {key: RidgeProbe() for key in product(self.groups, range(num_layers))}
         self.sample = StateSample()
-        self.count = 0  # images
-        self.totals: dict[str, Tensor] = {}  # task -> their targets' sum (Q, E)
-        self.can_stop = True  # after any batch
+        # Images.
+        self.count = 0
+        # Task -> their targets' sum (Q, E).
+        self.totals: dict[str, Tensor] = {}
+        # After any batch.
+        self.can_stop = True
 
     def plan(self, count: int, batch_size: int) -> list[Tensor]:
         """The batches, as indices of `count` images."""
@@ -94,6 +106,7 @@ class RidgeFit:
                 total = total + self.totals[name].to(total.device)
             self.totals[name] = total
         for length, names in self.groups.items():
+            # (N, Q, sum of E) -> (R, sum of E): a system is solved once for all of these tasks.
             together = torch.cat([targets[name] for name in names], dim=-1).flatten(0, 1)
             for layer in range(self.num_layers):
                 inputs = states.positions(layer, length).flatten(0, 1)
@@ -106,6 +119,7 @@ class RidgeFit:
         probes.means = {name: (total / self.count).float() for name, total in self.totals.items()}
         probes.familiarity = self.sample.familiarity()
         for (length, layer), ridge in self.probes.items():
+            # Tasks with the same alpha share the solution, each having columns of its own in it.
             solved = {}
             start = 0
             for name in self.groups[length]:
@@ -145,6 +159,7 @@ class RidgeFit:
                 case [length, layer, part]:
                     ridge = self.probes[int(length), int(layer)]
                     setattr(ridge, part, value)
+                    # Rows: an image has as many as its target positions.
                     ridge.count = self.count * int(length)
 
 

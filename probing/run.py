@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 
 from ..commands.running import command, tell
 from ..configuration_ola_vlm import PAPER_TASKS
+from ..files.escapes import one_line, terminal
+from ..files.strangers import read_finished, read_object
+from ..files.writing import only_one, write_json
 from ..inference.checkpoints import load_checkpoint, processes, weights_state
 from ..recipes import RECIPES
 from ..recipes.arguments import make_arguments
-from ..targets.escapes import one_line, terminal
-from ..targets.files import only_one, read_finished, write_json
 from ..targets.fill import make_teachers
 from ..targets.images import IMAGE_ENDINGS, image_files
 from ..targets.statistics import TargetStatistics
@@ -39,8 +39,11 @@ TEST_SHARE = 0.2  # of the images
 VALIDATION_SHARE = 0.1
 # What a model's folder has when its probes are fitted. (A ridge's alpha is still to be chosen then.)
 FITTED_FILES = {"ridge": "validation.json", "resampler": "probes.safetensors"}
+# A fit so far; of a ridge it stays, as its probes are made of it.
+UNFINISHED_FILE = "fit.safetensors"
 SETTINGS_FILE = "settings.json"
-OLD_SETTINGS_FILE = "run.json"  # its name in an OUT of before
+# Its name in an OUT of before.
+OLD_SETTINGS_FILE = "run.json"
 
 
 class Images(Sequence):
@@ -63,10 +66,12 @@ def find_images(name: str, args: OlaVlmArguments) -> Images:
     """The image files of a folder and those below it, else what the rows of a data set hold (`training.rows`), with
     words or without; each file once. ValueError if there are none."""
     if Path(name).is_dir():
+        # A folder without image files may still be a data set, of parquet files say: it is tried below.
         files = image_files(name)
         if files:
             return Images(files.__getitem__, np.arange(len(files)))
     elif not name.endswith((".json", ".jsonl")) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        # Not even of the form owner/name: a mistyped folder is not looked up on the Hub.
         raise ValueError(f"{name} is no folder, no .json or .jsonl file and no name of a data set")
     try:
         rows = load_rows(name, args.image_folder, args.data_config, args.data_split)
@@ -80,19 +85,22 @@ def find_images(name: str, args: OlaVlmArguments) -> Images:
     def images_of(row: int) -> list:
         return row_images(source[row], image_folder)
 
-    indices = {}  # a file, or an image that lies in a row -> (row, number of the image in it)
+    # A file, or an image that lies in a row -> (row, number of the image in it).
+    indices = {}
     for row in range(len(source)):
         for number, image in enumerate(images_of(row)):
             key = image if isinstance(image, str) else (row, number)
             indices[key] = (row, number)
     if not indices:
         raise ValueError(f"the rows of {name} have no images")
+    # Row and number are kept, not the picture: it is read from its row when its batch comes.
     return Images(lambda index: images_of(int(index[0]))[index[1]], np.array(list(indices.values())))
 
 
 def split(count: int, seed: int, has_test: bool) -> dict[str, np.ndarray]:
     """Indices of training, validation and, unless they come apart, test images; the same for a seed."""
     order = np.random.default_rng(seed).permutation(count)
+    # At least one image of each, however few there are.
     num_test = 0 if has_test else max(1, round(TEST_SHARE * count))
     num_validation = max(1, round(VALIDATION_SHARE * count))
     num_held_out = num_test + num_validation
@@ -105,15 +113,13 @@ def split(count: int, seed: int, has_test: bool) -> dict[str, np.ndarray]:
     }
 
 
-def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def short_names(models: Sequence[str]) -> dict[str, str]:
     """What tells them apart: their paths without the parts that all share at the begin and the end."""
     paths = [re.split(r"[/\\]+", model.strip("/\\")) for model in models]
+    # A model alone shares all its parts with itself.
     if len(paths) == 1:
         return {models[0]: paths[0][-1]}
+    # What all begin with, then what all end with; at least one part is left of each.
     while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
         paths = [path[1:] for path in paths]
     while all(len(path) > 1 and path[-1] == paths[0][-1] for path in paths):
@@ -122,6 +128,7 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 
 
 def find_tasks(options: Namespace, args: OlaVlmArguments) -> list[dict]:
+    # A recipe may name gen, depth and seg without their sizes, which are the paper's then.
     tasks = [{**PAPER_TASKS.get(task["name"], {}), **task} for task in args.tasks or []]
     if not tasks or not args.teachers:
         raise ValueError("the recipe has no tasks and teachers: name another one, or give --tasks and --teachers")
@@ -131,10 +138,18 @@ def find_tasks(options: Namespace, args: OlaVlmArguments) -> list[dict]:
     if unknown:
         raise ValueError(f"the recipe has no task {', '.join(sorted(unknown))}: choose one of {', '.join(names)}")
     chosen = [task for task in tasks if task["name"] in wanted]
+    # Words that were asked for are refused; beside a recipe's other tasks they are left out.
     of_words = [task["name"] for task in chosen if task.get("target") == "words"]
     if of_words and (options.targets or len(of_words) == len(chosen)):
         raise ValueError(f"{', '.join(of_words)}: words are no features that a probe predicts: name other --targets")
-    return [task for task in chosen if task["name"] not in of_words]
+    chosen = [task for task in chosen if task["name"] not in of_words]
+    without_teacher = [task["name"] for task in chosen if task["name"] not in args.teachers]
+    if without_teacher:
+        known = ", ".join(args.teachers)
+        raise ValueError(
+            f"teachers has none for {', '.join(without_teacher)}: give --targets {known}, or more teachers"
+        )
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,7 @@ class ProbeRun:
     settings: all that the probes depend on, JSON-ready; an OUT has probes of the same settings only.
     targets: task -> function of images that gives their targets (N, Q, E).
     splits: "train", "validation" and "test" -> their images.
+    images_hash: of which images of those that were given are in which split.
     statistics: of the training images' targets, of tasks whose targets are standardized.
     """
 
@@ -156,6 +172,7 @@ class ProbeRun:
     settings: dict
     targets: dict[str, Callable]
     splits: dict[str, Images]
+    images_hash: str
     statistics: dict[str, TargetStatistics]
 
     @property
@@ -170,18 +187,18 @@ class ProbeRun:
 class LoadedModel:
     """The model that was asked for last, which stays in memory; another one takes its place."""
 
-    def __init__(self, options: Namespace):
+    def __init__(self, options: Namespace, trust_remote_code: bool):
         self.options = options
+        self.trust_remote_code = trust_remote_code
         self.name: str | None = None
         self.state_reader: StateReader | None = None
 
     def reader(self, name: str) -> StateReader:
         if name != self.name or self.state_reader is None:
-            self.state_reader = None  # freed before the next one is read
+            # Freed before the next one is read.
+            self.state_reader = None
             options = self.options
-            model, processor = load_checkpoint(
-                name, options.model_dtype, options.device_map, options.trust_remote_code
-            )
+            model, processor = load_checkpoint(name, options.model_dtype, options.device_map, self.trust_remote_code)
             self.state_reader = StateReader(model, processor, options.prompt, square=not options.no_square)
             self.name = name
         return self.state_reader
@@ -190,6 +207,7 @@ class LoadedModel:
 # ------------------------------------------------------------------------- what is done before any model is loaded
 def prepare(options: Namespace, args: OlaVlmArguments) -> ProbeRun:
     """Finds tasks, images and targets. ValueError for what can't work, before anything slow."""
+    # What is probed, on which images; held-out ones may be given.
     tasks = find_tasks(options, args)
     images = find_images(options.images, args)
     if options.max_images:
@@ -200,21 +218,30 @@ def prepare(options: Namespace, args: OlaVlmArguments) -> ProbeRun:
         test_images = find_images(options.test_images, args)
         check_held_out(test_images, images)
     has_test = test_images is not None
-    split(len(images), args.seed, has_test)  # fails if they are too few
+    # Fails if they are too few.
+    split(len(images), args.seed, has_test)
+
+    # Does it fit to what OUT has?
     settings = make_settings(options, args, tasks, [*images, *(test_images or [])])
     models = find_models(options)
     for model in models:
         check_weights(options.out, model)
-    check_settings(options.out, settings)
+    begin(options.out, settings)
 
+    # The targets; images that have none drop out before the rest is split.
     targets, images, keys = open_targets(tasks, images, args)
     indices = split(len(images), args.seed, has_test)
     splits = {name: images[chosen] for name, chosen in indices.items()}
     if has_test:
         # The caches are opened anew: those from before don't know these images.
         targets, splits["test"], _ = open_targets(tasks, test_images, args)
+    images_hash = hash_of_splits(splits)
+    for model in models:
+        check_images(options.out, model, images_hash)
     statistics = {}
+    # Ridges predict targets as they are: no channel's scale changes what another channel learns.
     if options.probe == "resampler" and args.standardize_targets:
+        # Of training images only: held-out ones must not shape what is learned.
         train_keys = [keys[i] for i in indices["train"]]
         statistics = {name: cache.statistics(train_keys) for name, cache in targets.items()}
     return ProbeRun(
@@ -225,21 +252,25 @@ def prepare(options: Namespace, args: OlaVlmArguments) -> ProbeRun:
         settings=settings,
         targets=targets,
         splits=splits,
+        images_hash=images_hash,
         statistics=statistics,
     )
 
 
 def find_models(options: Namespace) -> list[str]:
     """Those that were asked for, then those that OUT has fitted probes of."""
+    # Alphas are chosen over all models of OUT: those of earlier calls take part again.
     models = list(options.models)
     for path in sorted(options.out.glob(f"*/{FITTED_FILES[options.probe]}")):
-        model = read_json(path.parent / "model.json")["model"]
-        if model not in models:
+        model = model_of(path.parent)
+        # None: a folder that is no model's.
+        if model is not None and model not in models:
             models.append(model)
     return models
 
 
 def check_held_out(test_images: Images, images: Images) -> None:
+    # Pictures inside rows have no names to be compared by.
     fitted = {image for image in images if isinstance(image, str)}
     both = [image for image in test_images if isinstance(image, str) and image in fitted]
     if both:
@@ -252,9 +283,13 @@ def teachers_of(tasks: list[dict], args: OlaVlmArguments) -> dict[str, dict]:
 
 
 def make_settings(options: Namespace, args: OlaVlmArguments, tasks: list[dict], images: list) -> dict:
+    # Of files their names: gigabytes of pictures would be read for it.
     digest = hashlib.blake2b(digest_size=8)
     for image in images:
-        digest.update(image.encode() if isinstance(image, str) else image["bytes"])
+        if isinstance(image, str):
+            digest.update(image.encode())
+        else:
+            digest.update(image["bytes"])
     settings = {
         "probe": options.probe,
         "tasks": tasks,
@@ -269,6 +304,7 @@ def make_settings(options: Namespace, args: OlaVlmArguments, tasks: list[dict], 
         "model_dtype": options.model_dtype,
     }
     if options.probe == "resampler":
+        # A ridge doesn't depend on these: an OUT of ridges takes any.
         settings["epochs"] = options.epochs
         settings["step_images"] = options.step_images
         settings["learning_rate"] = args.learning_rate
@@ -276,47 +312,114 @@ def make_settings(options: Namespace, args: OlaVlmArguments, tasks: list[dict], 
     return settings
 
 
+def begin(out: Path, settings: dict) -> None:
+    """Leaves the settings in `out`. ValueError if its probes have others, if it is no folder of probes, or if another
+    process is writing there."""
+    check_settings(out, settings)
+    # Before anything slow it is seen whether it can be written to.
+    out.mkdir(parents=True, exist_ok=True)
+    with only_one(out):
+        write_settings(out, settings)
+
+
 def check_settings(out: Path, settings: dict) -> None:
-    """ValueError if `out` was begun with others."""
+    """ValueError if `out` has probes with others, or is no folder of probes."""
     files = [out / name for name in (SETTINGS_FILE, OLD_SETTINGS_FILE) if (out / name).exists()]
     if not files:
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty and not of `ola-vlm probe`: choose another --out")
-        write_json(out / SETTINGS_FILE, settings)
         return
-    settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
-    other = read_json(files[0])
+    # What a call has left that failed before it fitted anything binds none after it.
+    if not any(has_fit(folder) for folder in out.iterdir()):
+        return
+    # Lists for tuples, as in the file.
+    settings = json.loads(json.dumps(settings))
+    other = read_object(files[0])
+    # Names of both: what only one of them has is a difference, too, unless it is null.
     different = sorted(name for name in settings.keys() | other.keys() if settings.get(name) != other.get(name))
     if different:
         raise ValueError(f"{out} has probes with another {', '.join(different)}: choose another --out")
+
+
+def write_settings(out: Path, settings: dict) -> None:
+    """Only while no other process writes to `out`, which may have begun since it was looked at: ValueError if it has
+    probes with others."""
+    check_settings(out, settings)
+    # An OUT of before keeps its own file.
+    if not any(has_fit(folder) for folder in out.iterdir()):
+        write_json(out / SETTINGS_FILE, settings)
 
 
 def open_targets(tasks: list[dict], images: Images, args: OlaVlmArguments) -> tuple[dict, Images, list[str]]:
     """Each task's function of images, the images that have targets, and their keys in the cache, if there is one."""
     teachers = make_teachers(tasks, teachers_of(tasks, args), args.device)
     if not args.target_cache:
+        # Computed with each pass, and without keys: nothing is stored.
         return {name: teacher.encoder.encode for name, teacher in teachers.items()}, images, []
-    filled = fill_caches(args, teachers, images, compute=True)  # pyright: ignore[reportArgumentType]
+    filled = fill_caches(args, teachers, images, compute=True)  # pyright: ignore[reportArgumentType] (has the fields that are read)
+    # In the order of `filled.keys`, which has the same images.
     usable = np.setdiff1d(np.arange(len(images)), list(filled.failed))
     return filled.caches, images[usable], filled.keys
 
 
 # ------------------------------------------------------------------------ a model's steps, which are not done again
 def model_folder(out: Path, model: str) -> Path:
-    return out / re.sub(r"[^\w.-]+", "_", model.strip("/"))
+    """The folder that says it is this model's, else a new one."""
+    # A path's slashes, or that of owner/name, can't be in a folder's name.
+    folder = out / re.sub(r"[^\w.-]+", "_", model.strip("/"))
+    if model_of(folder) in (None, model):
+        return folder
+    # Of a model with another path that becomes the same name, as runs/a_b and runs_a/b do.
+    digest = hashlib.blake2b(model.encode(), digest_size=4).hexdigest()
+    return folder.with_name(f"{folder.name}-{digest}")
+
+
+def model_of(folder: Path) -> str | None:
+    """The model that a folder says it is of, if it does."""
+    known = read_finished(folder / "model.json") or {}
+    model = known.get("model")
+    return plain_name(model) if isinstance(model, str) else None
+
+
+def plain_name(model: str) -> str:
+    """A folder with or without a slash at its end is the same one."""
+    return model.rstrip("/") or model
+
+
+def has_fit(folder: Path) -> bool:
+    """Whether something of a model was fitted there, be it unfinished."""
+    return any((folder / name).exists() for name in (UNFINISHED_FILE, *FITTED_FILES.values()))
 
 
 def check_weights(out: Path, model: str) -> None:
     """ValueError if there is no such model, or if it was probed with other weights."""
     folder = model_folder(out, model)
     weights = weights_state(model)
-    if (folder / "model.json").exists() and read_json(folder / "model.json")["weights"] != weights:
+    known = read_finished(folder / "model.json") or {}
+    if has_fit(folder) and known.get("weights") != weights:
         raise ValueError(f"{model} was probed in {folder} with other weights: choose another --out")
+
+
+def hash_of_splits(splits: dict[str, Images]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, images in splits.items():
+        digest.update(f"{name} {images.indices.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def check_images(out: Path, model: str, images_hash: str) -> None:
+    """ValueError if it was probed when other images had no target: with one image less all are split otherwise, and
+    some that were fitted would be held out."""
+    folder = model_folder(out, model)
+    known = read_finished(folder / "model.json") or {}
+    # Files of before don't say it.
+    if has_fit(folder) and known.get("images_hash") not in (None, images_hash):
+        raise ValueError(f"{model} was probed in {folder} when other images had no target: choose another --out")
 
 
 def make_fit(run: ProbeRun, loaded: LoadedModel, model: str) -> RidgeFit | ResamplerFit:
     """A fit that has seen nothing yet. The model's shape is that in its folder."""
-    known = read_json(model_folder(run.options.out, model) / "model.json")
+    known = read_object(model_folder(run.options.out, model) / "model.json")
     about = {"model": model, "prompt": run.options.prompt, "square": not run.options.no_square}
     if run.is_ridge:
         return RidgeFit(run.tasks, known["num_layers"], known["hidden_size"], about)
@@ -353,6 +456,7 @@ def fit_model(run: ProbeRun, loaded: LoadedModel, model: str) -> None:
     if (folder / run.fitted_file).exists():
         return
     reader = loaded.reader(model)
+    # The LLM's part of the configuration. One layer more than it has blocks: the embeddings.
     text_config = reader.model.config.get_text_config()
     about = {
         "num_layers": text_config.num_hidden_layers + 1,
@@ -360,34 +464,42 @@ def fit_model(run: ProbeRun, loaded: LoadedModel, model: str) -> None:
         "model": model,
         "weights": weights_state(model),
         "class": type(reader.model).__name__,
+        "images_hash": run.images_hash,
     }
+    # Before the fit: `make_fit` takes the shape from it, a later call compares the weights.
     write_json(folder / "model.json", about)
     fitter = make_fit(run, loaded, model)
-    unfinished = folder / "fit.safetensors"
+    fit_training_images(run, loaded, model, fitter)
+    if isinstance(fitter, ResamplerFit):
+        fitter.finish().save(folder)
+        # The optimizer's state is of no use once the probes are saved.
+        (folder / UNFINISHED_FILE).unlink()
+        return
+    # A ridge's statistics stay: its probes are made of them when alpha is chosen, after all models are fitted.
+    probes = {alpha: fitter.solve(dict.fromkeys(run.targets, alpha)) for alpha in ALPHAS}
+    scores, _ = score(split_batches(run, loaded, model, "validation"), probes)
+    write_json(folder / run.fitted_file, scores)
+
+
+def fit_training_images(run: ProbeRun, loaded: LoadedModel, model: str, fitter: RidgeFit | ResamplerFit) -> None:
+    """From what is kept in the model's folder on; it goes through no image again if that is all."""
     fit(
         fitter,
-        reader,
+        loaded.reader(model),
         run.targets,
         run.splits["train"],
         run.options.batch_size,
         workers=run.args.dataloader_num_workers,
         describe=f"{short_names(run.models)[model]}: fit",
-        saved=unfinished,
+        saved=model_folder(run.options.out, model) / UNFINISHED_FILE,
     )
-    if isinstance(fitter, ResamplerFit):
-        fitter.finish().save(folder)
-        unfinished.unlink()
-        return
-    probes = {alpha: fitter.solve(dict.fromkeys(run.targets, alpha)) for alpha in ALPHAS}
-    scores, _ = score(split_batches(run, loaded, model, "validation"), probes)
-    write_json(folder / run.fitted_file, scores)
 
 
 def choose_alphas(run: ProbeRun) -> dict[str, float]:
     """A task's, the same for all models and layers; none for resamplers."""
     if not run.is_ridge:
         return {}
-    validation = [read_json(model_folder(run.options.out, model) / run.fitted_file) for model in run.models]
+    validation = [read_object(model_folder(run.options.out, model) / run.fitted_file) for model in run.models]
     return {task["name"]: float(choose_alpha(validation, task["name"])) for task in run.tasks}
 
 
@@ -395,13 +507,16 @@ def score_model(run: ProbeRun, loaded: LoadedModel, model: str, alphas: dict[str
     """Scores on the test images of the probes with these alphas, which are saved."""
     folder = model_folder(run.options.out, model)
     known = read_finished(folder / "scores.json") or {}
-    if known.get("alphas", known.get("strengths")) == alphas:  # the latter: its name before
+    # Scored with these alphas before ({} for resamplers). Older files call them strengths.
+    if known.get("alphas", known.get("strengths")) == alphas:
         return known
     device = loaded.reader(model).model.device
+    # The probes of the alphas that were chosen; resamplers are saved already.
     if run.is_ridge:
         fitter = make_fit(run, loaded, model)
         assert isinstance(fitter, RidgeFit)
-        fitter.load_state(load_file(folder / "fit.safetensors", device=str(device)))
+        # Its statistics may have been deleted to save room, or be unfinished since.
+        fit_training_images(run, loaded, model, fitter)
         fitter.solve(alphas).save(folder)
     probes = load_probes(folder).to(device)
     scores, zero = score(split_batches(run, loaded, model, "test"), {model: probes})
@@ -412,7 +527,8 @@ def score_model(run: ProbeRun, loaded: LoadedModel, model: str, alphas: dict[str
 
 def compute_results(run: ProbeRun) -> dict:
     """probes.json's content, of all models that OUT has; all are fitted, and tested where need be."""
-    loaded = LoadedModel(run.options)
+    loaded = LoadedModel(run.options, run.args.trust_remote_code)
+    # All fits come first: an alpha is one for all models.
     for model in run.models:
         fit_model(run, loaded, model)
     alphas = choose_alphas(run)
@@ -426,13 +542,14 @@ def compute_results(run: ProbeRun) -> dict:
         by_model[model] = {
             "name": names[model],
             "folder": folder.name,
-            "weights": read_json(folder / "model.json")["weights"],
+            "weights": read_object(folder / "model.json")["weights"],
             "scores": tested[model]["scores"],
         }
     return {
         "run": run.settings,
         "image_counts": {name: len(images) for name, images in run.splits.items()},
         "alphas": alphas,
+        # Targets and their mean are the same for all models, so one zero is enough.
         "zero": tested[run.models[0]]["zero"],
         "models": by_model,
     }
@@ -451,6 +568,7 @@ def table(results: dict) -> str:
 
     for model in results["models"].values():
         for task, layers in model["scores"].items():
+            # (layers, 2): centered, plain. The best layer is the best one by the centered score.
             scores = np.array([[layer[kind], layer[f"{kind}_plain"]] for layer in layers.values()])
             best = int(scores[:, 0].argmax())
             mean_cell = cell(scores.mean(0))
@@ -464,6 +582,7 @@ def table(results: dict) -> str:
 @command("probe")
 def main(options: Namespace) -> None:
     if not options.values:
+        # The paper's tasks and teachers, if the user names no recipe.
         options.values = RECIPES["llama3_vit_pretrain"]()
     if options.prompt is None:
         options.prompt = PROMPT
@@ -471,9 +590,11 @@ def main(options: Namespace) -> None:
     args = make_arguments(options, "ola-vlm probe", bf16=False)
     if processes().num_processes > 1:
         raise ValueError("it runs in one process; give --device_map auto for a model on several GPUs")
-    options.models = list(dict.fromkeys(options.models))
+    options.models = list(dict.fromkeys(map(plain_name, options.models)))
     run = prepare(options, args)
     with only_one(options.out):
+        # Another process may have been here since.
+        write_settings(options.out, run.settings)
         results = compute_results(run)
         write_json(options.out / "probes.json", results)
         curves_figure(options.out / "probes.png", results)

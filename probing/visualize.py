@@ -11,6 +11,7 @@ import textwrap
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from ..commands.running import command, tell
-from ..inference.checkpoints import load_checkpoint
-from ..targets.escapes import mathtext, one_line, terminal
-from ..targets.files import inside, save_figure, write_whole
+from ..files.escapes import mathtext, one_line, terminal
+from ..files.page_templates import render
+from ..files.strangers import inside
+from ..files.writing import check_is_of, save_figure, write_whole
+from ..inference.checkpoints import check_is_no_file, load_checkpoint
 from ..targets.images import image_files, open_image
-from ..targets.templates import render
 from .features import find_teachers
 from .figures import METHODS
 from .pictures import (
@@ -36,7 +38,8 @@ from .pictures import (
 )
 from .states import PROMPT
 
-GRAY = 217  # around a picture that is not square
+# Around a picture that is not square.
+GRAY = 217
 TEMPLATE = Path(__file__).with_name("layers_page.html")
 
 
@@ -53,7 +56,9 @@ def display_names(checkpoints: Sequence[str]) -> list[str]:
 
 def heading_order(heading: str) -> int:
     """Layers come last, by their number; the others stay in their order."""
-    return 1 + int(heading.removeprefix("layer ")) if heading.startswith("layer ") else 0
+    if heading.startswith("layer "):
+        return 1 + int(heading.removeprefix("layer "))
+    return 0
 
 
 @dataclass
@@ -67,20 +72,22 @@ class TaskGrid:
 def compared(shown: Mapping[str, dict[str, Pictures]]) -> dict[str, TaskGrid]:
     """Several models' pictures in one, by task. All models' rows of an image stand together, in the order of `shown`
     (label -> its `LayerViewer.pictures`); a layer that a model lacks stays empty."""
-    tasks = dict.fromkeys(task for pictures in shown.values() for task in pictures)
+    tasks = dict.fromkeys(chain.from_iterable(shown.values()))
     return {task: _compared_task(shown, task) for task in tasks}
 
 
 def _compared_task(shown: Mapping[str, dict[str, Pictures]], task: str) -> TaskGrid:
     by_model = {label: pictures[task] for label, pictures in shown.items() if task in pictures}
-    headings = dict.fromkeys(heading for columns in by_model.values() for heading in columns)
+    # Models differ in their layers: the columns are those that any of them has.
+    headings = dict.fromkeys(chain.from_iterable(by_model.values()))
     grid = TaskGrid(columns={heading: [] for heading in sorted(headings, key=heading_order)}, labels=[])
     num_images = len(next(iter(by_model.values()))["image"])
+    # By image first: rows that are to be compared stand together.
     for n in range(num_images):
         for label, pictures in by_model.items():
             grid.labels.append(label)
             for heading, column in grid.columns.items():
-                column.append(pictures[heading][n] if heading in pictures else None)  # pyright: ignore[reportAttributeAccessIssue]
+                column.append(pictures[heading][n] if heading in pictures else None)  # pyright: ignore[reportAttributeAccessIssue] (the columns are lists until here)
     return grid
 
 
@@ -92,8 +99,10 @@ def pictures_figure(
 
     `legend`: class -> color; only colors that occur in a picture are listed. `labels`: the rows' names.
     """
+    # All columns are equally long, or this fails.
     (num_rows,) = {len(column) for column in columns.values()}
     num_columns = len(columns)
+    # About 16 characters of a title fit above a column.
     title_lines = textwrap.wrap(title, 16 * num_columns)
     # In inches: a picture, a line of the notes below it, a line of the title, the legend.
     cell = 1.5
@@ -109,6 +118,7 @@ def pictures_figure(
         height += 0.35
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    # The pictures, each column under its heading.
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for index, (name, column) in enumerate(columns.items()):
         axes[0, index].set_title(mathtext(textwrap.fill(name, 16)), fontsize=10)
@@ -117,12 +127,15 @@ def pictures_figure(
                 axis.imshow(square(picture, GRAY), interpolation="nearest")
             axis.set_xlabel(note_of(picture), fontsize=8)
     for axis in axes.flat:
+        # Not axis("off"): that would hide the notes, which are labels of the x axis.
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     for axis, label in zip(axes[:, 0], labels, strict=False):
+        # Without a comparison rows have no names.
         axis.set_ylabel(mathtext(label), fontsize=10)
     figure.suptitle(mathtext("\n".join(title_lines)), fontsize=11)
     if legend:
+        # A legend of the classes that occur: COCO has 133.
         drawn = drawn_colors(columns)
         patches = []
         for name, color in legend.items():
@@ -137,6 +150,7 @@ def drawn_colors(columns: Pictures) -> set[tuple[int, int, int]]:
     colors: set[tuple[int, int, int]] = set()
     for heading, column in columns.items():
         for picture in column:
+            # A photograph may have any color.
             if heading != "image" and has_classes(picture):
                 pixels = np.asarray(picture).reshape(-1, 3)
                 colors.update(map(tuple, np.unique(pixels, axis=0).tolist()))
@@ -160,6 +174,7 @@ def page(
         for n, pictures in enumerate(zip(*columns.values(), strict=True)):
             cells = []
             for heading, picture in zip(columns, pictures, strict=True):
+                # A layer that this model lacks has no cell, so each cell says its heading itself.
                 if picture is not None:
                     notes = note_of(picture).splitlines()
                     cells.append({"heading": heading, "source": embedded_png(picture), "notes": notes})
@@ -177,6 +192,7 @@ def page(
 
 def load_compared(args: Namespace, viewer: LayerViewer, run: Mapping) -> list[LayerViewer]:
     """Those of --compare, by the teachers of `viewer`."""
+    # None: each checkpoint's own probes, or its predictors.
     folders = args.compare_probes or [None] * len(args.compare)
     viewers = []
     for checkpoint, probes in zip(args.compare, folders, strict=True):
@@ -189,10 +205,11 @@ def load_compared(args: Namespace, viewer: LayerViewer, run: Mapping) -> list[La
 
 def load_viewers(args: Namespace) -> list[LayerViewer]:
     """The viewers of --compare, then the checkpoint's. ValueError for what doesn't fit together."""
-    run = find_teachers(args.recipe, args.probes, args.checkpoint, trust=args.trust_run)
+    run = find_teachers(args.recipe, args.probes, args.checkpoint, others=args.compare, trust=args.trust_run)
     images_for_gen = None
     if args.images_for_gen:
         images_for_gen = image_files(args.images_for_gen)
+        # Else gen would be left out for want of a set, although one was named.
         if not images_for_gen:
             raise ValueError(f"{args.images_for_gen} has no images for gen")
     model, processor = load_checkpoint(args.checkpoint, args.dtype)
@@ -215,6 +232,10 @@ def main(args: Namespace) -> None:
     if args.prompt is None:
         args.prompt = PROMPT
     checkpoints = [*args.compare, args.checkpoint]
+    for checkpoint in checkpoints:
+        check_is_no_file(checkpoint)
+    check_is_of("visualize", args.out, "layers.html")
+    # Opened before any model is loaded: a damaged file is said at once.
     images = [open_image(path) for path in args.images]
     viewers = load_viewers(args)
     names = display_names(checkpoints)
@@ -222,28 +243,32 @@ def main(args: Namespace) -> None:
     grids = compared(by_model)
     # Their names are the checkpoint's to say.
     files = {task: inside(args.out, f"{task}.png") for task in grids}
+    # The checkpoint's own, after those of --compare.
     viewer = viewers[-1]
     if not grids:
         reasons = "; ".join(f"{task}: {reason}" for task, reason in viewer.left_out.items())
         raise ValueError(f"nothing can be shown: {reasons}")
 
+    # One page with all, first, as it says whose folder this is; and a file of pictures for each task.
     by = "; ".join(dict.fromkeys(one.by for one in viewers))
     labels = {task: grid.labels for task, grid in grids.items()} if args.compare else None
+    title = f"What the layers of {' and '.join(checkpoints)} see, by {by}"
+    html = page(viewer, {task: grid.columns for task, grid in grids.items()}, title, labels)
+    write_whole(args.out / "layers.html", html)
     for task, grid in grids.items():
         title = f"{task}, by {by}: {viewer.caption(task)}"
         legend = viewer.decoders[task].legend
         pictures_figure(files[task], grid.columns, title, legend, grid.labels if args.compare else ())
         print(terminal(files[task]))
-    title = f"What the layers of {' and '.join(checkpoints)} see, by {by}"
-    html = page(viewer, {task: grid.columns for task, grid in grids.items()}, title, labels)
-    write_whole(args.out / "layers.html", html)
     print(args.out / "layers.html")
 
+    # What isn't shown, and what to be careful about in what is.
     for task, reason in viewer.left_out.items():
         print(one_line(f"{task} is left out: {reason}"))
     for remark in dict.fromkeys(one.remark for one in viewers if one.remark):
         print(remark)
     for name, pictures in by_model.items():
+        # An image has the same note in every task.
         squares = next((columns["image"] for columns in pictures.values()), [])
         for path, picture in zip(args.images, squares, strict=False):
             if note_of(picture):

@@ -7,20 +7,27 @@ A run with a pre-training of its own has a fine-tuning of its own, too, which be
 from .paper import LLAMA3_VIT, TARGETS, TASKS, TEACHERS, both
 from .tables import Run, Table
 
-GEN, DEPTH, SEG = (TASKS[name] for name in ("gen", "depth", "seg"))
+GEN = TASKS["gen"]
+DEPTH = TASKS["depth"]
+SEG = TASKS["seg"]
 
 
+# Helpers: what a row changes of the paper's three tasks. All change the pre-training, so all are `both`.
 def every_task(**changes) -> dict[str, dict]:
-    return both(tasks=[task | changes for task in TASKS.values()])
+    return both(tasks=[{**task, **changes} for task in TASKS.values()])
 
 
 def layers(gen: list[int], depth: list[int], seg: list[int]) -> dict[str, dict]:
     """The 1-based decoder blocks that learn from each teacher."""
-    return both(tasks=[GEN | {"layers": gen}, DEPTH | {"layers": depth}, SEG | {"layers": seg}])
+    # In the paper's token order, whatever the order of the arguments.
+    tasks = [{**GEN, "layers": gen}, {**DEPTH, "layers": depth}, {**SEG, "layers": seg}]
+    return both(tasks=tasks)
 
 
 def some_tasks(*names: str) -> dict[str, dict]:
-    return both(tasks=[TASKS[name] for name in names], teachers={name: TEACHERS[name] for name in names})
+    tasks = [TASKS[name] for name in names]
+    teachers = {name: TEACHERS[name] for name in names}
+    return both(tasks=tasks, teachers=teachers)
 
 
 LAYERS = Table(
@@ -28,6 +35,7 @@ LAYERS = Table(
     columns="2D, 3D, MMStar, average",
     runs=[
         Run(
+            # Read: block 18 learns from depth (d), 18 from segmentation (s), 20 from generation (g).
             "llama3_vit_layers_d18_s18_g20",
             LLAMA3_VIT,
             layers(depth=[18], seg=[18], gen=[20]),
@@ -78,12 +86,14 @@ LOSSES = Table(
         Run(
             "llama3_vit_losses_pt_ift",
             LLAMA3_VIT,
+            # Fine-tuning alone changes: it begins at the pre-training of `llama3_vit` itself.
             {"finetune": {"embedding_losses": True, "teachers": TEACHERS, **TARGETS}},
             scores=(59.1, 58.3, 38.3, 56.2, 53.0),
         ),
     ],
 )
 
+# 4 to 24 all divide 576, the length of two targets: a token is the mean of equally many rows of its query table.
 TOKENS = Table(
     "Table 5: N_seek, the number of task tokens a task.",
     columns="2D, 3D, MMStar, RealWorldQA, average",
@@ -91,6 +101,7 @@ TOKENS = Table(
         Run(
             "llama3_vit_tokens_0",
             LLAMA3_VIT,
+            # Then each predictor owns its queries, and the prompt is plain LLaVA's.
             every_task(num_task_tokens=0),
             scores=(56.1, 62.0, 40.1, 56.3, 53.6),
         ),
@@ -130,6 +141,7 @@ LEARNABLE = Table(
         Run(
             "llama3_vit_learnable",
             LLAMA3_VIT,
+            # Rows of the vocabulary, which train as a word's do.
             {"finetune": {"task_tokens": "trained"}},
             scores=(56.9, 56.1, 39.0, 57.3, 52.3),
         ),
@@ -146,12 +158,14 @@ DATA = Table(
         Run(
             "llava_llama3_convnext_data_allava",
             "llava_llama3_convnext",
+            # Its paths name their data set's folder first, so they begin one folder further up.
             both(data="data/LLaVA-558K-ALLaVA-663K.json", image_folder="data"),
             scores=(56.8, 60.8, 37.1, 57.5, 53.1),
         ),
     ],
 )
 
+# A predictor never sees other images' tokens, whatever is listed (`modeling_ola_vlm.ImageLayout.key_mask`).
 KEYS = Table(
     "Table I: the tokens that a predictor attends to.",
     columns="Average",
@@ -159,13 +173,13 @@ KEYS = Table(
         Run(
             "llama3_vit_keys_image_task",
             LLAMA3_VIT,
-            every_task(keys=["image", "task"]),
+            every_task(attends_to=["image", "task"]),
             scores=(50.7,),
         ),
         Run(
             "llama3_vit_keys_system_image_task",
             LLAMA3_VIT,
-            every_task(keys=["system", "image", "task"]),
+            every_task(attends_to=["system", "image", "task"]),
             scores=(54.5,),
         ),
         # The paper's own, text, too: 55.1.
@@ -186,6 +200,7 @@ SOME_TASKS = Table(
     ],
 )
 
+# Letters: the tasks in the order of their tokens behind the image. Under the causal mask a later one sees the earlier.
 ORDER = Table(
     "Table III: the order of the task tokens.",
     columns="CV-Bench overall",
@@ -199,6 +214,7 @@ ORDER = Table(
     ],
 )
 
+# It multiplies the whole loss of a task, its contrastive term, too, in each of the task's layers.
 LOSS_WEIGHT = Table(
     "Table IV: lambda, the weight of each task's embedding loss.",
     columns="Average of 2D, 3D, MMStar",

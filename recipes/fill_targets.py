@@ -3,10 +3,10 @@
 from argparse import Namespace
 
 from ..commands.running import command, tell
-from ..configuration_ola_vlm import PAPER_TASKS, OlaVlmConfig
+from ..configuration_ola_vlm import PAPER_TASKS
 from ..targets.fill import make_teachers
-from ..targets.loading import loading_from
 from ..training.check import drop_bad_rows
+from ..training.preflight import tasks_of_checkpoint
 from ..training.rows import Rows
 from ..training.targets import fill_caches, find_images
 from .arguments import check_data_is_made, make_arguments
@@ -18,22 +18,28 @@ def main(options: Namespace) -> None:
     if not (args.data and args.teachers and args.target_cache and (args.tasks or args.checkpoint)):
         raise ValueError("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
     check_data_is_made(args)
-    tasks = args.tasks
-    if not tasks and args.checkpoint:
-        with loading_from(args.checkpoint, weights=False):
-            tasks = OlaVlmConfig.from_pretrained(args.checkpoint).tasks
+    # With a checkpoint its own, or those that are to be attached to it.
+    tasks = tasks_of_checkpoint(args) if args.checkpoint else args.tasks
     assert tasks is not None
-    teachers = make_teachers([PAPER_TASKS.get(task["name"], {}) | task for task in tasks], args.teachers, args.device)
+    # A recipe's tasks may leave out what the paper's have, such as the shape of a target.
+    tasks = [{**PAPER_TASKS.get(task["name"], {}), **task} for task in tasks]
+    teachers = make_teachers(tasks, args.teachers, args.device)
+    # What is missing, such as a folder of weights, is said before rows are read.
     for teacher in teachers.values():
         teacher.check(args.target_cache)
     rows = args.load_rows()
     # A share to evaluate on is a part of the rows; other rows have other images.
-    parts = [rows] if args.eval_share else [part for part in args.split_eval_rows(rows) if part is not None]
+    if args.eval_share:
+        parts = [rows]
+    else:
+        parts = [part for part in args.split_eval_rows(rows) if part is not None]
     for part in parts:
-        assert isinstance(part, Rows)  # a stream has no target cache
+        # A stream has no target cache.
+        assert isinstance(part, Rows)
         drop_bad_rows(part, None, args.on_bad_rows, args.dataloader_num_workers)
         images = find_images(args, part)[options.shard]
         caches = fill_caches(args, teachers, images, compute=True).caches
+    # What the storage of these targets takes, for who plans a larger data set.
     for name, cache in caches.items():
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
         if args.should_log and len(cache):

@@ -11,20 +11,23 @@ from .tables import Run, Table
 
 WORDS = {
     "name": "words",
+    # What enters the language model's first block: an image's tokens are what the projector gives.
     "layers": [0],
     "predictor": "none",
     "target": "words",
+    # The 24 x 24 patches of the ViT at 336 pixels.
     "target_length": 576,
     "loss": "mse",
     "loss_weight": 1.0,
     "contrastive_weight": 0.0,
 }
-MOMENTS = WORDS | {"name": "moments", "loss": "moments"}
+MOMENTS = {**WORDS, "name": "moments", "loss": "moments"}
 # COCO's class names, and five words of depth (`targets.words.DEPTH_WORDS`) for a fifth of an image's patches each.
 WORD_TEACHERS = {
-    "class": WEIGHTS["oneformer_coco"] | {"encoder": "class_words"},
-    "depth": WEIGHTS["depth_large"] | {"encoder": "depth_words"},
+    "class": {**WEIGHTS["oneformer_coco"], "encoder": "class_words"},
+    "depth": {**WEIGHTS["depth_large"], "encoder": "depth_words"},
 }
+# ChatML, with the answers marked.
 QWEN3 = {
     "language_model": "Qwen/Qwen3-8B",
     "model_overrides": {
@@ -39,8 +42,9 @@ QWEN3 = {
 
 def miniature_stages(name: str) -> dict[str, dict]:
     stages = {"pretrain": {}, "finetune": {}, **OBJECTIVES[name]}
-    if stages["finetune"].get("embedding_losses"):  # which plain fine-tuning has no targets for
-        stages["finetune"] = stored_targets() | stages["finetune"]
+    # Plain fine-tuning has no targets.
+    if stages["finetune"].get("embedding_losses"):
+        stages["finetune"] = {**stored_targets(), **stages["finetune"]}
     return stages
 
 
@@ -50,6 +54,7 @@ MINIATURE = Table(
     runs=[
         Run(f"miniature_{name}", "miniature", miniature_stages(name))
         for name in OBJECTIVES
+        # One flag more than its objective, so no recipe of its own.
         if not name.endswith("_shuffled")
     ],
     made_by="`ola-vlm data miniature` (or the study, `make miniature`)",
@@ -59,6 +64,7 @@ LARGE = Table(
     runs=[
         Run("words_llama3_vit", LLAMA3_VIT, both(tasks=[WORDS], teachers={"words": WORD_TEACHERS})),
         Run("moments_llama3_vit", LLAMA3_VIT, both(tasks=[MOMENTS], teachers={"moments": WORD_TEACHERS})),
+        # The same with another language model, for which words have other tokens.
         Run("words_qwen3_vit", "words_llama3_vit", both(**QWEN3)),
     ],
 )

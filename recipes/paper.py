@@ -21,6 +21,7 @@ def chat_template(first: str, head: str, end: str) -> str:
     `first`: text before a conversation without a system turn of its own; `head`: Jinja expression of a
     turn's head for a `role`; `end`: of a turn.
     """
+    # An image is its token and a line break, as the reference writes it; text stands as it is.
     body = "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}"
     template = (
         "{% macro head(role) %}{{ HEAD }}{% endmacro %}{% if messages[0]['role'] != 'system' %}FIRST{% endif %}"
@@ -42,10 +43,12 @@ CHAT_TEMPLATES = {
     ),
     "phi3": chat_template("<|system|>\nYou are a helpful AI assistant.<|end|>", "'\n<|' + role + '|>\n'", "<|end|>"),
 }
-VISION_TOWERS = {  # the second is written by `ola-vlm convert-tower`, see convert/tower.py
+VISION_TOWERS = {
     "vit": "openai/clip-vit-large-patch14-336",
+    # written by `ola-vlm convert-tower`, see convert/tower.py
     "convnext": "weights/clip_convnext_xxl",
 }
+# Instruction-tuned ones, whose chats the templates above follow.
 LANGUAGE_MODELS = {"llama3": "meta-llama/Meta-Llama-3-8B-Instruct", "phi3": "microsoft/Phi-3-mini-4k-instruct"}
 # Name -> encoder, weights and their license, which is logged when they are loaded; docs/targets.md has their widths.
 WEIGHTS = {
@@ -65,17 +68,22 @@ WEIGHTS = {
 WEIGHTS["unclip"]["subfolder"] = "image_encoder"
 # The paper's are not for commercial use, because of the depth teacher.
 TEACHERS = {"gen": WEIGHTS["unclip"], "depth": WEIGHTS["depth_large"], "seg": WEIGHTS["oneformer_coco"]}
-COMMERCIAL_TEACHERS = TEACHERS | {"depth": WEIGHTS["depth_small"]}
-COMMERCIAL_TASKS = [TASKS["gen"], TASKS["depth"] | {"target_dim": 384}, TASKS["seg"]]
-FUSIONS = {"feature_concat": "feature", "token_concat": "token"}  # Table 1's multi-encoder LLaVAs
-METHODS = {  # -> fields of the pre-training
+COMMERCIAL_TEACHERS = {**TEACHERS, "depth": WEIGHTS["depth_small"]}
+COMMERCIAL_TASKS = [TASKS["gen"], {**TASKS["depth"], "target_dim": 384}, TASKS["seg"]]
+# Table 1's multi-encoder LLaVAs -> `fusion`: channels side by side, or tokens one after the other.
+FUSIONS = {"feature_concat": "feature", "token_concat": "token"}
+# Method -> fields of the pre-training
+METHODS = {
     "ola_vlm": {"tasks": list(TASKS.values()), "teachers": TEACHERS},
     "commercial": {"tasks": COMMERCIAL_TASKS, "teachers": COMMERCIAL_TEACHERS},
     "llava": {"tasks": [], "teachers": {}},
 }
-METHODS |= {name: {"tasks": [], "fusion": fusion, "teachers": TEACHERS} for name, fusion in FUSIONS.items()}
+# Their encoders are the teachers, of which nothing is distilled.
+for _name, _fusion in FUSIONS.items():
+    METHODS[_name] = {"tasks": [], "fusion": _fusion, "teachers": TEACHERS}
 # Of the miniature's runs, too; no weight decay is the default.
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "logging_steps": 10, "dataloader_drop_last": True}
+# bfloat16 halves the cache: 576 positions of 1,024 and 1,536 numbers are megabytes an image.
 TARGETS = {"target_cache": "runs/targets", "target_storage": "bfloat16"}
 # How a stage is started on two machines of 8 GPUs with 80 GB each (`benchmarks/plan.py` counts what it takes): where
 # the language model trains, its weights, gradients and moments are sharded. docs/scale.md has other configurations.
@@ -103,7 +111,8 @@ COMMON = {
 
 def pretrain() -> dict:
     """PT of `llama3_vit`: captions, next-token prediction and the embedding losses; batch 256, lr 1e-3."""
-    return COMMON | {
+    return {
+        **COMMON,
         "stage": "pretrain",
         "output_dir": "runs/llama3_vit/pretrain",
         "vision_tower": VISION_TOWERS["vit"],
@@ -114,19 +123,22 @@ def pretrain() -> dict:
         "data": "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
         "image_folder": "data/LLaVA-Pretrain/images",
         "learning_rate": 1e-3,
+        # 256 rows a step on 16 devices.
         "per_device_train_batch_size": 16,
     }
 
 
 def finetune() -> dict:
     """IFT of `llama3_vit`: LLaVA-665K, next-token prediction, task tokens frozen; batch 128, lr 2e-5."""
-    return COMMON | {
+    return {
+        **COMMON,
         "stage": "finetune",
         "output_dir": "runs/llama3_vit/finetune",
         "checkpoint": "runs/llama3_vit/pretrain",
         "data": "data/LLaVA-Instruct/llava_v1_5_mix665k.json",
         "image_folder": "data/LLaVA-Instruct/images",
         "learning_rate": 2e-5,
+        # 128 rows a step on 16 devices.
         "per_device_train_batch_size": 8,
         "train_sampling_strategy": "group_by_length",
     }
@@ -140,7 +152,9 @@ def both(**changes) -> dict[str, dict]:
 LLAMA3_VIT = "llama3_vit"
 PHI3 = {"language_model": LANGUAGE_MODELS["phi3"], "model_overrides": {"chat_template": CHAT_TEMPLATES["phi3"]}}
 CONVNEXT = {"vision_tower": VISION_TOWERS["convnext"]}
+# Captions, on which tower, projector and language model train.
 ALLAVA = {"stage": "visual_pretrain", "data": "data/ALLaVA/ALLaVA-Caption-663K.json", "image_folder": "data/ALLaVA"}
+# A stage between the parent's two; fine-tuning then begins at its end instead of at the parent's.
 VPT = {"visual_pretrain": ALLAVA, "finetune": {}}
 
 # `commercial`, not in the paper, has a smaller depth teacher, whose license allows commercial use. `feature_concat`

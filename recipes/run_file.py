@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import yaml
 
-from ..commands.parsing import did_you_mean
+from ..commands.parsing import there_is_no_recipe
 from . import RECIPES
 
 ENDINGS = (".yaml", ".yml")
@@ -21,14 +21,16 @@ class RunFields(NamedTuple):
 
 def read_run_file(name: str) -> RunFields:
     """Of a recipe's name, or of a file. ValueError for what is neither, and for a file that holds no fields."""
+    # A recipe first: a file needs an ending, which no recipe's name has.
     if name in RECIPES:
         return RunFields(name, RECIPES[name]())
     path = Path(name)
     if path.suffix not in ENDINGS:
-        raise ValueError(f"there is no recipe {name}{did_you_mean(name, RECIPES)}")
+        raise ValueError(there_is_no_recipe(name, RECIPES))
     if not path.is_file():
         raise ValueError(f"there is no file {name}: `ola-vlm recipes NAME > {name}` begins one")
     try:
+        # Safe: a file may come from anywhere, and YAML's tags could run code.
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is no YAML: {error}") from error
@@ -38,7 +40,8 @@ def read_run_file(name: str) -> RunFields:
     if recipe is None:
         return RunFields(None, fields)
     if recipe not in RECIPES:
-        raise ValueError(f"{name}: there is no recipe {recipe}{did_you_mean(str(recipe), RECIPES)}")
+        raise ValueError(f"{name}: {there_is_no_recipe(str(recipe), RECIPES)}")
+    # What the file says is stronger than its recipe.
     return RunFields(recipe, RECIPES[recipe]() | fields)
 
 

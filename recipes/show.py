@@ -22,11 +22,13 @@ DATA = {
     "data/ALLaVA/ALLaVA-Caption-663K.json": (663_000, 850),
     "data/LLaVA-Instruct/llava_v1_5_mix665k.json": (665_298, 1000),
 }
-RATE = 16 * 1307e12 * 0.3  # 16 MI300X: their peak in dense bf16, 30% of it used
+# 16 MI300X: their peak in dense bf16, 30% of it used.
+RATE = 16 * 1307e12 * 0.3
 
 
 def first_stage(recipe: Recipe) -> Recipe:
     """The stage that builds the model from parts, before this one or itself."""
+    # A stage names the folder that it begins with, not the recipe that wrote it.
     by_output = {other.fields["output_dir"]: other for other in RECIPES.values()}
     while "language_model" not in recipe.fields:
         recipe = by_output[recipe.fields["checkpoint"]]
@@ -42,14 +44,17 @@ def estimated_hours(name: str) -> float | None:
     fields = recipe.fields
     if fields.get("data") not in DATA:
         return None
+    # What a row costs: language model, tower and, while they train, predictors.
     rows, tokens = DATA[fields["data"]]
     parts = first_stage(recipe).fields
     is_pretraining = fields["stage"] == "pretrain"
     llm_passes = 3 if is_pretraining else 4
+    # A frozen tower runs forward once; nothing is recomputed for it.
     tower_passes = 4 if fields["stage"] == "visual_pretrain" else 1
     gflop = llm_passes * tokens * TOKEN_GFLOP[parts["language_model"]]
     gflop += tower_passes * IMAGE_GFLOP[parts["vision_tower"]]
     if fields.get("embedding_losses", is_pretraining):
+        # A resampler for each layer of each task; without a predictor the token itself is compared.
         for task in parts["tasks"]:
             if task.get("predictor") != "none":
                 gflop += 3 * PREDICTOR_GFLOP[task["name"]] * len(task["layers"])
@@ -58,6 +63,7 @@ def estimated_hours(name: str) -> float | None:
 
 def from_here(launcher: str) -> str:
     """The launcher and the training script, as they are found from the working directory."""
+    # In a clone of the repository names are short; from anywhere else, paths are whole and the module is named.
     if Path("train.py").exists() and Path(paper.FSDP2_CONFIG).exists():
         return f"{launcher} train.py"
     launcher = launcher.replace(paper.FSDP2_CONFIG, str(PACKAGE / paper.FSDP2_CONFIG))
@@ -91,6 +97,7 @@ def listing() -> str:
 def _flat(fields: dict, shared: set[str]) -> dict:
     """The fields, those of the tasks in `shared` as `tasks.NAME.FIELD`; `tasks` are all names, in order."""
     tasks = fields.get("tasks") or []
+    # Tasks are a list: compared whole, a change of one number would show all of their fields.
     flat = dict(fields)
     flat["tasks"] = [task["name"] for task in tasks]
     for task in tasks:
@@ -107,6 +114,7 @@ def changes(name: str) -> dict:
         return {}
     old = RECIPES[recipe.parent].fields
     new = recipe.fields
+    # Of a task that only one of them has, its name in the list says all.
     shared = {task["name"] for task in old.get("tasks") or []} & {task["name"] for task in new.get("tasks") or []}
     old_values = _flat(old, shared)
     return {field: value for field, value in _flat(new, shared).items() if old_values.get(field) != value}
@@ -115,11 +123,17 @@ def changes(name: str) -> dict:
 def as_file(name: str) -> str:
     """The recipe as YAML to train from, with what it is as comments above."""
     recipe = RECIPES[name]
+    start = start_command(name)
+    from_file = "ola-vlm train FILE.yaml"
+    # On one machine the command does; the paper's runs need their launcher.
+    if recipe.fields.get("data") in DATA:
+        from_file = start.replace(f"--recipe {name}", "FILE.yaml")
     comments = [
         f"{name}. {recipe.table.title}",
-        f"Started as it is: {start_command(name)}",
-        "Started from this file: the same with its name in place of --recipe and the recipe's; any field may follow.",
+        f"Start the recipe as it is:  {start}",
+        f"Start this file, changed:   {from_file} --any_field value",
     ]
+    # The whole recipe is below: above it, what makes it another one than its parent.
     if recipe.parent is not None:
         comments.append(f"What it changes in {recipe.parent}:")
         comments += [f"  {field}: {value!r}" for field, value in changes(name).items()]

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from . import miniature
 
-TUNING_SEEDS = (100, 101)
+TUNING_SEEDS = (100,)
+# None of them was seen as settings were chosen.
 CONFIRMING_SEEDS = tuple(range(8))
+# 0: after pre-training alone.
 BUDGETS = (0, 75, 300, 1000, 6000)  # scenes with questions
 FEW = 1000  # up to so many scenes the smaller budgets' learning rate holds
 
 # What every arm shares. `finetune_steps`: by budget, upper bounds: validation chooses the step.
 SCALE = {
+    # The miniature's own number, for every arm but the one of equal time.
     "pretrain_steps": 400,
     "pretrain_batch": 32,
     "finetune_steps": {"75": 60, "300": 120, "1000": 200, "6000": 450},
@@ -45,6 +48,7 @@ def _objective(name: str, label: str) -> dict:
     return {"label": label, "pretrain": changes["pretrain"], "finetune": changes.get("finetune", {})}
 
 
+# `pretrain`, `finetune`: the fields that change. `pretrain_share`: how many times LLaVA's steps.
 ARMS = {
     "llava": {"label": "LLaVA", "pretrain": {}, "finetune": {}},
     # As long as OLA-VLM's pre-training takes on a clock: its steps cost 1.5 times LLaVA's.
@@ -90,7 +94,7 @@ SETTINGS_OF = {
     "words_ola_vlm_shuffled": "words",
     "moments_ola_vlm": "moments",
 }
-# Two objectives together -> the one that the other is added to.
+# Two objectives together -> the one that the other is added to: compared, they show what the other one adds.
 ON_TOP = {"words_ola_vlm": "words", "moments_ola_vlm": "moments"}
 NO_CONTENT = "moments"
 BASELINE = "llava"
@@ -105,8 +109,10 @@ def has_weight(arm: str) -> bool:
 def relevant_settings(settings: dict, arm: str, budget: int) -> dict:
     """Those that a result at this budget depends on."""
     names = ["pretrain_lr"]
+    # LLaVA's one setting of pre-training is its learning rate.
     if has_weight(arm):
         names.append("weight")
+    # Without questions nothing is fine-tuned.
     if budget > 0:
         names.append("finetune_lr_few" if budget <= FEW else "finetune_lr_many")
     return {name: settings[name] for name in names}
@@ -114,6 +120,7 @@ def relevant_settings(settings: dict, arm: str, budget: int) -> dict:
 
 def weighted(tasks: list[dict], weight: float) -> list[dict]:
     """The tasks with their losses' weights scaled (0.5 is a task's own by default)."""
+    # The tables above are shared by all runs of a process.
     scaled = copy.deepcopy(tasks)
     for task in scaled:
         task["loss_weight"] = weight * task.get("loss_weight", 0.5)
@@ -122,9 +129,11 @@ def weighted(tasks: list[dict], weight: float) -> list[dict]:
 
 def pretrain_fields(arm: str, seed: int, settings: dict, scale: dict, root: Path, output: Path) -> dict:
     """Of the arm's pre-training: all images with their captions."""
+    # LLaVA's run, what the arm changes of it, then what was tuned and what the study's scale sets.
     fields = miniature.pretrain("llava", seed, root)
     fields.update(copy.deepcopy(ARMS[arm]["pretrain"]))
     fields["tasks"] = weighted(fields["tasks"], settings["weight"])
+    # `miniature.pretrain` gives all teachers: those of the arm's tasks stay.
     names = [task["name"] for task in fields["tasks"]]
     fields["teachers"] = {name: teacher for name, teacher in fields["teachers"].items() if name in names}
     fields["learning_rate"] = settings["pretrain_lr"]
@@ -147,11 +156,13 @@ def finetune_fields(
     """Of the arm's fine-tuning from `checkpoint` on `data`, the questions of `budget` scenes."""
     fields = miniature.finetune("llava", seed, root)
     changes = copy.deepcopy(ARMS[arm]["finetune"])
+    # The arm's own teachers, which its pre-training has: the same targets go on in fine-tuning.
     if changes.get("embedding_losses"):
         teachers = pretrain_fields(arm, seed, settings, scale, root, output)["teachers"]
         fields.update(miniature.stored_targets(root))
         fields["teachers"] = teachers
     fields.update(changes)
+    # One pre-training serves all budgets and learning rates of its seed.
     fields["checkpoint"] = str(checkpoint)
     fields["data"] = str(data)
     fields["learning_rate"] = settings["finetune_lr_few" if budget <= FEW else "finetune_lr_many"]

@@ -28,6 +28,7 @@ class Run:
     stage_in_name: bool = True
 
     def recipe_name(self, stage: str) -> str:
+        # "llama3_vit_finetune", but "lora".
         return f"{self.name}_{stage}" if self.stage_in_name else self.name
 
 
@@ -53,11 +54,13 @@ class Recipe:
 
     def __call__(self) -> dict:
         """Its fields, the caller's to change."""
+        # Deep: recipes share tasks and teachers, and a caller may change a layer.
         return copy.deepcopy(self.fields)
 
     @property
     def scores(self) -> tuple[float, ...]:
         """The run's, if this stage completes it."""
+        # The paper measures after fine-tuning.
         return self.run.scores if self.stage == "finetune" else ()
 
 
@@ -67,6 +70,7 @@ def make_recipes(tables: Sequence[Table]) -> dict[str, Recipe]:
     recipes = {}
     for table in tables:
         for run in table.runs:
+            # The first stage begins where the parent's does, each later one where the run's stage before it ended.
             start = {}
             for stage, changes in run.changes.items():
                 output = {"output_dir": f"runs/{run.name}/{stage}"}
@@ -74,6 +78,7 @@ def make_recipes(tables: Sequence[Table]) -> dict[str, Recipe]:
                 fields = changes
                 if run.parent is not None:
                     parent = _parent_recipe(run.parent, stage, recipes)
+                    # The last one wins: a stage's beginning and its output are the run's own, whatever its parent has.
                     fields = recipes[parent].fields | changes | start | output
                 recipes[run.recipe_name(stage)] = Recipe(run, stage, table, parent, fields)
                 start = {"checkpoint": output["output_dir"]}
@@ -81,6 +86,7 @@ def make_recipes(tables: Sequence[Table]) -> dict[str, Recipe]:
 
 
 def _parent_recipe(parent: str, stage: str, recipes: dict[str, Recipe]) -> str:
+    # The same stage; else a run of one stage, named without it; else a stage that the parent hasn't got.
     for name in (f"{parent}_{stage}", parent, f"{parent}_finetune"):
         if name in recipes:
             return name

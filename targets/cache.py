@@ -29,20 +29,24 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .files import as_hint, read_object, write_whole
+from ..files.strangers import read_object
+from ..files.writing import as_hint, write_whole
 from .images import open_image
 from .statistics import TargetStatistics
 
 logger = logging.get_logger(__name__)
 
 STORAGE = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int8")}
-NUMBERS = {name: getattr(torch, name) for name in ("uint8", "int16")}  # of words, exactly
-BLOCK = 64  # int8: channels that share a scale, or the largest number below that divides the width
+# Of words, exactly.
+NUMBERS = {name: getattr(torch, name) for name in ("uint8", "int16")}
+# int8: channels that share a scale, or the largest number below that divides the width.
+BLOCK = 64
 
 
 def image_key(image: Image.Image) -> str:
     """A hash of what the encoders see of an image: its size and RGB values."""
     image = open_image(image)
+    # With the size: pictures of 2 x 8 and of 4 x 4 pixels may have the same bytes.
     return blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
@@ -58,7 +62,8 @@ class OncePerBatch:
         self.function = function
         self.images = None
         self.result = None
-        self.served: set[int] = set()  # ids of the tasks that have had the result
+        # Ids of the tasks that have had the result.
+        self.served: set[int] = set()
 
     def __call__(self, task: object, images: list[Image.Image]) -> Any:
         if images is not self.images or id(task) in self.served:
@@ -88,6 +93,7 @@ class TargetCache:
         shard_size: int = 64,
         batch_keys: OncePerBatch | None = None,
     ):
+        # A fingerprint may come from a note on disk: no path may get through, as damaged files are deleted there.
         if re.fullmatch(r"\w[\w.-]*", fingerprint) is None:
             raise ValueError(f"{fingerprint!r} is no encoder's fingerprint, which names a folder in {folder}")
         self.folder = Path(folder) / f"{fingerprint}-{storage}"
@@ -95,19 +101,24 @@ class TargetCache:
         self.dtype = {**STORAGE, **NUMBERS}[storage]
         self.shard_size = shard_size
         self.batch_keys = batch_keys or OncePerBatch()
-        self._notes = self.folder / "checked" / f"{uuid.uuid4().hex}.txt"  # of this process
-        self._written: list[Path] = []  # shards since the last flush
+        # Of this process.
+        self._notes = self.folder / "checked" / f"{uuid.uuid4().hex}.txt"
+        # Shards since the last flush.
+        self._written: list[Path] = []
         self.reload()
 
     def reload(self) -> None:
         """Reads the shards' headers. What is damaged is logged, and missing. OSError for a shard that can't be
         opened."""
         self._pending: list[tuple[str, dict[str, Tensor]]] = []
-        self._new: set[str] = set()  # keys stored since
+        # Keys stored since.
+        self._new: set[str] = set()
+        # Oldest first, so that a later row is a newer one.
         self._shards = sorted(self.folder.glob("*.safetensors"), key=_stamp)
         self._last = max(map(_stamp, self._shards), default=0)
         self._unreadable: list[Path] = []
-        self.failed: dict[str, str] = {}  # key -> why its target can't be used
+        # Key -> why its target can't be used.
+        self.failed: dict[str, str] = {}
         for path in self.folder.glob("*.json"):
             self.failed.update(self._read_failed(path))
         keys = []
@@ -117,13 +128,15 @@ class TargetCache:
                 rows = _read_header(path)
             except (SafetensorError, FileNotFoundError, TypeError, KeyError, ValueError, AttributeError) as error:
                 logger.warning(f"{path} is damaged or truncated ({error}): its targets count as missing")
-                if not isinstance(error, FileNotFoundError):  # removed by another process
+                # Removed by another process.
+                if not isinstance(error, FileNotFoundError):
                     self._unreadable.append(path)
                 continue
             keys += rows
             locations += [(shard, row, checksum) for row, checksum in enumerate(rows.values())]
         # Arrays, not a dict: a loader's workers share them without copying.
-        # Reversed, as the first of equal keys is kept: of two rows for one image the newer one counts.
+        # Reversed, as the first of equal keys is kept: of two rows for one image the newer one counts. S32: a key has
+        # at most 32 characters, all of ASCII (`is_key`).
         self._keys, newest = np.unique(np.array(keys[::-1], "S32"), return_index=True)
         self._locations = np.array(locations[::-1], np.int64).reshape(-1, 3)[newest]
 
@@ -138,6 +151,7 @@ class TargetCache:
             self._unreadable.append(path)
             logger.warning(f"{error}: its images are tried again")
         except OSError as error:
+            # It may be whole, only not ours to read: it is not deleted.
             logger.warning(f"{error}: its images are tried again")
         return {}
 
@@ -148,6 +162,7 @@ class TargetCache:
         """Each key's index, -1 for one that isn't there."""
         if not len(self):
             return np.full(len(keys), -1)
+        # Where each would be among the sorted keys, and whether it is there.
         wanted = np.array(list(keys), "S32")
         indices = np.searchsorted(self._keys, wanted).clip(max=len(self) - 1)
         return np.where(self._keys[indices] == wanted, indices, -1)
@@ -157,13 +172,14 @@ class TargetCache:
         shard, row, _ = self._locations[index].tolist()
         # Opened for each row: as fast as keeping thousands of shards open, and one that was cut short is noticed.
         with _open(self._shards[shard]) as file:
-            return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (it is no dict)
 
     def _row(self, index: int) -> dict[str, Tensor] | None:
         """The same if it is what was written, else None."""
         try:
             stored = self._stored(index)
-        except (SafetensorError, FileNotFoundError, IndexError):  # the last: fewer rows than its header says
+        except (SafetensorError, FileNotFoundError, IndexError):
+            # The last: fewer rows than its header says.
             return None
         if not stored:
             return None
@@ -181,6 +197,7 @@ class TargetCache:
 
         A shard that was right once, and has the size and date that it had then, is not read again."""
         checked = self._checked()
+        # What isn't known to be right already.
         states = {shard: _state(self._shards[shard]) for shard in range(index, len(self._shards), count)}
         unchecked = [shard for shard, state in states.items() if state not in checked]
         # Indices by shard and row: `order[starts[i] : starts[i + 1]]` are shard i's.
@@ -192,9 +209,11 @@ class TargetCache:
             bad = [bytes(self._keys[i]).decode() for i in indices if self._row(i) is None]
             if bad:
                 logger.warning(f"{self._shards[shard]} is damaged: its damaged targets count as missing")
+                # Without a note, so that the next check reads the shard again.
                 damaged += bad
                 continue
             state = states[shard]
+            # None: it was removed meanwhile. Of a shard with a damaged header no rows are known, so none were checked.
             if state is not None and self._shards[shard] not in self._unreadable:
                 self._note([state])
         return damaged
@@ -209,6 +228,7 @@ class TargetCache:
         """The states of shards that were right."""
         states = set()
         for file in self._notes.parent.glob("*.txt"):
+            # A damaged line is no shard's state, and does no harm.
             states.update(file.read_text(encoding="utf-8", errors="replace").splitlines())
         return states
 
@@ -222,8 +242,11 @@ class TargetCache:
         """Deletes damaged shards and lists, and what processes left that were killed while writing an hour ago."""
         for path in self._unreadable:
             path.unlink(missing_ok=True)
-        for path in [*self.folder.rglob("*.tmp"), *self.folder.parent.glob("*-*.*.tmp")]:  # of shards and notes
-            with suppress(FileNotFoundError):  # another process has just finished it
+        # Of shards and notes.
+        for path in [*self.folder.rglob("*.tmp"), *self.folder.parent.glob("*-*.*.tmp")]:
+            # Another process has just finished it.
+            with suppress(FileNotFoundError):
+                # A younger one may be a shard that another process is writing.
                 if time.time() - path.stat().st_mtime > 3600:
                     path.unlink()
 
@@ -231,11 +254,18 @@ class TargetCache:
         """Takes targets (n, Q, E) to be written when a shard is full, or by `flush`. Those that can't be used go to
         `failed`, which is kept, too: deleting its files lets them be tried again."""
         stored = _encode(targets, self.dtype)
+        # As readers will get them: what overflows the storage's type is infinite here.
         decoded = _decode(stored)
         failed = {}
+        # Told once, of the first batch. Numbers of words are exact.
         if not self._new and self.dtype not in NUMBERS.values():
             error = (1 - cosine_similarity(decoded.double(), targets.double(), dim=-1)).mean()
-            logger.info(f"{self.folder.name}: stored targets differ by 1 - cosine = {error:.1e} (mean of a batch)")
+            # Equal ones differ by the cosine's own rounding, to either side.
+            if error < 1e-12:
+                exactness = "as exact as the teacher gave them"
+            else:
+                exactness = f"rounded for storage: 1 - cosine to the teacher's own is {error:.1e} (mean of a batch)"
+            logger.info(f"{self.folder.name}: targets are stored {exactness}")
         for row, key in enumerate(keys):
             if decoded[row].isfinite().all():
                 self._pending.append((key, {name: part[row] for name, part in stored.items()}))
@@ -256,7 +286,8 @@ class TargetCache:
         if self._pending:
             self._write(self._pending)
         if self._written:
-            time.sleep(0.02)  # a file system's clock ticks: what changes a shard from now on changes its date
+            # A file system's clock ticks: what changes a shard from now on changes its date.
+            time.sleep(0.02)
             states = map(_state, self._written)
             self._note([state for state in states if state is not None])
             self._written = []
@@ -264,7 +295,11 @@ class TargetCache:
 
     def _write(self, rows: list[tuple[str, dict[str, Tensor]]]) -> None:
         header = json.dumps({key: _checksum(key, stored) for key, stored in rows})
-        tensors = {name: torch.stack([stored[name] for _, stored in rows]) for name in rows[0][1]}
+        # All rows of a shard have the same parts: targets, and scales if they are int8.
+        (_, first) = rows[0]
+        tensors = {}
+        for name in first:
+            tensors[name] = torch.stack([stored[name] for _, stored in rows])
         # Later than all that is there, whatever the clock says: the newer one of two rows counts.
         self._last = max(time.time_ns(), self._last + 1)
         path = self.folder / f"{self._last:020d}-{uuid.uuid4().hex[:8]}.safetensors"
@@ -290,9 +325,12 @@ class TargetCache:
                 remedy = "delete it and run `ola-vlm targets`, which computes its targets anew"
                 raise LookupError(f"{path} is damaged: {remedy}")
             if targets is None:
+                # The first row tells the shape of all.
                 targets = _empty((len(keys), *stored["targets"].shape), dtype)
+            # Straight into its place: a batch is never in memory twice.
             _decode(stored, out=targets[i])
-        return cast(Tensor, targets)  # None only of no keys
+        # None only of no keys.
+        return cast(Tensor, targets)
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
         """The targets (N, Q, E), fp32, of one or more images, by what they show now."""
@@ -300,11 +338,14 @@ class TargetCache:
 
     def as_stored(self, images: list[Image.Image]) -> Tensor:
         """The same values in the type that they are stored in, half the size in 16 bits; int8 is decoded to fp32."""
-        dtype = self.dtype if self.dtype.is_floating_point else torch.float32
+        dtype = torch.float32
+        if self.dtype.is_floating_point:
+            dtype = self.dtype
         return self.read(self.batch_keys(self, images), dtype)
 
     def statistics(self, keys: Sequence[str]) -> TargetStatistics:
         """Of those keys' targets, computed once: kept like a target, in a folder beside the shards."""
+        # One row, whose key is the hash of all keys: other images have statistics of their own.
         known = TargetCache(self.folder, "statistics")
         name = blake2b("".join(keys).encode(), digest_size=16).hexdigest()
         (index,) = known._find([name])
@@ -312,6 +353,7 @@ class TargetCache:
             stored = known._row(index)
             if stored is not None and stored.keys() == set(TargetStatistics._fields):
                 return TargetStatistics(**stored)
+        # A few at a time: the targets of a whole data set don't fit into memory.
         statistics = TargetStatistics.fit(self.read(keys[i : i + 32]) for i in range(0, len(keys), 32))
         with as_hint():
             known._write([(name, statistics._asdict())])
@@ -327,14 +369,17 @@ def _state(shard: Path) -> str | None:
 
 
 def _open(path: Path) -> safe_open:
-    path.open("rb").close()  # the true OSError: safetensors takes every failure for a file that isn't there
+    # The true OSError: safetensors takes every failure for a file that isn't there.
+    path.open("rb").close()
     return safe_open(path, "pt")
 
 
 def _stamp(path: Path) -> int:
     """When a shard was written (nanoseconds), from its name; 0 for a name that says nothing."""
-    digits = path.name.partition("-")[0]
-    return int(digits) if digits.isascii() and digits.isdigit() else 0
+    (digits, _, _) = path.name.partition("-")
+    if digits.isascii() and digits.isdigit():
+        return int(digits)
+    return 0
 
 
 def is_key(key: object) -> bool:
@@ -359,9 +404,10 @@ def _read_header(path: Path) -> dict[str, int]:
 def _checksum(key: str, stored: dict[str, Tensor]) -> int:
     """Of a row's key, numeric types, shapes and bytes."""
     value = zlib.crc32(key.encode())
+    # Sorted: in which order a file lists its tensors doesn't matter.
     for name, part in sorted(stored.items()):
         value = zlib.crc32(f"{name} {part.dtype} {tuple(part.shape)}".encode(), value)
-        value = zlib.crc32(part.contiguous().flatten().view(torch.uint8).numpy(), value)  # pyright: ignore[reportArgumentType]
+        value = zlib.crc32(part.contiguous().flatten().view(torch.uint8).numpy(), value)  # pyright: ignore[reportArgumentType] (an array is a buffer)
     return value
 
 
@@ -371,7 +417,9 @@ def _encode(targets: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     # A scale for each block of channels, as some channels are far larger than the others.
     blocks = targets.unflatten(-1, (-1, math.gcd(BLOCK, targets.shape[-1])))
     scales = (blocks.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    # By the scale as it is stored, so that its rounding costs nothing. A block of zeros has the scale 0.
     steps = blocks / scales.float().clamp(min=torch.finfo(torch.float32).tiny)
+    # A scale that was rounded down gives more than 127 steps.
     return {"targets": steps.round().clamp(-127, 127).to(torch.int8).flatten(-2), "scales": scales}
 
 
@@ -380,11 +428,12 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(dtype.itemsize * math.prod(shape))
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue] (its stub lacks this form)
 
 
 def _decode(stored: dict[str, Tensor], out: Tensor | None = None) -> Tensor:
-    out = torch.empty(stored["targets"].shape) if out is None else out
+    if out is None:
+        out = torch.empty(stored["targets"].shape)
     out.copy_(stored["targets"])
     if "scales" in stored:
         scales = stored["scales"].float()

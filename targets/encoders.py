@@ -56,11 +56,13 @@ def read_preprocessing(path, **where) -> tuple[int, list[float], list[float]]:
     """Side in pixels of what the model sees, mean and standard deviation, from its preprocessor_config.json."""
     with loading_from(path, weights=False):
         values, _ = ImageProcessingMixin.get_image_processor_dict(path, **where)
+    # What the model sees is the crop, if there is one; `size` is then the shorter side before it.
     size = (values.get("do_center_crop") and values.get("crop_size")) or values.get("size")
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")
     found = {"size": size, "image_mean": values.get("image_mean"), "image_std": values.get("image_std")}
-    if missing := [name for name, value in found.items() if not value]:
+    missing = [name for name, value in found.items() if not value]
+    if missing:
         raise ValueError(f"{path}: the image processor's configuration lacks {missing}: add them there")
     return tuple(found.values())
 
@@ -82,7 +84,8 @@ def has_preprocessing(path, config: PreTrainedConfig) -> bool:
     return config.model_type == "timm_wrapper" or any(find_file(path, name) for name in files)
 
 
-OLD_NAMES = {"geometry": "resize_mode", "licence": "license"}  # of fields, in the run.json of a run from before
+# What fields were called when an older run.json was written.
+OLD_NAMES = {"geometry": "resize_mode", "licence": "license"}
 
 
 def current_names(entry: dict) -> dict:
@@ -106,21 +109,26 @@ def load_teacher(
     if license:
         logger.info(f"teacher {path}: weights under {license}")
     hint = ' (if features need none, add the name to the teacher\'s "unused")'
-    return load_whole(model_class, path, hint=hint, dtype=dtype, **kwargs).to(device)  # pyright: ignore[reportArgumentType]
+    return load_whole(model_class, path, hint=hint, dtype=dtype, **kwargs).to(device)  # pyright: ignore[reportArgumentType] (its stub)
 
 
 def _without_weights(model_class, path, config=None, revision="main", subfolder="", **_) -> PreTrainedModel:
     if config is None:
         config = model_class.config_class.from_pretrained(path, revision=revision, subfolder=subfolder)
     with torch.device("meta"):
-        return model_class.from_config(config) if model_class is AutoModel else model_class._from_config(config)
+        # The same constructor, which is private in the models' own classes.
+        if model_class is AutoModel:
+            return model_class.from_config(config)
+        return model_class._from_config(config)
 
 
 def load_vision_config(path, **where) -> PreTrainedConfig:
     """Of the vision encoder in a folder or repository; of a model of several towers, its vision half's."""
     with loading_from(path, weights=False):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
-    return config.vision_config if "vision_config" in config.sub_configs else config
+    if "vision_config" in config.sub_configs:
+        return config.vision_config
+    return config
 
 
 class TargetEncoder(ABC):
@@ -155,15 +163,28 @@ class TargetEncoder(ABC):
     ):
         if resize_mode not in ("pad", "reference"):
             raise ValueError(f'resize_mode {resize_mode!r} is unknown: choose "pad" or "reference"')
-        self.model: Any = model.eval().requires_grad_(False)  # each teacher has parts of its own
-        self.target_dim, self.size, self.grid, self.batch_size = target_dim, size, grid, batch_size
-        mean, std, side = list(image_mean), list(image_std), {"height": size, "width": size}
+        # Each teacher has parts of its own.
+        self.model: Any = model.eval().requires_grad_(False)
+        self.target_dim = target_dim
+        self.size = size
+        self.grid = grid
+        self.batch_size = batch_size
         self.image_processor = LlavaImageProcessor(
-            do_pad=resize_mode == "pad", do_center_crop=False, size=side, image_mean=mean, image_std=std
+            do_pad=resize_mode == "pad",
+            do_center_crop=False,
+            size={"height": size, "width": size},
+            image_mean=list(image_mean),
+            image_std=list(image_std),
         )
         # What decides, besides weights and configuration, which features an image gets (a part of the cache key).
-        self.view = {"square": resize_mode, "size": size, "grid": grid, "mean": mean, "std": std}
-        self.view["resample"] = int(self.image_processor.resample)
+        self.view = {
+            "square": resize_mode,
+            "size": size,
+            "grid": grid,
+            "mean": list(image_mean),
+            "std": list(image_std),
+            "resample": int(self.image_processor.resample),
+        }
 
     @classmethod
     def _open(cls, path, *args, **options) -> Any:
@@ -195,6 +216,7 @@ class TargetEncoder(ABC):
         digest.update(f"version {FEATURES_VERSION}".encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            # As bytes: numpy has no bfloat16.
             digest.update(value.contiguous().flatten().view(torch.uint8).cpu().numpy())
         return f"{self.name}-grid{self.grid}-{digest.hexdigest()[:16]}"
 
@@ -207,12 +229,14 @@ class TargetEncoder(ABC):
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """The targets of `images`: (N, Q, E), fp32, on the CPU. No images give a tensor with N = 0."""
+        # So that the result has its shape even without images.
         parts = [torch.empty(0, self.target_length, self.target_dim)]
         for start in range(0, len(images), self.batch_size):
             parts.append(self._features(self.pixel_values(images[start : start + self.batch_size])).float().cpu())
         return torch.cat(parts)
 
-    __call__ = encode  # on the fly: the same function of the images as a TargetCache
+    # On the fly: the same function of the images as a TargetCache.
+    __call__ = encode
 
     @abstractmethod
     def _features(self, pixels: Tensor) -> Tensor:
@@ -232,7 +256,9 @@ class DepthAnythingEncoder(TargetEncoder):
     def __init__(self, model, grid, image_mean, image_std, features: str = "mean", **options):
         if features not in ("mean", "last"):
             raise ValueError(f'features {features!r} is unknown: choose "mean" or "last"')
-        channels, size = model.backbone.channels[-1], grid * model.config.patch_size
+        # All four maps of its ViT are of one width.
+        channels = model.backbone.channels[-1]
+        size = grid * model.config.patch_size
         super().__init__(model, channels, size, grid, image_mean, image_std, **options)
         self.view["features"] = features
 
@@ -245,8 +271,11 @@ class DepthAnythingEncoder(TargetEncoder):
         return cls(model, grid, mean, std, features, resize_mode=resize_mode, batch_size=batch_size)
 
     def _features(self, pixels):
-        maps = torch.stack(self.model.backbone(pixels).feature_maps)[:, :, 1:]  # without the class token
-        return maps[-1] if self.view["features"] == "last" else maps.mean(0)
+        # (4, N, 1 + Q, E) -> (4, N, Q, E): without the class token.
+        maps = torch.stack(self.model.backbone(pixels).feature_maps)[:, :, 1:]
+        if self.view["features"] == "last":
+            return maps[-1]
+        return maps.mean(0)
 
     @torch.no_grad()
     def decode(self, features: Tensor | None, images: Sequence[Image.Image] = (), batch_size: int = 8) -> Tensor:
@@ -265,16 +294,19 @@ class DepthAnythingEncoder(TargetEncoder):
         else:
             depths = []
             for part in features.to(self.model.device, self.model.dtype).split(batch_size):
-                tokens = F.pad(part, (0, 0, 1, 0))  # the neck drops the first token: the class token, it thinks
+                # The neck drops the first token: the class token, it thinks.
+                tokens = F.pad(part, (0, 0, 1, 0))
                 neck = self.model.neck([tokens] * len(self.model.config.neck_hidden_sizes), self.grid, self.grid)
                 depths.append(self.model.head(neck, self.grid, self.grid).float().cpu())
+        # Relative depth has no scale of its own; a flat picture has no range to divide by.
         depth = torch.cat(depths)
         depth = depth - depth.amin((1, 2), keepdim=True)
         return depth / depth.amax((1, 2), keepdim=True).clamp(min=torch.finfo(depth.dtype).tiny)
 
 
 class _OneFormer(OneFormerForUniversalSegmentation):
-    _keys_to_ignore_on_load_unexpected = (r"text_mapper",)  # serves its training only  # pyright: ignore[reportAssignmentType]
+    # It serves training only.
+    _keys_to_ignore_on_load_unexpected = (r"text_mapper",)  # pyright: ignore[reportAssignmentType] (a list in the base class)
 
 
 class OneFormerEncoder(TargetEncoder):
@@ -284,7 +316,8 @@ class OneFormerEncoder(TargetEncoder):
     """
 
     name = "oneformer"
-    unused = ("model.pixel_level_module.encoder.swin.layernorm.", "criterion.")  # checkpoints may lack them
+    # Checkpoints may lack them.
+    unused = ("model.pixel_level_module.encoder.swin.layernorm.", "criterion.")
 
     def __init__(self, model, size, grid, image_mean, image_std, task_inputs: list[int] | None = None, **options):
         channels = model.model.pixel_level_module.encoder.channels[-1]
@@ -299,6 +332,7 @@ class OneFormerEncoder(TargetEncoder):
         # The pixel decoder's dropout depends on `is_training`, not on eval().
         loading = {"unused": cls.unused, "is_training": False, **loading}
         model = load_teacher(_OneFormer, path, revision=revision, **loading)
+        # A folder without a tokenizer will do for `encode`, which needs no text.
         if task_inputs is None and (not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").exists()):
             code = {"trust_remote_code": loading.get("trust_remote_code", False)}
             with loading_from(path, weights=False):
@@ -309,6 +343,7 @@ class OneFormerEncoder(TargetEncoder):
         return cls(model, size, grid, mean, std, task_inputs, resize_mode=resize_mode, batch_size=batch_size)
 
     def _features(self, pixels):
+        # (N, E, h, w) -> (N, E, grid, grid) -> (N, Q, E)
         last = self.model.model.pixel_level_module.encoder(pixels).feature_maps[-1]
         return _resize(last, self.grid).flatten(2).transpose(1, 2)
 
@@ -328,6 +363,7 @@ class OneFormerEncoder(TargetEncoder):
             raise ValueError("no ids of 'the task is semantic': save a tokenizer with the teacher or pass task_inputs")
         task_inputs = torch.tensor([self.task_inputs]).expand(len(stages[-1]), -1)
         classes, masks = self.class_and_mask_logits(stages, task_inputs)
+        # The null class is the last one: a query that found nothing.
         classes = classes.float().softmax(-1)[..., :-1]
         return torch.einsum("nqc,nqhw->nchw", classes, masks.float().sigmoid())
 
@@ -343,9 +379,11 @@ class OneFormerEncoder(TargetEncoder):
         Returns: (N, S, S) class indices, int64.
         """
         labels = []
+        # One image at a time: the scores of 133 classes at the picture's size are large.
         for i, image in enumerate(images):
             stages = list(self.model.model.pixel_level_module.encoder(self.pixel_values([image])).feature_maps)
             if features is not None:
+                # (1, Q, E) -> (1, E, grid, grid) -> the last stage's own size.
                 grid = features[i : i + 1].to(stages[-1]).transpose(1, 2).unflatten(2, (self.grid, self.grid))
                 stages[-1] = _resize(grid, stages[-1].shape[-2:])
             labels.append(_resize(self.class_scores(stages), self.size).argmax(1).cpu())
@@ -361,13 +399,18 @@ class ClipImageEncoder(TargetEncoder):
     def _open(cls, path, grid: int = 1, subfolder="", resize_mode="pad", batch_size=32, revision="main", **loading):
         """`path` may be a diffusers pipeline's with `subfolder` "image_encoder": the preprocessing is then read from
         its feature_extractor. `grid` is for all encoders to be called alike: there is one embedding an image."""
-        beside = "feature_extractor" if subfolder else ""
+        beside = ""
+        if subfolder:
+            beside = "feature_extractor"
+        # The side is the tower's own, as its position embeddings fit no other.
         _, mean, std = read_preprocessing(path, revision=revision, subfolder=beside)
         model = load_teacher(CLIPVisionModelWithProjection, path, revision=revision, subfolder=subfolder, **loading)
-        config, options = model.config, {"resize_mode": resize_mode, "batch_size": batch_size}
+        config = model.config
+        options = {"resize_mode": resize_mode, "batch_size": batch_size}
         return cls(model, config.projection_dim, config.image_size, 1, mean, std, **options)
 
     def _features(self, pixels):
+        # (N, E) -> (N, 1, E).
         return self.model(pixels).image_embeds[:, None]
 
 
@@ -383,11 +426,14 @@ class VisionEncoder(TargetEncoder):
 
     def __init__(self, model, size, grid, image_mean, image_std, **options):
         super().__init__(model, 0, size, grid, image_mean, image_std, **options)
-        if model.config.model_type == "timm_wrapper":  # whose last_hidden_state has another layout in each family
+        if model.config.model_type == "timm_wrapper":
+            # Its last_hidden_state has another layout in each family; intermediate maps are (N, E, h, w) in all.
             self.arguments = {"output_hidden_states": [-1], "norm": True}
+        elif "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+            self.arguments = {"interpolate_pos_encoding": True}
         else:
-            resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-            self.arguments = {"interpolate_pos_encoding": True} if resizes else {}
+            self.arguments = {}
+        # How wide features are is seen: configurations say it in many ways.
         with torch.no_grad():
             blank = torch.zeros(1, 3, size, size, dtype=model.dtype, device=model.device)
             self.target_dim = self._features(blank).shape[-1]
@@ -404,8 +450,13 @@ class VisionEncoder(TargetEncoder):
         own_size, mean, std = vision_preprocessing(path, own, revision=revision)
         options = {"revision": revision, "config": own, "trust_remote_code": False}
         options["key_mapping"] = OF_VISION_TOWER
-        options["unused"] = ("pooler.",) if grid > 1 else ()
-        model = load_teacher(AutoModel, path, **(options | loading))
+        # A pooler gives one vector, which no grid is made of.
+        options["unused"] = ()
+        if grid > 1:
+            options["unused"] = ("pooler.",)
+        # The recipe's own words come last, and win.
+        options.update(loading)
+        model = load_teacher(AutoModel, path, **options)
         return cls(model, size or own_size, grid, mean, std, resize_mode=resize_mode, batch_size=batch_size)
 
     def _features(self, pixels):
@@ -413,8 +464,12 @@ class VisionEncoder(TargetEncoder):
         if self.grid == 1:
             if output.pooler_output is None:
                 raise ValueError(f"{type(self.model).__name__} pools nothing: give its task a grid as target_length")
+            # Convolutional nets pool to (N, E, 1, 1).
             return output.pooler_output.flatten(1)[:, None]
-        maps = output.hidden_states[-1] if "norm" in self.arguments else output.last_hidden_state
+        maps = output.last_hidden_state
+        if "norm" in self.arguments:
+            maps = output.hidden_states[-1]
+        # A ViT's sequence (N, tokens, E); a convolutional net gives maps (N, E, h, w) already.
         if maps.ndim == 3:
             side = math.isqrt(maps.shape[1])
             maps = maps[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
@@ -434,7 +489,12 @@ class Motion:
     def __call__(self, images: list[Image.Image], counts: list[int]) -> Tensor:
         """The N images of several samples in order, `counts` of them a sample: (N, Q, E), fp32."""
         samples = self.source(images).float().split(counts)
-        return torch.cat([torch.cat([torch.zeros_like(frames[:1]), frames[1:] - frames[:-1]]) for frames in samples])
+        changes = []
+        for frames in samples:
+            # Nothing comes before the first frame.
+            changes.append(torch.zeros_like(frames[:1]))
+            changes.append(frames[1:] - frames[:-1])
+        return torch.cat(changes)
 
 
 ENCODERS = {one.name: one for one in (DepthAnythingEncoder, OneFormerEncoder, ClipImageEncoder, VisionEncoder)}

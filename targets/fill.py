@@ -6,8 +6,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -24,16 +24,18 @@ from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
 
 from ..configuration_ola_vlm import TASK_FIELDS
+from ..files.strangers import read_finished
+from ..files.writing import as_hint, write_json, write_whole
 from .cache import OncePerBatch, TargetCache, image_key, is_key
 from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder, current_names
-from .files import as_hint, read_finished, write_json, write_whole
 from .images import ImageError, open_image, source_name
 from .loading import loading_from
-from .words import WORDS_ENCODERS, WordsEncoder, storage_of
+from .words import WORDS_ENCODERS, ClassWordsEncoder, WordsEncoder, storage_of
 
 logger = logging.get_logger(__name__)
 
-BATCH = 32  # images decoded and encoded at a time
+# Images decoded and encoded at a time.
+BATCH = 32
 
 
 class Teacher:
@@ -48,8 +50,11 @@ class Teacher:
         self.task = task
         self.device = device
         self.shape = (task["target_length"], task["target_dim"])
+        # "motion" says what is made of the features: a task with it shares its teacher with one without.
         self.entry = {name: value for name, value in current_names(entry).items() if name != "motion"}
-        encoders = list(WORDS_ENCODERS if task.get("target") == "words" else ENCODERS)
+        encoders = list(ENCODERS)
+        if task.get("target") == "words":
+            encoders = list(WORDS_ENCODERS)
         if entry.get("encoder") not in encoders or "path" not in entry:
             need = f"give its path, and as encoder one of {encoders}"
             raise ValueError(f"teachers[{task['name']!r}] is {entry}: {need}")
@@ -61,7 +66,8 @@ class Teacher:
     @cached_property
     def encoder(self) -> TargetEncoder:
         encoder_class, path, options = self._parts()
-        encoder = encoder_class.from_pretrained(path, **options)
+        with self._naming_options():
+            encoder = encoder_class.from_pretrained(path, **options)
         self._compare(encoder.target_length, encoder.target_dim)
         return encoder
 
@@ -69,17 +75,32 @@ class Teacher:
         """ValueError for a teacher that isn't there or whose targets have another shape; weights are not read. One
         that the cache in `folder` knows need not be there."""
         encoder_class, path, options = self._parts()
+        # A cache that was moved without its teacher: the note tells all that training needs.
         if folder is not None and self._files() is None and self._note(folder).exists():
             return
         try:
-            with loading_from(path, options.get("subfolder", "")):
+            with self._naming_options(), loading_from(path, options.get("subfolder", "")):
                 shape = encoder_class.target_shape(path, **options)
-        except (NotImplementedError, RuntimeError) as error:  # a model that looks at values, of which there are none
+        except (NotImplementedError, RuntimeError) as error:
+            # A model that looks at values, of which there are none.
             logger.info(f"{path}: its targets' shape is seen when it is loaded ({error})")
             return
         self._compare(*shape)
 
+    @contextmanager
+    def _naming_options(self) -> Iterator[None]:
+        """An option that the encoder doesn't know is a ValueError that names it."""
+        try:
+            yield
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in self.entry:
+                raise
+            what = f"teachers[{self.task['name']!r}] has the option {unknown[1]!r}"
+            raise ValueError(f"{what}, which {self.entry['encoder']} doesn't know: leave it out") from error
+
     def _parts(self) -> tuple[type[TargetEncoder], str, dict]:
+        # A target's grid is square. An entry may name a device of its own.
         options = {"device": self.device, **self.entry, "grid": math.isqrt(self.task["target_length"])}
         encoder_class = {**ENCODERS, **WORDS_ENCODERS}[options.pop("encoder")]
         path = options.pop("path")
@@ -103,14 +124,22 @@ class Teacher:
         note = self._note(folder)
         files = self._files()
         known = _read_note(note)
-        if known is not None and (files is None or known.get("files") == files):
+        # Of a teacher that isn't here nothing else can be known.
+        if known is not None and (files is None or (known.get("files") == files and self._counts_all(known))):
             return known
         known = {"teacher": self.entry, "files": files, "fingerprint": self.encoder.fingerprint}
         if isinstance(self.encoder, WordsEncoder):
             known["words"] = self.encoder.words
+        if isinstance(self.encoder, ClassWordsEncoder):
+            known["task_inputs"] = self.encoder.task_inputs
         with as_hint():
             write_json(note, known)
         return known
+
+    def _counts_all(self, known: dict) -> bool:
+        """Whether a note's fingerprint has all that it depends on. Notes without a class teacher's `task_inputs` are
+        from before its fingerprint had them."""
+        return self.entry["encoder"] != ClassWordsEncoder.name or "task_inputs" in known
 
     def words(self, folder: str | Path | None = None) -> list[str]:
         """What the numbers say that it gives as targets. ValueError if the teacher isn't there, and no cache in
@@ -128,6 +157,7 @@ class Teacher:
             return encoder_class.list_words(path, **options)
 
     def _note(self, folder: str | Path) -> Path:
+        # With another batch size, say, the same note is found.
         change_nothing = {"batch_size", "device", "license"}
         entry = {name: value for name, value in self.entry.items() if name not in change_nothing}
         identity = json.dumps([self.task["target_length"], entry, FEATURES_VERSION], sort_keys=True)
@@ -139,11 +169,14 @@ class Teacher:
         path = self.entry["path"]
         if os.path.isdir(path):
             paths = [str(file) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+            # A configuration alone, without its weights.
             if not any(name.endswith((".safetensors", ".bin")) for name in paths):
                 return None
+            # Lists, as JSON gives them back; empty for a file that was removed since it was listed.
             return [list(source_state(name) or ()) for name in paths]
         config = str(Path(self.entry.get("subfolder", ""), "config.json"))
-        with suppress(HFValidationError):  # no name on the Hub but a folder that isn't there
+        # No name on the Hub but a folder that isn't there.
+        with suppress(HFValidationError):
             fetched = try_to_load_from_cache(path, config, revision=self.entry.get("revision"))
             # No text for a file that isn't fetched, or that is known not to exist.
             return extract_commit_hash(fetched if isinstance(fetched, str) else None, None)
@@ -176,9 +209,12 @@ def make_teachers(
     if not set(names) <= set(entries):
         raise ValueError(f"the tasks {names} need one teacher each, `teachers` has {list(entries)}")
     teachers: dict[str, Teacher] = {}
-    parts = [part for task in tasks for part in _with_entries(task, entries[task["name"]])]
+    parts = []
+    for task in tasks:
+        parts += _with_entries(task, entries[task["name"]])
     for task, entry in parts:
         teacher = Teacher(task, entry, device)
+        # One model in memory for all tasks that take its features.
         for other in teachers.values():
             if other.entry == teacher.entry and other.shape == teacher.shape:
                 teacher = other
@@ -201,13 +237,17 @@ def _with_entries(task: dict, entry: dict) -> list[tuple[dict, dict]]:
 
 def open_caches(folder: str | Path, teachers: dict[str, Teacher], storage: str = "float32") -> dict[str, TargetCache]:
     """Each teacher's, with targets in `storage`; of words, in the type that their number needs."""
+    # Shared by all caches: an image is hashed once, not once a task.
     batch_keys = OncePerBatch()
-    by_fingerprint: dict[str, TargetCache] = {}  # tasks of one teacher share its cache
+    # Tasks of one teacher share its cache.
+    by_fingerprint: dict[str, TargetCache] = {}
     caches = {}
     for name, teacher in teachers.items():
         fingerprint = teacher.fingerprint(folder)
         if fingerprint not in by_fingerprint:
-            numeric_type = storage_of(teacher.words(folder)) if teacher.gives_words else storage
+            numeric_type = storage
+            if teacher.gives_words:
+                numeric_type = storage_of(teacher.words(folder))
             by_fingerprint[fingerprint] = TargetCache(folder, fingerprint, numeric_type, batch_keys=batch_keys)
         caches[name] = by_fingerprint[fingerprint]
     return caches
@@ -218,7 +258,8 @@ class SourceState(NamedTuple):
 
     name: str
     size: int
-    date: int  # nanoseconds
+    # Nanoseconds.
+    date: int
 
 
 def source_state(source: str | dict) -> SourceState | None:
@@ -301,11 +342,13 @@ class _Images(Dataset):
         source = self.sources[index]
         name = source_name(source)
         try:
-            state = source_state(source)  # before the image is read: it may change meanwhile
+            # Before the image is read: it may change meanwhile.
+            state = source_state(source)
             image = open_image(source)
         except ImageError as error:
             return DecodedImage(index, name, error=error.reason)
-        except OSError as error:  # gone, or no right to read it
+        except OSError as error:
+            # Gone, or no right to read it.
             return DecodedImage(index, name, error=f"{type(error).__name__}: {error}")
         return DecodedImage(index, name, state=state, key=image_key(image), image=image)
 
@@ -314,7 +357,8 @@ class _Images(Dataset):
 class FillReport:
     """What `fill` found of each source."""
 
-    keys: list[str | None]  # None for one that can't be decoded
+    # None for one that can't be decoded.
+    keys: list[str | None]
     # Index of a source -> its name and why it has no target: not decoded, not finite, beyond the storage's range.
     failed: dict[int, str] = field(default_factory=dict)
 
@@ -334,13 +378,20 @@ def fill(
     index is made.
     """
     report = FillReport(keys=known_keys(folder, sources))
-    names = {id(cache): name for name, cache in caches.items()}  # tasks may share a cache
+    # Tasks may share a cache.
+    names = {id(cache): name for name, cache in caches.items()}
     caches = {name: caches[name] for name in names.values()}
-    to_fill = caches if teachers else {}
+    to_fill = {}
+    what = "images"
+    if teachers:
+        to_fill = caches
+        what = "targets"
+    # What is damaged is computed anew, like what is missing.
     for cache in to_fill.values():
         cache.forget(cache.check(progress=progress))
         cache.remove_remains()
 
+    # The images to be opened: those that the index doesn't know, or whose targets some cache lacks.
     known = [key for key in report.keys if key]
     lacking = set[str]().union(*(cache.missing(known) for cache in to_fill.values()))
     todo = [i for i, key in enumerate(report.keys) if key is None or key in lacking]
@@ -349,7 +400,7 @@ def fill(
     with tqdm(
         total=len(sources),
         initial=len(sources) - len(todo),
-        desc="targets" if teachers else "images",
+        desc=what,
         unit="image",
         disable=not progress,
     ) as bar:
@@ -359,13 +410,16 @@ def fill(
             for image in batch:
                 if image.error:
                     report.failed[image.index] = f"{image.name}: {image.error}"
+            # By key: a picture under two names is encoded once.
             _store_targets(teachers, to_fill, {image.key: image.image for image in decoded})
+            # Only what the index doesn't say already.
             _write_index(index_file, [image for image in decoded if report.keys[image.index] != image.key])
             for image in decoded:
                 report.keys[image.index] = image.key
     for cache in to_fill.values():
         cache.flush()
 
+    # Also those that failed in a fill before this one.
     for name, cache in caches.items():
         for i, key in enumerate(report.keys):
             if key in cache.failed:
@@ -382,6 +436,7 @@ def _store_targets(
         if not lacking:
             continue
         encoder = teachers[name].encoder
+        # The weights may have been replaced since the note was written.
         if encoder.fingerprint != cache.fingerprint:
             raise ValueError(f"{teachers[name].entry['path']} is not {cache.folder}'s teacher any more")
         cache.store(lacking, encoder.encode([images[key] for key in lacking]))
@@ -392,7 +447,9 @@ def _write_index(file: Path, images: list[DecodedImage]) -> None:
         return
     with as_hint():
         file.parent.mkdir(parents=True, exist_ok=True)
+        # A line an image: a process that is killed spoils its last line at most.
         with file.open("a", encoding="utf-8") as lines:
             for image in images:
-                assert image.state is not None  # it was there to be decoded
+                # It was there to be decoded.
+                assert image.state is not None
                 lines.write(f"{json.dumps([*image.state, image.key])}\n")

@@ -1,6 +1,8 @@
 """The one way to open a picture: student, teachers, probes, benchmarks, the chat and the Space see the same one."""
 
 import io
+import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,7 +12,8 @@ IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 # What Pillow decodes by itself. Not EPS, say, which it would hand to Ghostscript, a program that runs what is in it.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-LONGEST_STRIP = 500  # times its shorter side: cropped by that one it would become a bomb
+# Times its shorter side: cropped by that one it would become a bomb.
+LONGEST_STRIP = 500
 
 
 class ImageError(ValueError):
@@ -53,6 +56,7 @@ def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
     try:
         with _opened(source) as image:
             _check(image, name)
+            # Phones store a picture as the sensor saw it; a tag says how to turn it.
             upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data:
                 white = Image.new("RGBA", upright.size, "white")
@@ -62,17 +66,29 @@ def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
         raise
     except Exception as error:
         # Of damaged files Pillow raises all sorts of errors, a bare Exception among them (DecompressionBombError).
-        if isinstance(error, OSError) and error.errno is not None:  # not there, no permission, a folder
+        # Not there, a folder, no permission.
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"there is no file {name}") from error
+        if isinstance(error, IsADirectoryError):
+            raise IsADirectoryError(f"{name} is a folder, no image") from error
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         formats = ", ".join(FORMATS)
-        raise DamagedImage(name, f"{type(error).__name__}: {error}: give a whole file of {formats}") from error
+        # Of bytes Pillow names a place in memory, another one each time.
+        what = re.sub(r" <_io\.BytesIO object at \w+>", "", f"{type(error).__name__}: {error}")
+        raise DamagedImage(name, f"{what}: give a whole file of {formats}") from error
 
 
 def _opened(source: Image.Image | str | Path | dict):
     """A context that gives the picture, not decoded yet."""
     if isinstance(source, Image.Image):
         return nullcontext(source)
+    if isinstance(source, dict) and source.get("bytes") is None:
+        raise DamagedImage(source_name(source), "the row has no bytes of it: save the data set with its images inside")
     file = io.BytesIO(source["bytes"]) if isinstance(source, dict) else source
+    # A pipe or a device would be waited for, or never end. What isn't there, and a folder, are OSErrors of their own.
+    if isinstance(file, (str, Path)) and os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
+        raise DamagedImage(source_name(source), "it is no file: give a whole one")
     return Image.open(file, formats=FORMATS)
 
 

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import whole_file
+from ..files.strangers import inside
+from ..files.writing import whole_file
 from .loading import read_safetensors
 
-FOLDER = "target_statistics"  # in a run's folder, a file a task
+# In a run's folder, a file a task.
+FOLDER = "target_statistics"
 
 
 class TargetStatistics(NamedTuple):
@@ -34,9 +36,11 @@ class TargetStatistics(NamedTuple):
         squares = torch.zeros(())
         for batch in batches:
             count += len(batch)
+            # In float64: a mean of squares minus the mean's square loses most digits in float32.
             total = total + batch.double().sum(0)
             squares = squares + batch.double().square().sum(0)
         mean = total / count
+        # (Q, E) -> (E,): variances averaged over positions. Rounding may leave one just below 0.
         std = (squares / count - mean**2).mean(0).clamp(min=0).sqrt()
         # A constant channel stays as it is.
         std = torch.where(std > 1e-6, std, 1)
@@ -64,5 +68,10 @@ def statistics_in(folder: str | Path) -> list[Path]:
 
 
 def own_statistics(checkpoint: str | Path) -> list[Path]:
-    """Those that lie in a checkpoint's folder or, of a run's checkpoint-1000, in the run's."""
-    return statistics_in(checkpoint) or statistics_in(Path(checkpoint).parent)
+    """Those of a checkpoint's run: in its folder or, of a run's checkpoint-1000, in that one's parent. They may be
+    copied and published, so a link to what lies elsewhere is a ValueError."""
+    for folder in (Path(checkpoint), Path(checkpoint).parent):
+        files = statistics_in(folder)
+        if files:
+            return [inside(folder, file.relative_to(folder)) for file in files]
+    return []

@@ -22,9 +22,11 @@ def tensors_on_demand(path: str | Path) -> dict:
     no such files."""
     optional = {"_raise_exceptions_for_missing_entries": False}
     whole = cached_file(str(path), SAFE_WEIGHTS_NAME, **optional)
-    index = None if whole else cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **optional)
-    files = [whole] if whole else []
-    if index is not None:
+    files = [whole]
+    if not whole:
+        index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **optional)
+        if index is None:
+            return {}
         files, _ = get_checkpoint_shard_files(str(path), index)
     tensors = {}
     for file in files or ():
@@ -62,7 +64,9 @@ def load_pretrained(model_class, path, dtype: torch.dtype | str | None = None, *
     processes of a machine share them. If not, the whole files would be in memory beside the converted weights: then
     each tensor is read when it is converted.
     """
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # None: the files' own, "auto"
+    # None is the files' own, as "auto" is.
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    # A revision, a device map, a quantization: whoever gives more gets transformers' own way.
     plain = wanted in SAFETENSORS_NAMES and not any(kwargs.values()) and not is_deepspeed_zero3_enabled()
     if wanted is not None and plain and not _is_adapter(path):
         tensors = tensors_on_demand(path)
@@ -70,6 +74,7 @@ def load_pretrained(model_class, path, dtype: torch.dtype | str | None = None, *
         is_concrete = issubclass(model_class, PreTrainedModel)
         config_class = cast(type[PreTrainedConfig], model_class.config_class) if is_concrete else AutoConfig
         config = config_class.from_pretrained(path)
+        # Quantized weights, and those whose configuration names their file, are for transformers to read.
         is_special = any(hasattr(config, field) for field in ("quantization_config", "transformers_weights"))
         if not is_special and any(tensor.get_dtype() in others for tensor in tensors.values()):
             return _load_converted(model_class, path, config, tensors, wanted)
@@ -82,11 +87,12 @@ def _load_converted(model_class, path, config: PreTrainedConfig, tensors: dict, 
         with torch.device("meta"):
             model_class = type(model_class.from_config(config))
     options = {"config": config, "state_dict": tensors, "dtype": dtype, "output_loading_info": True}
-    model, report = model_class.from_pretrained(None, **options)  # pyright: ignore[reportGeneralTypeIssues]
+    model, report = model_class.from_pretrained(None, **options)  # pyright: ignore[reportGeneralTypeIssues] (with the report it is two)
     model.name_or_path = str(path)
     model.config.name_or_path = str(path)
     if model.can_generate():
-        with suppress(OSError):  # not every checkpoint has one
+        # Not every checkpoint has one.
+        with suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(path)
     return model, report
 
@@ -117,10 +123,11 @@ def assemble(
             if name.startswith(new):
                 weights.setdefault(name, value)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers would list all that is new
+    # transformers would list all that is new.
+    logging.set_verbosity_error()
     options = {"config": config, "state_dict": weights, "dtype": dtype, "output_loading_info": True}
     try:
-        model, report = model_class.from_pretrained(None, **options)  # pyright: ignore[reportGeneralTypeIssues]
+        model, report = model_class.from_pretrained(None, **options)  # pyright: ignore[reportGeneralTypeIssues] (with the report it is two)
     finally:
         logging.set_verbosity(verbosity)
     lost = [f"no place for {name}" for name in sorted(report["unexpected_keys"])]
@@ -130,7 +137,8 @@ def assemble(
     # transformers would save under the names of `weights`; without this it takes those of the model's type.
     model._weight_conversions = None
     for parameter in model.parameters():
-        parameter._is_hf_initialized = False  # else transformers' functions would never draw it again
+        # Else transformers' functions would never draw it again.
+        parameter._is_hf_initialized = False
     model.name_or_path = ""
     model.config.name_or_path = ""
     return model

@@ -7,6 +7,7 @@ seen in training (`training.words`).
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -29,20 +30,26 @@ logger = logging.getLogger(__name__)
 DEPTH_WORDS = ("very close", "close", "halfway", "far", "very far")
 # Depth models by their type: whether what they predict is larger where it is closer.
 LARGER_IS_CLOSER = {"depth_anything": True, "dpt": True, "glpn": False, "zoedepth": False}
-# What data sets append to a class's name that no speaker would.
+# "the task is semantic" by the tokenizer of all published OneFormers, which is CLIP's.
+CLIP_TASK_IDS = (49406, 518, 10549, 533, 29119, 1550, 49407)
+# What data sets append to a class's name that no speaker would: COCO has "tree-merged" and "wall-other-merged".
 SUFFIXES = ("merged", "other", "stuff")
+# What transformers calls a class that has no name.
 UNNAMED = re.compile(r"LABEL_\d+")
 
 
 def storage_of(words: Sequence[str]) -> str:
     """The numeric type in the cache that holds the words' numbers."""
-    return "uint8" if len(words) <= 256 else "int16"
+    if len(words) <= 256:
+        return "uint8"
+    return "int16"
 
 
 def speakable(label: str) -> str:
     """A class's name as one would say it: of synonyms the first, "tree-merged" is a tree."""
     name = re.split("[,;(]", label)[0]
     words = re.split(r"[\s_-]+", name.strip())
+    # A class that is called "other" and no more keeps its name.
     while len(words) > 1 and words[-1] in SUFFIXES:
         words.pop()
     return " ".join(words)
@@ -90,6 +97,14 @@ class WordsEncoder(TargetEncoder):
         self.view["words"] = self.words
 
 
+def usual_task_inputs(length: int) -> list[int]:
+    """Those that a OneFormer with a `task_seq_len` of `length` gets unless its tokenizer or its entry says otherwise:
+    CLIP's ids of "the task is semantic", or where they have no room, in the miniature's, ones."""
+    if length < len(CLIP_TASK_IDS):
+        return [1] * length
+    return [*CLIP_TASK_IDS, *[0] * (length - len(CLIP_TASK_IDS))]
+
+
 class ClassWordsEncoder(WordsEncoder):
     """The word of the class that most of a patch's pixels have, by any semantic or universal segmentation model of
     transformers; OneFormer decodes with its own features.
@@ -102,9 +117,18 @@ class ClassWordsEncoder(WordsEncoder):
     def __init__(self, model, size, grid, image_mean, image_std, words, segmenter=None, **options):
         super().__init__(model, 1, size, grid, image_mean, image_std, **options)
         self.segmenter = segmenter
+        # Classes with the same word share its number.
         self._know_words(list(dict.fromkeys(words)))
+        # (classes,): the number of each class's word.
         self.word_of_class = torch.tensor([self.words.index(word) for word in words])
         self.view["word_of_class"] = self.word_of_class.tolist()
+        # OneFormer's alone: its class scores depend on them.
+        self.task_inputs: list[int] | None = None
+        if segmenter is not None:
+            self.task_inputs = segmenter.task_inputs
+            # The usual ones are left out: caches from before they counted stay good.
+            if self.task_inputs != usual_task_inputs(model.config.task_seq_len):
+                self.view["task_inputs"] = self.task_inputs
 
     @classmethod
     def list_words(cls, path, words=None, revision="main", **options) -> list[str]:
@@ -130,6 +154,7 @@ class ClassWordsEncoder(WordsEncoder):
         options = {"resize_mode": resize_mode, "batch_size": batch_size}
         size = size or own_size
         if config.model_type == "oneformer":
+            # Its classes depend on a task in words, whose token ids this encoder finds.
             segmenter = OneFormerEncoder._open(path, grid, task_inputs, revision=revision, **options, **loading)
             return cls(segmenter.model, size, grid, mean, std, words, segmenter, **options)
         for mapping in (MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING):
@@ -144,6 +169,7 @@ class ClassWordsEncoder(WordsEncoder):
             stages = list(self.model.model.pixel_level_module.encoder(pixels).feature_maps)
             return self.segmenter.class_scores(stages)
         output = self.model(pixels)
+        # Semantic segmentation gives scores of pixels; universal segmentation those of masks.
         if "logits" in output:
             return output.logits
         # As these models' image processors: without the null class, masks weighted by their queries' classes.
@@ -152,13 +178,16 @@ class ClassWordsEncoder(WordsEncoder):
         return torch.einsum("nqc,nqhw->nchw", classes, masks)
 
     def _features(self, pixels):
+        # An image at a time: the scores of all classes at the picture's size are large.
         numbers = [self._words_of_patches(scores_CHW) for scores_CHW in self._scores(pixels)]
         return torch.stack(numbers)[..., None].float()
 
     def _words_of_patches(self, scores_CHW: Tensor) -> Tensor:
         """(Q,): for each patch the number of its most frequent word, of equally frequent ones the least."""
+        # (classes, h, w) -> (1, classes, S, S) -> each pixel's word (S, S).
         scores = F.interpolate(scores_CHW[None].float(), size=self.size, mode="bilinear", align_corners=False)
         words_SS = self.word_of_class.to(scores.device)[scores[0].argmax(0)]
+        # Each pixel's patch; then one number for patch and word together, of which a single histogram is made.
         cell_S = torch.arange(self.size, device=scores.device) * self.grid // self.size
         cell_SS = cell_S[:, None] * self.grid + cell_S
         count = self.target_length * len(self.words)
@@ -183,7 +212,8 @@ class DepthWordsEncoder(WordsEncoder):
     def __init__(self, model, size, grid, image_mean, image_std, words, bins, larger_is_closer, **options):
         super().__init__(model, 1, size, grid, image_mean, image_std, **options)
         self._know_words(words)
-        self.bins, self.larger_is_closer = bins, larger_is_closer
+        self.bins = bins
+        self.larger_is_closer = larger_is_closer
         self.view.update(bins=bins, larger_is_closer=larger_is_closer, of_patch="median")
 
     @classmethod
@@ -191,7 +221,7 @@ class DepthWordsEncoder(WordsEncoder):
         words = list(DEPTH_WORDS if words is None else words)
         if len(words) < 2 or len(set(words)) < len(words):
             raise ValueError(f"{path}: depth words {words}: give two or more different ones, from near to far")
-        return words  # pyright: ignore[reportReturnType]
+        return words  # pyright: ignore[reportReturnType] (text, as the recipe gives it)
 
     @classmethod
     def _open(
@@ -211,10 +241,12 @@ class DepthWordsEncoder(WordsEncoder):
         config = read_config(path, revision, loading.get("trust_remote_code", False))
         if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
             raise ValueError(f"{path} is a {config.model_type}, no depth model: take one as the teacher of words")
+        # On a log scale both ends must be positive, and apart.
         is_range = isinstance(bins, list | tuple) and len(bins) == 2 and min(bins) > 0 and bins[0] != bins[1]
         if bins != "quantiles" and not is_range:
             need = '"quantiles", or [value of the nearest, value of the farthest], two positive numbers'
             raise ValueError(f"{path}: bins are {bins!r}: give {need}")
+        # A range tells by its order which end is near.
         if larger_is_closer is None and bins == "quantiles":
             larger_is_closer = _larger_is_closer(path, config)
         own_size, mean, std = read_preprocessing(path, revision=revision)
@@ -225,21 +257,30 @@ class DepthWordsEncoder(WordsEncoder):
 
     def _features(self, pixels):
         value_NQ = self._median_of_patches(self.model(pixels).predicted_depth.float())
-        number_NQ = self._by_rank(value_NQ) if self.bins == "quantiles" else self._by_value(value_NQ)
+        if self.bins == "quantiles":
+            number_NQ = self._by_rank(value_NQ)
+        else:
+            number_NQ = self._by_value(value_NQ)
         return number_NQ[..., None].float()
 
     def _median_of_patches(self, depth_NHW: Tensor) -> Tensor:
         """(N, Q): where a patch shows the edge of an object, that of what covers more of it; a mean is of neither."""
-        side = -(-max(depth_NHW.shape[1:]) // self.grid)  # of a patch, rounded up
+        # Of a patch, rounded up.
+        side = math.ceil(max(depth_NHW.shape[1:]) / self.grid)
         depth_N1SS = F.interpolate(depth_NHW[:, None], size=side * self.grid, mode="nearest")
+        # (N, 1, S, S) -> (N, side * side, Q) -> (N, Q).
         return F.unfold(depth_N1SS, kernel_size=side, stride=side).median(dim=1).values
 
     def _by_rank(self, value_NQ: Tensor) -> Tensor:
+        # The order's own order is each patch's rank, from the nearest on. Stable: equal depths, as of a flat sky, get
+        # the same ranks each time.
         order_NQ = value_NQ.argsort(dim=1, descending=self.larger_is_closer, stable=True)
         rank_NQ = order_NQ.argsort(dim=1)
+        # Ranks 0 to Q - 1 in as many equal parts as there are words.
         return rank_NQ * len(self.words) // value_NQ.shape[1]
 
     def _by_value(self, value_NQ: Tensor) -> Tensor:
+        # 0 at the nearest, 1 at the farthest; what lies beyond gets the first or the last word.
         nearest, farthest = torch.tensor(self.bins, device=value_NQ.device).log()
         tiny = torch.finfo(value_NQ.dtype).tiny
         share_NQ = (value_NQ.clamp(min=tiny).log() - nearest) / (farthest - nearest)
@@ -248,6 +289,7 @@ class DepthWordsEncoder(WordsEncoder):
 
 def _larger_is_closer(path, config: PreTrainedConfig) -> bool:
     if config.model_type == "depth_anything":
+        # The relative ones predict inverse depth, the metric ones a distance.
         return config.depth_estimation_type == "relative"
     if config.model_type not in LARGER_IS_CLOSER:
         need = "true if what it predicts is larger where it is closer, else false"

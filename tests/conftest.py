@@ -122,10 +122,12 @@ def encode(processor, rows: list[dict], padding_side: str = "right", **kwargs) -
 
 
 @pytest.fixture(scope="session", autouse=True)
-def offline():
-    """Nothing asks the Hub, in any process, whatever the environment says; but see `online`."""
+def offline(tmp_path_factory):
+    """Nothing asks the Hub, in any process, whatever the environment says; but see `online`. Trackio, which reads it
+    as it is imported, keeps its runs where no user's are."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HF_HUB_OFFLINE", "1")
+        patched.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
         patched.setattr(constants, "HF_HUB_OFFLINE", True)
         yield
 

@@ -52,10 +52,14 @@ def run(parts: Path, out: Path, stage: str, ranks: int, accumulation: int):
         train_sampling_strategy="sequential",
         **SGD,
     )
-    metrics = trainer.evaluate(trainer.train_dataset[:8])  # before training: DDP must be set up nevertheless
+    # Before training: DDP must be set up nevertheless. Of the second batch the second of two ranks has no row.
+    metrics = trainer.evaluate(trainer.train_dataset[:11])
+    predicted = trainer.predict(trainer.train_dataset[:11])
+    # Where a batch is padded depends on its rows.
+    logits = np.where(predicted.label_ids[..., None] == -100, 0, predicted.predictions)
     trainer.train()
     evaluated = {name: value for name, value in metrics.items() if name.startswith("eval_loss")}
-    save(trainer, out / f"{stage}-{accumulation}.pt", eval=evaluated)
+    save(trainer, out / f"{stage}-{accumulation}.pt", eval=evaluated, logits=torch.from_numpy(logits))
 
 
 def run_bad_rows(parts: Path, out: Path, ranks: int):
@@ -75,6 +79,20 @@ def run_stream(parts: Path, out: Path, ranks: int):
     trainer = make_trainer(*build(parts), out, rows=StreamRows(ListStream(), out), **options)
     trainer.train()
     save(trainer, out / "stream.pt")
+
+
+def run_packed(parts: Path, out: Path, ranks: int):
+    """Two epochs of 8 sequences, in steps of 4, of which the ranks have unequally many rows and images. Then of 7:
+    the last step of an epoch isn't full."""
+    rows = random_rows(16, IMAGES)
+    groups = [[0, 1], [2], [3, 4, 5], [6, 7], [8, 9, 10], [12], [11, 13], [14, 15]]
+    packed = [[rows[i] for i in group] for group in groups]
+    options = {"max_steps": 4, "per_device_train_batch_size": 4 // ranks, "train_sampling_strategy": "sequential"}
+    trainer = make_trainer(*build(parts), out, rows=packed, **options, **SGD)
+    trainer.train()
+    uneven = make_trainer(*build(parts), out, rows=packed[:7], **options, **SGD)
+    uneven.train()
+    save(trainer, out / "packed.pt", uneven=losses(uneven))
 
 
 def run_check(parts: Path, out: Path):
@@ -138,6 +156,7 @@ if __name__ == "__main__":
         run(parts, out, stage, ranks=2, accumulation=accumulation)
     run_bad_rows(parts, out, ranks=2)
     run_stream(parts, out, ranks=2)
+    run_packed(parts, out, ranks=2)
     run_check(parts, out)
     resume_grouped(parts, out)
     for stage in ("pretrain", "finetune"):

@@ -36,6 +36,16 @@ from ola_vlm.training.trainer import OlaVlmTrainer
 
 IMAGES = [1, 0, 2, 1]
 SIZES = [(32, 32), (96, 32), (24, 64), (64, 64)]
+PROJECTORS = {
+    "qwen2_5_vl": ["visual.merger"],
+    "qwen3_vl": ["visual.merger", "visual.deepstack_merger_list"],
+    "gemma3": ["multi_modal_projector"],
+    "idefics3": ["connector"],
+    "internvl": ["multi_modal_projector"],
+    "llava_next": ["multi_modal_projector"],
+}
+EQUAL_IMAGES = {"gemma3"}  # as many tokens for each image, whatever its size
+MERGED_TOKENS = {"gemma3": 1}  # the row's line break before an image becomes one token with the image's own
 every_family = pytest.mark.parametrize("family", FAMILIES)
 with_task_tokens = pytest.mark.parametrize("tokens", [False, True], ids=["latents", "task_tokens"])
 
@@ -97,7 +107,7 @@ def test_losses_and_where_gradients_go(family, tokens, tmp_path):
     trainer = make_trainer(model, processor, tmp_path)
     batch = trainer.data_collator(make_rows(IMAGES))
     counts = [(batch["image_owner"] == n).sum().item() for n in range(4)]
-    assert len(set(counts)) > 1, "the images should have different numbers of tokens"
+    assert len(set(counts)) > 1 or family in EQUAL_IMAGES, "the images should have different numbers of tokens"
 
     inputs = {}
     for i, layer in enumerate(model.get_decoder().layers, start=1):
@@ -115,12 +125,13 @@ def test_losses_and_where_gradients_go(family, tokens, tmp_path):
             predictions.square().sum().backward()
             assert (inputs[layer].grad[batch["image_owner"] >= 0] != 0).any(-1).all()
     touched = {name: bool((p.grad != 0).any()) for name, p in model.named_parameters() if p.grad is not None}
-    projector = {"qwen2_5_vl": "visual.merger.", "idefics3": "connector.", "llava_next": "multi_modal_projector."}
-    assert all(touched[name] for name in touched if projector[family] in name or name.startswith("predictors."))
+    projector = {name for name in touched if any(f"{part}." in name for part in PROJECTORS[family])}
+    assert projector
+    assert all(touched[name] for name in touched if name in projector or name.startswith("predictors."))
     if tokens:
         assert touched["queries.gen"] and touched["queries.depth"]
     own = ("predictors.", "queries.", "logit_scales.", "model.image_newline")
-    assert all(name.startswith(own) or projector[family] in name for name in touched), "a frozen part has a gradient"
+    assert all(name.startswith(own) or name in projector for name in touched), "a frozen part has a gradient"
     model.requires_grad_(True)  # and on to the vision tower, if it trains
     forward(model, batch).predictions["depth"][3].square().sum().backward()
     first = [p.grad for name, p in model.named_parameters() if "patch_embed" in name and name.endswith("weight")]
@@ -215,6 +226,19 @@ def test_trained_saved_and_resumed(family, tokens, tmp_path):
     for task in again.config.tasks:
         for layer in task["layers"]:
             assert mine[task["name"]][layer].equal(other[task["name"]][layer])
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3", "llava_next"])
+def test_a_resumed_model_is_read_without_a_second_one(family, tmp_path, monkeypatch):
+    """Whatever its class calls the weights in files, and with those that it ties."""
+    model, _ = make(family, tokens=True)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    other, _ = make(family, tokens=True, seed=1)
+    monkeypatch.setattr(type(other).__bases__[1], "from_pretrained", lambda *_, **__: pytest.fail("a second model"))
+    other.load_checkpoint(tmp_path)
+    for name, value in weights(model).items():
+        assert value.equal(weights(other)[name]), name
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
@@ -438,12 +462,40 @@ def test_labels_are_the_answers(family):
     rows, collator = make_rows(IMAGES), make_collator(model, processor)
     batch, n = collator(rows), 0
     for i, row in enumerate(rows):
-        shorter = sum((batch["image_owner"] == n + k).sum() - 1 for k in range(IMAGES[i]))
+        own = 1 + MERGED_TOKENS.get(family, 0)  # tokens of the row that an image's stand for
+        shorter = sum((batch["image_owner"] == n + k).sum() - own for k in range(IMAGES[i]))
         assert len(collator.check_text(row).ids) == batch["attention_mask"][i].sum() - shorter
         n += IMAGES[i]
         spoken = batch["labels"][i][batch["labels"][i] != -100]
         answer = row["messages"][1]["content"][0]["text"] + " </s>"
         assert processor.tokenizer.decode(spoken) == answer
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>"])
+def test_a_text_that_has_an_images_or_a_videos_token(token):
+    model, processor = make("qwen2_5_vl")
+    rows = make_rows([1])
+    rows[0]["messages"][0]["content"].append({"type": "text", "text": f"what is <|vision_start|>{token} ?"})
+    with pytest.raises(BadRow, match="a text has"):
+        make_collator(model, processor).check_text(rows[0])
+
+
+def test_a_vocabulary_without_a_videos_token_still_has_unknown_words():
+    model, processor = make("qwen2_5_vl")
+    processor.video_token_id = processor.tokenizer.convert_tokens_to_ids("<video of another family>")
+    assert processor.video_token_id == processor.tokenizer.unk_token_id is not None
+    rows = make_rows([1])
+    rows[0]["messages"][0]["content"].append({"type": "text", "text": " all of it unheard-of"})
+    make_collator(model, processor).check_text(rows[0])
+
+
+@pytest.mark.parametrize(("mean", "color"), [(None, 128), (0.25, 64), ([0.25, 0.5, 1.0], (64, 128, 255))])
+def test_a_square_is_filled_with_the_processors_color_whatever_its_form(mean, color, monkeypatch):
+    model, processor = make("qwen2_5_vl")
+    collator = make_collator(model, processor)
+    monkeypatch.setattr(processor.image_processor, "image_mean", mean)
+    corner = collator._view(random_image(0, (48, 16))).getpixel((0, 0))
+    assert corner == (color if isinstance(color, tuple) else (color,) * 3)
 
 
 def test_rows_that_are_too_long():
@@ -512,6 +564,7 @@ def test_what_it_refuses():
         apply_stage(model, "pretrain")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -555,7 +608,8 @@ if __name__ == "__main__":
     torch.distributed.destroy_process_group()
 
 
-@every_family
+# Gemma 3's mask of both directions is made by `torch.vmap`, through which the claim of a device doesn't pass.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma3"])
 def test_all_tensors_of_a_step_are_on_one_device(family, tmp_path):
     """Losses and gradients on a GPU that isn't there, and training keeps no keys and values."""
     model, processor = make(family, True)

@@ -217,6 +217,12 @@ def test_it_never_emits_an_image_token(make, fusion):
     assert image_id not in answer(**options)
     assert image_id not in answer(generation_config=GenerationConfig(**options))
     assert image_id in made.model.generation_config.suppress_tokens  # which goes with the checkpoint
+    # Nor rows that stand for no token.
+    rows, padding = made.model.config.text_config.vocab_size, made.llava.config.vocab_padding
+    assert padding > 0
+    made.model.lm_head.weight[-1] = 4 * made.model.lm_head.weight[expected[0]]
+    assert answer(**options, suppress_tokens=[0])[0] == rows - 1
+    assert max(answer(**options)) < rows - padding
 
 
 @torch.no_grad()
@@ -268,6 +274,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_remote_code_in_a_fresh_process(make, tmp_path, fusion):
     made, folder = make(fusion), tmp_path / "checkpoint"

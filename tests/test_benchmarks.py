@@ -1,10 +1,14 @@
 """The benchmarks: files in their own schema -> questions -> answers (batched, resumed, shared) -> scores -> pages."""
 
+import base64
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 import torch
 from benchmark_fixtures import WRITERS, cvbench_older, da2k, scenes
 from conftest import CHAT_TEMPLATE, make_tokenizer, random_image
+from PIL import Image
 from safetensors.numpy import load_file
 from transformers import (
     Idefics3Config,
@@ -28,7 +33,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from ola_vlm.eval import compare, run, scoring
+from ola_vlm.convert import push
+from ola_vlm.eval import compare, run, scoring, target_tasks
 from ola_vlm.eval.benchmarks import BENCHMARKS, evenly, load_questions, locate
 from ola_vlm.eval.compare import compare_records
 from ola_vlm.eval.dense import (
@@ -40,10 +46,12 @@ from ola_vlm.eval.dense import (
     reference_mean_iou,
 )
 from ola_vlm.eval.question_files import Row
+from ola_vlm.eval.reading import parse_choice
 from ola_vlm.eval.scoring import read_answers, score_records
 from ola_vlm.eval.vqa import normalize_answer, vqa_accuracy
 from ola_vlm.inference.questions import read_options
 from ola_vlm.targets.encoders import open_image
+from ola_vlm.targets.images import ImageError
 from ola_vlm.world import render
 from ola_vlm.world.dataset import write_questions
 
@@ -172,6 +180,10 @@ def test_a_local_copys_revision_is_its_contents(folders, tmp_path):
     assert first == locate("miniature", str(folders["miniature"]))[1]
     (tmp_path / "test.jsonl").write_text((tmp_path / "test.jsonl").read_text() + "\n")
     assert locate("cvbench", str(tmp_path))[1] != first
+    shutil.copytree(folders["realworldqa"], tmp_path / "parts")
+    before = locate("realworldqa", str(tmp_path / "parts"))[1]
+    (tmp_path / "parts" / "data" / "test-00001-of-00002.parquet").write_bytes(b"another second part")
+    assert locate("realworldqa", str(tmp_path / "parts"))[1] != before
 
 
 def test_the_hub_is_asked_for_what_is_needed(folders, monkeypatch):
@@ -221,7 +233,10 @@ def cvbench_line(**changes) -> dict:
     return {**row, "prompt": "how many ?", "filename": "img/a.png", **changes}
 
 
-@pytest.mark.parametrize("choices", ['["1", "2"]', "['1', '2']", "(A) 1 (B) 2", "1\n2", ["1", "2"]])
+CHOICES = ['["1", "2"]', "['1', '2']", "(A) 1 (B) 2", "1\n2", ["1", "2"], ["A. 1", "B. 2"], {"B": "2", "A": "1"}]
+
+
+@pytest.mark.parametrize("choices", CHOICES)
 @pytest.mark.parametrize("answer", ["b", "B", "(B)", "B. 2", "2", "b) two"])
 def test_choices_as_text_and_answers_in_any_form(choices, answer, tmp_path):
     line = json.dumps(cvbench_line(choices=choices, answer=answer))
@@ -234,7 +249,7 @@ def test_choices_as_text_and_answers_in_any_form(choices, answer, tmp_path):
     ("line", "complaint"),
     [
         (cvbench_line(answer="E"), "row 2: column 'answer' holds 'E', which is none of the 2 options"),
-        (cvbench_line(choices="one"), "row 2: column 'choices' holds 'one': it must list two options or more"),
+        (cvbench_line(choices="one"), "row 2: column 'choices' holds 'one': it must list 2 to 26 options"),
         (cvbench_line(task=None), "row 2: column 'task' is empty"),
         ({"idx": 1, "type": "2D"}, r"row 2: column 'choices' is missing \(there are idx, type\)"),
         ([1], "row 2: it must be an object of columns"),
@@ -243,6 +258,9 @@ def test_choices_as_text_and_answers_in_any_form(choices, answer, tmp_path):
 def test_what_cannot_be_read_is_named_by_file_row_and_column(line, complaint, tmp_path):
     (tmp_path / "test.jsonl").write_text(f"{json.dumps(cvbench_line())}\n{json.dumps(line)}\n")
     with pytest.raises(ValueError, match=f"test.jsonl, {complaint}"):
+        load_questions("cvbench", tmp_path)
+    (tmp_path / "test.jsonl").write_text(json.dumps(cvbench_line(prompt="how \ud83d ?")) + "\n")
+    with pytest.raises(ValueError, match=r"test.jsonl, row 1: it has half of a character"):
         load_questions("cvbench", tmp_path)
     (tmp_path / "test.jsonl").write_text(f"{json.dumps(cvbench_line())}\n{{\n")
     with pytest.raises(ValueError, match=r"test.jsonl, row 2: no JSON"):
@@ -279,6 +297,8 @@ OWN = [
     {"image": "0.png", "question": "which ?", "choices": ["red", "blue"], "answer": "blue", "task": "color"},
 ]
 OWN[1]["conversations"].append({"from": "gpt", "value": "Red."})
+# Of a longer chat the first question is asked.
+OWN[1]["conversations"] += [{"from": "human", "value": "shape ?"}, {"from": "gpt", "value": "Ball."}]
 
 
 def test_your_own_questions(checkpoint, tmp_path, capsys):
@@ -299,6 +319,136 @@ def test_your_own_questions(checkpoint, tmp_path, capsys):
     (tmp_path / "mine.json").write_text(json.dumps([{"image": "0.png", "question": "what ?"}]))
     with pytest.raises(ValueError, match="row 1: column 'answer' is missing"):
         load_questions(str(tmp_path / "mine.json"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header", ["image,question,A,B,C,answer", "images;question;Option A;Option B;Option C;answer"]
+)
+def test_options_have_columns_of_their_own(header, tmp_path):
+    row = "0.png,which ?,red,blue,,B".replace(",", header[len(header.split("question")[0]) - 1])
+    (tmp_path / "mine.csv").write_text(f"\ufeff{header}\r\n{row}\r\n")
+    ((question,), read_image) = load_questions(str(tmp_path / "mine.csv"), tmp_path)
+    assert question["question"] == "which ?\n(A) red\n(B) blue" and question["answer"] == "(B)"
+    assert read_image(question) == tmp_path / "0.png"
+
+
+@pytest.mark.parametrize("value", [None, 5, ["Red."]])
+def test_an_answer_that_is_no_text_is_no_answer(value, tmp_path):
+    turns = [{"from": "human", "value": "color ?"}, {"from": "gpt", "value": value}]
+    (tmp_path / "mine.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}]))
+    with pytest.raises(ValueError, match="row 1: column 'conversations' must hold a turn from human and one from gpt"):
+        load_questions(str(tmp_path / "mine.json"), tmp_path)
+
+
+@pytest.mark.parametrize("image", [{"path": "0.png"}, ["0.png"]])
+def test_an_image_may_be_named_as_data_sets_do(image, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps([{**OF_MINE, "image": image}]))
+    ((question,), read_image) = load_questions(str(tmp_path / "mine.json"), tmp_path)
+    assert read_image(question) == tmp_path / "0.png"
+
+
+def test_a_table_has_images_in_it_or_their_paths(tmp_path):
+    """Also those of TSV: a path, base64, and the index of a row that has either."""
+    (tmp_path / "pics").mkdir()
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    long_name = f"pics/{'scene' * 20}01.png"
+    for name in ("pics/scene01.png", long_name):
+        red.save(tmp_path / name)
+    blue.save(buffer := io.BytesIO(), "PNG")
+    images = ["pics/scene01.png", base64.b64encode(buffer.getvalue()).decode(), long_name, "0", "1"]
+    lines = "".join(f"{number}\t{image}\twhich ?\tred\n" for number, image in enumerate(images))
+    (tmp_path / "mine.tsv").write_text(f"index\timage\tquestion\tanswer\n{lines}")
+    questions, read_image = load_questions(str(tmp_path / "mine.tsv"), tmp_path)
+    seen = [open_image(read_image(question)).getpixel((4, 4)) for question in questions]
+    assert seen == [(255, 0, 0), (0, 0, 255), (255, 0, 0), (255, 0, 0), (0, 0, 255)]
+
+
+def test_what_a_table_has_for_an_image_and_is_none(tmp_path):
+    file = tmp_path / "mine.tsv"
+    file.write_text(f"image\tquestion\tanswer\n{'a' * 65}\twhich ?\tred\n")
+    ((question,), read_image) = load_questions(str(file), tmp_path)
+    with pytest.raises(ValueError, match="its image is neither a path nor base64"):
+        read_image(question)
+    for image, match in (("7", "column 'image' holds '7': no row has this index"), ("../0.png", "lies outside")):
+        file.write_text(f"image\tquestion\tanswer\n{image}\twhich ?\tred\n")
+        with pytest.raises(ValueError, match=f"row 1: .*{match}"):
+            load_questions(str(file), tmp_path)
+
+
+OF_MINE = {"image": "0.png", "question": "which ?", "choices": ["red", "blue"], "answer": "A"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"choices": 5}, "column 'choices' holds '5': it must list 2 to 26 options"),
+        ({"choices": [str(n) for n in range(30)], "answer": "28"}, "it must list 2 to 26 options"),
+        ({"choices": ["red", None]}, "it must list 2 to 26 options"),
+        ({"choices": {"1": "red", "2": "blue"}}, "or give them by letter, A, B, ..."),
+        ({"choices": {"text": ["red", "blue"], "label": ["A", "B"]}}, "it must list 2 to 26 options"),
+        ({"answer": float("nan")}, "column 'answer' is missing"),
+        ({"answer": ["red", "blue"], "choices": None}, "column 'answer' holds \"['red', 'blue']\": it must be a text"),
+        ({"question": {"en": "which ?"}}, "it must be a text"),
+        ({"answer": 1}, "none of the 2 options: give its letter or words"),
+        ({"choices": ["b", "a"], "answer": "a"}, "one option's letter and another's words"),
+        ({"image": "../0.png"}, "its image: '../0.png' lies outside"),
+        ({"image": "0\x00.png"}, "its image: embedded null byte"),
+    ],
+)
+def test_what_is_wrong_with_a_question_is_said_with_its_place(tmp_path, changes, match):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([OF_MINE, OF_MINE | changes]))
+    with pytest.raises(ValueError, match=re.escape(f"{file}, row 2: ") + f".*{re.escape(match)}"):
+        load_questions(str(file), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("mine.csv", b"question,answer\nwhich ?,a,b\n", "row 1: it has more fields than the header"),
+        ("mine.csv", b"question,answer,question\nwhich ?,a,what ?\n", "has several columns 'question'"),
+        ("mine.csv", "question,answer\ncafé ?,3\n".encode("latin-1"), "is no text in UTF-8"),
+        ("mine.json", "[]".encode("utf-16"), "is no text in UTF-8"),
+        ("mine.json", b"[]", "has no questions"),
+        ("mine.csv", b"", "has no questions"),
+    ],
+)
+def test_files_of_questions_that_are_none(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{match}"):
+        load_questions(str(tmp_path / name), tmp_path)
+
+
+@pytest.mark.parametrize("answers", [["a", 3], [], [None], {"a": 1}, 5])
+def test_peoples_answers_are_texts(answers):
+    """Found at once: to score them would fail once all questions are answered."""
+    row = {"question_id": 1, "question": "?", "answers": answers, "question_type": "x"}
+    with pytest.raises(ValueError, match="column 'answers' "):
+        BENCHMARKS["okvqa"].read(Row(row, Path("okvqa"), 1))
+
+
+@pytest.mark.parametrize("changes", [{"prompt": ["?"]}, {"source": ["x"]}, {"task": {"a": 1}}])
+def test_a_benchmarks_texts_are_texts(tmp_path, changes):
+    row = {"idx": 0, "type": "2D", "task": "Count", "source": "x", "prompt": "?", "choices": ["1", "2"], "answer": "A"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row | changes) + "\n")
+    (column,) = changes
+    with pytest.raises(ValueError, match=f"row 1: column '{column}' holds .* it must be a text"):
+        load_questions("miniature", tmp_path)
+
+
+def test_a_lines_end_is_the_only_one_between_questions(tmp_path):
+    """JSON may have other separators inside of a text."""
+    question = OF_MINE | {"question": "which\u2028one ?"}
+    lines = json.dumps(question, ensure_ascii=False) + "\n" + json.dumps(OF_MINE) + "\n"
+    (tmp_path / "mine.jsonl").write_text(lines)
+    questions, _ = load_questions(str(tmp_path / "mine.jsonl"), tmp_path)
+    assert len(questions) == 2 and questions[0]["question"].startswith("which\u2028one ?")
+
+
+def test_mmvps_index_is_a_number(tmp_path):
+    (tmp_path / "Questions.csv").write_text("lndex,Question,Options,Correct Answer\nx,Open?,(a) Open (b) Closed,(a)\n")
+    with pytest.raises(ValueError, match="row 1: column 'Index' holds 'x': it must be a whole number"):
+        load_questions("mmvp", tmp_path)
 
 
 def test_a_limit_keeps_tasks_and_pairs():
@@ -370,7 +520,26 @@ def test_an_image_that_cannot_be_opened_never_ends_a_long_run(checkpoint, tmp_pa
     assert "2 questions without a readable image: unanswered, wrong" in capsys.readouterr().out
     records = read_answers(tmp_path / "out")
     assert [record["id"] for record in records if "unanswered" in record] == ["3", "4"]
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["unanswered"] == ["3", "4"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["unanswered"] == ["3", "4"]
+    asked = [r for r in records if r["scoring"] == "choice" and "unanswered" not in r]
+    assert results["unreadable_choices"] == sum(parse_choice(r["output"], r["choices"]) is None for r in asked)
+
+
+def test_results_of_ones_own_questions_say_only_what_applies(checkpoint, tmp_path, capsys):
+    """A file has no variants, and free answers name no options."""
+    scenes()[0][0].save(tmp_path / "0.png")
+    file = tmp_path / "mine.json"
+    for rows, options in ((OWN[1:2], False), (OWN, True)):
+        file.write_text(json.dumps(rows))
+        out = tmp_path / str(len(rows))
+        run.main([checkpoint, "--benchmark", str(file), "--out", str(out), "--max_new_tokens", "2"])
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"{file}, {checkpoint}: per cent") and "official" not in printed
+        assert ("named no option" in printed) == options
+        results = json.loads((out / "results.json").read_text())
+        assert (results["unreadable_choices"] is not None) == options
+        assert "official" not in push.evaluation([str(out)])[0]
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(folders, checkpoint, tmp_path, monkeypatch):
@@ -445,6 +614,50 @@ def test_a_file_of_answers_must_be_whole(tmp_path):
         (tmp_path / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
         with pytest.raises(ValueError, match=complaint):
             read_answers(tmp_path)
+    (tmp_path / "answers.jsonl").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"answers\.jsonl is no text in UTF-8"):
+        read_answers(tmp_path)
+
+
+RUN = {"questions": 1, "benchmark": "mmstar", "variant": "paper", "data": "x", "revision": "y", "model": "z"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"task": {"a": 1}}, "has no task as"),
+        ({"choices": "AB", "output": None}, "has no output, choices as"),
+        ({"choices": [1, 2]}, "has no choices as"),
+        ({"choices": ["x"] * 27, "answer": "(A)"}, "has no choices as"),  # no letter for the last
+        ({"scoring": "rm"}, "has no scoring as"),
+        ({"answer": 5}, "has no answer as"),
+        ({"answer": "(C)"}, "has no answer as"),
+        ({"answer": ""}, "has no answer as"),
+        ({"answer": [], "scoring": "vqa"}, "has no answer as"),
+        ({"answer": ["a", 1], "scoring": "vqa"}, "has no answer as"),
+        ({"generation": None}, "has no generation as"),
+        ({"pair": [1]}, "has no pair as"),
+        ({"group": "Q1"}, "has no group_source as"),
+        ({"group": [1], "group_source": "height"}, "has no group as"),
+        ({"run": {**RUN, "variant": None}}, "has no variant in its run as"),
+        ({"run": {name: RUN[name] for name in RUN if name != "model"}}, "has no model in its run as"),
+        ({"run": 5}, "line 1: it must be an answer"),
+        ({"run": {**RUN, "benchmark": []}}, "has no benchmark in its run as"),
+    ],
+)
+def test_a_strangers_answers_have_the_types_that_are_scored(tmp_path, changes, complaint):
+    line = {"question": "?", "run": RUN, "generation": {}, **record("(A)")}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n")
+    assert scoring.write_results(tmp_path)["scores"]["overall"]["score"] == 1
+    (tmp_path / "answers.jsonl").write_text(json.dumps(line | changes) + "\n")
+    with pytest.raises(ValueError, match=complaint):
+        read_answers(tmp_path)
+
+
+def test_lines_of_another_form_are_no_answers(tmp_path):
+    lines = [[1], {"id": [1], "run": {}}, {"id": "a", "run": [1]}, {"id": "b", "run": {}}]
+    (tmp_path / "answers.x.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [record["id"] for record in run._read_lines(tmp_path)] == ["b"]
 
 
 # Scores -------------------------------------------------------------------------------------------------------------
@@ -514,6 +727,13 @@ def test_letters_are_read_where_the_options_are_not():
         assert score_records([record(garbage, "B", choices=[""] * 4)], "mmstar")["overall"]["score"] == 0
     row = {"index": 0, "question": "Which?", "answer": "C", "category": "math", "l2_category": "x"}
     assert BENCHMARKS["mmstar"].read(Row(row, Path("mmstar"), 1))["choices"] == [""] * 4
+    # The right one is always among them.
+    question = BENCHMARKS["mmstar"].read(Row({**row, "answer": "F"}, Path("mmstar"), 1))
+    assert (
+        question["choices"] == [""] * 6
+        and score_records([record("F", question["answer"], choices=question["choices"])], "mmstar")["overall"]["score"]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -616,6 +836,20 @@ def test_frechet_distance_is_the_closed_form(count):
     assert frechet_distance(units * s + 1, units * t) == pytest.approx(3 + ((s - t) ** 2).sum())
 
 
+def test_one_image_has_no_distance(tmp_path):
+    """Said before teachers and models are loaded."""
+    with pytest.raises(ValueError, match="sets of at least 2 features each, not 1"):
+        frechet_distance(np.ones((1, 4)), np.ones((3, 4)))
+    da2k(tmp_path)
+    for path in load_da2k(tmp_path):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    args = Namespace(da2k=tmp_path, coco=None, miniature=None, gallery=None, max_images=1)
+    assert len(target_tasks.read_data(args)["da2k"]) == 1
+    with pytest.raises(ValueError, match=r"--gallery compares sets of images, and of --da2k there are 1: take at l"):
+        target_tasks.read_data(Namespace(**{**vars(args), "gallery": tmp_path}))
+
+
 def test_answers_of_another_run_are_not_taken_for_this_ones(folders, checkpoint, tmp_path):
     """Whatever makes other answers: the numeric type, the length, the questions, the weights."""
     out = tmp_path / "out"
@@ -669,7 +903,7 @@ def test_compare_names_its_test_and_weighs_like_the_score():
 def test_answers_to_other_prompts_are_no_difference_between_models():
     a = as_run([record("A"), record("B")], "a")
     for change, complaint in [
-        ({"answer": "(B)"}, "truth: of 2 questions"),
+        ({"answer": "(B)"}, r"truth: of 2 questions \(0 is the first\)"),
         ({"question": "how many ?"}, "prompt: of 2 questions"),
         ({"choices": ["3", "2"]}, "options: of 2 questions"),
     ]:
@@ -707,13 +941,28 @@ def test_the_page_shows_where_two_models_disagree(folders, checkpoint, tmp_path,
     printed, page = capsys.readouterr().out, (tmp_path / "c" / "disagreements.html").read_text()
     assert "overall" in printed and "exact McNemar" in printed
     compared = json.loads((tmp_path / "c" / "comparison.json").read_text())
-    assert compared["B"]["model"] == "better & bigger" and compared["B - A"]["overall"]["difference"] > 0
+    assert (compared["A"]["model"], compared["B"]["model"]) == (checkpoint, "better & bigger")
+    assert compared["B - A"]["overall"]["difference"] > 0
     assert page.count('<img src="data:image/jpeg;base64,') == 8 and 'src="http' not in page
     assert "<script>" not in page and "&lt;script&gt;" in page and "better &amp; bigger" in page
     assert page.count('class="right">B') == 8 and page.count('class="wrong">A') == 8
     cvbench_older(tmp_path / "other")  # other files, other revision
     with pytest.raises(SystemExit, match="holds other questions"):
         compare.main([str(tmp_path / "a"), str(tmp_path / "b.jsonl"), "--data", str(tmp_path / "other")])
+    # Of a commit, --data is taken on trust, and may be another benchmark's folder after all.
+    lines = [r | {"id": f"x{r['id']}", "run": r["run"] | {"revision": "0" * 40}} for r in records]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit, match=r"other has no question x\S+, which was answered"):
+        compare.main([str(tmp_path / "x.jsonl")] * 2 + ["--data", str(tmp_path / "other"), "--out", str(tmp_path)])
+
+
+def test_a_question_whose_image_is_gone_is_shown_without():
+    def read_image(question):
+        raise ImageError(question["id"], "its row has no image")
+
+    page = compare.Pair({**record("A"), "question": "?"}, {**record("B"), "question": "?"}).card(read_image)
+    white = Image.open(io.BytesIO(base64.b64decode(page["image"])))
+    assert white.getpixel((0, 0)) == (255, 255, 255) and page["a_is_better"]
 
 
 def test_the_page_says_who_is_better_and_how_often():
@@ -725,7 +974,15 @@ def test_the_page_says_who_is_better_and_how_often():
     page = compare.page(records["a"], records["b"], compared, lambda _: random_image(0), limit=48)
     counts = re.search(r"on (\d+) of (\d+) questions: A is better on (\d+), B on (\d+)", page)
     assert counts.groups() == ("4", "10", "3", "1")
-    assert page.count('class="right">A: ') == 3 and page.count('class="right">B: ') == 1
+    for card, count in {'right">A: A': 3, 'wrong">B: B': 3, 'wrong">A: B': 1, 'right">B: A': 1}.items():
+        assert page.count(f'class="{card}</p>') == count
+    assert "<p>A: a<br>B: b</p>" in page
+    few = compare.page(records["a"], records["b"], compared, lambda _: random_image(0), limit=2)
+    assert re.findall(r"<small>(\d+)</small>", few) == ["0", "3"]  # from its beginning to its end
+    difference, p = compared["plain"]["difference"], compared["plain"]["p"]
+    low, high = compared["plain"]["ci95"]
+    cells = [f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.2g}", "10"]
+    assert "".join(f"<td>{cell}</td>" for cell in ["plain", *cells]) in page
 
 
 def test_no_benchmark_or_variant_goes_untested():

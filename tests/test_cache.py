@@ -1,10 +1,12 @@
 """The target cache: what is stored, damaged, interrupted or changed, its index of images, the targets' statistics."""
 
 import errno
+import importlib.util
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 import zlib
@@ -112,6 +114,11 @@ def test_cached_equals_on_the_fly(paths, folder, tmp_path):
         assert reader(images[:1]).dtype == torch.float32
     with pytest.raises(ValueError, match=r"\(64, 32\) from its teacher, \(64, 31\) from its configuration"):
         _ = Teacher(TASK | {"target_dim": 31}, teachers["depth"].entry).encoder
+    mistyped = Teacher(TASK, teachers["depth"].entry | {"resize_mod": "pad"})
+    with pytest.raises(
+        ValueError, match=r"teachers\['depth'\] has the option 'resize_mod', which depth_anything does"
+    ):
+        _ = mistyped.encoder
 
 
 def test_other_content_or_other_teacher_is_not_found(paths, folder):
@@ -127,6 +134,20 @@ def test_other_content_or_other_teacher_is_not_found(paths, folder):
     with pytest.raises(ValueError, match=r"fake is not .*another.*'s teacher any more"):
         teacher = SimpleNamespace(encoder=FakeEncoder(), entry={"path": "fake"})
         fill(folder, {"depth": teacher}, {"depth": TargetCache(folder, "another")}, paths, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ("float32", "targets are stored as exact as the teacher gave them"),
+        ("int8", r"targets are stored rounded for storage: 1 - cosine to the teacher's own is \d\.\de-0\d"),
+    ],
+)
+def test_how_exact_stored_targets_are_is_said_in_words(tmp_path, caplog, storage, said):
+    targets = torch.randn(6, 16, 128, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level("INFO", logger="ola_vlm"):
+        TargetCache(tmp_path, "fake", storage).store([f"{i:032x}" for i in range(6)], targets)
+    assert re.search(said, caplog.text) and "cosine = -" not in caplog.text
 
 
 @pytest.mark.parametrize("storage", STORAGE)
@@ -153,7 +174,7 @@ def test_storage(tmp_path, storage, width):
         part, exact = read[..., elsewhere], targets[..., elsewhere]
         assert ((part - exact).abs() <= exact.abs().amax(-1, keepdim=True) / 200).all()
     with safe_open(shards(cache)[0], "pt") as shard:
-        stored = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+        stored = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (it is no dict)
     bits = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8 + 16 / min(64, 4 if width == 12 else 64)}[storage]
     assert sum(part.nbytes for part in stored.values()) == targets.numel() * bits / 8
 
@@ -737,6 +758,7 @@ def test_statistics_are_kept_with_the_cache(paths, folder, monkeypatch):
     for one, other in zip(first, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert not cache.statistics(keys[:5]).mean.equal(first.mean)
+    assert not cache.statistics(keys[:5]).mean.equal(cache.statistics(keys[5:]).mean)  # as many, of other images
     with monkeypatch.context() as patch:
         patch.setattr(TargetCache, "read", None)
         assert all(map(torch.equal, TargetCache(folder, "fake").statistics(keys), first))
@@ -744,3 +766,22 @@ def test_statistics_are_kept_with_the_cache(paths, folder, monkeypatch):
     flip(kept, len(kept.read_bytes()) - 5)
     assert all(map(torch.equal, TargetCache(folder, "fake").statistics(keys), first))
     assert len(TargetCache(folder, "fake")) == 10  # they are no targets
+
+
+def test_the_benchmark_counts_the_images_of_a_short_batch(monkeypatch):
+    """78 images in batches of 16: of the last one, which alone is timed, there are 14."""
+    file = Path(__file__).parents[1] / "benchmarks" / "cache.py"
+    spec = importlib.util.spec_from_file_location("cache_benchmark", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+
+    class Reader(benchmark.Checked):
+        def __call__(self, indices):
+            return {"gen": torch.zeros(len(indices), 1, 2), "depth": torch.zeros(len(indices), 4, 3)}
+
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=iter([5, 7]).__next__))
+    by_the_clock, _ = benchmark.images_per_second(Reader(images=[None] * 13, caches={}))
+    assert by_the_clock == 14 / 2
+    monkeypatch.setattr("sys.argv", ["cache.py", "--images", "10"])
+    with pytest.raises(SystemExit):
+        benchmark.main()

@@ -75,6 +75,13 @@ def test_typed_control_tokens_are_text(miniature):
     assert miniature.remarks(CLOSER) == []
 
 
+def test_half_a_character_is_a_question_mark(miniature):
+    """A terminal of another encoding gives them, and so can a page."""
+    assert miniature.remarks("what \udcff is") == []
+    halved, whole = (miniature.inputs(said(text))["input_ids"] for text in ("what \ud83d is", "what ? is"))
+    assert halved.equal(whole)
+
+
 def test_two_threads_read_alike(miniature):
     questions = [said([random_image(0), "what <image> is there " * 20]), said([random_image(1), CLOSER])] * 40
     alone = [miniature.inputs(messages)["input_ids"].tolist() for messages in questions[:2]] * 40

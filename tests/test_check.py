@@ -83,27 +83,47 @@ def test_without_a_collator_only_the_images_are_looked_at(mixed):
 
 def test_bad_rows_stop_a_run_or_are_dropped(mixed, collator, caplog):
     rows = load_rows(str(mixed))
-    with pytest.raises(ValueError, match=r"'missing': 1.*row malformed: 0 <image>.*on_bad_rows=drop"):
+    with pytest.raises(ValueError, match=r"image missing \(1\).*row malformed: 0 <image>.*on_bad_rows=drop"):
         drop_bad_rows(rows, collator)
     assert len(rows) == 9
+    caplog.set_level("INFO", logger="ola_vlm")
     report = drop_bad_rows(rows, collator, "drop")
     assert [row["id"] for row in rows] == ["one", "text", "damaged", "two"]  # opened in training only
     assert report["rows"] == 9 and rows.has_image.tolist() == [True, False, True, True]
     assert rows.lengths.tolist() == [len(collator.encode(row).ids) for row in rows]
     said = caplog.text
+    assert "data: 9 rows, " in said and "{" not in said and "of the rows left out: not in a known form (1), " in said
     assert "dropped 5 of 9 rows" in said and all(
         f"bad row {row}: " in said for row in ("outside", "silent", "missing")
     )
     assert [path.rpartition("/")[2] for path in rows.sources()] == ["a.png", "damaged.png", "b.png"]
 
 
+def test_if_no_row_is_left_the_reason_is_said_in_words(tmp_path, caplog):
+    """As of a wrong image_folder: to drop the rows would help nobody."""
+    file = write_llava(tmp_path, [llava_sample(str(i), image=f"{i}.png") for i in range(30)], [])
+    for on_bad_rows in ("stop", "drop"):
+        caplog.clear()
+        with pytest.raises(
+            ValueError, match=r"^all 30 rows: image missing; the first, row 0: .*image_folder"
+        ) as error:
+            drop_bad_rows(load_rows(str(file)), None, on_bad_rows)
+        assert "on_bad_rows" not in str(error.value) and "{" not in str(error.value)
+        assert caplog.text.count("bad row") == 2
+    file = write_llava(tmp_path, [llava_sample("0", image="0.png"), llava_sample("1", image="../x.png")], [])
+    with pytest.raises(
+        ValueError, match=r"^none of 2 rows can be trained on: image outside .* \(1\), image missing \(1\)"
+    ):
+        drop_bad_rows(load_rows(str(file)), None)
+
+
 def test_rows_longer_than_max_length_are_dropped_with_their_count_and_stop_nothing(tmp_path, collator, caplog):
     samples = [llava_sample(0, image=None), llava_sample(1, image=None, value="what is this ? " * LONG)]
     rows = load_rows(str(write_llava(tmp_path, samples)))
     drop_bad_rows(rows, collator)
-    assert [row["id"] for row in rows] == ["0"] and "dropped 1 of 2 rows: {'too_long': 1}" in caplog.text
+    assert [row["id"] for row in rows] == ["0"] and "dropped 1 of 2 rows: longer than max_length (1)" in caplog.text
     short = OlaVlmCollator(collator.processor, max_length=3)
-    with pytest.raises(ValueError, match=r"none of 1 rows.*'too_long': 1.*max_length=3"):
+    with pytest.raises(ValueError, match=r"all 1 rows: longer than max_length \(max_length=3\)"):
         drop_bad_rows(rows, short)
 
 
@@ -158,7 +178,8 @@ def test_command_on_files_and_on_a_checkpoint(tmp_path, capsys, tiny_parts):
     cli.main(["check-data", *place])  # all is well: no exit
     out = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["tokens", "not", "checked"] in out and ["bad:", "image", "missing", "0"] in out
-    _, processor = build_ola_vlm(tiny_parts.vision_tower, tiny_parts.language_model)
+    model, processor = build_ola_vlm(tiny_parts.vision_tower, tiny_parts.language_model)
+    model.config.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     cli.main(["check-data", *place, "--checkpoint", str(tmp_path / "model")])
     assert "longest row in tokens" in capsys.readouterr().out

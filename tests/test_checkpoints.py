@@ -1,6 +1,7 @@
 """One loader for all commands: what it takes, and the one line in which it refuses what isn't whole."""
 
 import json
+import os
 import re
 import shutil
 from functools import partial
@@ -12,6 +13,7 @@ from conftest import encode, random_image, random_rows, tiny_tasks
 from hub_server import serve
 from huggingface_hub import HfApi, constants
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES
@@ -19,12 +21,15 @@ from training_helpers import llava_sample, write_llava
 from transformers import LlavaForConditionalGeneration
 
 from ola_vlm import cli
+from ola_vlm.convert import push
 from ola_vlm.convert.export import export_llava, export_processor
+from ola_vlm.convert.merge import merge
 from ola_vlm.inference.checkpoints import adapter_base, load_checkpoint, read_checkpoint, weights_state
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.probing.probes import load_probes
-from ola_vlm.targets.loading import explain, loading_from
-from ola_vlm.training.attach import AttachedPredictors, attach_predictors
+from ola_vlm.recipes import RECIPES
+from ola_vlm.targets.loading import explain, load_whole, loading_from
+from ola_vlm.training.attach import AttachedPredictors, PredictorFields, attach_predictors
 
 WEIGHTS = Path(__file__).parents[1] / "miniature" / "weights"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
@@ -105,7 +110,44 @@ DAMAGES = {
     "bin pointer": (lambda folder: to_bin(folder).write_text(LFS), r"pytorch_model\.bin is a Git LFS pointer"),
     "bin cut": (lambda folder: cut(to_bin(folder)), r"pytorch_model\.bin: it is damaged"),
     "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text(LFS), r"tokenizer\.json is a Git LFS pointer"),
+    "special tokens": (
+        lambda folder: (folder / "special_tokens_map.json").write_text(LFS),
+        r"special_tokens_map\.json is a Git LFS pointer",
+    ),
+    "a number for a token": (
+        lambda folder: change_json(folder / "tokenizer_config.json", eos_token=5),
+        r"has a setting that can't be used, TypeError: Special token eos_token has to be",
+    ),
+    "a number for a configuration": (
+        lambda folder: change_json(folder / "config.json", vision_config=5),
+        r"has a setting that can't be used, .*'vision_config'",
+    ),
+    "a number for code": (lambda folder: change_json(folder / "config.json", auto_map=5), r"auto_map is 5: give"),
+    "a list for a dtype": (
+        lambda folder: change_json(folder / "config.json", dtype=["x"]),
+        r"has a setting that can't be used, IndexError",
+    ),
+    "a negative size": (
+        lambda folder: change_json(
+            folder / "config.json",
+            text_config=json.loads((folder / "config.json").read_text())["text_config"] | {"intermediate_size": -1},
+        ),
+        r"has a setting that can't be used, RuntimeError: .*negative dimension",
+    ),
+    "a number for task tokens": (
+        lambda folder: change_json(folder / "processor_config.json", task_tokens=5),
+        r"task_tokens is 5: give the names of tokens",
+    ),
+    "a list for a type": (lambda folder: change_json(folder / "config.json", model_type=["x"]), r"it must be a name"),
     "config": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: it is damaged"),
+    "deeply nested": (
+        lambda folder: (folder / "config.json").write_text("[" * 50_000),
+        r"config\.json: it is damaged",
+    ),
+    "a pipe": (
+        lambda folder: [(folder / "config.json").unlink(), os.mkfifo(folder / "config.json")],
+        r"config\.json is no file",
+    ),
     "index": (
         lambda folder: [shard(folder), change_json(folder / "model.safetensors.index.json", weight_map={"a": "../a"})],
         r"names \.\./a, which is not in its folder",
@@ -168,6 +210,72 @@ def test_each_command_says_so_in_one_line(commands, tmp_path, command, checkpoin
         with pytest.raises((SystemExit, ValueError), match=message) as error:
             cli.main([command, *commands(place)[command]])
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["chat", "PICTURE"], "PICTURE is a file, no checkpoint: CHECKPOINT comes first"),
+        (["chat", "PICTURE", "FOLDER", "what?"], "PICTURE is a file, no checkpoint: CHECKPOINT comes first"),
+        (["visualize", "PICTURE", "FOLDER"], "PICTURE is a file, no checkpoint: CHECKPOINT comes first"),
+        (["export", "PICTURE", "OUT"], "PICTURE is a file, no checkpoint"),
+        (["merge", "PICTURE", "OUT"], "PICTURE is a file, no checkpoint"),
+        (["eval", "PICTURE", "--benchmark", "mmstar", "--out", "OUT"], "PICTURE is a file, no checkpoint"),
+        # Where it isn't the first argument.
+        (["train", "--checkpoint", "PICTURE", "--data", "DATA"], "PICTURE is a file: give a folder, or a name on the"),
+        (["visualize", "FOLDER", "FOLDER"], "FOLDER is a folder, no image"),
+        (["chat", "FOLDER", "OUT/gone.png"], "chat: there is no file OUT/gone.png"),
+        (["visualize", "FOLDER", "OUT/gone.png"], "visualize: there is no file OUT/gone.png"),
+    ],
+)
+def test_files_and_folders_in_each_others_place(argv, message, tmp_path):
+    places = {
+        "PICTURE": tmp_path / "scene.png",
+        "FOLDER": tmp_path / "folder",
+        "OUT": tmp_path / "out",
+        "DATA": tmp_path / "data.json",
+    }
+    Image.new("RGB", (8, 8)).save(places["PICTURE"])
+    places["FOLDER"].mkdir()
+    places["DATA"].write_text("[]")
+    for word, place in places.items():
+        argv = [one.replace(word, str(place)) for one in argv]
+        message = message.replace(word, str(place))
+    # A chat takes its arguments alone; a run writes somewhere.
+    if argv[0] == "train":
+        argv += ["--stage", "finetune", "--output_dir", str(places["OUT"])]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert message in stopped.value.code and "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--recipe", "miniature_finetune"],
+            "miniature_finetune goes on from runs/miniature/ola_vlm/seed0/pretrain, which isn't there yet: train it "
+            "first (`ola-vlm train --recipe miniature_pretrain`), or give --checkpoint",
+        ),
+        (
+            ["--recipe", "llama3_vit_finetune", "--data", "DATA"],
+            "goes on from runs/llama3_vit/pretrain, which isn't there yet: train it first (`ola-vlm train --recipe "
+            "llama3_vit_pretrain`)",
+        ),
+        # What is given is the user's own.
+        (["--recipe", "miniature_finetune", "--checkpoint", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),
+    ],
+)
+def test_a_recipe_that_goes_on_from_a_run_names_that_one(argv, message, tmp_path, monkeypatch):
+    # Neither data nor runs of the folder that the tests were started from.
+    monkeypatch.chdir(tmp_path)
+    Path("runs/miniature/data").mkdir(parents=True)
+    data = Path(RECIPES["miniature_finetune"].fields["data"])
+    data.write_text("[]")
+    argv = [one.replace("DATA", str(data)) for one in argv]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", *argv, "--use_cpu", "--bf16", "false"])
+    assert message in stopped.value.code
 
 
 def test_a_model_that_nobody_knows(checkpoint, tmp_path):
@@ -252,6 +360,73 @@ def test_an_adapter_is_a_model_everywhere(checkpoint, adapter, commands, tmp_pat
     assert capsys.readouterr().out == asked
 
 
+def test_a_merge_takes_the_statistics_of_the_adapters_own_folder_alone(adapter, tmp_path, caplog):
+    """What lies in OUT is published later: neither run.json nor a link may choose it."""
+    own, private = tmp_path / "adapter", tmp_path / "private" / "target_statistics"
+    shutil.copytree(adapter[0], own)
+    shutil.copytree(WEIGHTS / "ola_vlm" / "target_statistics", private)
+    (own / "run.json").write_text(json.dumps({"checkpoint": str(private.parent)}))
+    merge(own, tmp_path / "named")
+    assert not (tmp_path / "named" / "target_statistics").exists()
+    assert f"which run.json says are in {private}" in caplog.text
+    (own / "target_statistics").symlink_to(private)
+    with pytest.raises(ValueError, match="lies outside"):
+        merge(own, tmp_path / "linked")
+    (own / "target_statistics").unlink()
+    shutil.copytree(private, own / "target_statistics")
+    merge(own, tmp_path / "copied")
+    names = {file.name for file in private.iterdir()}
+    assert {file.name for file in (tmp_path / "copied" / "target_statistics").iterdir()} == names
+
+
+def test_a_merge_of_an_adapter_on_a_local_model_takes_that_ones_statistics(checkpoint, adapter, tmp_path, caplog):
+    """The predictors are the base model's, and all of its weights are merged: its folder is trusted as far."""
+    base, own = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(checkpoint, base)
+    shutil.copytree(adapter[0], own)
+    shutil.copytree(WEIGHTS / "ola_vlm" / "target_statistics", base / "target_statistics")
+    change_json(own / "adapter_config.json", base_model_name_or_path=str(base))
+    (own / "run.json").write_text(json.dumps({"checkpoint": str(base)}))
+    merge(own, tmp_path / "merged")
+    names = {file.name for file in (base / "target_statistics").iterdir()}
+    assert {file.name for file in (tmp_path / "merged" / "target_statistics").iterdir()} == names
+    assert "statistics" not in caplog.text
+    # But not what a link in it leads to.
+    (base / "target_statistics").rename(tmp_path / "private")
+    (base / "target_statistics").symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match="lies outside"):
+        merge(own, tmp_path / "linked")
+    # What lies elsewhere is named, with the command that adds it.
+    (base / "target_statistics").unlink()
+    shutil.copytree(tmp_path / "private", tmp_path / "elsewhere" / "target_statistics")
+    (own / "run.json").write_text(json.dumps({"checkpoint": str(tmp_path / "elsewhere")}))
+    merge(own, tmp_path / "told")
+    assert (
+        f"cp -r {tmp_path / 'elsewhere' / 'target_statistics'} {tmp_path / 'told' / 'target_statistics'}"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize("place", ["adapter", "adapter/checkpoint-40"])
+def test_a_merged_checkpoints_card_has_the_steps_that_were_made(adapter, tmp_path, place):
+    """run.json as a run by epochs leaves it: only the trainer's state has its steps, and that stays behind."""
+    folder = tmp_path / place
+    shutil.copytree(adapter[0], folder, ignore=shutil.ignore_patterns("run.json"))
+    record = {"stage": "finetune", "recipe": "lora", "data": "rows.json", "max_steps": -1, "num_train_epochs": 1.0}
+    record |= {"min_steps": 100, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    record |= {"learning_rate": 0.001, "seed": 0, "finished_steps": None}
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps(record))
+    (folder / "trainer_state.json").write_text('{"global_step": 40}')
+    merge(folder, tmp_path / "merged")
+    (run,) = push.history(tmp_path / "merged")
+    assert push.training_row(run, set())[3] == "40"
+    # A finished run's record has them, of whichever stage.
+    assert push.training_row(record, set())[3] == "1 epoch, at least 100 steps"
+    finished = {**record, "finished_steps": 100}
+    (tmp_path / "merged" / "run.json").write_text(json.dumps({**finished, "started_from": finished}))
+    assert [push.training_row(run, set())[3] for run in push.history(tmp_path / "merged")] == ["100", "100"]
+
+
 def test_an_adapters_state_is_its_own_and_its_base_models(checkpoint, adapter, tmp_path):
     folder, _ = adapter
     shutil.copytree(checkpoint, tmp_path / "base")
@@ -259,7 +434,17 @@ def test_an_adapters_state_is_its_own_and_its_base_models(checkpoint, adapter, t
     change_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
     before = weights_state(tmp_path / "adapter")
     (tmp_path / "base" / "model.safetensors").touch()
-    assert weights_state(tmp_path / "adapter") != before
+    touched = weights_state(tmp_path / "adapter")
+    assert touched != before
+    # Another prompt gives other answers.
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    prompted = weights_state(tmp_path / "adapter")
+    assert prompted != touched
+    # A log changes no answer, a vocabulary does.
+    (tmp_path / "base" / "log.txt").write_text("step 1")
+    assert weights_state(tmp_path / "adapter") == prompted
+    (tmp_path / "base" / "merges.txt").write_text("a b")
+    assert weights_state(tmp_path / "adapter") != prompted
 
 
 def test_adapters_that_are_not_whole(checkpoint, adapter, tmp_path):
@@ -283,6 +468,15 @@ def test_adapters_that_are_not_whole(checkpoint, adapter, tmp_path):
             "an adapter on another one",
         ),
         "shapes": (lambda at: change_json(at / "adapter_config.json", r=3), "lacks weights or doesn't fit"),
+        "types": (lambda at: change_json(at / "adapter_config.json", r="x"), "lacks weights or doesn't fit"),
+        "pattern": (
+            lambda at: change_json(at / "adapter_config.json", target_modules="(("),
+            "lacks weights or doesn't fit",
+        ),
+        "more": (
+            lambda at: change_json(at / "adapter_config.json", modules_to_save=["linear_1"]),
+            r"has weights that its adapter_config\.json doesn't name, .*linear_2",
+        ),
     }
     for name, (change, message) in cases.items():
         shutil.copytree(folder, tmp_path / name)
@@ -316,6 +510,38 @@ def test_no_network(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         with pytest.raises(ValueError, match=re.escape("the Hub can't be reached: correct the path, or fetch it")):
             load_checkpoint("me/x")
+
+
+def test_faults_of_the_program_are_no_settings_of_a_file(checkpoint):
+    with pytest.raises(TypeError, match="has no len"), loading_from(checkpoint):
+        len(5)
+    with pytest.raises(KeyError), loading_from(checkpoint):
+        {}["x"]
+    # Raised in the standard library, and in transformers for a keyword of ours.
+    with pytest.raises(TypeError, match="must be str"), loading_from(checkpoint):
+        json.loads(5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dtpe'"):
+        load_whole(OlaVlmForConditionalGeneration, checkpoint, dtpe="float32")
+
+
+def test_faults_of_an_installed_program_are_its_own(checkpoint, tmp_path, monkeypatch):
+    """Its files lie among the libraries' then, by whose folder theirs are known."""
+    package = tmp_path / "site-packages" / "ola_vlm"
+    monkeypatch.setattr("ola_vlm.targets.loading.PACKAGE", package)
+    for place, error in (
+        (package / "x.py", TypeError),
+        (package / ".venv" / "site-packages" / "library" / "x.py", ValueError),
+        (package.with_name("library") / "x.py", ValueError),
+    ):
+        with pytest.raises(error, match="has no len"), loading_from(checkpoint):
+            exec(compile("len(5)", str(place), "exec"))
+
+
+@pytest.mark.parametrize("tasks", ["{", "5", "[" * 50_000])
+def test_a_header_of_predictors_that_says_something_else(tmp_path, tasks):
+    save_file({"a": torch.zeros(1)}, tmp_path / "predictors.safetensors", {"tasks": tasks})
+    with pytest.raises(ValueError, match=r"predictors\.safetensors: its header"):
+        PredictorFields.read(tmp_path / "predictors.safetensors")
 
 
 def test_a_folder_is_not_sent_to_a_page_on_the_hub(tmp_path):

@@ -26,7 +26,7 @@ def test_paper_defaults():
     lengths = [(task["target_length"], task["target_dim"], task["predictor_dim"]) for task in config.tasks]
     assert lengths == [(1, 1024, 1024), (576, 1024, 64), (576, 1536, 1536)]
     for task in config.tasks:
-        assert task["num_task_tokens"] == 8 and task["keys"] == KEY_GROUPS
+        assert task["num_task_tokens"] == 8 and task["attends_to"] == KEY_GROUPS
         assert (task["loss_weight"], task["contrastive_weight"]) == (0.5, 0.3)
         assert [task[f"predictor_{part}"] for part in ["depth", "heads", "head_dim", "ffn_mult"]] == [1, 4, 32, 1]
         assert task["output_mlp"] == (task["name"] == "depth")
@@ -75,7 +75,7 @@ WRONG = {
     "predictor_ffn_mult": [(0, "at least 1")],
     "predictor_dim": [(0, "at least 1")],
     "output_mlp": [("yes", "true or false")],
-    "keys": [
+    "attends_to": [
         ([], "list one or more of"),
         ([["image"]], "list one"),
         (["image", "words"], r"'system', 'image', 'task', 'text'"),
@@ -90,6 +90,14 @@ def test_wrong_task_fields(field, value, remedy):
         normalize_task(task, 32, 4)
 
 
+def test_a_tasks_field_of_an_earlier_name():
+    """`keys` in a checkpoint of before; a task that has both names is refused."""
+    task = normalize_task({**tiny_tasks()[1], "keys": ["task", "image"]}, 32, 4)
+    assert task["attends_to"] == ["image", "task"] and "keys" not in task
+    with pytest.raises(ValueError, match=r"\['keys'\]: unknown fields"):
+        normalize_task({**task, "keys": ["text"]}, 32, 4)
+
+
 def test_wrong_task_lists():
     with pytest.raises(ValueError, match=r"tasks\[\]\.name is None"):
         make_config([{"layers": [1]}])
@@ -97,8 +105,8 @@ def test_wrong_task_lists():
         normalize_task("depth", 32, 4)
     with pytest.raises(ValueError, match=r"tasks\[\]\.name is 'keys': .* no attribute of"):
         make_config([{"name": "keys", "layers": [1], "target_length": 1, "target_dim": 8}])
-    with pytest.raises(ValueError, match=r"tasks\[depth\]\.keys .* without task tokens there is no key"):
-        make_config([{**tiny_tasks()[1], "num_task_tokens": 0, "keys": ["task"]}])
+    with pytest.raises(ValueError, match=r"tasks\[depth\]\.attends_to .* there is nothing to attend to"):
+        make_config([{**tiny_tasks()[1], "num_task_tokens": 0, "attends_to": ["task"]}])
     with pytest.raises(ValueError, match=r"task_token_ids .* give different ids"):
         make_config(tiny_tasks(), task_token_ids=[f"<depth_{i}>" for i in range(8)])
     with pytest.raises(ValueError, match=r"tasks\[depth\] is \['layer'\]: unknown fields"):

@@ -18,9 +18,11 @@ from transformers import (
     CohereConfig,
     FalconH1Config,
     Gemma2Config,
+    Gemma4TextConfig,
     GemmaConfig,
     GPT2Config,
     GraniteConfig,
+    Llama4TextConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     Phi3Config,
@@ -44,6 +46,7 @@ from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.chat_template import END_ANSWERS
 from ola_vlm.training.stages import apply_stage
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -126,6 +129,9 @@ COHERE = {"num_key_value_heads": 2, "logit_scale": 0.0625}
 FALCON_H1 = {"num_key_value_heads": 2, "embedding_multiplier": 5.0, "mamba_d_ssm": 32, "mamba_n_heads": 4}
 FALCON_H1 |= {"mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 1.0}
 
+LLAMA4 = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+GEMMA4 = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+
 
 @pytest.mark.parametrize(
     ("config", "message"),
@@ -143,6 +149,8 @@ FALCON_H1 |= {"mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 1.0}
         (GemmaConfig(**SIZES, head_dim=8, num_key_value_heads=2, vocab_size=64), None),
         (GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=64), r"GPT2.* ties its head to wte\.weight"),
         (PhiConfig(**SIZES, vocab_size=64), "Phi.* has a bias"),
+        (Llama4TextConfig(**SIZES, **LLAMA4, vocab_size=64), None),
+        (Gemma4TextConfig(**SIZES, **GEMMA4, vocab_size=64), "Gemma4.* takes no embeddings but those of tokens"),
     ],
 )
 def test_language_models_keep_their_logits_or_are_refused(tiny_parts, config, message):
@@ -197,6 +205,10 @@ def test_convert_without_tokenizer_writes_the_model_alone(tmp_path, capsys):
     convert([str(GOLDEN / "reference_checkpoint"), str(tmp_path), "--vision-tower", TOWER])
     assert "without --tokenizer" in capsys.readouterr().out
     assert not (tmp_path / "processor_config.json").exists() and not (tmp_path / "tokenizer.json").exists()
+    with pytest.raises(SystemExit, match=r"has model\.safetensors already: choose another folder"):
+        convert([str(GOLDEN / "reference_checkpoint"), str(tmp_path), "--vision-tower", TOWER])
+    with pytest.raises(SystemExit, match=r"has model\.safetensors already: choose another folder"):
+        convert_tower([str(GOLDEN / "reference_checkpoint"), str(tmp_path)])
     model = OlaVlmForConditionalGeneration.from_pretrained(tmp_path)
     gen, depth, seg = model.config.tasks
     assert [gen["layers"], depth["layers"], seg["layers"]] == [[2, 4], [1, 3], [2, 3]]
@@ -249,6 +261,9 @@ def test_convert_takes_each_tasks_own_weights(tmp_path):
     assert [task["contrastive_weight"] for task in model.config.tasks] == [0.4] * 3
     assert [task["target_dim"] for task in model.config.tasks] == [40, 48, 56]
     assert [task["output_mlp"] for task in model.config.tasks] == [False, True, False]
+    assert all("text" in task["attends_to"] for task in model.config.tasks)
+    model, _, _ = convert_reference(copy_reference(tmp_path, **changed, pass_text_to_aux=False), TOWER)
+    assert [task["attends_to"] for task in model.config.tasks] == [["system", "image", "task"]] * 3
 
 
 def test_convert_a_checkpoint_without_contrastive_loss(tmp_path):
@@ -264,6 +279,11 @@ def test_convert_a_checkpoint_without_contrastive_loss(tmp_path):
     assert all(scale.item() == 2.0 for scale in model.logit_scales().values())
 
 
+def test_convert_reads_the_towers_layer_that_the_checkpoint_read(tmp_path):
+    model, *_ = convert_reference(copy_reference(tmp_path, mm_vision_select_layer=-3), TOWER)
+    assert model.config.vision_feature_layer == -3
+
+
 def test_convert_finds_the_tower_beside_the_checkpoint(tmp_path):
     shutil.copytree(TOWER, tmp_path / "tiny-clip-vit-336")
     model, *_ = convert_reference(copy_reference(tmp_path / "checkpoint"))
@@ -277,17 +297,36 @@ def test_convert_lists_unknown_and_missing_keys(tmp_path):
         weights["image_gen_heads.2.projector.proj_in.bias"] = torch.ones(3)
         weights["sam.backbone.weight"] = torch.ones(3)
 
-    with pytest.raises(RuntimeError, match="Unexpected key") as error:
-        convert_reference(copy_reference(tmp_path / "extra", extra), TOWER)
+    with pytest.raises(SystemExit, match=r"doesn't know \(4\): .*give a whole") as error:
+        convert([copy_reference(tmp_path / "extra", extra), str(tmp_path / "out"), "--vision-tower", TOWER])
     for name in ("layers.0.self_attn.q_norm", "image_seg_heads.0.linear_2", "image_gen_heads.2", "sam.backbone"):
         assert name in str(error.value)
-    assert "Missing key" not in str(error.value)
+    assert "lacks" not in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     def fewer(weights):
         del weights["model.special_gen_tokens"], weights["image_depth_heads.1.projector.proj_in.bias"]
 
-    with pytest.raises(RuntimeError, match=r"Missing key.*predictors\.depth\.3\.proj_in\.bias.*queries\.gen"):
+    with pytest.raises(ValueError, match=r"lacks weights \(2\): predictors\.depth\.3\.proj_in\.bias, queries\.gen\."):
         convert_reference(copy_reference(tmp_path / "fewer", fewer), TOWER)
+
+    def other_shapes(weights):
+        weights["model.special_gen_tokens"] = torch.ones(9, 64)
+
+    with pytest.raises(
+        ValueError, match=r"has weights of another shape .*special_gen_tokens \(\(9, 64\) for \(8, 64\)"
+    ):
+        convert_reference(copy_reference(tmp_path / "shapes", other_shapes), TOWER)
+    with pytest.raises(ValueError, match=r"has 512 rows of the vocabulary, its config\.json says 500"):
+        convert_reference(copy_reference(tmp_path / "rows", vocab_size=500), TOWER)
+    with pytest.raises(ValueError, match=r"config\.json has a field of another type: .*'hidden_size'") as error:
+        convert_reference(copy_reference(tmp_path / "type", hidden_size="64"), TOWER)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="names no vision tower, mm_vision_tower is None: give vision_tower"):
+        convert_reference(copy_reference(tmp_path / "tower", mm_vision_tower=None))
+    with pytest.raises(ValueError, match="files of weights with nothing in them"):
+        convert_reference(copy_reference(tmp_path / "nothing", dict.clear), TOWER)
+    with pytest.raises(ValueError, match="describes tasks as the reference never does"):
+        convert_reference(copy_reference(tmp_path / "tasks", image_seg=None), TOWER)
     with pytest.raises(ValueError, match="model_type is 'mamba'"):
         convert_reference(copy_reference(tmp_path / "other", model_type="mamba"), TOWER)
     (tmp_path / "extra" / "model.safetensors").rename(tmp_path / "extra" / "weights.bin")
@@ -444,7 +483,7 @@ def test_convert_without_the_tables_of_task_tokens(tmp_path):
         instruction_tuned(weights)
         del weights["model.special_seg_tokens"]
 
-    with pytest.raises(RuntimeError, match=r"Missing.* of task tokens of seg"):
+    with pytest.raises(ValueError, match=r"lacks the tables of task tokens, model\.special_seg_tokens: give a whole"):
         convert_reference(copy_reference(tmp_path / "tuned", less, model_type="llava_llama"), TOWER)
 
 
@@ -455,18 +494,20 @@ def test_convert_drops_the_teachers_inside(tmp_path):
         "dav2_backbone.depth_head.projects.0.bias": torch.ones(2),
         "oneformer.model.pixel_level_module.encoder.embeddings.norm.weight": torch.ones(2),
         "gen_encoder.vision_model.embeddings.class_embedding": torch.ones(2),
+        "pipe.image_encoder.vision_model.embeddings.class_embedding": torch.ones(2),
     }
     buffers = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.rotary_emb.inv_freq": torch.ones(8),
         "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(577)[None],
     }
     whole, *_ = convert_reference(str(GOLDEN / "reference_checkpoint"), TOWER)
     source = copy_reference(tmp_path / "pretrain", lambda weights: weights.update(**teachers, **buffers))
     model, _, became = convert_reference(source, TOWER)
     assert all(value.equal(model.state_dict()[name]) for name, value in whole.state_dict().items())
-    assert "4 of the dropped are the frozen teachers'" in became
+    assert "5 of the dropped are the frozen teachers'" in became
     assert "oneformer.model.pixel_level_module.encoder.embeddings.norm.weight  ->  dropped: a frozen teacher" in became
-    assert became.count("dropped: a buffer, which is computed") == 2
+    assert became.count("dropped: a buffer, which is computed") == 3
 
 
 def test_convert_keeps_bfloat16(tmp_path):
@@ -537,6 +578,9 @@ def test_convert_takes_no_path_from_the_configuration(tmp_path):
     (Path(source) / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config\.json lacks 'image_seg'"):
         convert_reference(source, TOWER)
+    (Path(source) / "config.json").write_text(json.dumps({"model_type": {"name": "ola_llama"}}))
+    with pytest.raises(ValueError, match=r"model_type is \{'name': 'ola_llama'\}: only"):
+        convert_reference(source, TOWER)
 
 
 # Plain LLaVA
@@ -565,7 +609,7 @@ def test_export_is_llava_with_the_same_logits(make_model, tiny_parts, tied_parts
     rows = random_rows(3, [1, 2, 0])
     batch = encode(processor, rows)
     assert plain.eval()(**batch).logits.equal(model(**batch).logits)
-    assert plain.generation_config.suppress_tokens == model.never_emitted
+    assert plain.generation_config.suppress_tokens == model.suppressed_token_ids
     plain_processor = LlavaProcessor.from_pretrained(tmp_path / "plain")
     again = encode(plain_processor, rows)
     assert again["input_ids"].equal(batch["input_ids"]) and again["pixel_values"].equal(batch["pixel_values"])
@@ -619,6 +663,8 @@ def test_llava_of_the_hub_is_a_start_for_finetuning(make_model, tmp_path):
     assert trainer.model.config.tasks == [] and trainer.state.log_history[-1]["train_loss"] > 0
     batch = encode(llava_processor, random_rows(2))
     again, theirs = OlaVlmProcessor.from_pretrained(tmp_path / "out"), dict(batch)
+    assert again.chat_template == END_ANSWERS + LLAVA_HF_TEMPLATE  # which has no end of turn
+    again.chat_template = LLAVA_HF_TEMPLATE
     assert all(encode(again, random_rows(2))[name].equal(value) for name, value in theirs.items())
     with torch.no_grad():
         assert trainer.model.eval()(**batch).logits.equal(plain(**batch).logits)

@@ -22,7 +22,7 @@ from ola_vlm.convert.parts import build_processor
 from ola_vlm.recipes.paper import CHAT_TEMPLATES
 from ola_vlm.targets.cache import image_key
 from ola_vlm.targets.encoders import ClipImageEncoder, open_image
-from ola_vlm.training.collator import OlaVlmCollator
+from ola_vlm.training.collator import IGNORE_INDEX, OlaVlmCollator
 from ola_vlm.training.rows import BadRow, Rows, read_row
 from ola_vlm.training.sampler import GroupedSampler
 
@@ -346,6 +346,12 @@ def test_texts_that_would_stop_a_run_are_bad_rows(make_model, answer, question, 
     assert error.value.kind == "malformed"
 
 
+def test_half_a_character_is_named(collator):
+    turns = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "the \ud83d cube"}]
+    with pytest.raises(BadRow, match=r"a text has half a character, '\\ud83d': write it as UTF-8"):
+        collator.check_text(read_row({"messages": turns}, 0, "."))
+
+
 def test_a_batch_that_lost_all_rows_has_no_image_and_nothing_to_learn(processor):
     tasks = tiny_tasks()
     sources = {task["name"]: fingerprint_target(task) for task in tasks}
@@ -382,12 +388,12 @@ TEMPLATES = {  # name -> template, end-of-sequence token, what is supervised of 
         "</s>",
         "It is. </s>",
     ),
-    "parts": (  # takes content parts, no special tokens at all
+    "parts": (  # takes content parts, no special tokens at all: an end of turn is added
         "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
         "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}",
         "</s>",
-        "It is.",
+        "It is.</s>",
     ),
 }
 
@@ -455,16 +461,31 @@ def test_marks_and_no_marks_agree(processor):
         assert marked.labels.tolist() == unmarked.labels.tolist()
 
 
-THINKING = CHATML.replace(
-    "message['content'] + '<|im_end|>'",
-    "('<think></think>' if loop.last and message['role'] == 'assistant' else '') + message['content'] + '<|im_end|>'",
-)
+def before_the_last_answer(text: str) -> str:
+    """A template that writes something before the last answer only, which no prompt has."""
+    last = f"('{text}' if loop.last and message['role'] == 'assistant' else '')"
+    return CHATML.replace("message['content'] + '<|im_end|>'", f"{last} + message['content'] + '<|im_end|>'")
+
+
+NUMBERED = CHATML.replace("message['content'] + '<|im_end|>'", "loop.index ~ message['content'] ~ '<|im_end|>'")
+
+
+def test_an_empty_thinking_block_of_any_template_becomes_part_of_the_prompt():
+    processor = byte_processor(before_the_last_answer("<think></think>"))
+    collator = OlaVlmCollator(processor)
+    for row in random_rows(4, images=[1, 0, 2, 1]):
+        encoded = collator.encode(row)
+        answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        written = processor.tokenizer.decode(encoded.ids)
+        assert written.count("<think></think>") == len(answers)
+        supervised = processor.tokenizer.decode(encoded.ids[encoded.labels != IGNORE_INDEX])
+        assert "think" not in supervised and supervised.count("<|im_end|>") == len(answers)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (THINKING, "is not what stands before the answer"),
+        (NUMBERED, "is not what stands before the answer"),
         ("{{ messages }}", "changes the answers"),
         (CHATML.replace("message['content'] + ", ""), "must write <image>"),
         (CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}", "mark .or write. 2 answers"),

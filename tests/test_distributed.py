@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import BAD, RUNS, build, run, run_bad_rows, run_check, run_sharded, run_stream
+from distributed_worker import BAD, RUNS, build, run, run_bad_rows, run_check, run_packed, run_sharded, run_stream
 from training_helpers import IMAGES
 
 TESTS = Path(__file__).parent
@@ -50,6 +50,9 @@ def test_two_processes_equal_one(tiny_parts, two_processes, tmp_path, stage, acc
     for step in two["losses"] if stage == "pretrain" else ():
         assert step["loss/depth/3/contrastive"] > 0 and step["loss/gen/2/smooth_l1"] > 0
     assert two["eval"] == pytest.approx(one["eval"], rel=1e-5, abs=1e-6)
+    # One prediction a row, in the rows' order, though the second rank's last batch is filled up.
+    assert len(two["logits"]) == 11
+    torch.testing.assert_close(two["logits"], one["logits"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_that_loses_all_its_rows_keeps_in_step(tiny_parts, two_processes, tmp_path):
@@ -62,6 +65,16 @@ def test_a_rank_that_loses_all_its_rows_keeps_in_step(tiny_parts, two_processes,
 def test_ranks_share_a_stream(tiny_parts, two_processes, tmp_path):
     run_stream(tiny_parts.folder, tmp_path, ranks=1)
     assert_same(*(torch.load(folder / "stream.pt") for folder in (tmp_path, two_processes)))
+
+
+def test_ranks_share_packed_sequences(tiny_parts, two_processes, tmp_path):
+    run_packed(tiny_parts.folder, tmp_path, ranks=1)
+    one, two = (torch.load(folder / "packed.pt") for folder in (tmp_path, two_processes))
+    assert_same(one, two)
+    assert len(two["uneven"]) == 4
+    # Of the step that isn't full, accelerate gives a rank without a sequence an earlier one again.
+    for i in (0, 2):
+        assert two["uneven"][i]["loss"] > 0 and two["uneven"][0] == pytest.approx(one["uneven"][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

@@ -1,11 +1,20 @@
-"""eval/: answers are read in every form in which models give them, and compared with honest statistics."""
+"""eval/: answers are read in every form in which models give them, and compared with honest statistics; lmms-eval."""
+
+import importlib.util
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_image
+from PIL import Image
 from scipy import stats
 
+from ola_vlm.eval.during_training import read_questions
 from ola_vlm.eval.multiple_choice import is_correct, score
 from ola_vlm.eval.reading import parse_choice
 from ola_vlm.eval.statistics import compare_answers, paired_comparison
@@ -115,7 +124,7 @@ def test_no_way_of_asking_emits_image_or_task_tokens(make_model, questions, tmp_
     """In an evaluation, and in a chat."""
     model, processor = make_model()
     direction = 1e3 * torch.randn(model.lm_head.in_features, generator=torch.Generator().manual_seed(0))
-    for i, token_id in enumerate(model.never_emitted):  # whatever the state is, half of them would win
+    for i, token_id in enumerate(model.suppressed_token_ids):  # whatever the state is, half of them would win
         model.lm_head.weight[token_id] = direction if i % 2 else -direction
     emitted, generate = [], model.generate
 
@@ -131,7 +140,7 @@ def test_no_way_of_asking_emits_image_or_task_tokens(make_model, questions, tmp_
         list(Chat(model, processor).stream([{"role": "user", "content": content}], temperature, max_new_tokens=3))
     assert len(emitted) == 3
     for tokens in emitted:
-        assert tokens.numel() > 0 and not torch.isin(tokens, torch.tensor(model.never_emitted)).any()
+        assert tokens.numel() > 0 and not torch.isin(tokens, torch.tensor(model.suppressed_token_ids)).any()
 
 
 def record(id, output, answer="(A)", task="depth"):
@@ -145,6 +154,30 @@ def test_score_is_the_mean_over_tasks_not_over_questions():
 
 def test_an_empty_answer_is_wrong_and_takes_nothing_from_its_neighbor():
     assert [is_correct(r) for r in (record(0, "(A)"), record(1, ""), record(2, "(A)"))] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"image": 3}, "its image is 3, it must be a text"),
+        ({"question": None}, "its question is None, it must be a text"),
+        ({"answer": 1}, "its answer is 1, it must be a text"),
+        ({"task": ["x"]}, r"its task is \['x'\], it must be a text"),
+        ({"choices": 5}, "its choices are 5, they must be a list of texts"),
+        ({"choices": ["red", 2]}, "they must be a list of texts"),
+        ({"answer": "blue"}, r"its answer 'blue' is the letter of none of its 2 choices: give it as \"\(A\)\""),
+        ({"answer": "(C)"}, "is the letter of none of its 2 choices"),
+    ],
+)
+def test_a_runs_questions_are_looked_at_before_it_begins(tmp_path, changes, match):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    question = {"question": "which ?", "image": "0.png", "choices": ["red", "blue"], "answer": "(b)"}
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps([question, {"question": "what ?", "image": "0.png"}]))
+    assert len(read_questions(file, tmp_path)) == 2
+    file.write_text(json.dumps([question, question | changes]))
+    with pytest.raises(ValueError, match=f"questions.json, question 1: .*{match}"):
+        read_questions(file, tmp_path)
 
 
 def test_score_refuses_an_empty_list():
@@ -214,6 +247,9 @@ def test_sign_flips_agree_with_mcnemar_when_all_seeds_are_copies():
     assert three["p"] == pytest.approx(one["p"], abs=0.02)
     assert three["ci95"] == pytest.approx(one["ci95"], abs=0.02)
     assert three["seed_differences"] == pytest.approx([one["difference"]] * 3)
+    # Seeds that agree exactly differ by one question at least: t with 2 degrees of freedom.
+    t = abs(one["difference"]) / (1 / 200 / 3**0.5)
+    assert three["p_seeds"] == pytest.approx(2 * stats.t.sf(t, 2))
 
 
 def test_p_values_of_the_null_are_uniform():
@@ -228,6 +264,13 @@ def test_strata_weigh_alike_whatever_their_size():
     result = paired_comparison(a, b, strata=["small"] * 10 + ["large"] * 90)
     assert result["difference"] == pytest.approx(0.5)
     assert result["ci95"] == pytest.approx([0.5, 0.5])  # questions are drawn within their stratum
+
+
+def test_draws_are_by_the_seed():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, 50)) < 0.5, rng.random((3, 50)) < 0.6
+    drawn = [paired_comparison(a, b, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] and drawn[0]["p"] != drawn[2]["p"]
 
 
 @pytest.mark.parametrize("shapes", [((3,), (4,)), ((1, 3), (2, 3)), ((0,), (0,))])
@@ -249,3 +292,142 @@ def test_compare_answers_by_task_and_on_average():
         compare_answers(wrong, [seed[::-1] for seed in better])
     with pytest.raises(ValueError, match="seeds are paired"):
         compare_answers(wrong, better[:1])
+
+
+# lmms-eval ----------------------------------------------------------------------------------------------------------
+# It has an environment of its own: here stands what eval/lmms.py takes of it.
+class Collator:
+    """lmms-eval's, as its documentation says: batches of requests of one group, the longest way round; answers go back
+    into the order of the requests."""
+
+    def __init__(self, requests, sort_fn, group_fn, grouping):
+        assert grouping
+        self.requests = requests
+        numbers = sorted(range(len(requests)), key=lambda i: (repr(group_fn(requests[i])), sort_fn(requests[i])))
+        self.groups = [list(group) for _, group in groupby(numbers, key=lambda i: repr(group_fn(requests[i])))]
+
+    def get_batched(self, n, batch_fn):
+        for numbers in self.groups:
+            for start in range(0, len(numbers), n):
+                yield [self.requests[i] for i in numbers[start : start + n]]
+
+    def get_original(self, answers):
+        numbers = [i for group in self.groups for i in group]
+        return [answer for _, answer in sorted(zip(numbers, answers, strict=True))]
+
+
+class BaseModel:
+    @property
+    def rank(self):
+        return self._rank
+
+
+class ChatMessages(SimpleNamespace):
+    def extract_media(self):
+        kinds = ("image", "video", "audio")
+        return [[part for part in self.messages if part["type"] == kind] for kind in kinds]
+
+    def to_hf_messages(self):
+        return self.messages
+
+
+@pytest.fixture
+def lmms(monkeypatch):
+    modules = {
+        "lmms_eval": {"utils": SimpleNamespace(Collator=Collator)},
+        "lmms_eval.api": {},
+        "lmms_eval.api.model": {"lmms": BaseModel},
+        "lmms_eval.models": {},
+        "lmms_eval.models.registry_v2": {"ModelManifest": SimpleNamespace},
+        "lmms_eval.protocol": {"ChatMessages": ChatMessages},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "ola_vlm.eval.lmms", raising=False)
+    yield importlib.import_module("ola_vlm.eval.lmms")
+    sys.modules.pop("ola_vlm.eval.lmms", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, {"max_new_tokens": 1024, "do_sample": False}),
+        ({"max_new_tokens": 8, "do_sample": False}, {"max_new_tokens": 8, "do_sample": False}),
+        ({"max_new_tokens": None, "temperature": 0, "top_p": None}, {"max_new_tokens": 1024, "do_sample": False}),
+        ({"do_sample": False, "temperature": 0.7, "top_k": 5}, {"max_new_tokens": 1024, "do_sample": False}),
+        ({"temperature": 0.7}, {"max_new_tokens": 1024, "do_sample": True, "temperature": 0.7}),
+        ({"top_p": 0.5, "do_sample": True}, {"max_new_tokens": 1024, "do_sample": True, "top_p": 0.5}),
+        ({"num_beams": 3, "image_aspect_ratio": "pad"}, {"max_new_tokens": 1024, "do_sample": False, "num_beams": 3}),
+    ],
+)
+def test_a_task_of_lmms_eval_samples_only_if_it_says_so(lmms, settings, options):
+    assert lmms.generation_options(settings) == options
+
+
+def test_lmms_eval_gets_each_requests_own_answer(lmms, monkeypatch):
+    """Batches are of one task's settings; the row is the split's; an answer ends where the first of "until" begins."""
+    loaded = []
+
+    def load(*how):
+        loaded.append(how)
+        return SimpleNamespace(eval=lambda: None), "processor"
+
+    def answer(model, processor, chats, **options):
+        batches.append((len(chats), options["max_new_tokens"]))
+        return [f"{chat[0]['text']} END and\n\nmore" for chat in chats]
+
+    batches = []
+    monkeypatch.setattr(lmms, "load_checkpoint", load)
+    monkeypatch.setattr(lmms, "answer_chats", answer)
+    model = lmms.OlaVlm("here", batch_size="2", dtype="bfloat16", device_map="cpu", trust_remote_code=True)
+    assert loaded == [("here", "bfloat16", "cpu", True)]
+    model.task_dict = {
+        task: {split: [f"{task} {split} {row}" for row in range(3)] for split in ("val", "test")} for task in "ab"
+    }
+
+    def request(task, split, row, **settings):
+        as_messages = lambda text: [{"type": "text", "text": text}]  # noqa: E731
+        return SimpleNamespace(args=("context" * (3 - row), as_messages, settings, row, task, split))
+
+    asked = [
+        request("a", "test", 2, max_new_tokens=4, until=["\n\n", " END"]),
+        request("b", "val", 0, max_new_tokens=9, until="more"),
+        request("a", "test", 0, max_new_tokens=4, until=["\n\n", " END"]),
+        request("b", "test", 1, until=None),
+        request("a", "val", 1, max_new_tokens=4, until=["\n\n", " END"]),
+    ]
+    answers = model.generate_until(asked)
+    assert answers == [
+        "a test 2",
+        "b val 0 END and\n\n",
+        "a test 0",
+        "b test 1 END and\n\nmore",
+        "a val 1",
+    ]
+    assert sorted(batches) == [(1, 4), (1, 9), (1, 1024), (2, 4)]
+    for kind in ("video", "audio"):
+        with pytest.raises(ValueError, match="a: videos and sound can't be shown"):
+            model._messages(lambda _, kind=kind: [{"type": kind}], 0, "a", "test")
+    with pytest.raises(ValueError, match="batch_size 'auto': give a number"):
+        lmms.OlaVlm("here", batch_size="auto")
+
+
+def test_the_miniature_as_a_task_of_lmms_eval(tmp_path, monkeypatch):
+    file = Path(__file__).parents[1] / "eval" / "lmms_tasks" / "miniature.py"
+    spec = importlib.util.spec_from_file_location("lmms_task", file)
+    task = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(task)
+    monkeypatch.setattr(task, "FOLDER", tmp_path / "benchmark")
+    (tmp_path / "benchmark").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "benchmark" / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    row = {"filename": "a.png", "prompt": "which ? (A) red (B) blue", "choices": ["red", "blue"], "answer": "(B)"}
+    assert [image.getpixel((0, 0)) for image in task.images(row)] == [(255, 0, 0)]
+    with pytest.raises(ValueError, match="lies outside"):
+        task.images(row | {"filename": "../private.png"})
+    assert task.question(row) == row["prompt"]
+    assert [task.score(row, [text]) for text in ("B.", "(A)", "blue", "")] == [
+        {"accuracy": accuracy} for accuracy in (1.0, 0.0, 1.0, 0.0)
+    ]

@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import encode, random_rows
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from training_helpers import Interrupt, llava_sample, write_llava
+from training_helpers import Interrupt, llava_sample, losses, make_trainer, target_source, write_llava
 from transformers import LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 
 from ola_vlm.commands.table import parse
 from ola_vlm.convert.export import export_llava
+from ola_vlm.inference.checkpoints import read_checkpoint
 from ola_vlm.inference.generate import generate_answers
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
@@ -23,7 +24,11 @@ from ola_vlm.recipes import RECIPES
 from ola_vlm.recipes.arguments import make_arguments
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.lora import four_bits
+from ola_vlm.training.attach import load_predictors
+from ola_vlm.training.collator import OlaVlmCollator
+from ola_vlm.training.lora import add_adapters, four_bits
+from ola_vlm.training.stages import apply_stage
+from ola_vlm.training.trainer import OlaVlmTrainer
 
 ROOT = Path(__file__).parents[1]
 MINIATURE = ROOT / "miniature" / "weights" / "ola_vlm"  # 4 bits need a width of at least 64
@@ -102,6 +107,13 @@ def test_adapters_hold_all_that_was_trained(base, data, tiny_parts, tied_parts, 
     assert logits(load(tmp_path / "merged"), processor).equal(logits(merged, processor))
 
 
+@pytest.mark.parametrize(("given", "alpha"), [({}, 8), ({"lora_alpha": 3}, 3)])
+def test_adapters_are_scaled_by_twice_their_rank_unless_told(make_model, tmp_path, given, alpha):
+    model, _ = make_model()
+    config = add_adapters(model, arguments("a checkpoint", "data.json", tmp_path, **given)).peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, alpha, 0)
+
+
 def test_an_interrupted_run_goes_on_exactly(base, data, tmp_path):
     checkpoint, options = base(), {"save_strategy": "steps", "save_steps": 1, "lora_dropout": 0.1}
     whole = train(arguments(checkpoint, data, tmp_path / "whole", **options))
@@ -110,6 +122,40 @@ def test_an_interrupted_run_goes_on_exactly(base, data, tmp_path):
     resumed = train(arguments(checkpoint, data, tmp_path / "cut", resume_from_checkpoint="true", **options))
     after = resumed.model.state_dict()
     assert all(value.equal(after[name]) for name, value in whole.model.state_dict().items())
+
+
+def test_embedding_losses_beside_adapters(base, tmp_path):
+    """Predictors train, too: they lie beside the adapter, and a resumed run has them."""
+    checkpoint = base()
+    options = {"stage": "finetune", "embedding_losses": True, "lora_rank": 4, "save_strategy": "steps"}
+    options |= {"save_steps": 1, "max_steps": 3}
+
+    def run(folder: str, resume: str | None = None, callbacks=()):
+        torch.manual_seed(0)
+        model, processor = read_checkpoint(checkpoint)
+        trainer = make_trainer(model, processor, tmp_path / folder, callbacks=callbacks, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        return trainer
+
+    whole = run("whole")
+    assert all(step["loss/depth/1/smooth_l1"] > 0 for step in losses(whole))
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", callbacks=[Interrupt(3)])
+    resumed = run("cut", resume=str(tmp_path / "cut" / "checkpoint-2"))
+    after = resumed.model.state_dict()
+    assert all(value.equal(after[name]) for name, value in whole.model.state_dict().items())
+
+    trained = whole.model.get_base_model().state_dict()
+    before = load(checkpoint).state_dict()
+    again, _ = read_checkpoint(tmp_path / "whole")
+    moved = set()
+    for name, value in again.state_dict().items():
+        if name.startswith(("predictors.", "queries.", "logit_scales.")):
+            assert value.equal(trained[name]), name
+        if not value.equal(before[name]):
+            moved.add(name.split(".")[0])
+    assert moved == {"model", "predictors", "logit_scales"}
 
 
 QUESTION = "which object is closer to the camera ? (A) red object (B) blue object"
@@ -185,7 +231,6 @@ def test_the_recipes_learn_twenty_rows(tmp_path, recipe):
     [
         ({"lora_rank": -1}, "lora_rank is -1"),
         ({"stage": "pretrain"}, "for stage finetune"),
-        ({"embedding_losses": True}, "without embedding_losses"),
         ({"task_tokens": "queries"}, "and query tables"),
         ({"lora_rank": 0, "load_in_4bit": True}, "give lora_rank and checkpoint"),
         ({"checkpoint": None, "load_in_4bit": True}, "give lora_rank and checkpoint"),
@@ -218,3 +263,30 @@ def test_dpo_moves_the_adapter(make_model, tmp_path):
     assert {"lora_A", "lora_B"} == {re.search("lora_[AB]", name)[0] for name in moved}
     first, second = (log["loss"] for log in trainer.state.log_history[:2])
     assert abs(first - 0.6931) < 1e-3 and second != first  # log 2: policy and reference begin alike
+
+
+def test_a_programs_own_adapters_are_saved_with_their_predictors(make_model, tmp_path):
+    """Of other kinds than `lora_rank` makes, in another type than the weights': an adapter's folder, no model's."""
+    model, processor = make_model(dtype=torch.bfloat16)
+    apply_stage(model, "finetune", embedding_losses=True)
+    config = LoraConfig(r=2, use_dora=True, use_rslora=True, target_modules=["q_proj", "v_proj"])
+    adapted = get_peft_model(model, config)
+    for parameter in model.predictors.parameters():
+        parameter.requires_grad_(True)
+    fields = {"stage": "finetune", "embedding_losses": True, "dtype": "bfloat16", "bf16": True, "max_steps": 1}
+    args = OlaVlmArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="no", disable_tqdm=True, **fields)
+    sources = {task["name"]: target_source(task) for task in model.config.tasks}
+    collator = OlaVlmCollator(processor, sources, model.config.tasks)
+    trainer = OlaVlmTrainer(
+        adapted, args, data_collator=collator, train_dataset=random_rows(8), processing_class=processor
+    )
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
+    again, _ = make_model(dtype=torch.bfloat16)
+    loaded = PeftModel.from_pretrained(again, tmp_path)
+    load_predictors(again, tmp_path)
+    trained = {name: value.to(torch.bfloat16) for name, value in adapted.state_dict().items()}
+    read = {name: value.to(torch.bfloat16) for name, value in loaded.state_dict().items()}
+    assert read.keys() == trained.keys()
+    assert all(value.equal(trained[name]) for name, value in read.items())

@@ -207,6 +207,16 @@ def test_every_loss_is_zero_without_images_and_finite_without_variance(name):
     loss = distance(name, prediction, torch.ones(2, 4, 5))
     loss.backward()
     assert loss.isfinite() and prediction.grad.isfinite().all()
+    prediction.grad = None
+    loss = distance(name, prediction, torch.zeros(2, 4, 5))  # no scale at all
+    loss.backward()
+    assert loss.isfinite() and prediction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mse", "moments"])
+def test_targets_that_are_all_zero_leave_the_squared_error_as_it_is(name):
+    prediction = leaf(torch.full((2, 4, 5), 0.5))
+    assert distance(name, prediction, torch.zeros(2, 4, 5)).item() == pytest.approx(0.25, rel=1e-5)
 
 
 def test_words_are_sums_or_means_of_their_tables_rows():
@@ -224,6 +234,9 @@ def test_a_word_that_is_missing_adds_nothing():
     numbers = torch.tensor([[[1, -1], [0, 1]]], dtype=torch.int16)
     assert combine_words(numbers, [colors, depths], "sum").equal(torch.tensor([[[0.0, 1.0], [21.0, 20.0]]]))
     assert combine_words(numbers, [colors, depths], "mean").equal(torch.tensor([[[0.0, 1.0], [10.5, 10.0]]]))
+    none = torch.tensor([[[-1, -1]]], dtype=torch.int16)
+    for combine in ("sum", "mean"):
+        assert combine_words(none, [colors, depths], combine).equal(torch.zeros(1, 1, 2))
 
 
 def test_the_columns_of_words_are_made_for_the_contrastive_term_only():

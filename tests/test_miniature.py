@@ -1,15 +1,22 @@
 """`ola-vlm miniature` from end to end, shrunken: 4 steps a stage on a few scenes, with the shipped components."""
 
+import copy
 import json
+import math
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ola_vlm.commands.miniature import parser
 from ola_vlm.inference.checkpoints import load_checkpoint
-from ola_vlm.miniature import ablations, components, study
+from ola_vlm.miniature import ablations, components, processes, study, trial
 from ola_vlm.probing.fit import batches
 from ola_vlm.probing.probes import load_probes, score
 from ola_vlm.recipes import miniature as recipe
@@ -18,17 +25,24 @@ from ola_vlm.train import load_model
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.world import language, render
 
+ALL = ["--methods", *recipe.METHODS, recipe.CONTROL]
+
+
+def test_what_is_trained_without_being_asked_for():
+    assert parser().parse_args([]).methods == ["llava", "ola_vlm", "words"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "run"
-    return out, study.main(["--shrunk", "--out", str(out)])
+    return out, study.main(["--shrunk", "--out", str(out), *ALL])
 
 
+@pytest.mark.slow
 def test_report_has_every_field_of_every_method(run):
     out, results = run
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(results))
-    assert list(results["methods"]) == list(recipe.METHODS)
+    assert list(results["methods"]) == [*recipe.METHODS, recipe.CONTROL]
     tasks = {*language.TASKS, "average"}
     assert set(results["chance"]) == set(results["comparison"]) == tasks
     for method, found in results["methods"].items():
@@ -48,6 +62,7 @@ def test_report_has_every_field_of_every_method(run):
         assert {"pretrain", "finetune", "answering", "probing"} <= set(seed["seconds"])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_probes_are_scored_on_test_images(run):
     """By hand: the published probes, which are the fine-tuned model's, on the first test images of the world."""
@@ -64,15 +79,33 @@ def test_probes_are_scored_on_test_images(run):
             assert values == pytest.approx(by_hand[0][task][layer], abs=2e-3), (task, layer)
 
 
+@pytest.mark.slow
 def test_methods_share_their_start_and_differ_after_it(run):
     """Same data and same first projector: the text loss of the first step is that of the same captions."""
     losses = {method: found["seeds"][0]["losses"] for method, found in run[1]["methods"].items()}
     of_depth = "depth/2/smooth_l1"
     assert losses["ola_vlm"][of_depth] != losses["ola_vlm_shuffled"][of_depth]
     assert losses["ola_vlm"]["ntp"][0] == pytest.approx(losses["ola_vlm_shuffled"]["ntp"][0], rel=1e-4)
+    assert losses["words"]["ntp"][0] == pytest.approx(losses["llava"]["ntp"][0], rel=1e-4)
+    # By little: the shrunken run has made one step, in the warm-up.
+    assert losses["words"]["ntp"][1] != losses["llava"]["ntp"][1]
+    assert [name for name in losses["words"] if name.count("/") == 2] == ["words/0/mse"]
 
 
-@pytest.mark.parametrize("method", ["ola_vlm", "llava"])
+@pytest.mark.slow
+def test_a_record_that_is_shipped_has_no_path_of_this_machine(run, tmp_path):
+    out, _ = run
+    study.write_shipped_record(out, out / "ola_vlm", tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    pretrain = record["started_from"]
+    assert record["recipe"] == "miniature_finetune" and record["finished_steps"] == 4
+    assert record["checkpoint"] == record["identity"]["checkpoint"] == "runs/miniature/ola_vlm/seed0/pretrain"
+    assert pretrain["language_model"] == "miniature/weights/language_model"
+    assert pretrain["teachers"]["seg"]["path"] == "miniature/weights/seg"
+    assert str(out) not in json.dumps(record) and str(recipe.WEIGHTS) not in json.dumps(record)
+
+
+@pytest.mark.parametrize("method", recipe.METHODS)
 def test_runs_have_the_shapes_of_the_shipped_weights(method, tmp_path):
     """The vocabulary's tables among them, which are not padded."""
     fields = recipe.pretrain(method, root=tmp_path)
@@ -83,6 +116,7 @@ def test_runs_have_the_shapes_of_the_shipped_weights(method, tmp_path):
     assert model.config.text_config.vocab_size == shipped.config.text_config.vocab_size
 
 
+@pytest.mark.slow
 def test_figures_and_report_are_there(run):
     out, _ = run
     for name in ("summary", "accuracy", "probes", "probes_plain", "losses", "decoded_depth", "decoded_seg", "world"):
@@ -91,6 +125,7 @@ def test_figures_and_report_are_there(run):
     assert "OLA-VLM" in (out / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", recipe.METHODS)
 def test_checkpoints_load_as_remote_code(run, method):
     folder = run[0] / method
@@ -103,13 +138,14 @@ def test_checkpoints_load_as_remote_code(run, method):
     with torch.no_grad():
         generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert generated.shape[1] > inputs["input_ids"].shape[1]
-    assert not set(generated[0, inputs["input_ids"].shape[1] :].tolist()) & set(model.never_emitted)
+    assert not set(generated[0, inputs["input_ids"].shape[1] :].tolist()) & set(model.suppressed_token_ids)
 
 
+@pytest.mark.slow
 def test_resume_does_nothing_twice_and_a_used_folder_is_refused(run):
     out, results = run
     stamp = (out / "ola_vlm" / "seed0" / "result.json").stat().st_mtime_ns
-    again = study.main(["--shrunk", "--out", str(out), "--resume"])
+    again = study.main(["--shrunk", "--out", str(out), "--resume", *ALL])
     assert again["methods"] == results["methods"]
     assert (out / "ola_vlm" / "seed0" / "result.json").stat().st_mtime_ns == stamp
     with pytest.raises(SystemExit, match="is not empty: add --resume"):
@@ -142,7 +178,7 @@ def test_ablations_go_on_from_the_study(run, capsys):
     ablations.main([*options, "--report"])  # trains nothing
     text = capsys.readouterr().out
     assert (
-        "2 of 3 arms done" in text
+        "2 of 3 trials done" in text
         and "the numbers mean nothing" in text
         and "| both (ola_vlm) | 1 |" in text
         and "Not done yet: learnable." in text
@@ -168,9 +204,9 @@ def test_ablations_change_what_they_say(table, row):
     assert bool(changed) == (name != "ola_vlm")
 
 
-def test_failed_arm_shows_its_log(tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)arm \('llava', 0\) failed.*Error"):
-        study.run_arms(tmp_path, [("llava", 0)], {}, workers=1)
+def test_failed_trial_shows_its_log(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)trial \('llava', 0\) failed.*Error"):
+        study.run_trials(tmp_path, [("llava", 0)], {}, workers=1)
 
 
 @pytest.mark.parametrize("name", components.FLOORS)
@@ -198,6 +234,125 @@ def test_a_component_is_measured_on_scenes_that_it_was_not_trained_on(train_part
     assert measured(train=2, held_out=1) == first != measured(train=0, held_out=2)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_image_encoders_are_measured_on_held_out_scenes(dense, tmp_path, monkeypatch):
+    """By captions of what they weren't trained on."""
+    sampled = render.sample_scenes(200, 0)
+    scenes = sampled, render.render_scenes(sampled, 0)
+    asked = []
+    monkeypatch.setattr(components, "fit", lambda model, *how, **more: model.eval())
+    monkeypatch.setattr(components, "scene_arrays", lambda work, split="train": asked.append(split) or scenes)
+    monkeypatch.setattr(components, "_save", lambda *what: None)
+    name = "vision_tower" if dense else "gen"
+    figures = components.train_clip(tmp_path, tmp_path, 1, name, dense)
+    assert asked == ["train", "held_out"] and ("patch phrase accuracy" in figures) == dense
+
+
+def test_the_language_model_is_measured_on_scenes_of_their_own(monkeypatch):
+    """Of another seed than those that it was trained on."""
+    sample_scenes = render.sample_scenes
+    seeds = {"before": [], "after": []}
+    when = ["before"]
+
+    def sample(count: int, seed: int):
+        seeds[when[-1]].append(seed)
+        if seeds["after"]:
+            raise ZeroDivisionError
+        return sample_scenes(min(count, 200), seed)
+
+    monkeypatch.setattr(components.render, "sample_scenes", sample)
+    monkeypatch.setattr(components, "fit", lambda *how, **more: when.append("after"))
+    with pytest.raises(ZeroDivisionError):
+        components.train_language_model(None, None, 1)
+    assert seeds["before"] and not set(seeds["before"]) & set(seeds["after"])
+
+
+def test_probes_are_fitted_on_training_images(tmp_path, monkeypatch):
+    """The first ones; those of the test are for their scores."""
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        for number in range(4):
+            (tmp_path / "data" / "images" / f"{split}_{number:05d}.png").touch()
+    fitted = []
+    monkeypatch.setattr(trial, "open_caches", lambda *what: {})
+    monkeypatch.setattr(trial, "make_teachers", lambda *what: {})
+    monkeypatch.setattr(
+        trial, "StateReader", lambda model, processor, prompt: SimpleNamespace(prompt=prompt, square=True)
+    )
+    monkeypatch.setattr(trial, "RidgeFit", lambda *what: None)
+    monkeypatch.setattr(trial, "fit", lambda fitter, reader, targets, paths, *how, **more: fitted.extend(paths))
+    text_config = SimpleNamespace(num_hidden_layers=4, hidden_size=8)
+    model = SimpleNamespace(config=SimpleNamespace(text_config=text_config))
+    trial.fit_ridge(tmp_path, model, None, {"train": 3, "validation": 2, "test": 2})
+    assert [path.name for path in fitted] == [f"train_{number:05d}.png" for number in range(3)]
+
+
+def test_the_truth_beside_decoded_pictures_is_of_the_same_scenes(tmp_path, monkeypatch):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for number, split in enumerate(("train", "test")):
+        arrays = {"depth": np.full((5, 2, 2), 2.0 + number), "mask": np.full((5, 2, 2), number, dtype=np.uint8)}
+        save_file(arrays, tmp_path / "data" / f"{split}.safetensors")
+        for image in range(5):
+            (tmp_path / "data" / "images" / f"{split}_{image:05d}.png").touch()
+
+    class Viewer:
+        decoders = dict.fromkeys(("depth", "seg"), SimpleNamespace(draw=lambda truth: truth, legend={}))
+
+        def pictures(self, paths):
+            assert [path.name for path in paths] == [f"test_{image:05d}.png" for image in range(4)]
+            return {task: {"image": paths, "teacher": []} for task in self.decoders}
+
+        def caption(self, task):
+            return task
+
+    drawn = {}
+    for name in ("OlaVlmForConditionalGeneration", "OlaVlmProcessor"):
+        loaded = SimpleNamespace(from_pretrained=lambda folder: SimpleNamespace(eval=lambda: None))
+        monkeypatch.setattr(study, name, loaded)
+    monkeypatch.setattr(study, "find_run", lambda *where, **how: {})
+    monkeypatch.setattr(study.LayerViewer, "load", lambda *what, **how: Viewer())
+    monkeypatch.setattr(study, "pictures_figure", lambda path, columns, *more: drawn.update({path.name: columns}))
+    study.decoded_figures(tmp_path)
+    assert list(drawn["decoded_depth.png"]) == ["image", "truth", "teacher"]
+    assert all((truth == 1 / 3).all() for truth in drawn["decoded_depth.png"]["truth"])
+    assert all((truth == 1).all() for truth in drawn["decoded_seg.png"]["truth"])
+
+
+def test_a_failed_jobs_message_has_the_end_of_its_log(tmp_path, monkeypatch):
+    def fail(command, stdout, **how):
+        stdout.write(b"it began\n" + b"." * 5000 + b"\nwhy it failed")
+        return SimpleNamespace(poll=lambda: 1, returncode=1)
+
+    monkeypatch.setattr(processes.subprocess, "Popen", fail)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0)
+    with pytest.raises(RuntimeError, match="why it failed") as failed:
+        processes.run_jobs({("a",): processes.Job(tmp_path, "module", "argument")}, 1, "trial")
+    assert "it began" not in str(failed.value)
+
+
+def test_an_interrupted_component_goes_on_with_the_same_random_numbers(tmp_path, monkeypatch):
+    """Those of torch's own generator, such as dropout's and the points at which OneFormer's loss looks."""
+    monkeypatch.setattr(components, "SECONDS_BETWEEN_STATES", -1)
+
+    def trained(work: Path, stop: int | None = None) -> torch.Tensor:
+        work.mkdir(exist_ok=True)
+        torch.manual_seed(4)
+        model = torch.nn.Linear(3, 1)
+        steps = iter(range(100))
+
+        def loss(rng, share):
+            if next(steps) == stop:
+                raise KeyboardInterrupt
+            return model(torch.rand(5, 3)).square().mean()
+
+        return components.fit(model, loss, 6, 0.1, work, "part").weight.detach()
+
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "stopped", stop=4)
+    assert trained(tmp_path / "stopped").equal(whole)
+
+
 def test_held_out_scenes_of_the_components_are_others(tmp_path, monkeypatch):
     drawn = {}
 
@@ -218,10 +373,10 @@ def test_shipped_weights_are_small():
         return sum(path.stat().st_size for path in (components.WEIGHTS / name).iterdir())
 
     assert sum(map(size, components.FLOORS)) < 15e6
-    assert all(size(method) < 8e6 for method in ("llava", "ola_vlm"))
+    assert all(size(method) < 8e6 for method in recipe.METHODS)
 
 
-@pytest.mark.parametrize("method", study.SHIPPED)
+@pytest.mark.parametrize("method", recipe.METHODS)
 def test_shipped_checkpoints_carry_todays_code(method):
     """They bring their own copies of the hub files; `ola-vlm miniature --resume --ship` writes them again."""
     for name in ("configuration", "modeling", "processing"):
@@ -263,3 +418,45 @@ def test_components_are_made_from_nothing_and_a_second_call_goes_on(tmp_path, ca
     assert (tmp_path / "work" / "depth.pt").stat().st_mtime_ns == stored
     with pytest.raises(ValueError, match="remove it"):
         components.main(["--steps", "0.002", *arguments[2:], "--only", "seg"])
+
+
+def quadratic_loss(model: torch.nn.Linear, rng: np.random.Generator, share: float) -> torch.Tensor:
+    x = torch.from_numpy(rng.normal(size=(4, 3))).float()
+    return (model(x) - 1).square().mean() * (1 + share)
+
+
+def test_a_component_is_fitted_by_the_schedule_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    """To the same last bit as AdamW with the learning rate set by hand."""
+    steps = 70
+    rate = 0.1
+    expected = torch.nn.Linear(3, 2)
+    fitted = copy.deepcopy(expected)
+    begun = copy.deepcopy(expected)
+    fresh = copy.deepcopy(expected)
+    groups = [
+        {"params": [expected.weight], "weight_decay": 0.01},
+        {"params": [expected.bias], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / (0.03 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.zero_grad()
+        quadratic_loss(expected, np.random.default_rng([7, step]), step / steps).backward()
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        optimizer.step()
+    components.fit(fitted, partial(quadratic_loss, fitted), steps, rate, tmp_path, "whole")
+    assert torch.equal(fitted.weight, expected.weight) and torch.equal(fitted.bias, expected.bias)
+
+    def interrupted(rng, share):
+        if share == 40 / steps:
+            raise KeyboardInterrupt
+        return quadratic_loss(begun, rng, share)
+
+    monkeypatch.setattr(components, "SECONDS_BETWEEN_STATES", -1)  # a state a step
+    with pytest.raises(KeyboardInterrupt):
+        components.fit(begun, interrupted, steps, rate, tmp_path, "part")
+    components.fit(fresh, partial(quadratic_loss, fresh), steps, rate, tmp_path, "part")
+    assert torch.equal(fresh.weight, expected.weight) and torch.equal(fresh.bias, expected.bias)
+    with pytest.raises(ValueError, match="was begun with"):
+        components.fit(fresh, partial(quadratic_loss, fresh), steps, 2 * rate, tmp_path, "part")

@@ -379,7 +379,7 @@ def test_predictor_reads_its_own_tokens_only(make_model):
     assert (mask == 0).any()
     assert set(map(tuple, changed_by(mask == 0).values())) == {(False, False, False)}
     assert set(map(tuple, changed_by(torch.arange(3)[:, None].expand_as(ids) == 2).values())) == {(False,) * 3}
-    occurrence = lambda token, n: (ids == token) & ((ids == token).flatten().cumsum(0).view_as(ids) == n + 1)  # noqa: E731
+    occurrence = lambda token, n: (ids == token) & ((ids == token).flatten().cumsum(0).view_as(ids) == n + 1)  # noqa: E731 (a name for one line)
     start = 0
     for task in model.config.tasks:
         for token in model.config.task_token_ids[start : start + task["num_task_tokens"]]:
@@ -401,7 +401,7 @@ def test_predictor_reads_its_own_tokens_only(make_model):
 @pytest.mark.parametrize("keys", [["image", "task"], ["system", "image", "task"], ["text"]])
 @torch.no_grad()
 def test_keys_choose_what_the_predictor_sees(make_model, keys):
-    tasks = [task | {"keys": keys} for task in tiny_tasks()]
+    tasks = [task | {"attends_to": keys} for task in tiny_tasks()]
     model, processor = make_model(tasks=tasks)
     batch = encode(processor, random_rows(2), padding_side="left")
     ids, mask, image = batch["input_ids"], batch["attention_mask"], model.config.image_token_id
@@ -431,10 +431,11 @@ def test_predictions_do_not_depend_on_batch_mates(make_model, padding_side):
 @torch.no_grad()
 def test_prompts_of_any_form(make_model):
     """A system prompt, images in several turns, text around them: every image is found, in order."""
-    tasks = [task | {"keys": ["system", "image", "task"]} for task in tiny_tasks()]  # a later image can't reach these
+    # Tokens that a later image can't reach.
+    tasks = [task | {"attends_to": ["system", "image", "task"]} for task in tiny_tasks()]
     model, processor = make_model(tasks=tasks)
     pictures = [row["images"][0] for row in random_rows(3)]
-    text = lambda words: {"type": "text", "text": words}  # noqa: E731
+    text = lambda words: {"type": "text", "text": words}  # noqa: E731 (a name for one line)
     messages = [
         {"role": "system", "content": [text("the red cube is near")]},
         {"role": "user", "content": [text("what is"), {"type": "image"}, text("and this"), {"type": "image"}]},
@@ -589,11 +590,11 @@ def test_tokens_that_are_never_emitted_are_no_candidates(make_model, tied_parts,
     output = model(**batch, labels=labels)
     own = output.logits[:, :-1, : model.config.image_token_id].flatten(0, 1)
     # Image and task tokens, and the rows that pad the vocabulary.
-    assert model.never_emitted == list(range(own.shape[-1], 64)) and len(processor.tokenizer) == 43
+    assert model.suppressed_token_ids == list(range(own.shape[-1], 64)) and len(processor.tokenizer) == 43
     assert_close(output.loss, F.cross_entropy(own, labels[:, 1:].flatten()).detach())
     (gradient,) = torch.autograd.grad(output.loss, model.lm_head.weight)
     if not tied:
-        assert gradient[model.never_emitted].abs().max() == 0 and gradient[:10].abs().max() > 0
+        assert gradient[model.suppressed_token_ids].abs().max() == 0 and gradient[:10].abs().max() > 0
 
 
 def test_labels_that_are_never_emitted_are_ignored(make_model):
@@ -601,7 +602,7 @@ def test_labels_that_are_never_emitted_are_ignored(make_model):
     model, processor = make_model()
     batch = encode(processor, random_rows(2))
     copied, answers = batch["input_ids"], batch["input_ids"].clone()
-    answers[torch.isin(answers, torch.tensor(model.never_emitted))] = -100
+    answers[torch.isin(answers, torch.tensor(model.suppressed_token_ids))] = -100
     assert (answers != copied).any()
     expected = model(**batch, labels=answers).loss
     assert expected < 100 and model(**batch, labels=copied).loss.equal(expected)
@@ -611,13 +612,13 @@ def test_labels_that_are_never_emitted_are_ignored(make_model):
 def test_generation_emits_neither_image_nor_task_tokens(make_model):
     model, processor = make_model()
     with torch.no_grad():  # these tokens would win everywhere
-        model.lm_head.weight[model.never_emitted] *= 1e3
+        model.lm_head.weight[model.suppressed_token_ids] *= 1e3
     rows = random_rows(3, [1, 2, 0])
     for row in rows:
         row["messages"] = row["messages"][:1]
     batch = encode(processor, rows, padding_side="left")
     new = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :]
-    assert not torch.isin(new, torch.tensor(model.never_emitted)).any()
+    assert not torch.isin(new, torch.tensor(model.suppressed_token_ids)).any()
     again = model.generate(**batch, max_new_tokens=6, do_sample=False, use_cache=False)
     assert again[:, batch["input_ids"].shape[1] :].equal(new)
 
@@ -717,7 +718,7 @@ def test_saved_and_loaded_is_the_same(make_model, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for name, value in model.state_dict().items():
         assert loaded.state_dict()[name].equal(value)
-    assert loaded.generation_config.suppress_tokens == model.never_emitted
+    assert loaded.generation_config.suppress_tokens == model.suppressed_token_ids
     assert loaded.config.tasks == model.config.tasks and not loaded.task_tokens_from_queries
     # Trainer resumes by load_state_dict with the names on disk
     other, _ = make_model(seed=1)

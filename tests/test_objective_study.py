@@ -4,19 +4,25 @@ process, one after the other."""
 import copy
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import table_rows
+from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ola_vlm.eval.multiple_choice import is_correct
 from ola_vlm.eval.statistics import holm_adjusted, labels_needed, paired_t, t_interval
 from ola_vlm.inference.generate import generate_answers
-from ola_vlm.miniature import asking, objective_report, objective_results, objective_trial, objectives
+from ola_vlm.miniature import asking, objective_report, objective_results, objective_trial, objectives, placement
 from ola_vlm.miniature.asking import Questions, permuted, token_placement
 from ola_vlm.miniature.objective_trial import Evaluations, Trial, labelled_scenes
-from ola_vlm.miniature.stored_vision import StoredCollator, StoredVision, features_as_pixels
+from ola_vlm.miniature.stored_vision import StoredCollator, StoredVision, features_as_pixels, weights_hash
 from ola_vlm.recipes import miniature as recipe
 from ola_vlm.recipes import study as arms
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -95,6 +101,7 @@ def batches(events) -> list:
 # ------------------------------------------------------------------------------------------------------ the whole
 
 
+@pytest.mark.slow
 def test_a_study_from_tuning_to_the_report(root, in_process, seen, capsys, tmp_path, monkeypatch):
     rounds = (("pretrain_lr", (1e-2, 1e-3), (0,)), ("weight", (1.0, 3.0), (0,)), ("finetune_lr_few", (1e-3,), (8,)))
     monkeypatch.setattr(arms, "ROUNDS", rounds)
@@ -142,6 +149,7 @@ def test_a_study_from_tuning_to_the_report(root, in_process, seen, capsys, tmp_p
         objectives.main([*options, "--arms", "moments"])
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_goes_on(root, monkeypatch, seen):
     finetune = Trial.finetune
 
@@ -189,6 +197,55 @@ def test_results_of_another_study_are_refused_by_name(root):
         objective_results.read_results(root)
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected", "left_out"),
+    [
+        (["6000"], {"pretrain_lr": [6000], "weight": [6000], "finetune_lr_many": [6000]}, "finetune_lr_few"),
+        (
+            ["0", "300"],
+            {"pretrain_lr": [0, 300], "weight": [0, 300], "finetune_lr_few": [300]},
+            "finetune_lr_many",
+        ),
+    ],
+)
+def test_a_setting_is_tuned_where_it_plays_a_part(root, tmp_path, monkeypatch, capsys, asked, expected, left_out):
+    """At other budgets all of its candidates are one result, of which the first would be chosen."""
+    tuned = []
+    found = {"settings": {"llava": SETTINGS}, "scores": {"llava": {}}}
+    monkeypatch.setattr(objectives, "prepare", lambda root, size: None)
+    monkeypatch.setattr(objectives, "read_tuning", lambda root: {})
+    monkeypatch.setattr(objectives.Study, "tune", lambda self, names, seeds, rounds: tuned.extend(rounds) or found)
+    options = ["objectives", "--stage", "tune", "--out", str(root), "--settings", str(tmp_path / "settings.json")]
+    objectives.main([*options, "--arms", "llava", "--budgets", *asked])
+    assert {setting: budgets for setting, _, budgets in tuned} == expected
+    told = f"{left_out} is not tuned, since it plays no part at --budgets {', '.join(asked)}: it stays 0.001"
+    assert told in capsys.readouterr().out
+    tuned.clear()
+    objectives.main([*options, "--arms", "llava"])
+    assert tuned == list(arms.ROUNDS)
+
+
+def test_tunings_trials_that_share_a_pretraining_train_it_once(root, monkeypatch):
+    """They run side by side, as with --processes 2, and differ in fine-tuning alone."""
+    trained = []
+
+    def train(self, fields, callbacks):
+        trained.append(fields["output_dir"])
+        self.checkpoint.mkdir(parents=True)
+        # Long enough for the other one to come.
+        time.sleep(0.5)
+        assert self.checkpoint.exists()
+        return SimpleNamespace(state=SimpleNamespace(log_history=[]))
+
+    monkeypatch.setattr(Trial, "train", train)
+    both = [trial(root, stage="tune", settings={**SETTINGS, "finetune_lr_few": rate}) for rate in (1e-3, 3e-3)]
+    assert both[0].checkpoint == both[1].checkpoint and both[0].folder != both[1].folder
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(Trial.pretrain, both))
+    assert trained == [str(both[0].checkpoint)] and found[0] == found[1]
+    assert both[0].checkpoint.exists()
+
+
 def test_seeds_of_tuning_do_not_confirm(tmp_path):
     with pytest.raises(SystemExit, match=r"\[100\] are those of tuning"):
         objectives.main(["objectives", "--seeds", "0", "100", "--out", str(tmp_path / "none")])
@@ -213,6 +270,7 @@ def test_settings_of_other_components_are_refused(world, tmp_path):
 # -------------------------------------------------------------------------------------------------------- pairing
 
 
+@pytest.mark.slow
 def test_a_seed_pairs_all_arms(root, seen):
     by_arm = {}
     for arm, seed in [("llava", 0), ("ola_vlm_shuffled", 0), ("ola_vlm_shuffled", 1)]:
@@ -259,6 +317,42 @@ def test_labelled_scenes_are_nested_and_hang_on_the_seed():
     assert len(small) == 75 and set(small) < set(large)
     assert set(small) != set(labelled_scenes(6000, 4, 75))
     assert (small == labelled_scenes(6000, 3, 75)).all()
+
+
+def test_probes_are_scored_on_held_out_scenes(root, monkeypatch):
+    """Alphas on those of validation, what is reported on those of the test."""
+
+    class Fitter:
+        def solve(self, alphas):
+            return alphas
+
+    scored = []
+
+    def score(names, probes):
+        scored.append(names)
+        return {alpha: {"depth": {1: {"ridge": float(len(scored))}}} for alpha in probes}, {}
+
+    monkeypatch.setattr(objective_trial, "fit_ridge", lambda *how: (Fitter(), None, {"depth": None}))
+    monkeypatch.setattr(objective_trial, "batches", lambda reader, targets, paths, size: [one.name for one in paths])
+    monkeypatch.setattr(objective_trial, "score_probes", score)
+    found = trial(root).probe(None, None)
+    splits = [[name.split("_")[0] for name in names] for names in scored]
+    assert splits == [["validation"] * 8, ["test"] * 8]
+    assert found["validation"]["0.1"]["depth"] == 1 and found["test"]["0.1"]["depth"] == {"1": 2}
+
+
+def test_tokens_are_placed_for_validation_scenes(root, monkeypatch):
+    placed = []
+    monkeypatch.setattr(objective_trial, "token_placement", lambda model, features, words: placed.append(features))
+    one = trial(root)
+    one.placement(None)
+    names = [f"validation_{number:05d}.png" for number in range(asking.PLACED_IMAGES)]
+    assert placed[0].equal(one.store.features(names))
+
+
+def test_losses_of_a_run_are_those_that_it_logged_last():
+    history = [{"loss": 3.0, "loss/ntp": 3.0}, {"loss": 1.0, "loss/ntp": 1.0}, {"train_loss": 2.0}]
+    assert objective_trial.last_losses(history) == {"loss/ntp": 1}
 
 
 def test_test_questions_are_asked_once_and_last(root, seen):
@@ -414,11 +508,74 @@ def test_features_of_another_tower_are_made_anew(world, tmp_path):
     for file in (recipe.WEIGHTS / "vision_tower").iterdir():
         (tower / file.name).write_bytes(file.read_bytes())
     first = StoredVision.prepare(tmp_path, tower, images)
+    backwards = StoredVision.prepare(tmp_path, tower, images[::-1])  # the file of before has others at these places
+    names = [image.name for image in images]
+    np.testing.assert_allclose(backwards.features(names), first.features(names), rtol=1e-4, atol=1e-5)
     config = tower / "config.json"
     config.write_text(config.read_text() + "\n")
     StoredVision.prepare(tmp_path, tower, images)
     assert len(list(tmp_path.glob("features_*.npy"))) == 2
     assert first.features([images[1].name]).shape == (1, 65, 128)
+
+
+def test_what_a_component_is_known_by(tmp_path):
+    """Its weights as well as its configuration."""
+    hashes = []
+    for name, content in [("config.json", b"{}"), ("model.safetensors", b"one"), ("model.safetensors", b"two")]:
+        (tmp_path / name).write_bytes(content)
+        hashes.append(weights_hash(tmp_path))
+    (tmp_path / "quality.txt").write_bytes(b"of no effect")
+    assert len(set(hashes)) == 3 and weights_hash(tmp_path) == hashes[-1]
+
+
+def test_what_the_data_are_known_by(tmp_path):
+    """Every file that trials read, and every image."""
+    names = [f"{name}.json" for name in ("pretrain", "finetune", "validation_questions", "test_questions")]
+    names += ["0.png", "1.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"before")
+    images = [tmp_path / "0.png", tmp_path / "1.png"]
+    hashes = {objectives.data_hash(tmp_path, images)}
+    for name in names:
+        (tmp_path / name).write_bytes(b"after")
+        hashes.add(objectives.data_hash(tmp_path, images))
+    assert len(hashes) == 1 + len(names)
+
+
+def test_each_change_is_made_to_what_the_model_is_asked_with(shipped, monkeypatch):
+    """The task tokens masked and nothing else; their states those of the image before; each batch's patches in an
+    order of their own."""
+    model, processor, store, questions = shipped
+    monkeypatch.setattr(asking, "BATCH", 8)
+    asked = Questions(questions, processor, store)
+    made, given, seeds = [], [], []
+    give, permute = asking.given_task_token_states, asking.permuted
+    monkeypatch.setattr(
+        asking,
+        "given_task_token_states",
+        lambda model, states, where: given.append(states) or give(model, states, where),
+    )
+    monkeypatch.setattr(asking, "permuted", lambda features, seed: seeds.append(seed) or permute(features, seed))
+    monkeypatch.setattr(
+        Questions, "_generate", lambda self, model, inputs: made.append(inputs) or [""] * len(inputs["input_ids"])
+    )
+    for change in (None, *asking.CHANGES):
+        asked.correct(model, change)
+    plain, permuted_, removed, swapped = made[:3], made[3:6], made[6:9], made[9:]
+    assert len(set(seeds)) == 3
+    task_ids = torch.tensor(model.config.task_token_ids)
+    for number, before in enumerate(plain):
+        is_task = torch.isin(before["input_ids"], task_ids)
+        assert removed[number]["attention_mask"].equal(before["attention_mask"].masked_fill(is_task, 0))
+        assert is_task.any() and not permuted_[number]["pixel_values"].equal(before["pixel_values"])
+        for other in (removed, swapped):
+            assert other[number]["pixel_values"].equal(before["pixel_values"])
+        for other in (permuted_, swapped):
+            assert other[number]["attention_mask"].equal(before["attention_mask"])
+        with features_as_pixels(model):
+            own = asking.task_token_states(model, before, is_task)
+        for layer, states in enumerate(own):
+            torch.testing.assert_close(given[number][layer], states.roll(1, 0))
 
 
 def test_given_its_own_task_tokens_a_model_answers_the_same_and_given_others_not(shipped):
@@ -486,6 +643,29 @@ def test_mixed_questions_are_refused(shipped):
     _, processor, store, questions = shipped
     with pytest.raises(ValueError, match="sort them by task"):
         Questions([questions[0], questions[-1], questions[1]], processor, store)
+
+
+def test_the_table_of_placements_goes_from_the_start_to_the_end():
+    looks = [{"step": 0, "token_norm": 3.0, "embedding_norm": 1.5, "largest_cosine": 0.1}]
+    looks.append({"step": 400, "token_norm": 7.0, "embedding_norm": 1.5, "largest_cosine": 0.6})
+    run = {"learning_rate": 1e-3, "start": 0.25, "seed": 0, "along": looks, "accuracy": 0.7}
+    (row,) = table_rows("\n".join(placement.report_lines([run])))
+    assert [float(cell) for cell in row.values()] == [1e-3, 0.25, 3, 7, 1.5, 0.1, 0.6, 70]
+
+
+def test_a_scaled_start_scales_the_tokens_and_nothing_else(root, tmp_path, monkeypatch, seen):
+    """Tokens leave a linear layer: with a quarter of its start they are a quarter as long and point where they did."""
+    monkeypatch.setattr(placement, "EVERY", 1)
+    whole = placement.pretrain(root, tmp_path, seed=0, learning_rate=1e-3, start=1.0, scale=SCALE)
+    quarter = placement.pretrain(root, tmp_path, seed=0, learning_rate=1e-3, start=0.25, scale=SCALE)
+    before, after = whole["along"][0], quarter["along"][0]
+    assert after["token_norm"] == pytest.approx(before["token_norm"] / 4, rel=1e-3)
+    assert after["largest_cosine"] == pytest.approx(before["largest_cosine"], abs=1e-3)
+    assert after["embedding_norm"] == before["embedding_norm"]
+    assert [look["step"] for look in quarter["along"]] == [0, 1, 2]
+    assert quarter["along"][2]["token_norm"] != after["token_norm"]
+    assert 0 <= quarter["accuracy"] <= 1 and not (tmp_path / "checkpoint").exists()
+    assert {split for kind, split, _ in seen if kind == "asked"} == {"validation"}
 
 
 # ------------------------------------------------------------------------------------------------ statistics, report
@@ -566,8 +746,143 @@ def test_report_says_what_is_shown_and_what_is_excluded(tmp_path):
     assert change["permuted_patches"][0] == pytest.approx(5)
     assert {row["target"] for row in numbers["probes"]} == {"depth"}
     assert all(row["r"] > 0.9 for row in numbers["probes"])
-    for name in ("accuracy.png", "accuracy_by_task.png", "report.json"):
+    for name in ("accuracy.png", "accuracy_by_task.png", "probes_and_answers.png", "placement.png", "report.json"):
         assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_seeds_are_paired_by_their_number():
+    """Though one arm lacks the first one; what a seed is harder by (a point a seed) falls out."""
+    results = made_up({"llava": 0, "ola_vlm": 5})
+    del results["ola_vlm", 0, 75]
+    differences = objective_results.paired(results, "ola_vlm", "llava", 75)
+    assert len(differences) == 3 and differences == pytest.approx([5, 5, 5], abs=0.9)
+
+
+def test_an_arm_stands_before_what_it_is_compared_with():
+    """A difference above 0 says that content, or what was added, helps."""
+    asked = objective_results.families(list(arms.ARMS))
+    assert ("ola_vlm", "llava") in asked["against LLaVA"]
+    assert ("ola_vlm_shuffled", "llava") in asked["controls against LLaVA"]
+    assert ("ola_vlm", "ola_vlm_shuffled") in asked["against its control"]
+    assert ("words", "moments") in asked["against no content"]
+    assert ("words_ola_vlm", "words") in asked["on top of another"]
+    numbers = objective_results.collect(made_up({"llava": 0, "ola_vlm": 5, "ola_vlm_shuffled": 0.1}))
+    assert all(row["difference"] > 4 for row in numbers["comparisons"]["against its control"])
+
+
+def test_each_task_has_its_own_accuracies():
+    results = made_up({"llava": 0})
+    for result in results.values():
+        result["accuracy"] = {**result["accuracy"], "count": 0.9}
+    by_task = objective_results.collect(results)["by_task"]
+    assert by_task["count"]["llava"][75]["mean"] == pytest.approx(90)
+    assert by_task["depth"]["llava"][75]["mean"] < 70
+
+
+def with_a_later_point(result: dict) -> dict:
+    """A worse evaluation after the chosen one."""
+    (chosen,) = result["validation"]
+    later = copy.deepcopy(chosen)
+    later["step"] += 7
+    later["accuracy"]["average"] = 0.1
+    later["placement"]["token_norm"] = 99.0
+    return {**result, "validation": [chosen, later]}
+
+
+def test_what_is_told_of_a_result_is_of_its_chosen_step(tmp_path):
+    result = with_a_later_point(made_up({"llava": 0}, seeds=1)["llava", 0, 75])
+    assert objective_results.placement(result)["token_norm"] == 5
+    assert objective_results.placement(result)["validation"] > 50
+    file = objective_trial.result_file(tmp_path, "tune", "llava", 100, 75, SETTINGS)
+    objective_trial.write_json(file, result)
+    study = objectives.Study(tmp_path, SCALE, processes=1)
+    assert study.validated("llava", 100, 75, SETTINGS) == result["validation"][0]["accuracy"]["average"]
+
+
+def test_costs_are_of_pre_training_and_of_the_largest_fine_tuning():
+    results = made_up({"llava": 0}, seeds=2)
+    for (_, _, budget), result in results.items():
+        result["seconds"] = {"pretrain": 80.0} if budget == 0 else {"finetune": float(budget)}
+        result["peak_memory_mb"] += budget
+    costs = objective_results.cost_table(results)["llava"]
+    assert (costs["pretrain seconds"], costs["finetune seconds"], costs["peak memory MB"]) == (80, 6000, 900)
+
+
+def test_what_is_excluded_lies_outside_of_the_90_percent_interval():
+    row = {"p": 0.4, "p_holm": 1.0, "difference": 0.6, "ci90": [-1.0, 2.2], "ci95": [-1.4, 2.6]}
+    assert objective_report.verdict(row) == "not shown; excluded: above +2.2, below -1.0"
+    assert objective_report.verdict({**row, "p_holm": 0.04, "difference": -0.6}) == "worse"
+
+
+def test_figures_show_each_arms_own_numbers():
+    """Bars are half an interval to each side, a panel's chance is its task's, lengths are in those of a word."""
+    cells = {0: {"mean": 50.0, "ci95": [48.0, 52.0], "n": 2}, 75: {"mean": 60.0, "ci95": [57.0, 63.0], "n": 3}}
+    axis = Figure().subplots()
+    objective_report.draw_panel(axis, "count", {"llava": cells})
+    (bars,) = axis.containers
+    assert bars.lines[0].get_ydata().tolist() == [50, 60]
+    ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert ends == [[48, 52], [57, 63]]
+    (chance,) = [line for line in axis.get_lines() if line.get_label() == "chance"]
+    assert set(chance.get_ydata()) == {25}
+    assert objective_report.interval_text(50.0, 48.0, 52.0) == "50.0 ± 2.0"
+    assert objective_report.seeds_text(cells) == "2-3"
+
+
+def test_lengths_of_tokens_are_in_those_of_a_word(monkeypatch):
+    """Along fine-tuning, and along pre-trainings of other starts."""
+    drawn = []
+    for module in (objective_report, placement):
+        monkeypatch.setattr(module, "save_figure", lambda figure, *place, **options: drawn.append(figure))
+    looks = [{"step": 0, "token_norm": 6.0, "embedding_norm": 1.5, "largest_cosine": 0.3}]
+    objective_report.draw_placement(Path("placement.png"), {"llava": looks})
+    placement.draw(Path("placement.png"), [{"learning_rate": 1e-3, "start": 1.0, "along": looks}])
+    for figure in drawn:
+        lengths, cosines = (axis.get_lines()[0].get_ydata()[0] for axis in figure.axes)
+        assert (lengths, cosines) == (4, 0.3)
+
+
+def test_the_correlation_is_one_over_the_arms_means():
+    """Probed right after pre-training, whatever the answers' labels."""
+    results = made_up({"llava": 0, "ola_vlm": 5, "words": 10})
+    for (arm, seed, budget), result in results.items():
+        if budget > 0:
+            result["probes"]["test"]["0.1"]["depth"] = {"1": float(seed)}
+        elif seed == 0:
+            # A seed that tells the opposite of the others.
+            score = {"llava": 0.4, "ola_vlm": 0.3, "words": 0.2}[arm]
+            result["probes"]["test"]["0.1"]["depth"] = {"1": score}
+    rows = objective_results.probes_and_answers(results)
+    for row in rows:
+        means = np.array([np.mean(points, axis=0) for points in row["points"].values()])
+        assert row["r"] == pytest.approx(np.corrcoef(means.T)[0, 1]) and row["r"] > 0
+        assert all(probe < 1 for points in row["points"].values() for probe, _ in points)
+
+
+def test_probes_stand_beside_the_answers_of_their_own_seed():
+    """Seed 2 of LLaVA, probed right after pre-training and asked after 6,000 labels."""
+    results = made_up({"llava": 0, "ola_vlm": 5})
+    probed = objective_results.probe_scores(results)["llava", 2, 0]["depth"]
+    answered = 100 * results["llava", 2, 6000]["accuracy"]["average"]
+    (row,) = [row for row in objective_results.probes_and_answers(results) if row["budget"] == 6000]
+    assert row["points"]["llava"][2] == (probed, answered) and len(row["points"]["ola_vlm"]) == 4
+    assert row["n"] == 2 and "r" not in row  # two points make any line
+
+
+def test_placement_along_fine_tuning_begins_with_pretrainings_end():
+    results = made_up({"llava": 0}, seeds=2)
+    for seed, norm in ((0, 8.0), (1, 6.0)):
+        results["llava", seed, 0]["validation"][0]["placement"]["token_norm"] = norm
+    later = copy.deepcopy(results["llava", 1, 6000]["validation"][0])
+    later["step"] = 14
+    later["placement"]["token_norm"] = 4.5
+    results["llava", 1, 6000]["validation"].append(later)
+    along = objective_results.placement_along(results)["llava"]
+    assert [(point["step"], point["token_norm"], point["n"]) for point in along] == [
+        (0, 7, 2),
+        (7, 5, 2),
+        (14, 4.5, 1),
+    ]
 
 
 def test_one_seed_says_nothing(tmp_path):
@@ -583,6 +898,21 @@ def test_packed_results_come_back(tmp_path):
     objective_results.unpack(tmp_path)
     file = tmp_path / "results" / "confirm" / "ola_vlm" / "seed1_budget75.json"
     assert json.loads(file.read_text()) == results["ola_vlm", 1, 75]
+
+
+def test_packed_tuning_comes_back_and_is_not_run_again(tmp_path, capsys, monkeypatch):
+    """What an interrupted tuning has found goes on elsewhere."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    result = made_up({"ola_vlm": 0}, seeds=1)["ola_vlm", 0, 75]
+    file = objective_trial.result_file(first, "tune", "ola_vlm", 100, 75, SETTINGS)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(result))
+    objectives.main(["objectives", "--stage", "tune", "--report", "--out", str(first), "--pack", str(second)])
+    shown = f"| ola_vlm | {file.stem} | {100 * result['validation'][0]['accuracy']['average']:.2f} |"
+    assert shown in capsys.readouterr().out
+    objective_results.unpack(second)
+    back = objective_trial.result_file(second, "tune", "ola_vlm", 100, 75, SETTINGS)
+    assert objective_trial.read_result(back, {}) == result
 
 
 def test_probes_take_the_alpha_that_validation_chose_and_no_embeddings():

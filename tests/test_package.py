@@ -64,7 +64,8 @@ def test_the_wheel_has_every_room_and_its_files(wheel):
         if path.is_file() and not is_hidden and not in_the_root and parts[0] not in NOT_SHIPPED:
             expected.add(path.relative_to(ROOT).as_posix())
     assert expected <= names, sorted(expected - names)
-    assert {"py.typed", "docs/scene.png", "recipes/accelerate/fsdp2.yaml", "space/app.py"} <= names
+    assert {"py.typed", "docs/scene.png", "recipes/accelerate/fsdp2.yaml", "space/page.css"} <= names
+    assert {"convert/model_card.md", "eval/disagreements_page.html", "probing/layers_page.html"} <= names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 
 
@@ -86,7 +87,8 @@ def test_the_readme_works_in_an_empty_folder(wheel, tmp_path):
     assert parse_choice(chat.stdout, ["red object", "blue object"]), chat.stderr
     # The snippet's paths begin at the package; transformers knows of no other folder.
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    for path in ("miniature/weights/ola_vlm", "docs/scene.png"):
+    (checkpoint,) = re.findall(r"miniature/weights/\w+", example)
+    for path in (checkpoint, "docs/scene.png"):
         assert path in example
         example = example.replace(path, str(site / "ola_vlm" / path))
     snippet = subprocess.run([sys.executable, "-c", example], **options)

@@ -28,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipConfig,
     SiglipModel,
     TimmWrapperConfig,
@@ -445,6 +447,12 @@ def test_open_clip_checkpoints_that_do_not_fit(tmp_path):
     (tmp_path / "good" / "open_clip_config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="no trunk of timm's"):
         convert_tower(str(tmp_path / "good"))
+    vision = {"timm_model_name": "convnext_atto"}
+    without_std = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": {"mean": [0.4] * 3}}
+    for fields in ({}, {"model_cfg": 5}, without_std):
+        (tmp_path / "good" / "open_clip_config.json").write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=r"open_clip_config\.json is not as open_clip writes it \(\w+: .*fetch"):
+            convert_tower(str(tmp_path / "good"))
 
 
 def test_siglip_pair_as_tower(tiny_parts, tmp_path, monkeypatch):
@@ -486,3 +494,12 @@ def test_checkpoints_that_lack_weights_are_refused(tiny_parts, make_model, tmp_p
     model, _ = build_ola_vlm(str(tmp_path / "llava"), tiny_parts.language_model)
     for name, value in llava.model.vision_tower.state_dict().items():
         assert model.model.vision_tower.state_dict()[name].equal(value)
+
+
+def test_a_tower_that_takes_more_than_pixels_is_refused():
+    """SigLIP 2's NaFlex takes patches, a mask and their places."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = Siglip2VisionConfig(**sizes, patch_size=8)
+    config.image_size = 32
+    with pytest.raises(ValueError, match="Siglip2VisionModel takes more than an image's pixels: take another"):
+        measure_tower(Siglip2VisionModel(config))

@@ -1,8 +1,10 @@
-"""The plan's numbers against ones that are counted by hand."""
+"""The benchmarks' numbers against ones that are counted by hand: the plan's, packing's and density's."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import density
+import packing
 import plan
+from step import METHODS, Step
+
+from ola_vlm.targets.cache import _encode
 
 LLM = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLM |= {"num_key_value_heads": 2, "vocab_size": 128, "tie_word_embeddings": False}
@@ -118,6 +125,21 @@ def test_memory_of_each_strategy():
         plan.training_memory("FSDP3", 16, sizes)
 
 
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
+    """240 rows were counted as 256, and none at all on more GPUs than rows."""
+    assert plan.rows_a_gpu(256, 16) == 16
+    monkeypatch.setattr(plan, "count_teachers", None)
+    for gpus, match in (
+        ("24", "--batch 256 doesn't divide among --gpus 24: give a batch of 240 or 264"),
+        ("300", "--batch 256 doesn't divide among --gpus 300: give a batch of 300"),
+        ("0", "--gpus is 0: give at least 1"),
+    ):
+        monkeypatch.setattr("sys.argv", ["plan.py", "--gpus", gpus])
+        with pytest.raises(SystemExit):
+            plan.main()
+        assert match in capsys.readouterr().err
+
+
 def test_checkpoints_on_disk():
     """DeepSpeed's have the weights twice, for `from_pretrained` and for resuming."""
     sizes = plan.Sizes(trained=8_000_000_000, frozen=300_000_000, block=0, root=0)
@@ -125,3 +147,159 @@ def test_checkpoints_on_disk():
         on_disk = plan.checkpoint_bytes(strategy, sizes)
         assert on_disk == {"model": 16.6e9, "resume": 32.6e9 + 64e9, "save_only_model": 32.6e9}
     assert plan.checkpoint_bytes("ZeRO-2", sizes)["resume"] == 2 * 16.6e9 + 96e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_that_the_step_benchmark_times_learns(method):
+    """Its losses are there, and its projector moves; the language model doesn't, as in pre-training."""
+    measured = Step(method, hidden_size=64, rows=1)
+    model = measured.trainer.model
+    projector = model.model.multi_modal_projector.linear_1.weight
+    language_model = model.model.language_model.layers[0].mlp.up_proj.weight
+    before = projector.detach().clone(), language_model.detach().clone()
+    measured()
+    assert not projector.equal(before[0]) and language_model.equal(before[1])
+    sums = measured.trainer._sums["train"]
+    assert sums["loss/ntp"] > 0
+    for task in model.config.tasks:
+        assert sums[f"loss/{task['name']}/{task['layers'][0]}/{task['loss']}"] > 0
+    assert len(measured.teachers) == (3 if method == "OLA-VLM, with teachers" else 0)
+
+
+# What the plan prints -----------------------------------------------------------------------------------------------
+ONE_BILLION = plan.Sizes(trained=1_000_000_000, frozen=0, block=0, root=0)
+
+
+def test_hours_and_memory_of_pretraining(monkeypatch, capsys):
+    """4 GPUs at half of 100 TFLOP/s take 20 s for 1 PFLOP each; 3,200 images are 100 steps of 32."""
+    asked = []
+
+    def count_step(config, rows, words, supervised, dtype, checkpointing, batch):
+        asked.append((rows, words, supervised, batch))
+        return {"flops": 1e15, "kept": 1e9, "columns": 2e9, "sizes": ONE_BILLION}
+
+    monkeypatch.setattr(plan, "count_step", count_step)
+    args = Namespace(gpus=4, peak_tflops=100, utilisation=0.5, images=3200, words=9, supervised=3, batch=32)
+    plan.print_pretraining(args)
+    assert set(asked) == {(8, 9, 3, 32)} and len(asked) == 6
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("  LLaVA", "  OLA-VLM"))]
+    hours = round(20 * 100 / 3600, 2)
+    for line in lines:
+        title, numbers = line[:34], line[34:].split()
+        # Weights, gradients, moments, and copies in flight: 4 + 4 + 8 + 6 bytes a parameter.
+        assert list(map(float, numbers)) == [4.0, 20.0, hours, 1.0, 2.0, 22.0, 25.0], title
+    assert len(lines) == 6
+
+
+def test_memory_of_finetuning_is_of_the_strategys_own_step(monkeypatch, capsys):
+    """Only DDP's products cast the weights; what doesn't fit is said."""
+
+    def count_step(config, rows, words, supervised, dtype, stage, checkpointing, is_sharded):
+        # An image's tokens, the task tokens and the words are a row as long as they come.
+        assert config.image_seq_length + len(config.task_token_ids) + words == 2048
+        return {"kept": 5e9 if is_sharded else 70e9, "sizes": ONE_BILLION}
+
+    monkeypatch.setattr(plan, "count_step", count_step)
+    plan.print_finetuning(Namespace(gpus=10, finetune_rows=8, finetune_supervised=700))
+    starts = tuple(f"  {strategy} " for strategy in plan.STRATEGIES)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(starts)]
+    assert len(lines) == 8
+    for line in lines:
+        strategy, *numbers = line.replace("more than 80", "").split()
+        *_, kept, whole = map(float, numbers)
+        assert kept == (70 if strategy == "DDP" else 5)
+        assert whole == pytest.approx(sum(map(float, numbers[:-1])), abs=0.3)
+        assert ("more than 80" in line) == (strategy == "DDP")
+
+
+def test_the_cache_takes_as_many_bytes_a_number_as_planned():
+    for storage, size in plan.BYTES.items():
+        stored = _encode(torch.randn(3, 4, 1024), getattr(torch, storage))
+        assert sum(part.nbytes for part in stored.values()) == 3 * 4 * 1024 * size
+
+
+# Packing ------------------------------------------------------------------------------------------------------------
+def test_tokens_and_flops_of_batches():
+    """Two sequences, of two rows and of one, and a batch of a single row; a layer of Llama-3-8B has 218,103,808
+    weights."""
+    batches = packing.Batches([[[3, 2], [2]], [[1]]], is_packed=True)
+    assert (batches.needed, batches.computed) == (8, 2 * 5 + 1)
+    joined = batches._replace(padding_free=True)
+    assert (joined.needed, joined.computed) == (8, 8)
+    within_rows = (3**2 + 2**2 + 2**2 + 1) / 2
+    of_sequences = 5**2 + 5**2 + 1
+    assert batches.flops(skips=True) == 32 * (2 * 218_103_808 * 11 + 4 * 4096 * within_rows)
+    assert batches.flops(skips=False) == 32 * (2 * 218_103_808 * 11 + 4 * 4096 * of_sequences)
+    assert joined.flops(skips=True) == 32 * (2 * 218_103_808 * 8 + 4 * 4096 * within_rows)
+
+
+def test_every_row_is_in_one_batch():
+    lengths = np.random.default_rng(0).integers(10, 60, 50)
+    packed = packing.packed_batches(lengths, max_length=100, sequences=4)
+    assert packed.is_packed and all(len(batch) == 4 for batch in packed.batches[:-1])
+    sequences = [rows for batch in packed.batches for rows in batch]
+    assert max(map(sum, sequences)) <= 100
+    assert sorted(length for rows in sequences for length in rows) == sorted(lengths)
+    one_each = packing.random_batches(lengths, rows=8)
+    assert sorted(rows for batch in one_each.batches for rows in batch) == [[length] for length in sorted(lengths)]
+    assert not one_each.is_packed and one_each.needed == packed.needed == lengths.sum()
+
+
+def test_made_up_lengths_are_as_long_as_published(monkeypatch):
+    """The mixture's rows, how many have no image, and a source's mean, which the spread doesn't move."""
+    lengths, has_image = packing.make_rows()
+    assert (len(lengths), int((~has_image).sum()), lengths.max()) == (665_298, 40_688, packing.MAX_LENGTH)
+    monkeypatch.setattr(packing, "SOURCES", {"one": packing.Source(20_000, 300, 0.4)})
+    lengths, has_image = packing.make_rows()
+    assert lengths.mean() - 576 - 35 == pytest.approx(300, rel=0.01) and has_image.all()
+
+
+def test_batches_to_time_are_of_all_sizes():
+    epoch = packing.Batches([[[need]] for need in (5, 3, 6, 1, 4, 2)], is_packed=True)
+    chosen = packing.evenly(epoch, 3)
+    assert chosen.batches == [[[2]], [[4]], [[6]]] and chosen.is_packed
+
+
+# Density ------------------------------------------------------------------------------------------------------------
+SOURCE = """\
+# a comment of its own
+
+x = {"a": 1} | y
+m |= {"a": 1}
+flags = first | second
+a, b = 1, 2
+c = d if e else f
+g = [[i for i in row] for row in rows]
+h = [i for row in rows for i in row]
+k = [i for i in row]
+print(n := 3)
+call(*a, *b, c)
+def f():
+    # why
+    return 1
+"""
+
+
+def test_what_is_packed_into_lines_is_counted(tmp_path):
+    (tmp_path / "x.py").write_text(SOURCE)
+    found = density.measure(tmp_path / "x.py")
+    code = [line for line in SOURCE.splitlines() if line and not line.strip().startswith("#")]
+    assert (found.code_lines, found.comment_lines, found.characters) == (12, 2, sum(map(len, code)))
+    # Neither bits that are joined, nor the inner comprehension once more, nor one over a single loop.
+    expected = {"merges": 2, "tuples": 1, "nested": 2, "conditionals": 1, "walruses": 1, "splats": 2}
+    assert found.packings == expected and found.function_lengths == [3]
+
+
+def test_a_row_of_the_density_table():
+    """Rates are per 1,000 code lines; of ten functions of 1 to 10 lines the ninth marks 90%."""
+    first = density.Density(150, 6000, 20, density.Counter(merges=1), [10, 1, 9, 2, 8])
+    first.add(density.Density(50, 2000, 10, density.Counter(merges=1, splats=3), [3, 7, 4, 6, 5]))
+    assert first.row() == [200, 10, 0, 0, 0, 0, 15, 15, 40, 9]
+    assert density.Density().row() == [0] * 10
+
+
+def test_density_is_of_the_product():
+    rooms = {density.room_of(file) for file in density.product_files()}
+    assert {"(root)", "training", "space", "benchmarks", "docs"} <= rooms and "tests" not in rooms
+    assert not any("weights" in file.parts for file in density.product_files())

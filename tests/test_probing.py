@@ -29,7 +29,15 @@ from ola_vlm.eval import correlation, target_tasks
 from ola_vlm.inference.checkpoints import load_checkpoint, weights_state
 from ola_vlm.probing import figures, run
 from ola_vlm.probing.fit import batches, fit
-from ola_vlm.probing.probes import Probes, centered_cosine, flat_cosine, load_probes, score
+from ola_vlm.probing.probes import (
+    Familiarity,
+    Probes,
+    centered_cosine,
+    flat_cosine,
+    load_probes,
+    mean_states,
+    score,
+)
 from ola_vlm.probing.resampler import ResamplerFit
 from ola_vlm.probing.ridge import RidgeFit, RidgeProbe, choose_alpha
 from ola_vlm.probing.states import ImageStates, StateReader, to_positions
@@ -271,6 +279,32 @@ def test_the_alpha_is_chosen_on_validation(make_model):
     assert choose_alpha([one | two], "depth") == 2.0 and choose_alpha([one | two, other], "depth") == 1.0
 
 
+def test_one_alpha_is_the_best_of_all_models_together(tmp_path):
+    """Not the first one's, though it is the best there."""
+    of_models = {"one": (0.50, 0.49), "two": (0.1, 0.4)}
+    for model, scores in of_models.items():
+        by_alpha = {
+            alpha: {"depth": {"0": {"ridge": score}}} for alpha, score in zip(("0.1", "1.0"), scores, strict=True)
+        }
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "validation.json").write_text(json.dumps(by_alpha))
+    options = SimpleNamespace(out=tmp_path)
+    probed = {"is_ridge": True, "fitted_file": "validation.json", "tasks": [{"name": "depth"}], "options": options}
+    assert run.choose_alphas(SimpleNamespace(models=list(of_models), **probed)) == {"depth": 1.0}
+    assert run.choose_alphas(SimpleNamespace(models=["one"], **probed)) == {"depth": 0.1}
+
+
+def test_99_of_100_images_are_like_those_that_probes_were_fitted_on():
+    """By their states where the language model gets them."""
+    states = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    familiarity = Familiarity.fit(states)
+    assert (familiarity.distance(states) > familiarity.limit).sum() == 2
+    hidden = [torch.full((2, 5, 3), float(layer)) for layer in (7, 8, 9)]
+    columns = [torch.arange(4)] * 2
+    at_entry = ImageStates(hidden, torch.ones(2, 5, dtype=torch.bool), columns, [(2, 2)] * 2)
+    assert mean_states(at_entry).equal(torch.full((2, 3), 7.0))
+
+
 def test_plain_llava(make_model, tmp_path):
     model, processor = make_model(tasks=[])
     model.save_pretrained(tmp_path)
@@ -284,7 +318,10 @@ def test_plain_llava(make_model, tmp_path):
 SIZES = [(32, 32), (96, 32), (24, 64), (64, 64)]
 GRIDS = {  # with the student's own geometry
     "qwen2_5_vl": [(2, 2), (2, 6), (4, 2), (4, 4)],
+    "qwen3_vl": [(2, 2), (2, 6), (4, 2), (4, 4)],
+    "gemma3": [(2, 2)] * 4,
     "idefics3": [(2, 2)] * 4,
+    "internvl": [(2, 2)] * 4,
     "llava_next": [(4, 4)] * 4,
 }
 
@@ -372,6 +409,16 @@ def test_the_references_probes_are_converted(task, tmp_path, capsys):
     save_file(weights | {f"image_{task}_heads.1.projector.latents": torch.ones(1)}, source / "model.safetensors")
     with pytest.raises(SystemExit, match=r"image_\w+_heads.1.projector.latents"):  # a head without a layer
         reference.main([str(source), str(tmp_path / "out")])
+    for fields, match in (
+        (config, f"lacks 'image_{task}', which the reference's checkpoints have"),
+        ({"probe_mode": task}, "lacks 'num_hidden_layers', which"),
+        (config | {f"image_{task}": 5}, "as the reference never does"),
+        (config | {"num_hidden_layers": "1", f"image_{task}": size}, "as the reference never does"),
+        (config | {"probe_mode": [task]}, "only gen, depth and seg are known"),
+    ):
+        (source / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(SystemExit, match=match):
+            reference.main([str(source), str(tmp_path / "out")])
 
 
 def resampler_fit(
@@ -458,7 +505,9 @@ def test_standardized_targets_are_restored(make_model, tmp_path):
     model, processor = make_model()
     targets = {"depth": 100 + 20 * random_targets()["depth"]}
     statistics = {"depth": TargetStatistics.fit([targets["depth"][:16]])}
-    probes = resampler_fit(model, processor, targets, statistics=statistics).finish()
+    fitter = resampler_fit(model, processor, targets, statistics=statistics)
+    assert fitter.losses["depth"] < 2  # in deviations of the targets
+    probes = fitter.finish()
     probes.save(tmp_path)
     states = StateReader(model, processor)(TEST)
     for one in (probes, load_probes(tmp_path)):
@@ -683,7 +732,7 @@ def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--images", "EMPTY"], "has no images .* and no rows"),
+        (["--images", "EMPTY"], "has no images .* and no data files"),
         (["--images", "nowhere/at/all"], "is no folder"),
         (["--targets", "depth", "motion"], "no task motion: choose one of gen, depth, seg"),
         (["--out", "EMPTY/.."], "is not empty and not of `ola-vlm probe`"),
@@ -709,6 +758,68 @@ def test_the_command_refuses_other_models_and_settings(study, tiny_parts, tmp_pa
     (changed / "model.safetensors").touch()
     with pytest.raises(SystemExit, match="with other weights: choose another --out"):
         run_probe(study, tmp_path / "out", "--targets", "gen", models=[str(changed)])
+
+
+def test_models_whose_paths_become_one_name_have_folders_of_their_own(study, tmp_path, monkeypatch):
+    """runs/a_b and runs_a/b; the one that is there keeps the plain name, as folders of earlier calls have it."""
+    names = ["runs/a_b", "runs_a/b"]
+    for name, model in zip(names, study.models, strict=False):
+        shutil.copytree(model, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    found = run_probe(study, Path("out"), "--targets", "gen", models=names)["models"]
+    assert found[names[0]]["folder"] == "runs_a_b" != found[names[1]]["folder"]
+    for name in names:
+        assert found[name]["weights"] == weights_state(name)
+        assert load_probes(Path("out", found[name]["folder"])).about["model"] == name
+    assert found[names[0]]["scores"] != found[names[1]]["scores"]
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "load_checkpoint", None)
+        # A slash at the end makes no other model.
+        again = run_probe(study, Path("out"), "--targets", "gen", models=[f"{names[1]}/"])["models"]
+    assert again == found
+
+
+def test_a_call_that_failed_before_it_fitted_anything_binds_none_after_it(study, tmp_path):
+    """The teacher's path was mistyped."""
+    out = tmp_path / "out"
+    wrong = [one.replace('/clip_image"', '/clip_imag"') for one in study.recipe]
+    with pytest.raises(SystemExit, match=r"there is no folder .*clip_imag "):
+        run.main([study.models[0], *wrong, "--out", str(out), "--targets", "gen"])
+    found = run_probe(study, out, "--targets", "gen", models=study.models[:1])
+    assert found["run"] == json.loads((out / "settings.json").read_text())
+    # From then on it has probes.
+    with pytest.raises(SystemExit, match="has probes with another seed"):
+        run.main([study.models[0], *study.recipe, "--out", str(out), "--targets", "gen", "--seed", "5"])
+
+
+def test_an_out_has_probes_of_one_split(study, tmp_path):
+    """An image without a target drops out, and all others are split otherwise: some that were fitted would be held
+    out."""
+    images = tmp_path / "images"
+    shutil.copytree(study.root / "data" / "images", images)
+    options = ["--images", str(images), "--targets", "gen", "--on_bad_rows", "drop"]
+    run_probe(study, tmp_path / "new", *options, models=study.models[:1])
+    next(images.glob("train_*")).write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match=r"was probed in .* when other images had no target: choose another --out"):
+        run_probe(study, tmp_path / "new", *options, models=study.models[:1])
+
+
+def test_statistics_that_were_deleted_are_made_again_if_an_alpha_changes(study, probed, tmp_path):
+    """As docs/probing.md promises; scores made with another alpha are made anew."""
+    before, out = probed[1], tmp_path / "out"
+    shutil.copytree(probed[0], out)
+    folder = out / before["models"][study.models[0]]["folder"]
+    (folder / "fit.safetensors").unlink()
+    scores = json.loads((folder / "scores.json").read_text())
+    scores["alphas"]["gen"] *= 10
+    (folder / "scores.json").write_text(json.dumps(scores))
+    (folder / "probes.safetensors").unlink()
+    after = run_probe(study, out, models=study.models[:1])
+    assert after["alphas"] == before["alphas"]
+    for task, layers in before["models"][study.models[0]]["scores"].items():
+        for layer, values in layers.items():
+            assert after["models"][study.models[0]]["scores"][task][layer] == pytest.approx(values, abs=1e-6)
+    assert (folder / "fit.safetensors").exists()
 
 
 def test_rows_of_a_data_set_give_images(study, tmp_path):
@@ -805,6 +916,43 @@ def test_the_most_similar_image_of_the_gallery_stands_for_an_embedding():
     extractor = SimpleNamespace(encode=lambda images: torch.tensor([[[100.0 + number(image)]] for image in images]))
     gallery = target_tasks.Gallery(pictures, encoder, extractor, batch_size=3)
     assert gallery.nearest(torch.tensor([[2.0, 1], [-3, 1], [1, -2]])).tolist() == [[100], [101], [103]]
+
+
+def test_decoded_images_are_compared_with_those_that_were_asked_about(monkeypatch):
+    """And not with the gallery, which has others."""
+    pictures = [Image.new("RGB", (4, 4), (10 * i, 0, 0)) for i in range(6)]
+
+    def features(images) -> torch.Tensor:
+        return torch.tensor([[[float(image.getpixel((0, 0))[0])]] for image in images])
+
+    sides = []
+    monkeypatch.setattr(target_tasks, "frechet_distance", lambda *both: sides.append(both) or 1.0)
+    gallery = SimpleNamespace(
+        extractor=SimpleNamespace(encode=features),
+        features=torch.full((4, 1), 99.0),
+        nearest=lambda embeddings: embeddings + 5,
+    )
+    tally = target_tasks.Tally({"gen": SimpleNamespace(target_length=1)}, gallery)
+    for start in (0, 3):
+        images = pictures[start : start + 3]
+        tally.add([{"image": ""}], images, lambda images: [("gen", "probe 1", features(images))])
+    assert tally.scores()["gen"]["probe 1"] == {"Frechet distance": 1, "n": 6}
+    ((decoded, real),) = sides
+    assert decoded[:, 0].tolist() == [5, 15, 25, 35, 45, 55] and real[:, 0].tolist() == [0, 10, 20, 30, 40, 50]
+
+
+def test_each_models_predictors_are_restored_by_its_own_statistics(study, probed, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(probed[0], out)
+    asked = []
+    monkeypatch.setattr(target_tasks, "statistics_of", lambda model: {"of": model})
+    monkeypatch.setattr(target_tasks, "load_checkpoint", lambda model, *how: (model, None))
+    monkeypatch.setattr(Probes, "reader", lambda self, model, processor: model)
+    monkeypatch.setattr(target_tasks, "of_model", lambda *parts: asked.append(parts) or (lambda images: []))
+    monkeypatch.setattr(target_tasks, "of_teachers", lambda *parts: lambda images: [])
+    target_tasks.main([str(out), "--miniature", str(study.root), "--max_images", "1"])
+    assert len(asked) == len(probed[1]["models"]) > 1
+    assert all(statistics["of"] == model for model, _, statistics in asked)
 
 
 def test_no_image_stands_for_itself(study, probed, monkeypatch):

@@ -14,16 +14,21 @@ from hub_server import serve
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_remote_code import run_without_the_package
 from training_helpers import llava_sample, write_llava
 
 from ola_vlm.convert import push
+from ola_vlm.eval.reading import parse_choice
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
+from ola_vlm.recipes import miniature
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.run_record import moved
 
 ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "miniature/weights"
 LOAD = """
 import torch
 from peft import PeftModel
@@ -68,7 +73,7 @@ def runs(make_model, tmp_path_factory):
         train(OlaVlmArguments(str(folder / out), **(fields | more)))
     statistics = folder / "finetune" / "target_statistics"
     statistics.mkdir()
-    shutil.copy(ROOT / "miniature/weights/ola_vlm/target_statistics/gen.safetensors", statistics)
+    shutil.copy(WEIGHTS / "ola_vlm/target_statistics/gen.safetensors", statistics)
     return folder
 
 
@@ -154,8 +159,9 @@ def test_the_card_tells_what_was_done_and_not_what_was_planned(tmp_path):
     fields |= {"learning_rate": 0.001, "data": "org/data", "recipe": None, "lora_rank": 0}
     depth = {"depth": {"encoder": "depth_anything", "path": "org/first", "license": "mit"}}
     seg = {"seg": {"encoder": "oneformer", "path": "org/second", "license": "cc-by-nc-4.0"}}
+    gen = {"gen": {"encoder": "clip_image", "path": "org/third"}}
     first = fields | {"stage": "pretrain", "seed": 1, "max_steps": 700, "language_model": "org/llm", "processes": 8}
-    first |= {"teachers": depth | seg, "tasks": [{"name": "depth"}]}
+    first |= {"teachers": depth | seg | gen, "tasks": [{"name": "depth"}], "data": "org/captions"}
     # It was given epochs, and stopped early.
     last = fields | {"stage": "finetune", "seed": 2, "max_steps": -1, "started_from": first, "processes": 4}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
@@ -170,19 +176,55 @@ def test_the_card_tells_what_was_done_and_not_what_was_planned(tmp_path):
     assert [stages["finetune"][name] for name in counted] == ["345", "24", "0.001", "2"]
     taught = {row["task"]: set(row.values()) for row in rows if "task" in row}
     assert {"`org/first`", "mit"} <= taught["depth"] and {"`org/second`", "cc-by-nc-4.0"} <= taught["seg"]
-    assert card.data.base_model == ["org/llm"]
+    assert card.data.base_model == ["org/llm"] and card.data.datasets == ["org/captions", "org/data"]
+    # Whichever teacher it is that restricts the use, or says nothing of it; and fine-tuning came after the predictors.
+    limits = str(card).split("## Limits")[1]
+    assert "its teachers' licenses: seg (cc-by-nc-4.0)" in limits
+    assert "A teacher's license was not recorded" in limits and "predictors are those of pre-training" in limits
 
 
 def test_a_checkpoint_of_which_nothing_is_known(tmp_path, capsys):
-    """The shipped LLaVA, and a study's report as its results."""
+    """The shipped LLaVA without its record, and a study's report as its results."""
+    unknown = tmp_path / "unknown"
+    shutil.copytree(WEIGHTS / "llava", unknown, ignore=shutil.ignore_patterns("run.json", "README.md"))
     seeds = [{"accuracy": {"count": 0.8, "average": 0.7}}, {"accuracy": {"count": 0.9, "average": 0.8}}]
     (tmp_path / "report.json").write_text(json.dumps({"methods": {"llava": {"seeds": seeds}}}))
-    push.main([str(ROOT / "miniature/weights/llava"), "me/x", "--dry-run", "--results", str(tmp_path)])
+    push.main([str(unknown), "me/x", "--dry-run", "--results", str(tmp_path)])
     text = capsys.readouterr().out
     assert "Not recorded: there was no run.json" in text and "taught to predict" not in text
     (row,) = (row for row in table_rows(text) if "llava" in row.values())
     assert row["training seeds"] == "2"
     assert [cell for cell in row.values() if "±" in cell] == ["85.0 ± 7.1", "75.0 ± 7.1"]
+
+
+@pytest.mark.parametrize("method", miniature.METHODS)
+def test_a_shipped_checkpoint_has_its_record_and_a_card_that_fits(method, capsys, monkeypatch):
+    """Its runs are the recipe's, its paths the repository's own; its card's example is answered rightly."""
+    monkeypatch.chdir(ROOT)
+    record = json.loads((WEIGHTS / method / "run.json").read_text())
+    stages = {"pretrain": record["started_from"], "finetune": record}
+    for stage, run in stages.items():
+        made = OlaVlmArguments(**getattr(miniature, stage)(method)).to_dict()
+        for name in run["identity"].keys() & made.keys() - {"data", "teachers"}:
+            made_elsewhere = json.loads(json.dumps(moved(made[name], {str(ROOT): ""})))
+            assert run[name] == made_elsewhere, (stage, name)
+        assert (run["recipe"], run["finished_steps"]) == (miniature.recipe_name(method, stage), run["max_steps"])
+    text = (WEIGHTS / method / "README.md").read_text()
+    for content in (json.dumps(record), text):
+        assert not re.search(r'"(?:/|[A-Z]:)|/home/|/tmp/|/root/', content)
+    push.main([f"miniature/weights/{method}", "me/x", "--dry-run", "--license", "apache-2.0"])
+    card = capsys.readouterr().out
+    assert "scene.png" in card.split("\n```\n")[-1].split()
+    assert "world of rendered scenes" in text and "not recorded" not in text
+    assert push.training_text(push.history(WEIGHTS / method), {"tasks": []})[:100] in text
+    (usage,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(usage)
+    assert parse_choice(capsys.readouterr().out, ["red object", "blue object"]) == "(A)"
+
+
+@pytest.mark.parametrize(("folder", "expected"), [("miniature/weights/llava", push.SCENE), ("", push.PHOTOGRAPH)])
+def test_a_cards_example_asks_in_words_that_the_model_has(folder, expected, runs):
+    assert push.example_of(ROOT / folder if folder else runs / "finetune") == expected
 
 
 def test_wrong_input_is_refused_before_anything_is_sent(runs, tmp_path, monkeypatch):
@@ -203,6 +245,11 @@ def test_wrong_input_is_refused_before_anything_is_sent(runs, tmp_path, monkeypa
     for name in ("processor_config.json", "model.safetensors"):
         (tmp_path / "whole" / name).unlink()
     refused(tmp_path / "whole", "me/x", match=r"whole lacks model\.safetensors, processor_config\.json: save")
+    shutil.copytree(runs / "finetune", tmp_path / "lacking")
+    weights = load_file(tmp_path / "lacking" / "model.safetensors")
+    del weights[next(name for name in weights if "layernorm" in name)]
+    save_file(weights, tmp_path / "lacking" / "model.safetensors", {"format": "pt"})
+    refused(tmp_path / "lacking", "me/x", match="has no weights for OlaVlm.*layernorm.*: give a whole checkpoint")
     (tmp_path / "whole" / "config.json").write_text("{")
     refused(tmp_path / "whole", "me/x", match="is no JSON")
 
@@ -234,6 +281,12 @@ def test_results_go_to_the_hubs_leaderboards(runs, tmp_path, hub, capsys):
     (tmp_path / "results.json").write_text(json.dumps(record))
     _, (entry,), files = push.evaluation([str(tmp_path)])
     assert files == {} and entry.dataset_type == "cvbench"
+    # Its name would become a file's in the repository.
+    for name in ("../../x", ".x", "a/b", ""):
+        record["run"] |= {"revision": "main", "data": "nyu-visionx/CV-Bench", "benchmark": name}
+        (tmp_path / "results.json").write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=r"names a benchmark '.*', which `ola-vlm eval` doesn't have"):
+            push.evaluation([str(tmp_path)])
 
 
 def test_names_are_the_hubs_and_shards_the_checkpoints(runs, tmp_path, monkeypatch):

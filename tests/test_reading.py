@@ -1,5 +1,7 @@
 """Which option an output states."""
 
+import time
+
 import pytest
 
 from ola_vlm.eval.reading import final_answer, parse_choice
@@ -43,17 +45,108 @@ STATED = {
         "<answer>The right box",
         "I see A first. \\boxed{\\text{B}}",
         '{"reasoning": "A is left", "answer": "B"}',
-        "答案：B",  # noqa: RUF001
+        "答案：B",  # noqa: RUF001 (Chinese marks)
         "正确答案是B",
         "答えはB",
+        "A是错的，答案是B",  # noqa: RUF001 (Chinese marks)
+        "不是A，是B",  # noqa: RUF001 (Chinese marks)
         "La respuesta es B",
         "Die Antwort ist B.",
         "Ответ: B",
+        "{'answer': 'B'}",
+        "The answer is 'B'.",
+        "option b",
+        "A, C and D are wrong. So B.",
+        "A, C, and D can be eliminated, leaving B",
+        "At first I thought A, but it is B.",
+        "The answer is A? No, it's B.",
+        "A is possible, but B is more likely",
+        "No doubt it's B",
+        "I choose b",
+        "Verdict: B",
+        "Cevap: B",
+        "选项B正确",
+        "답은 B입니다",
+        "La risposta corretta è B",
+        "La respuesta no es A, es B",
+        "Die Antwort ist nicht A, sondern B",
+        "Ce n'est pas A, c'est B",
+        "The right box (B)",
+        "The answer is A, no wait, B",
+        "Answer: A\n\nActually, I made a mistake. B.",
+        "People say the answer is A but they are wrong: the answer is B",
+        "<solution>B</solution>",
+        "<p>The answer is <strong>B</strong></p>",
+        "B<|im_end|>",
+        "**Option B** is the best match.",
+        "- A: \u2717\n- B: \u2713\n- C: \u2717",
+        "A. The left box - wrong\nB. The right box - right\nC. Near - wrong",
+        "Let's see if option A is right. It is not. So B.",
+        "The answer is (B) if the camera is level.",
+        "The answer is B unless the picture is not upright.",
+        "It's b.",
+        "I guess b",
+        "La respuesta es la opción B.",
+        "Die richtige Antwort lautet B.",
         "the right box",
         "The left box is far. The answer is the right box.",
         "The left box is excluded. It is the right box.",
+        # A letter that is taken back.
+        "A... no, B.",
+        "A, no, B.",
+        "A? No: B",
+        "A? B!",
+        "A. Hmm, no. B.",
+        "A, sorry, B.",
+        "A, or rather B.",
+        "A, I mean B.",
+        "The answer is A... no, B.",
+        "The answer is A. Hold on, B.",
+        "A. Let me double-check. B.",
+        "~~A~~ B",
+        # Other people's answers, and the speaker's own.
+        "Many would answer A. But it is B.",
+        "You might think the answer is A, but it's B.",
+        "To answer, A is farther. So B.",
+        "I would answer B.",
+        # Check boxes.
+        "- [ ] A\n- [x] B",
+        "( ) A\n(x) B",
+        "❌ A\n✅ B",
+        "A [ ]\nB [x]",
+        # Other tags and tokens.
+        "[THINK]maybe A[/THINK]B",
+        "<|begin_of_thought|>A<|end_of_thought|><|begin_of_solution|>B<|end_of_solution|>",
+        "<unused94>thought\nA<unused95>B",
+        "<answer>$\\boxed{B}$</answer>",
+        "\\boxed B",
+        "{\\bf B}",
+        "B<end_of_turn>",
+        # More words for it.
+        "So the answer's B.",
+        "It has to be B.",
+        "It's actually B.",
+        "B seems most plausible.",
+        "I vote for B.",
+        "That's B.",
+        "My final decision is B",
+        "The answer is B, A is farther away",
+        "Svaret är B",
+        "Jawabannya adalah B",
+        "Đáp án là B",
     ],
-    "(A)": ["A", "a", "(a)", "The answer is a", "Answer (A)", "A is right"],
+    "(A)": [
+        "A",
+        "a",
+        "(a)",
+        "The answer is a",
+        "Answer (A)",
+        "A is right",
+        "To answer the question: A",
+        "I answer A.",
+        "B... no, A.",
+        "I assume the answer is A.",
+    ],
     None: [
         "",
         "(A) (B)",
@@ -65,13 +158,84 @@ STATED = {
         "The answer is A or B",
         "Answer: A, B",
         "(A) The left box (B) The right box",
+        "Answer: (A)(B)",
+        "Answer: A and/or B",
+        "Option A: 20%. Option B: 80%.",
         "Option A is wrong.",
         "The answer is not A.",
+        "The answer is anything but A",
+        "All but A",
+        "Anything except A",
+        "I doubt it's A",
+        "If the answer is A, then the left one would be nearer.",
+        "The answer would be A if the left one were nearer.",
+        "Is the answer A?",
+        "Could it be A? Could it be B?",
+        "The answer is A or possibly B.",
+        "B. The right box is not the answer.",
+        "Whether it is A depends on whether it is B",
+        # What is said of an option isn't that it is chosen.
+        "A is impossible",
+        "A is invalid",
+        "A is less likely",
+        "I disagree with A",
+        "A: no",
+        "A seems off",
+        "A is farther",
+        "A vs B",
+        "Answer: A B",
+        "Choose from A, B, C, D",
+        "The answer is A. Wait, A is farther away",
+        "Nicht A",
+        "La respuesta no es A",
+        "Die Antwort ist nicht A",
+        "Ответ не A",
+        "答えはAではありません",
+        "정답은 A가 아닙니다",
         "A red ball",
         "I think so",
         "E",
         "<think>it may be B",
         "The left box or the right box",
+        # What others would say, or anybody in another case.
+        "Many would answer A.",
+        "One might answer A.",
+        "People would choose A.",
+        "You could choose A.",
+        "A child would choose A",
+        "To answer, A is farther.",
+        "Assume that the answer is A",
+        "Let the answer be A.",
+        "If you choose A, then the rest is far",
+        "A if it's left, B if it's right",
+        "The answer depends: A if left, B if right",
+        "If it is left, the answer is A. If it is right, the answer is B.",
+        # An echo of the instruction.
+        "For example, if your answer is the option A, answer (A).",
+        "Please choose A, B, C or D",
+        # Several.
+        "Maybe it's A, maybe it's B",
+        "Either A or B is right",
+        "A is correct and B is correct",
+        "A is correct. B is correct.",
+        "Answer: A B C",
+        "The answer is A|B",
+        "The answer is A; B",
+        "A to D",
+        "A? B?",
+        # Of an option.
+        "(A) is farther",
+        "(A) says left",
+        "Option A mentions the left box",
+        "A is actually farther",
+        "B is actually wrong",
+        "B is the only one visible",
+        "A is left",
+        "The worst answer is A",
+        "The least likely answer is A",
+        "The answer to question A is unknown",
+        "A, no",
+        "C++",
     ],
 }
 
@@ -83,12 +247,79 @@ def test_the_stated_answer_counts(expected, output):
     assert parse_choice(output, BOXES) == expected
 
 
+def test_an_article_is_no_answer():
+    assert parse_choice("A person stands near a box.", ["1", "2"]) is None
+    assert parse_choice("A person stands near a box.", ["Near", "Far"]) == "(A)"
+    assert parse_choice("A person stands near a box.", ["Far", "Near"]) == "(B)"
+
+
 def test_options_that_are_letters_themselves():
     choices = ["B is closer", "A is closer"]
     assert parse_choice("A is closer", choices) == "(B)"
     assert parse_choice("(A) B is closer", choices) == "(A)"
     assert parse_choice("B", choices) == "(B)"
     assert parse_choice("10", ["1", "2"]) is None and parse_choice("There are 2.", ["1", "2"]) == "(B)"
+
+
+def test_options_whose_own_words_sound_like_verdicts():
+    assert parse_choice("(B) No, the red one is behind.", ["Yes", "No"]) == "(B)"
+    choices = ["The left box", "None of them", "It cannot be determined"]
+    assert parse_choice("The answer is (C) It cannot be determined.", choices) == "(C)"
+    assert parse_choice("Answer: B. None of them, since A is wrong", choices) == "(B)"
+    assert parse_choice("(B) None of them is wrong", choices) is None
+
+
+def test_a_sentence_about_the_stated_option_takes_nothing_back():
+    options = ["the lamp", "the sofa"]
+    for about in ("The lamp is not behind the sofa.", "The lamp would be closer if it stood there.", "The lamp."):
+        assert parse_choice(f"The answer is A. {about}", options) == "(A)"
+        assert parse_choice(f"The answer is (A). {about}", options) == "(A)"
+    # Without a statement "A." is the option's letter.
+    assert parse_choice("A. The lamp is not closer. B. The sofa is closer.", options) is None
+    assert parse_choice("The answer is not A. The lamp is far.", options) is None
+
+
+def test_an_options_own_words_may_begin_a_sentence():
+    choices = ["the lamp", "the chair", "the sofa"]
+    for text in (
+        "C. The sofa is closest to the camera.",
+        "(C) The sofa is closer than the lamp.",
+        "Both are visible.\nC: the sofa appears nearest.",
+    ):
+        assert parse_choice(text, choices) == "(C)"
+    assert parse_choice("A. The lamp is wrong.", choices) is None
+    assert parse_choice("A. The lamp is far.\nC. The sofa is near.", choices) is None
+    assert parse_choice("A. The lamp is far. The answer is C.", choices) == "(C)"
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "If I had to guess, I would say B.",
+        "Based on visual cues such as size and position, the answer is B.",
+        "Considering, for example, the shadows, I would choose B.",
+        "From cues such as size, B is the correct answer.",
+        "Given cues such as size and shading, B. The left box is far.",
+        "If we look at the image, I can say the answer is B.",
+        "Comparing A and B, B is the correct answer.",
+        "Of (A) and (B), (B) is the correct answer.",
+    ],
+)
+def test_what_leads_to_an_answer(output):
+    assert parse_choice(output, BOXES) == "(B)"
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "A, B is the correct answer.",
+        "A and B is the correct answer.",
+        "Answer with a letter such as A, B or C.",
+        "Answer with a letter, e.g. (A), (B) or (C).",
+    ],
+)
+def test_what_only_names_letters(output):
+    assert parse_choice(output, BOXES) is None
 
 
 def test_free_answers_are_read_behind_the_reasoning():
@@ -99,5 +330,19 @@ def test_free_answers_are_read_behind_the_reasoning():
 
 
 def test_long_outputs_are_read_in_passing():
-    for text in ("answer is " * 5_000, "(A " * 5_000, "<answer>" * 5_000, "\\boxed{" * 5_000, "not A, " * 5_000):
+    for text in (
+        "answer is " * 5_000,
+        "(A " * 5_000,
+        "<answer>" * 5_000,
+        "\\boxed{" * 5_000,
+        "not A, " * 5_000,
+        "(" * 20_000,
+        "-" * 20_000,
+        " " * 20_000,
+        "[ ] " * 5_000,
+        "</" * 10_000,
+        "\u2705" * 20_000,
+    ):
+        begin = time.process_time()
         assert parse_choice(text, BOXES) in (None, "(A)")
+        assert time.process_time() - begin < 2

@@ -1,5 +1,6 @@
 """The README keeps its word: its example runs, its tree is the tree; so do the other files in the root."""
 
+import json
 import re
 import subprocess
 import sys
@@ -29,6 +30,17 @@ def test_the_tree_is_the_tree():
     named = {line.split()[0].rstrip("/") for line in house.strip().splitlines()}
     rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {path.name for path in ROOT.glob("*.py")}
     assert named == rooms | {"docs", "space", "tests"}
+
+
+def test_the_numbers_prose_says_what_its_tables_say():
+    """Figures with a decimal point; the tables are docs/results' (tests/test_pages.py)."""
+    section = README.split("## The miniature's numbers")[1].split("\n## ")[0]
+    generated = "".join(re.findall(r"<!-- begin.*?<!-- end", section, re.S))
+    assert "| LLaVA |" in generated
+    machine = json.loads((ROOT / "docs" / "results" / "miniature.json").read_text())["machine"]
+    prose = re.sub(r"<!-- begin.*?<!-- end", "", section, flags=re.S)
+    for figure in re.findall(r"\d+\.\d+", prose):
+        assert figure in generated or figure in machine, f"{figure} stands in no table"
 
 
 def test_links_lead_somewhere():

@@ -36,9 +36,9 @@ from transformers import (
 from ola_vlm import cli, train
 from ola_vlm.baselines import build
 from ola_vlm.commands.table import parse
-from ola_vlm.configuration_ola_vlm import default_tasks
+from ola_vlm.configuration_ola_vlm import TASK_FIELDS, default_tasks
 from ola_vlm.convert import parts
-from ola_vlm.recipes import RECIPES, TABLES, miniature, objectives, paper, show
+from ola_vlm.recipes import RECIPES, TABLES, attach, miniature, objectives, paper, show
 from ola_vlm.recipes.arguments import make_arguments
 from ola_vlm.recipes.paper import FUSIONS, METHODS, WEIGHTS
 from ola_vlm.recipes.tables import Run, Table, make_recipes
@@ -53,12 +53,13 @@ from ola_vlm.training.trainer import OlaVlmTrainer
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 LOCAL = ("miniature", "smollm2")
 ADAPTERS = ("lora", "qlora")
+ATTACHED = [name for name, recipe in RECIPES.items() if recipe.table is attach.TABLE]  # tests/test_any_vlm.py
 BY_RUN = {}
 
 
 def is_local(recipe) -> bool:
     """Whether it is none of the large runs, which need GPUs."""
-    return recipe.run.name.split("_")[0] in (*LOCAL, *ADAPTERS)
+    return recipe.run.name.split("_")[0] in (*LOCAL, *ADAPTERS) or recipe.table is attach.TABLE
 
 
 for name, recipe in RECIPES.items():
@@ -73,8 +74,8 @@ ABLATIONS = {  # what each ablation changes in its parent, apart from folders
     "lambda_1.00_pretrain": {"loss_weight": 1.0},
     "tokens_0_pretrain": {"num_task_tokens": 0},
     "tokens_24_pretrain": {"num_task_tokens": 24},
-    "keys_image_task_pretrain": {"keys": ["image", "task"]},
-    "keys_system_image_task_pretrain": {"keys": ["system", "image", "task"]},
+    "keys_image_task_pretrain": {"attends_to": ["image", "task"]},
+    "keys_system_image_task_pretrain": {"attends_to": ["system", "image", "task"]},
     "layers_d20_s18_g20_pretrain": {"depth.layers": [20], "seg.layers": [18], "gen.layers": [20]},
     "layers_d8.14_s10.16_g12.18_pretrain": {"depth.layers": [8, 14], "seg.layers": [10, 16], "gen.layers": [12, 18]},
     "tasks_gen_seg_pretrain": {"tasks": ["gen", "seg"]},
@@ -180,8 +181,11 @@ def test_every_run_trains_what_it_should(stand_ins, trained_models, monkeypatch,
 
 def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
     assert set(show.changes("qlora")) == {"load_in_4bit", "output_dir"} and not show.changes("lora")
+    for name in ATTACHED:
+        what = {"output_dir", "tasks", "teachers"} if name.endswith(("_patch", "_words")) else set()
+        assert {field for field in show.changes(name) if "." not in field} == what
     for name, recipe in RECIPES.items():
-        if name in ADAPTERS or recipe.table in objectives.TABLES:
+        if name in (*ADAPTERS, *ATTACHED) or recipe.table in objectives.TABLES:
             continue
         changed = show.changes(name)
         if recipe.parent is None:
@@ -193,7 +197,7 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
         variant = name.removeprefix("llama3_vit_")
         begin = changed.pop("checkpoint", None)
         if begin is not None:  # its own earlier stage's end
-            assert begin in {RECIPES[other].fields["output_dir"] for other in BY_RUN[recipe.run.name]}
+            assert begin in {own.fields["output_dir"] for own in RECIPES.values() if own.run is recipe.run}
         if variant in ABLATIONS:
             own = {field.removeprefix("tasks."): value for field, value in changed.items() if field != "teachers"}
             ours = ABLATIONS[variant]
@@ -218,6 +222,47 @@ def test_every_recipe_differs_from_its_parent_in_what_its_name_says():
             assert not changed, name
 
 
+def of_tasks(tasks: list[dict], field: str) -> set:
+    """What the tasks have in a field, given or by default."""
+    return {str(task.get(field, TASK_FIELDS.get(field))) for task in tasks}
+
+
+def test_a_rows_value_is_the_one_in_its_name():
+    """Of the paper's ablations, and of the miniature's."""
+    fields = {"lambda": "loss_weight", "tokens": "num_task_tokens"}
+    letters = {task["name"][0]: task["name"] for task in miniature.TASKS}
+    seen = set()
+    for name, recipe in RECIPES.items():
+        match = re.fullmatch(r"llama3_vit_(lambda|tokens|layers|order|tasks)_(.+)_pretrain", name)
+        if match is None:
+            continue
+        table, row = match.groups()
+        tasks = recipe.fields["tasks"]
+        layers = {task["name"]: task["layers"] for task in tasks}
+        seen.add(table)
+        if table in fields:
+            assert {float(value) for value in of_tasks(tasks, fields[table])} == {float(row)}, name
+        elif table == "layers":
+            named = {letters[part[0]]: [int(layer) for layer in part[1:].split(".")] for part in row.split("_")}
+            assert layers == named, name
+        else:
+            names = [letters[letter] for letter in row] if table == "order" else row.split("_")
+            assert list(layers) == names and (table == "order" or set(recipe.fields["teachers"]) == set(names)), name
+    assert seen == {"lambda", "tokens", "layers", "order", "tasks"}
+
+    for table, rows in miniature.ABLATIONS.items():
+        for row in rows:
+            tasks = miniature.pretrain(miniature.ablation_run(table, row))["tasks"]
+            if table in fields:
+                assert {float(value) for value in of_tasks(tasks, fields[table])} == {float(row)}, (table, row)
+            elif table == "layers" and not row.startswith("d"):
+                assert of_tasks(tasks, "layers") == {str([int(layer) for layer in row.split(".")])}, row
+            elif table == "order":
+                assert "".join(task["name"][0] for task in tasks) == row
+            elif table == "tasks" and row not in ("none", "all"):
+                assert [task["name"] for task in tasks] == row.split("_")
+
+
 def test_the_papers_recipes_load_bf16_and_shard_what_ddp_cannot_hold(capsys):
     """Frozen weights as the plan counts them (`benchmarks/plan.py`), and commands that fit GPUs of 80 GB."""
     for name, recipe in RECIPES.items():
@@ -230,7 +275,7 @@ def test_the_papers_recipes_load_bf16_and_shard_what_ddp_cannot_hold(capsys):
         assert words[:1] == (["accelerate"] if sharded else ["torchrun"]) and words[-2:] == ["--recipe", name]
         assert ("recipes/accelerate/fsdp2.yaml" in words) == sharded
     cli.main(["recipes", "llama3_convnext_vpt_visual_pretrain"])
-    assert "# Started as it is: accelerate launch --config_file" in capsys.readouterr().out
+    assert "# Start the recipe as it is:  accelerate launch --config_file" in capsys.readouterr().out
 
 
 def test_every_run_of_the_paper_has_its_scores_and_hours():
@@ -334,9 +379,9 @@ def test_a_file_may_change_a_recipe(tmp_path):
         ("learning_rat: 1\n", "mine.yaml: unknown field learning_rat: did you mean learning_rate"),
         ("- 1\n", "mine.yaml holds no fields"),
         ("a: [\n", "mine.yaml is no YAML"),
-        ("recipe: lora2\n", "there is no recipe lora2: did you mean lora"),
+        ("recipe: lora2\n", "there is no recipe 'lora2': did you mean lora"),
         ("!!python/object/apply:os.getcwd []\n", "mine.yaml is no YAML"),
-        ("max_steps: ten\n", "max_steps.*invalid int value: 'ten'"),
+        ("max_steps: ten\n", "max_steps is 'ten': give a whole number"),
     ],
 )
 def test_a_file_that_is_wrong_is_one_line(tmp_path, text, message):
@@ -364,9 +409,11 @@ def test_recipes_make_valid_arguments(name, tmp_path):
 
 
 def test_miniature_methods_differ_in_what_they_should_only():
-    llava, ola, shuffled = (miniature.pretrain(method) for method in miniature.METHODS)
-    for other, fields in ((llava, {"tasks", "output_dir"}), (shuffled, {"shuffle_targets", "output_dir"})):
-        assert {field for field in ola if ola[field] != other[field]} == fields
+    llava, ola, words = (miniature.pretrain(method) for method in miniature.METHODS)
+    shuffled = miniature.pretrain(miniature.CONTROL)
+    pairs = [(ola, llava, {"tasks"}), (ola, shuffled, {"shuffle_targets"}), (llava, words, {"tasks", "teachers"})]
+    for one, other, fields in pairs:
+        assert {field for field in one if one[field] != other[field]} == {*fields, "output_dir"}
     assert shuffled["shuffle_targets"] and not ola["shuffle_targets"] and llava["tasks"] == []
     for name, fusion in FUSIONS.items():
         baseline = miniature.pretrain(name)

@@ -5,12 +5,16 @@ import io
 import json
 import os
 import pickle
+from functools import partial
 from itertools import islice
+from unittest.mock import MagicMock
 
 import datasets
 import numpy as np
 import pytest
 from conftest import random_image
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 from torch.utils.data import DataLoader
 from training_helpers import ListStream, llava_sample, write_llava
@@ -138,9 +142,15 @@ def test_files_that_are_not_rows_are_refused(tmp_path, text, message):
         (llava_sample(0, value="what ?"), "malformed", "0 <image> placeholders for 1 images"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "malformed", "unknown speaker 'robot'"),
         ({"conversations": [{"from": "gpt", "value": "<image>"}]}, "malformed", "<image> may stand"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "malformed", "NoneType"),
-        ({"conversations": "hello"}, "malformed", "TypeError"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "malformed", "value is null: give a text"),
+        ({"conversations": "hello"}, "malformed", "conversations is 'hello': give a list"),
         ({"question": "x"}, "malformed", "nor TRL's messages, but .*question"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "malformed",
+            "has tool_calls, which",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x", "thinking": "y"}]}, "malformed", "has thinking, which"),
         (llava_sample(0, image=[None]), "malformed", "image is None"),
         (llava_sample(0, image=5), "malformed", "image is 5"),
         (llava_sample(0, image={"bytes": None, "path": None}), "malformed", "image is None"),
@@ -150,9 +160,13 @@ def test_files_that_are_not_rows_are_refused(tmp_path, text, message):
         ({"messages": [{"content": "x"}]}, "malformed", "a turn or a content part has no 'role'$"),
         ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "malformed", "has no 'type'$"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "malformed", "has no 'text'$"),
-        ({"messages": [{"role": "user", "content": None}]}, "malformed", "content is None.*a text or a list of parts"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "malformed",
+            "content is null: give a text or a list of parts",
+        ),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "malformed", r"role is \['user'\].*give a text"),
-        ({"messages": [None]}, "malformed", "a turn is None.*give an object"),
+        ({"messages": [None]}, "malformed", "a turn is null: give an object"),
         ({"messages": None, "conversations": None}, "malformed", "nor TRL's messages, but"),
         ({"messages": {"role": ["user"]}}, "malformed", "messages is {'role'.*give a list"),
         (llava_sample(0, image="https://host/a.png"), "malformed", "is a URL, https://host/a.png: nothing is downl"),
@@ -188,6 +202,12 @@ def test_bad_rows_say_what_is_wrong(tmp_path, broken, kind, message):
     with pytest.raises(BadRow, match=message):
         raise row["bad_row"]
     assert len(str(row["bad_row"])) < 500 and "not iterable" not in str(row["bad_row"])
+
+
+@pytest.mark.parametrize("sample", [None, [], "x", 5])
+def test_a_row_that_is_no_object(tmp_path, sample):
+    row = Rows([sample], tmp_path)[0]
+    assert row["id"] == "0" and str(row["bad_row"]) == f"a row is {sample!r}: give an object"
 
 
 @pytest.mark.parametrize("chunk", [2000, 1 << 20])
@@ -232,6 +252,59 @@ def test_images_in_the_rows(tmp_path):
     random_image(4).save(tmp_path / "a.png")
     row = Rows([llava_sample(0) | {"image": {"bytes": None, "path": "a.png"}}], tmp_path)[0]
     assert row["images"] == [str(tmp_path / "a.png")]
+
+
+class Asked(Exception):
+    """`datasets` was asked."""
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("./nothere", r"there is no folder \./nothere \(and a name on the Hub is owner/name\)"),
+        ("/nowhere/nothere", "there is no folder /nowhere/nothere"),
+        ("other/data/nothere", "there is no folder other/data/nothere"),
+        ("runs/nothere", "there is no folder runs/nothere here, and no such repository on the Hub"),
+        ("nobody/nothing", "there is no folder nobody/nothing here, and no such repository on the Hub"),
+        # Also where a folder of the user's has the owner's name.
+        ("runs/on_the_hub", None),
+        ("imagenet", None),
+        ("runs/fetched", None),
+        ("runs/written", None),
+        ("hf://datasets/somebody/something/file.parquet", None),
+    ],
+)
+def test_a_name_of_data_is_looked_up_before_datasets_tries_for_long(data, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "datasets--runs--fetched").mkdir(parents=True)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "tables"))
+    (tmp_path / "tables" / "runs___written").mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def repo_info(api, name, repo_type, timeout):
+        assert repo_type == "dataset" and timeout <= 10
+        if name not in ("runs/on_the_hub", "imagenet"):
+            raise RepositoryNotFoundError("404", response=MagicMock())
+
+    def ask(*arguments, **options):
+        raise Asked
+
+    monkeypatch.setattr(HfApi, "repo_info", repo_info)
+    monkeypatch.setattr(datasets, "load_dataset", ask)
+    expected = Asked if message is None else ValueError
+    with pytest.raises(expected, match=message):
+        load_rows(data)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_data_without_a_network(offline, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("ola_vlm.targets.loading.HfApi", partial(HfApi, "http://127.0.0.1:9"))
+    with pytest.raises(ValueError, match=r"can't be reached.*`hf download me/rows --repo-type dataset`"):
+        load_rows("me/rows")
 
 
 def test_undecodable_images_are_named(tmp_path, caplog):
@@ -371,3 +444,19 @@ def test_sources_read_the_file_once_and_resolve_few_folders(tmp_path, monkeypatc
     (tmp_path / "way").symlink_to(tmp_path.parent)
     (tmp_path.parent / "out.png").write_bytes(b"")
     assert inner[0]["bad_row"].kind == "outside"
+
+
+def test_data_that_are_something_else_are_named(tmp_path):
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps({"version": 1, "data": [llava_sample(0), llava_sample(1)]}))
+    with pytest.raises(ValueError, match="is one object, which has 2 rows in 'data': write that list alone"):
+        load_rows(str(whole))
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps(llava_sample(0)))
+    assert len(load_rows(str(one))) == 1
+    with pytest.raises(ValueError, match="there is no folder nowhere: give image_folder"):
+        load_rows(str(one), "nowhere")
+    table = tmp_path / "rows.csv"
+    table.write_text("question,answer\n")
+    with pytest.raises(ValueError, match=r"rows\.csv is no \.json or \.jsonl file"):
+        load_rows(str(table))

@@ -3,23 +3,40 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from conftest import CHAT_TEMPLATE
 from huggingface_hub import constants
 from training_helpers import Interrupt, llava_sample, losses, weights, write_llava
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback, trainer_optimizer
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from ola_vlm import cli
 from ola_vlm import train as train_module
+from ola_vlm.eval.during_training import report_answers
+from ola_vlm.recipes.miniature import WEIGHTS
 from ola_vlm.train import train
 from ola_vlm.training import arguments as arguments_module
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.rows import load_rows
-from ola_vlm.training.run_record import last_checkpoint, read_run, run_identity, run_lock, write_run
+from ola_vlm.training.preflight import check_run
+from ola_vlm.training.rows import Rows, load_rows
+from ola_vlm.training.run_record import (
+    check_checkpoint,
+    data_fingerprint,
+    differences,
+    is_finished,
+    last_checkpoint,
+    read_run,
+    run_identity,
+    run_lock,
+    write_run,
+)
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
@@ -188,9 +205,21 @@ def test_the_rows_to_evaluate_on_are_drawn_by_the_seed(fields, tmp_path):
 def test_a_stream_is_shuffled_by_the_seed(fields, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(arguments_module, "load_rows", lambda *place, **how: asked.append(how["shuffle_seed"]))
-    for changes in ({"seed": 3}, {"seed": 4}, {"seed": 3, "train_sampling_strategy": "sequential"}):
+    given = [{"seed": 3}, {"seed": 4}, {"seed": 3, "data_seed": 5}, {"train_sampling_strategy": "sequential"}]
+    for changes in given:
         arguments(fields, tmp_path, streaming=True, **changes).load_rows()
-    assert asked == [3, 4, None]
+    assert asked == [3, 4, 5, None]
+
+
+def test_a_stream_read_by_other_workers_is_another_run(fields, tmp_path):
+    """Each reads files of its own, so the rows come in another order; rows that are no stream don't."""
+    for streaming in (True, False):
+        several = [arguments(fields, tmp_path, streaming=streaming, dataloader_num_workers=n) for n in (0, 2)]
+        identities = [run_identity(args, Rows([{}], tmp_path)) for args in several]
+        assert differences(*identities) == ("stream_workers 0 there, 2 here" if streaming else "")
+        # A run of an earlier version, which didn't say, goes on.
+        del identities[0]["stream_workers"]
+        assert differences(*identities) == differences(*reversed(identities)) == ""
 
 
 def test_the_last_checkpoint_is_the_one_of_most_steps(tmp_path):
@@ -214,6 +243,59 @@ def test_an_export_overwrites_no_model(tmp_path):
         cli.main(["export", "not/looked/at", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["export", "x"], ["eval", "x", "--benchmark", "miniature", "--out"], ["visualize", "x", "x.png", "--out"]],
+)
+def test_results_are_not_mixed_with_other_files(tmp_path, words):
+    (tmp_path / "notes.txt").touch()
+    told = "is not empty" if words[0] == "export" else f"has notes.txt and nothing of `ola-vlm {words[0]}`"
+    with pytest.raises(SystemExit, match=f"{told}: choose another"):
+        cli.main([*words, str(tmp_path)])
+    # Its own results there make it the command's; then the next mistake is told.
+    own = {"eval": "answers.jsonl", "visualize": "layers.html"}
+    if words[0] in own:
+        (tmp_path / own[words[0]]).touch()
+        with pytest.raises(SystemExit, match=r"x(\.png)?\b(?!.*notes)"):
+            cli.main([*words, str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval x --benchmark miniature --out",
+        "visualize x x.png --out",
+        "compare x x --out",
+        "probe x --images x --out",
+        "data miniature --out",
+        "miniature --out",
+        "study ablations --out",
+        "study objectives --out",
+        "merge ADAPTER",
+        "export x",
+        "convert x",
+        "convert-tower x",
+    ],
+)
+def test_a_file_is_no_folder_for_results(tmp_path, command):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "README.md"
+    file.touch()
+    words = [str(adapter) if word == "ADAPTER" else word for word in command.split()]
+    for out in (file, file / "below"):
+        with pytest.raises(SystemExit, match=f"{file} is a file, and results go into a folder: give"):
+            cli.main([*words, str(out)])
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file, and results go into a folder"), run_lock(tmp_path / "file"):
+        pass
+
+
 def test_a_finished_run_changes_nothing(fields, tmp_path, caplog):
     options = {**SAVED, "max_steps": 2, "resume_from_checkpoint": "true"}
     train(arguments(fields, tmp_path / "run", **options))
@@ -222,6 +304,24 @@ def test_a_finished_run_changes_nothing(fields, tmp_path, caplog):
     assert train(arguments(fields, tmp_path / "run", **options)) is None
     assert "this run has finished" in caplog.text
     assert contents(tmp_path / "run") == before
+
+
+class StopAfterOneStep(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_the_record_tells_the_steps_that_were_done(fields, tmp_path):
+    """Of a run that was stopped early, not those that it was to make."""
+    train(arguments(fields, tmp_path / "run"), callbacks=[StopAfterOneStep()])
+    assert read_run(tmp_path / "run")["finished_steps"] == 1
+
+
+def test_a_data_set_is_known_by_its_rows(tmp_path):
+    """Not by how many they are."""
+    samples = [llava_sample(i, image=None) for i in range(5)]
+    fingerprints = [data_fingerprint(Rows(part, tmp_path)) for part in (samples[:4], samples[:4], samples[1:])]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 class KillAtTheEnd(TrainerCallback):
@@ -273,6 +373,42 @@ def test_a_checkpoint_without_optimizer_state(fields, tmp_path):
         train(arguments(fields, tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9")))
 
 
+def test_a_checkpoint_with_damaged_or_missing_files(fields, tmp_path):
+    """They are named before the model is loaded."""
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments(fields, tmp_path / "run", **SAVED, max_steps=3), callbacks=[Interrupt(3)])
+    resumed = arguments(fields, tmp_path / "run", **SAVED, max_steps=3, resume_from_checkpoint="true")
+    checkpoint = Path(last_checkpoint(tmp_path / "run"))
+    for name in ("optimizer.pt", "model.safetensors", "rng_state.pth"):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[:100])
+        with pytest.raises(ValueError, match=rf"{name}: it is damaged.*or delete that checkpoint"):
+            train(resumed)
+        (checkpoint / name).write_bytes(whole)
+    (checkpoint / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match=r"has no scheduler\.pt, so learning rates would begin anew"):
+        train(resumed)
+    with pytest.raises(ValueError, match="is a run's folder, its end: give true, or one of the checkpoints in it"):
+        state = (checkpoint / "trainer_state.json").read_text()
+        (tmp_path / "run" / "trainer_state.json").write_text(state)
+        train(arguments(fields, tmp_path / "run", **SAVED, max_steps=3, resume_from_checkpoint=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("said", [5, {}, {"RunIdentity": 5}, {"RunIdentity": {"args": {"identity": [1]}}}])
+def test_a_checkpoint_and_a_record_that_say_of_no_run(tmp_path, said):
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": said}))
+    with pytest.raises(ValueError, match="doesn't say which run wrote it"):
+        check_checkpoint(checkpoint, {"seed": 1})
+    for record in ({"identity": 5, "finished_steps": 1}, {}):
+        write_run(tmp_path, record)
+        assert not is_finished(tmp_path, {"seed": 1})
+    (checkpoint / "trainer_state.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is no complete checkpoint of a run"):
+        check_checkpoint(checkpoint, {"seed": 1})
+
+
 def test_two_runs_in_one_folder(tmp_path):
     """Another process's lock is seen, with who has it; a killed one leaves none."""
     code = "import sys, time\nfrom ola_vlm.training.run_record import run_lock\n"
@@ -314,13 +450,77 @@ def test_rows_are_split_by_image(tmp_path):
         load_rows(str(one)).split_by_image(0.5, seed=0)
 
 
+def write_questions(folder: Path) -> str:
+    """Three with choices."""
+    asked = []
+    for i in range(3):
+        question = {"question": f"what color ? (A) red ({i})", "image": "0.png", "choices": ["red"], "answer": "(A)"}
+        asked.append(question)
+    (folder / "questions.json").write_text(json.dumps(asked))
+    return str(folder / "questions.json")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A connection to anywhere is an error."""
+
+    def refuse(self, address):
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_trackio_has_losses_and_answers(fields, tmp_path, no_network):
+    """Each log and each evaluation, the answers as a table; all on this machine."""
+    pytest.importorskip("trackio", reason="pip install ola_vlm[track]")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    options = {"eval_data": "0.25", "eval_questions": write_questions(tmp_path / "data"), "eval_strategy": "steps"}
+    tracked = {"report_to": "trackio", "project": "ola-vlm-test", "run_name": tmp_path.name, "eval_steps": 1}
+    train(arguments(fields, tmp_path / "run", **options, **tracked, max_steps=2))
+    logs = SQLiteStorage.get_logs("ola-vlm-test", tmp_path.name)
+    assert len([log for log in logs if "train/loss/ntp" in log]) == 2
+    assert len([log for log in logs if "eval/loss/ntp" in log]) == 2
+    tables = [log for log in logs if "eval/answers" in log]
+    assert len(tables) == 2 and all(0 <= log["eval/accuracy"] <= 1 for log in tables)
+    written = (tmp_path / "run" / "answers" / "step-2.jsonl").read_text().splitlines()
+    rows = tables[-1]["eval/answers"]["_value"]
+    for row, line in zip(rows, map(json.loads, written), strict=True):
+        assert row == {"question": line["question"], "image": "0.png", "answer": "(A)", "output": line["output"]}
+
+
+class Recorder:
+    """Stands for a module or a writer: keeps what it is called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
+
+
+def test_other_trackers_get_the_table_too(monkeypatch):
+    """W&B and TensorBoard, which aren't installed here: what they are called with."""
+    wandb = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    board = object.__new__(TensorBoardCallback)
+    board.tb_writer = Recorder()
+    trackers = [object.__new__(WandbCallback), board, Interrupt(1)]
+    answered = [{"question": "what | is ?", "image": "a.png", "answer": "(A)", "output": "<b>"}]
+    answered += [{**answered[0], "question": f"{number} ?"} for number in range(1, 60)]
+    report_answers(trackers, answered, {"eval/accuracy": 0.5}, step=7)
+    table, log = wandb.calls
+    assert table[2]["columns"] == ["question", "image", "answer", "output"] and len(table[2]["data"]) == 50
+    assert [row[0] for row in table[2]["data"][:2]] == ["what | is ?", "1 ?"]  # the first ones
+    assert log[1][0]["eval/accuracy"] == 0.5 and log[1][0]["train/global_step"] == 7
+    text, scalar = board.tb_writer.calls
+    assert text[1][0] == "eval/answers" and text[1][2] == 7 and scalar[1] == ("eval/accuracy", 0.5, 7)
+    assert text[1][1].splitlines()[2] == r"| what \| is ? | a.png | (A) | &lt;b&gt; |"
+
+
 def test_evaluation_with_answers(fields, tmp_path):
     """On a share; its losses, and answers of all questions; the best checkpoint is what is saved."""
-    asked = [{"question": f"what color ? (A) red ({i})", "image": "0.png"} for i in range(3)]
-    for question in asked:
-        question.update(choices=["red"], answer="(A)")
-    (tmp_path / "data" / "questions.json").write_text(json.dumps(asked))
-    options = {"eval_data": "0.25", "eval_questions": str(tmp_path / "data" / "questions.json")}
+    options = {"eval_data": "0.25", "eval_questions": write_questions(tmp_path / "data")}
     best = {**SAVED, "load_best_model_at_end": True, "metric_for_best_model": "loss/ntp"}
     trainer = train(arguments(fields, tmp_path / "run", **options, **best))
     assert len(trainer.train_dataset) + len(trainer.eval_dataset) == 8 and len(trainer.eval_dataset) == 2
@@ -331,7 +531,7 @@ def test_evaluation_with_answers(fields, tmp_path):
     assert any("eval_accuracy" in log for log in trainer.state.log_history)
     for step in measured:
         lines = (tmp_path / "run" / "answers" / f"step-{step}.jsonl").read_text().splitlines()
-        assert [json.loads(line)["question"] for line in lines] == [question["question"] for question in asked]
+        assert [json.loads(line)["question"] for line in lines] == [f"what color ? (A) red ({i})" for i in range(3)]
         assert all("output" in json.loads(line) for line in lines)
 
 
@@ -351,6 +551,31 @@ def test_evaluation_with_answers(fields, tmp_path):
         ({"tasks": [{"name": "depth"}] * 2}, "give each task its own name"),
         ({"model_overrides": {"resize_mode": "crop"}}, "resize_mode 'crop' is unknown"),
         ({"model_overrides": {"geomtry": "pad"}}, r"model_overrides has \['geomtry'\]"),
+        ({"model_overrides": {"vision_feature_layer": "last"}}, "Field 'vision_feature_layer' with value 'last'"),
+        ({"model_overrides": {"projector_hidden_act": "foo"}}, "projector_hidden_act 'foo' is unknown"),
+        ({"model_overrides": {"chat_template": 5}}, "chat_template is 5: give a value of type str"),
+        ({"model_overrides": {"dtype": "fp8"}}, "dtype 'fp8' is unknown"),
+        ({"model_overrides": {"image_seq_length": 5}}, r"model_overrides has \['image_seq_length'\]"),
+        ({"teachers": {"depth": 5}}, r"teachers\['depth'\] is 5: write it as"),
+        ({"report_to": "wandbb"}, "report_to 'wandbb' is unknown: choose one of"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, r"lr_scheduler_kwargs \{'a': 1\} doesn't work"),
+        ({"optim_args": "a"}, "optim_args 'a' doesn't work"),
+        ({"optim": "lomo"}, "optim lomo doesn't work: You need to install `lomo_optim`"),
+        ({"optim": "galore_adamw"}, "optim galore_adamw doesn't work: You need to install `galore_torch`"),
+        ({"optim": "apollo_adamw_layerwise"}, "optim apollo_adamw_layerwise doesn't work: You need to install"),
+        ({"optim": "grokadamw"}, "optim grokadamw doesn't work: Please install grokadamw"),
+        ({"optim_args": {"a": 1}}, r"optim_args \{'a': 1\} doesn't work"),
+        ({"use_liger_kernel": True}, "use_liger_kernel must stay false: its kernels take the place of the forward"),
+        ({"fp16": True}, "fp16 needs a GPU: on a CPU take bf16"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must stay false: a run is known by the rows"),
+        ({"log_level": "foo"}, "log_level 'foo' is unknown: choose one of .*'warning'"),
+        ({"train_sampling_strategy": "foo"}, "train_sampling_strategy 'foo' is unknown: choose one of .*'sequential'"),
+        ({"push_to_hub": True}, "push_to_hub: nobody is logged in, run `hf auth login`"),
+        ({"model_overrides": {"chat_template": "{{ messages[0] }}"}}, "chat template must write <image> for an image"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"save_strategy": "best"}, "save_strategy best: there is nothing to evaluate on"),
+        ({"eval_data": "0.5", "load_best_model_at_end": True}, "no checkpoint is saved that it could load"),
+        ({"target_cache": __file__}, r"target_cache .*test_runs\.py is a file"),
         ({"model_overrides": {"vision_feature_layer": -7}}, "vision_feature_layer is -7: choose from -4 to 3"),
         ({"language_model": "nobody/nothing"}, "there is no folder nobody/nothing"),
         ({"vision_tower": "/not/there"}, "there is no folder /not/there"),
@@ -372,9 +597,87 @@ def test_what_cannot_work_is_refused_before_anything_is_read(fields, tmp_path, m
         train(arguments(fields, tmp_path / "out", **changes))
 
 
+def test_a_max_length_without_room_for_an_image_is_refused_before_weights_are_read(fields, tmp_path, monkeypatch):
+    """Rows tell whether there are images; text alone may be as short."""
+    forbid(monkeypatch, train_module, "load_model")
+    with pytest.raises(ValueError, match="max_length 19 has no room for an image, which with a word is 20 tokens"):
+        train(arguments(fields, tmp_path / "out", max_length=19))
+
+
+def test_answers_stop_where_training_ended_them(fields, tmp_path):
+    """The template's end of turn is another token than the tokenizer's end of sequence."""
+    overrides = {"chat_template": CHAT_TEMPLATE.replace("{{ eos_token }}", "{{ unk_token }}")}
+    train(arguments(fields, tmp_path / "out", max_steps=1, model_overrides=overrides))
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 3]
+
+
+def test_only_the_process_that_pushes_needs_a_token(fields, tmp_path, monkeypatch):
+    args = arguments(fields, tmp_path / "out", push_to_hub=True)
+    monkeypatch.setattr(OlaVlmArguments, "process_index", 1)
+    assert check_run(args) == []
+
+
+@pytest.mark.parametrize(("optimizer", "module"), [("galore_adamw", "galore_torch"), ("lomo", "lomo_optim")])
+def test_an_optimizer_that_is_made_for_a_model_at_hand(fields, tmp_path, monkeypatch, optimizer, module):
+    """Its package is there (here a stand-in): what else it lacks is seen, the model alone is not missed."""
+    monkeypatch.setitem(sys.modules, module, MagicMock())
+    monkeypatch.setattr(trainer_optimizer, "is_galore_torch_available", lambda: True)
+    monkeypatch.setattr(trainer_optimizer, "is_lomo_available", lambda: True)
+    args = arguments(fields, tmp_path / "out", optim=optimizer)
+    if optimizer == "galore_adamw":
+        with pytest.raises(ValueError, match="You need to define `optim_target_modules`"):
+            check_run(args)
+        args.optim_target_modules = "all-linear"
+    assert check_run(args) == []
+
+
 @pytest.mark.parametrize("command", ["train", "targets", "check-data"])
 def test_a_recipe_without_its_data_says_what_makes_it(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     for name, maker in (("miniature_pretrain", "make miniature"), ("smollm2_pretrain", "make smollm2")):
         with pytest.raises(SystemExit, match=maker):
             cli.main([command, "--recipe", name])
+
+
+def test_identity_of_an_earlier_version(fields, tmp_path, monkeypatch):
+    """Fields that it called otherwise or didn't know yet, and folders by another path, make no other run."""
+    teachers = {
+        "depth": {"encoder": "depth_anything", "path": str(tmp_path / "data"), "resize_mode": "pad", "license": "mit"},
+        "words": {"class": {"encoder": "class_words", "path": "x", "words": ["a"], "license": "mit"}},
+    }
+    args = arguments(fields, tmp_path / "run", teachers=teachers)
+    ours = run_identity(args, args.load_rows())
+    earlier = json.loads(json.dumps(ours))
+    monkeypatch.chdir(tmp_path)
+    depth = earlier["teachers"]["depth"]
+    depth.update(geometry=depth.pop("resize_mode"), licence=depth.pop("license"), path="data/")
+    del (
+        earlier["teachers"]["words"]["class"]["license"],
+        earlier["losses_until"],
+        earlier["max_length"],
+        earlier["stream_workers"],
+    )
+    earlier["vision_tower"] += "/"
+    assert differences(earlier, ours) == differences(ours, earlier) == ""
+    assert differences({**ours, "started_from": earlier}, {**ours, "started_from": ours}) == ""
+    tasks = {name: {**ours, "tasks": [{"name": "depth", name: ["image"]}]} for name in ("keys", "attends_to")}
+    assert differences(tasks["keys"], tasks["attends_to"]) == ""
+    depth["geometry"] = "reference"
+    assert "teachers" in differences(earlier, ours)
+    assert differences({**ours, "max_length": 5}, ours).startswith("max_length 5 there, None here")
+
+
+@pytest.mark.parametrize(
+    ("part", "given", "message"),
+    [
+        ("language_model", "vision_tower", "is a clip_vision_model, which is no language model"),
+        ("vision_tower", "language_model", "is a llama, which is no vision encoder"),
+        ("language_model", "ola_vlm", "is a 'ola_vlm', which transformers doesn't have.*given as checkpoint"),
+        ("vision_tower", "ola_vlm", "is a 'ola_vlm', which transformers doesn't have.*given as checkpoint"),
+    ],
+)
+def test_parts_in_each_others_place_are_refused(fields, tmp_path, monkeypatch, part, given, message):
+    """Nobody is asked whether a part's code may run."""
+    forbid(monkeypatch, OlaVlmArguments, "load_rows")
+    with pytest.raises(ValueError, match=f"{part} .*{message}"):
+        train(arguments(fields, tmp_path / "out", **{part: str(WEIGHTS / given)}))

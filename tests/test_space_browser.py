@@ -10,11 +10,19 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from conftest import random_image
+from tiny_teachers import GRID, save_depth_anything
+from tiny_vlms import idefics3
+
+from ola_vlm.train import train
+from ola_vlm.training.arguments import OlaVlmArguments
 
 ROOT = Path(__file__).parents[1]
 SCENE = ROOT / "docs" / "scene.png"
@@ -39,14 +47,15 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
+@contextmanager
+def served(folder: Path, **settings: str) -> Iterator[str]:
+    """The address of `python space/app.py`, which runs within the block with these settings in its environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("space") / "log.txt"
+    log = folder / "log.txt"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OLA_VLM_")}
-    environment |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(log.parent / "uploads")}
+    environment |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder / "uploads"), **settings}
     with log.open("w") as output:
         command = [sys.executable, "space/app.py"]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -63,6 +72,45 @@ def url(tmp_path_factory):
             process.terminate()
             process.wait(30)
     assert "Traceback" not in log.read_text(), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("space"), OLA_VLM_CODE="https://github.com/me/ola_vlm") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory) -> Path:
+    """A tiny VLM of another family, after two steps with the paper's predictors on its layers 2 and 4."""
+    folder = tmp_path_factory.mktemp("attached")
+    torch.manual_seed(0)
+    for part in idefics3():
+        part.save_pretrained(folder / "vlm")
+    save_depth_anything(folder / "teacher")
+    (folder / "images").mkdir()
+    for i in range(4):
+        random_image(i).save(folder / "images" / f"{i}.png")
+    task = {"name": "depth", "layers": [2, 4], "target_length": GRID**2, "target_dim": 32}
+    task |= {"num_task_tokens": 0, "predictor_heads": 2, "predictor_head_dim": 8}
+    arguments = OlaVlmArguments(
+        checkpoint=str(folder / "vlm"),
+        tasks=[task],
+        teachers={"depth": {"encoder": "depth_anything", "path": str(folder / "teacher")}},
+        standardize_targets=True,
+        target_cache=str(folder / "cache"),
+        target_fill=True,
+        data=str(folder / "images"),
+        output_dir=str(folder / "attached"),
+        image_options={"do_image_splitting": False},
+        max_steps=2,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    train(arguments)
+    return folder / "attached"
 
 
 class Visitor:
@@ -96,10 +144,13 @@ class Visitor:
         self.page.screenshot(path=name, **options)
 
     def is_on_screen(self, locator) -> bool:
-        """Whole, without scrolling."""
-        box = locator.bounding_box()
-        height = self.page.viewport_size["height"]
-        return box is not None and box["y"] >= 0 and box["y"] + box["height"] <= height
+        """Whole, without scrolling, once the page's parts have found their places: they come one after the other."""
+        for _ in range(50):
+            box = locator.bounding_box()
+            if box is not None and box["y"] >= 0 and box["y"] + box["height"] <= self.page.viewport_size["height"]:
+                return True
+            self.page.wait_for_timeout(100)
+        return False
 
     def answers(self, count: int, chat: int = 0) -> list[str]:
         """The texts of a chat's answers when there are `count` of them and the box is ready again."""
@@ -118,6 +169,12 @@ class Visitor:
         texts = [text.strip() for text in bots.all_inner_texts()]
         assert len(texts) == count, texts
         return texts
+
+    def regenerate(self) -> None:
+        """Until the last answer is gone: before that a chat has as many answers as after it."""
+        self.page.locator(".bot.message").last.evaluate("one => { one.dataset.former = 'yes' }")
+        self.page.get_by_role("button", name="Regenerate").click()
+        self.page.locator(".bot.message[data-former]").wait_for(state="detached")
 
     def toast(self, text: str | re.Pattern) -> None:
         self.page.locator(".toast-body", has_text=text).first.wait_for()
@@ -156,15 +213,15 @@ def test_a_visit(browser, url, tmp_path):
     assert re.fullmatch(r"x\d+ y\d+", told[1])
     assert visitor.pictures(23) == first  # no new image
     visitor.show(folder / "space_laptop.png")
-    visitor.page.get_by_role("button", name="Regenerate").click()
-    visitor.page.wait_for_timeout(1000)
+    visitor.regenerate()
     assert visitor.answers(2) == told  # greedy
-    visitor.page.get_by_label("Compare with llava").check()
+    visitor.page.locator("#compare").get_by_label("llava").check()
     taken_over = visitor.answers(2, chat=1)
-    assert visitor.answers(2) == told and taken_over[1] == f"\u2139 ola_vlm's answer\n{told[1]}"
+    assert visitor.answers(2) == told and taken_over[0].startswith("\u2139 answered by words\n")
+    assert taken_over[1] == f"\u2139 answered by words; Regenerate asks llava, too\n{told[1]}"
     visitor.page.get_by_role("button", name="Regenerate").click()
     second = visitor.page.locator(".bubble-wrap").nth(1)
-    second.locator(".bot.message", has_text="ola_vlm's answer").nth(1).wait_for(state="detached")
+    second.locator(".bot.message", has_text="answered by words").nth(1).wait_for(state="detached")
     mine = visitor.answers(2, chat=1)
     assert re.fullmatch(r"x\d+ y\d+", mine[1]) and visitor.answers(2) == told
     visitor.page.locator("#clear").click()
@@ -273,3 +330,16 @@ def test_garbage(browser, url, tmp_path):
     visitor.page.set_input_files("#question input[type=file]", tmp_path / "big.png")
     visitor.toast(re.compile("size", re.IGNORECASE))
     visitor.leave()
+
+
+def test_a_model_of_another_family(browser, attached, tmp_path):
+    """Given as OLA_VLM_CHECKPOINT: it answers, and its own predictors' pictures are shown."""
+    with served(tmp_path, OLA_VLM_CHECKPOINT=str(attached)) as address:
+        visitor = Visitor(browser, address)
+        assert "you talk to attached" in visitor.page.locator("#about").inner_text()
+        visitor.send("what is this ?", SCENE)
+        assert visitor.answers(1)[0]
+        # the teacher, decoded, nothing seen, and the two layers that have predictors
+        visitor.pictures(5)
+        visitor.show(tmp_path / "attached.png")
+        visitor.leave()

@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,15 +22,22 @@ from tiny_teachers import GRID, save_depth_anything
 from training_helpers import llava_sample, write_llava
 from transformers import ViTConfig, ViTModel
 
+from ola_vlm.commands.table import parse
 from ola_vlm.convert import push
+from ola_vlm.eval import target_tasks
 from ola_vlm.eval.benchmarks import load_questions, locate
+from ola_vlm.eval.correlation import read_points
 from ola_vlm.eval.dense import load_da2k
+from ola_vlm.eval.during_training import read_questions
 from ola_vlm.eval.target_tasks import coco_items, miniature_items
+from ola_vlm.files.escapes import TerminalFormatter, code, markdown, mathtext, one_line, terminal
+from ola_vlm.files.strangers import inside, read_finished, teachers_of_file
+from ola_vlm.files.writing import only_one, whole_file, write_whole
 from ola_vlm.probing import features, visualize
 from ola_vlm.probing.features import find_run, find_teachers
 from ola_vlm.probing.figures import curves_figure
-from ola_vlm.targets.escapes import TerminalFormatter, code, markdown, mathtext, one_line, terminal
-from ola_vlm.targets.files import inside, only_one, read_finished, teachers_of_file, whole_file, write_whole
+from ola_vlm.probing.probes import load_probes
+from ola_vlm.recipes.miniature import WEIGHTS, WORD_TEACHERS
 from ola_vlm.targets.fill import Teacher
 from ola_vlm.targets.images import ImageError, open_image
 from ola_vlm.world import render
@@ -110,6 +119,9 @@ def test_the_teacher_would_run_code_where_the_user_says_so(tmp_path):
         {"subfolder": "/somewhere"},
         {"revision": "../x"},
         {"batch_size": 10**9},
+        {"batch_size": 0},
+        {"size": True},
+        {"bins": [1, float("nan")]},
         {"dtype": {"": "float32"}},
         {"config": {"auto_map": {}}},
         {"config": {"model_args": {"checkpoint_path": "x.pth"}}},
@@ -125,6 +137,22 @@ def test_what_a_file_may_say_of_a_teacher(tmp_path):
     entry = {"encoder": "vision", "path": "org/name", "license": "mit", "size": 384, "revision": "refs/pr/1"}
     entry |= {"config": {"model_args": {"dynamic_img_size": True}}, "dtype": "bfloat16", "subfolder": "image_encoder"}
     assert teachers_of_file({"depth": entry}, "run.json") == {"depth": entry}
+
+
+def test_the_words_teachers_of_our_own_runs_may_be_named(tmp_path):
+    teachers = {"words": WORD_TEACHERS}  # whose depth has bins, which are no whole numbers
+    assert teachers_of_file(teachers, "run.json") == teachers
+    bins = WORD_TEACHERS | {"depth": WORD_TEACHERS["depth"] | {"bins": ["/etc/passwd"]}}
+    with pytest.raises(ValueError, match="'bins', which a file may not set"):
+        teachers_of_file({"words": bins}, "run.json")
+
+
+def test_a_shipped_checkpoints_teachers_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for method in ("llava", "ola_vlm"):
+        teachers = find_run(WEIGHTS / method)["teachers"]
+        paths = {task: entry["path"] for task, entry in teachers.items()}
+        assert paths == {task: str(WEIGHTS / task) for task in ("gen", "depth", "seg")}
 
 
 def test_a_file_names_no_images_to_be_shown(tmp_path):
@@ -202,6 +230,80 @@ def test_a_benchmarks_images_lie_in_its_folder(tmp_path):
             coco_items(folder)
 
 
+def test_annotations_of_another_form_are_named(tmp_path):
+    pair = {"point1": [0, 0], "point2": [1, 1], "closer_point": "point1"}
+    (tmp_path / "annotations.json").write_text(json.dumps({"a.png": [pair]}))
+    assert load_da2k(tmp_path) == {"a.png": [pair]}
+    wrong = [{"closer_point": "Point1"}, {"point1": [0]}, {"point2": [0, 0.5]}, {"point2": 3}]
+    for content in ({"a.png": 5}, {"a.png": [{"point1": [0, 0]}]}, *({"a.png": [pair | one]} for one in wrong)):
+        (tmp_path / "annotations.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"annotations\.json: 'a\.png' has no pairs"):
+            load_da2k(tmp_path)
+    for content in ({}, {"categories": 5}, {"categories": [], "images": [], "annotations": [{}]}):
+        (tmp_path / "panoptic_val2017.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"panoptic_val2017\.json is not as COCO's"):
+            coco_items(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tasks": 5}, {"num_layers": "x"}, {"about": [1]}, {"about": {"model": 5}}, {"hidden_size": 9}]
+)
+def test_probes_of_other_types_are_named(tmp_path, changes):
+    """A checkpoint's own are looked at without being asked for."""
+    shutil.copytree(WEIGHTS / "llava" / "probes", tmp_path / "probes")
+    file = tmp_path / "probes" / "probes.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match="has no probes as `ola-vlm probe` writes them") as error:
+        load_probes(tmp_path / "probes")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({}, "is not as `ola-vlm probe` writes it"),
+        ({"run": {"teachers": {}, "tasks": [5]}, "models": {}}, "is not as `ola-vlm probe` writes it"),
+        ({"run": {"teachers": {}, "tasks": [{"name": "depth"}]}, "models": {}}, "names no teacher of"),
+        ({"run": {"teachers": {}, "tasks": []}, "models": {}}, "has no models: run"),
+        ({"run": {"teachers": {}, "tasks": []}, "models": {"m": {"folder": "m"}}}, r"writes it \(KeyError: 'name'\)"),
+    ],
+)
+def test_results_of_probes_of_other_types_are_named(tmp_path, content, match):
+    (tmp_path / "probes.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=match):
+        target_tasks.run(SimpleNamespace(out=tmp_path, trust_remote_code=False))
+
+
+def test_points_of_files_of_another_form(tmp_path):
+    """Of `ola-vlm correlation`."""
+    model = {"weights": "w", "name": "m", "scores": {"depth": {"0": {"ridge": 0.5}}}}
+    probed = {"run": {"probe": "ridge"}, "models": {"m": model}}
+    run = {"weights": "w", "model": "m", "benchmark": "x", "variant": "y"}
+    results = {"run": run, "scores": {"overall": {"score": 0.5, "standard_error": 0.1}}}
+    form = r"is not as `ola-vlm probe` and `ola-vlm eval` write them \(\w+: "
+    for of_probes, of_benchmark, plain, match in (
+        ({}, results, False, form),
+        ({**probed, "models": {"m": 5}}, results, False, form),
+        (probed, {}, False, form),
+        (probed, {**results, "scores": {"overall": 5}}, False, form),
+        (probed, results, True, form),
+        (probed, results, False, "got 1 checkpoints and 1 benchmarks"),
+        ({**probed, "models": {"m": {**model, "scores": {}}}}, results, False, "got 0 checkpoints and 1 benchmarks"),
+    ):
+        (tmp_path / "probes.json").write_text(json.dumps(of_probes))
+        (tmp_path / "results.json").write_text(json.dumps(of_benchmark))
+        with pytest.raises(ValueError, match=match):
+            read_points(tmp_path, [tmp_path], "overall", plain)
+
+
+@pytest.mark.parametrize("text", ["x", "5", "{}", '{"encoder": "clip"}', '{"encoder": "clip", "path": 5}'])
+def test_an_extractor_is_an_encoder_and_a_path(text):
+    with pytest.raises(SystemExit, match=r"target-tasks: argument --features: .* (is no JSON|give \{)"):
+        parse("target-tasks", ["out", "--features", text])
+    given = {"encoder": "clip", "path": "x", "size": 8}
+    assert parse("target-tasks", ["out", "--features", json.dumps(given)]).features == given
+
+
 def test_an_answers_file_makes_no_folder(tmp_path):
     with pytest.raises(ValueError, match=r"has no test\.jsonl: give --data"):
         locate("miniature", str(tmp_path / "anywhere"), make=False)
@@ -246,6 +348,23 @@ def test_one_error_for_every_picture_that_is_none(tmp_path, kind, as_bytes, monk
     with pytest.raises(ImageError, match=r"x\.png: ") as caught:
         open_image(source)
     assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+    assert "0x" not in str(caught.value)
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    # Pillow would wait for someone to write into it, for ever.
+    signal.alarm(20)
+    try:
+        with pytest.raises(ImageError, match=r"x\.png: it is no file"):
+            open_image(tmp_path / "x.png")
+    finally:
+        signal.alarm(0)
+
+
+def test_a_row_that_names_a_picture_and_has_none():
+    with pytest.raises(ImageError, match=r"a/x\.png: the row has no bytes of it"):
+        open_image({"bytes": None, "path": "a/x.png"})
 
 
 def test_a_picture_that_another_opened_as_eps(tmp_path):
@@ -327,6 +446,81 @@ def test_pushed_files_lie_in_the_checkpoint(checkpoint, tmp_path):
         push.find_files(checkpoint)
 
 
+def test_what_a_pushed_folder_says_is_one_line(tmp_path):
+    def copied(name: str) -> Path:
+        shutil.copytree(WEIGHTS / "ola_vlm", tmp_path / name)
+        return tmp_path / name
+
+    os.mkfifo(copied("pipe") / "vocab.json")
+    (copied("index") / "model.safetensors.index.json").write_text("{}")
+    fields = json.loads((WEIGHTS / "ola_vlm" / "config.json").read_text())
+    (copied("code") / "config.json").write_text(json.dumps(fields | {"auto_map": 5}))
+    for name, message in [
+        ("pipe", r"vocab\.json is no file"),
+        ("index", "has no weight_map"),
+        ("code", "its auto_map is 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            push.find_files(tmp_path / name)
+    adapter = copied("adapter")
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": 5}')
+    with pytest.raises(SystemExit, match="names no base model: give its --base"):
+        push.main([str(adapter), "me/x", "--dry-run"])
+    run = json.loads((WEIGHTS / "ola_vlm" / "run.json").read_text())
+    (copied("run") / "run.json").write_text(json.dumps(run | {"learning_rate": "<b>"}))
+    with pytest.raises(SystemExit, match=r"not as our commands write them \(TypeError: learning_rate is '<b>'"):
+        push.main([str(tmp_path / "run"), "me/x", "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "image": "../a.png"}, "question 0: its image: .*lies outside"),
+        ({"question": "q", "image": 5}, "question 0: its image is 5, it must be a text"),
+        ({"question": ["q"], "image": "a.png"}, "question 0: its question is .*must be a text"),
+    ],
+)
+def test_questions_during_training_show_images_of_their_folder(tmp_path, row, message):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "questions.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=message):
+        read_questions(tmp_path / "questions.json", tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "match"),
+    [
+        ("model.safetensors.index.json", {}, r"index\.json has no weight_map of names to files: fetch it again"),
+        ("model.safetensors.index.json", {"weight_map": ["x"]}, "has no weight_map of names to files"),
+        ("config.json", {"auto_map": ["x"]}, r"its auto_map is \['x'\]: it must name classes"),
+        ("config.json", {"auto_map": {"AutoModel": ["../x.A", None]}}, "names the file '', which is no module"),
+        ("config.json", {"model_type": ["llava"]}, r"has the model_type \['llava'\]: it must be a name"),
+        ("config.json", {"model_type": None}, "has the model_type None: it must be a name"),
+        ("run.json", {"checkpoint": 5, "stage": "x"}, "run.json or the results are not as our commands write them"),
+    ],
+)
+def test_what_would_be_pushed_is_looked_at(checkpoint, tmp_path, file, content, match):
+    fields = {}
+    if file == "config.json":
+        fields = json.loads((checkpoint / file).read_text())
+    (checkpoint / file).write_text(json.dumps(fields | content))
+    with pytest.raises(SystemExit, match=match):
+        push.main([str(checkpoint), "me/x", "--dry-run"])
+
+
+def test_an_adapter_that_names_no_base(tmp_path):
+    for name in ("adapter_config.json", "processor_config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    save_file({"a": np.ones(1, np.float32)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(SystemExit, match=r"adapter_config\.json names no base model: give its --base REPO"):
+        push.main([str(tmp_path), "me/x", "--dry-run"])
+    (tmp_path / "run.json").write_text(json.dumps({"started_from": "x"}))
+    with pytest.raises(SystemExit, match=r"run\.json or the results are not as our commands write them"):
+        push.main([str(tmp_path), "me/x", "--base", "me/y", "--dry-run"])
+
+
 def test_paths_of_this_machine_are_not_pushed(tmp_path):
     about = {"model": str(tmp_path / "mine"), "prompt": "what / is this", "base": "org/name"}
     expected = {"model": "mine", "prompt": "what / is this", "base": "org/name"}
@@ -364,6 +558,19 @@ def test_escapes():
     assert markdown("snake_case 61.4 ± 1.2, a.b-c/d (x)") == "snake_case 61.4 ± 1.2, a.b-c/d (x)"
     assert markdown("# _a_ <b>|`c`") == "\\# \\_a\\_ &lt;b&gt;\\|\\`c\\`"
     assert code("a`b|c\n") == "`a'b¦c`"
+    assert terminal("a\u2066b\u2069c") == "a\\u2066b\\u2069c", "isolates turn what follows"
+    # Each letter that means more than itself, and an entity that would become one.
+    assert markdown("a\\b `c` *d* [e] f|g ~h~ $i$ &lt;") == r"a\\b \`c\` \*d\* \[e\] f\|g \~h\~ \$i\$ &amp;lt;"
+    assert [markdown(text)[0] for text in ("# a", "> a", "+ a", "- a")] == ["\\", "&", "\\", "\\"]
+    # GitHub makes links of bare addresses.
+    parted = {
+        "see https://evil.example/x": "see https:<!-- -->//evil.example/x",
+        "_www.evil.example": "\\_www<!-- -->.evil.example",
+        "WWW.evil.example": "WWW<!-- -->.evil.example",
+        "FTP://evil.example, mailto:me@evil.example": "FTP:<!-- -->//evil.example, mailto:me@<!-- -->evil.example",
+        "at 3 @ 4, a: b, //": "at 3 @ 4, a: b, //",
+    }
+    assert {text: markdown(text) for text in parted} == parted
 
 
 def test_a_figure_shows_texts_as_they_are(tmp_path):
@@ -448,6 +655,9 @@ def test_an_interruption_is_one_line_that_says_how_to_go_on(number, status):
     ("arguments", "environment", "line"),
     [
         (["train", "--resume_from_checkpoint=x"], {}, "go on by ola-vlm train --resume_from_checkpoint=x\n"),
+        (["train", "--resume-from-checkpoint", "x"], {}, "go on by ola-vlm train --resume-from-checkpoint x\n"),
+        (["train", "--resume-from-checkpoint=x"], {}, "go on by ola-vlm train --resume-from-checkpoint=x\n"),
+        (["train", "--output-dir", "x"], {}, "ola-vlm train --output-dir x --resume_from_checkpoint true\n"),
         (["chat", "x"], {}, "ola-vlm chat: interrupted\n"),
         (["train"], {"RANK": "1", "LOCAL_WORLD_SIZE": "2"}, ""),
         (["train"], {"RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node 2 -m ola_vlm.cli train --res"),

@@ -16,7 +16,7 @@ from conftest import random_image, tiny_tasks
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny_teachers import GRID, save_clip_image, save_depth_anything, save_oneformer
-from training_helpers import Interrupt, losses, weights
+from training_helpers import Interrupt, llava_sample, losses, weights, write_llava
 from transformers import TrainerCallback
 
 from ola_vlm import cli
@@ -288,18 +288,18 @@ class Damage(TrainerCallback):
 def test_bad_rows_stop_at_the_start_or_are_dropped_then_and_later(world, tmp_path, caplog):
     """One image is missing from the start; another is damaged in training, hours in as it were."""
     spoilt = spoilt_data(world, tmp_path / "data")
-    with pytest.raises(ValueError, match=r"\{'missing': 1\}; row gone: there is no image .*gone.png"):
+    with pytest.raises(ValueError, match=r"bad rows: image missing \(1\); row gone: there is no image .*gone.png"):
         train(arguments(world, tmp_path / "stop", **spoilt))
     spoilt |= {"on_bad_rows": "drop", "max_bad_rows": 0.1, "max_steps": -1, "per_device_train_batch_size": 5}
     late = Damage(tmp_path / "data" / "images" / "late.png")
     trainer = train(arguments(world, tmp_path / "drop", **spoilt), callbacks=[late])
     assert trainer.state.global_step == 2 and trainer.bad_rows == 1
     assert all(step["loss"] > 0 for step in losses(trainer))
-    assert "dropped 1 of 11 rows: {'missing': 1}" in caplog.text
+    assert "dropped 1 of 11 rows: image missing (1)" in caplog.text
     assert "dropped row late: image " in caplog.text and "1 bad rows were dropped in training" in caplog.text
     spoilt["max_bad_rows"] = 0.01  # the damaged one is found at the start, or in training if nobody looked
     assert train(arguments(world, tmp_path / "strict", **spoilt)).bad_rows == 0
-    assert "dropped 2 of 11 rows: {'missing': 1, 'undecodable': 1}" in caplog.text
+    assert "dropped 2 of 11 rows: image missing (1), image undecodable (1)" in caplog.text
     with pytest.raises(ValueError, match=r"1 bad rows are over max_bad_rows=0\.01 of the run's 10 rows"):
         train(arguments(world, tmp_path / "unseen", **spoilt, check_images=False))
 
@@ -310,8 +310,16 @@ def test_rows_are_truncated_and_grouped_by_choice(world, tmp_path):
     rows = trainer.train_dataset
     assert len(rows) == 9 and rows.lengths.max() == 58 and rows.has_image.sum() == 8
     assert all(step["loss"] > 0 for step in losses(trainer))
-    with pytest.raises(ValueError, match="none of 9 rows"):
+    with pytest.raises(ValueError, match="max_length 3 has no room for an image"):
         train(arguments(world, tmp_path / "too_short", max_length=3))
+    # Without tasks images may be in the rows or not.
+    llava = {"stage": "finetune", "tasks": None, "teachers": {}, "max_length": 15}
+    with pytest.raises(ValueError, match="max_length 15 has no room for an image"):
+        train(arguments(world, tmp_path / "shows", **llava))
+    text = write_llava(tmp_path, [llava_sample(i, image=None) for i in range(8)])
+    trainer = train(arguments(world, tmp_path / "says", data=str(text), **llava))
+    assert trainer.train_dataset.lengths is None or trainer.train_dataset.lengths.max() <= 15
+    assert all(step["loss"] > 0 for step in losses(trainer))
 
 
 def parquet(world, folder) -> dict:
@@ -377,7 +385,7 @@ def test_streaming_a_parquet_folder(world, tmp_path):
         ({"tasks": ONE_TASK, "teachers": {"gen": {"encoder": "clip_image"}}}, r"\['gen'\] is .*give its path"),
         ({"stage": "posttrain"}, "'posttrain' is unknown"),
         ({"dtype": "float64"}, r"dtype 'float64' is unknown.*'float32', 'bfloat16'"),
-        ({"data": None, "vision_tower": "not looked at"}, "no data: give"),
+        ({"data": None, "vision_tower": "not looked at"}, "no data: give --recipe NAME .* a folder of images"),
         ({"data": "not/there.json", "vision_tower": "not looked at"}, r"no file not/there\.json: give data"),
         (
             {"streaming": True, "shuffle_targets": True, "train_sampling_strategy": "group_by_length"},
@@ -466,7 +474,7 @@ def test_command_line(world, tmp_path, monkeypatch, capsys):
         # No abbreviations either.
         (["--max_step", "1"], "unknown field --max_step: did you mean --max_steps.*--help` lists all"),
         (["--recipe", "miniature_pretrain", "--nonsense=3"], "unknown field --nonsense: .*--help` lists all"),
-        (["--recipe", "miniature_pretrian"], "no recipe miniature_pretrian: did you mean miniature_pretrain"),
+        (["--recipe", "miniature_pretrian"], "no recipe 'miniature_pretrian': did you mean miniature_pretrain"),
         (["--stage", "pretrian"], "no stage 'pretrian': did you mean pretrain"),
     ],
 )

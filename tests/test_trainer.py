@@ -9,10 +9,13 @@ from conftest import encode, random_rows, tiny_tasks
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from training_helpers import IMAGES, GroupedRows, Interrupt, losses, make_trainer, target_source, weights
+from transformers import default_data_collator
 
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
+from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.rows import BadRow
 from ola_vlm.training.stages import STAGES, apply_stage, part_of
+from ola_vlm.training.trainer import OlaVlmTrainer
 
 PT_PARTS = ["loss/ntp"] + [
     f"loss/{task['name']}/{layer}/{part}"
@@ -469,6 +472,21 @@ def test_evaluation_logs_the_same_losses_and_changes_nothing(make_model, tmp_pat
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5)
 
 
+def test_in_evaluation_each_token_and_each_image_counts_once(make_model, tmp_path):
+    """However they are spread over batches: the first of these has all images, the last one a single row."""
+    model, processor = make_model()
+    rows = random_rows(9, [3, 1, 1, 2, 0, 0, 0, 0, 0])
+    for row in rows[4:]:
+        row["messages"] = row["messages"] * 3
+    found = []
+    for size in (16, 4):
+        trainer = make_trainer(model, processor, tmp_path, per_device_eval_batch_size=size)
+        found.append(trainer.evaluate(rows))
+    for part in PT_PARTS:
+        if "contrastive" not in part:  # its columns are a batch's
+            assert found[1][f"eval_{part}"] == pytest.approx(found[0][f"eval_{part}"], rel=1e-4), part
+
+
 def test_every_evaluation_names_its_own_losses(make_model, tmp_path):
     model, processor = make_model()
     trainer = make_trainer(model, processor, tmp_path, per_device_eval_batch_size=4)
@@ -482,6 +500,15 @@ def test_every_evaluation_names_its_own_losses(make_model, tmp_path):
         for name, metrics in alone.items():
             assert together[f"eval_{name}_{part}"] == pytest.approx(metrics[f"eval_{part}"])
     assert any("eval_other_loss/ntp" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize(("count", "is_told"), [(3, True), (6, True), (8, False)])
+def test_predict_says_when_its_losses_count_rows_twice(make_model, tmp_path, monkeypatch, caplog, count, is_told):
+    """On several processes a last batch that lacks rows takes the first ones once more."""
+    trainer = make_trainer(*make_model(), tmp_path, per_device_eval_batch_size=2)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    assert len(trainer.get_test_dataloader(random_rows(count)).dataset) == count
+    assert ("rows in a multiple of 4" in caplog.text) == is_told
 
 
 def test_logged_losses_are_means_over_the_steps_since_the_last_log(make_model, tmp_path):
@@ -601,3 +628,14 @@ def test_columns_stay_in_the_targets_type_and_change_no_loss(make_model, tmp_pat
     kept = torch.float32 if dtype is torch.float64 else dtype
     assert {columns.dtype for columns in batch["step_targets"]["columns"].values()} == {kept}
     assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+def test_without_our_collator(make_model, tmp_path):
+    """One line that says what to give; before it was an AttributeError."""
+    model, _ = make_model()
+    args = OlaVlmArguments(str(tmp_path), use_cpu=True)
+    needed = r"give data_collator=OlaVlmCollator\(processor, target_sources, model.config.tasks\)"
+    with pytest.raises(ValueError, match=f"data_collator is none: {needed}"):
+        OlaVlmTrainer(model, args)
+    with pytest.raises(ValueError, match=f"data_collator is a function: {needed}"):
+        OlaVlmTrainer(model, args, data_collator=default_data_collator)

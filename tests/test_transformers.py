@@ -33,7 +33,7 @@ def batch(built):
 def word_labels(model, batch) -> torch.Tensor:
     """Every word's: image and task tokens are never predicted."""
     ids = batch["input_ids"]
-    return ids.masked_fill(torch.isin(ids, torch.tensor(model.never_emitted)), -100)
+    return ids.masked_fill(torch.isin(ids, torch.tensor(model.suppressed_token_ids)), -100)
 
 
 def conversation(images: list[int], *texts: str) -> list[dict]:
@@ -109,7 +109,7 @@ def test_ways_to_generate(built, options):
     torch.manual_seed(0)
     found = new_tokens(model, inputs, **options)
     assert found.shape == (options.get("num_return_sequences", 1), 6)
-    assert not set(found.flatten().tolist()) & set(model.never_emitted)
+    assert not set(found.flatten().tolist()) & set(model.suppressed_token_ids)
     if {"cache_implementation", "use_cache", "prompt_lookup_num_tokens"} & options.keys():  # no other result
         assert found.equal(new_tokens(model, inputs))
 
@@ -130,7 +130,7 @@ def test_generation_from_embeddings_and_with_scores(built):
     wanted = {"output_scores": True, "output_hidden_states": True, "return_dict_in_generate": True}
     output = model.generate(**inputs, **GREEDY, **wanted)
     assert len(output.scores) == 6 and len(output.hidden_states[0]) == 5
-    assert output.scores[0][:, model.never_emitted].eq(-torch.inf).all()
+    assert output.scores[0][:, model.suppressed_token_ids].eq(-torch.inf).all()
 
 
 def test_a_generation_config_is_taken_without_a_warning(built, caplog):
@@ -147,7 +147,7 @@ def test_a_generation_config_is_taken_without_a_warning(built, caplog):
     first = own[0, 0].item()
     other = GenerationConfig(**GREEDY, suppress_tokens=[first])
     found = model.generate(**inputs, generation_config=other)[:, inputs["input_ids"].shape[1] :]
-    assert not {first, *model.never_emitted} & set(found.flatten().tolist())
+    assert not {first, *model.suppressed_token_ids} & set(found.flatten().tolist())
 
 
 # Forward
@@ -232,12 +232,12 @@ def test_embeddings_of_another_size(make_model, tiny_parts, tied_parts, tmp_path
     before = model(**batch, output_predictions=True)
     size = model.config.text_config.vocab_size
     ids = [model.config.image_token_id, *model.config.task_token_ids]
-    assert model.never_emitted == [*ids, *range(max(ids) + 1, size)] and model.config.vocab_padding == 21
+    assert model.suppressed_token_ids == [*ids, *range(max(ids) + 1, size)] and model.config.vocab_padding == 21
     model.resize_token_embeddings(size + 7, mean_resizing=False)  # all of them tokens
     model.save_pretrained(tmp_path)
     for resized in (model, OlaVlmForConditionalGeneration.from_pretrained(tmp_path).eval()):
         assert resized.config.text_config.vocab_size == resized.lm_head.out_features == size + 7
-        assert [resized.config.image_token_id, *resized.config.task_token_ids] == resized.never_emitted == ids
+        assert [resized.config.image_token_id, *resized.config.task_token_ids] == resized.suppressed_token_ids == ids
         assert resized.generation_config.suppress_tokens == ids
         after = resized(**batch, output_predictions=True)
         torch.testing.assert_close(after.logits[..., :size], before.logits)
@@ -247,7 +247,7 @@ def test_embeddings_of_another_size(make_model, tiny_parts, tied_parts, tmp_path
     names = load_file(tmp_path / "model.safetensors").keys()
     assert ("language_model.lm_head.weight" in names) != tied
     model.resize_token_embeddings(size + 8, pad_to_multiple_of=64, mean_resizing=False)
-    assert model.never_emitted == [*ids, *range(size + 8, 2 * size)]
+    assert model.suppressed_token_ids == [*ids, *range(size + 8, 2 * size)]
 
 
 def test_task_tokens_keep_their_rows(make_model, tmp_path):

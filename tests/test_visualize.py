@@ -147,11 +147,11 @@ def test_scores_are_under_the_pictures(encoders):
             assert note_of(columns[NOTHING_SEEN][n]).endswith("cosine +0.00")
     assert list(shown["seg"]) == ["image", "teacher", TARGET, NOTHING_SEEN, "layer 2"]
     assert note_of(shown["depth"][TARGET][0]) == "cosine +1.00" and note_of(shown["depth"]["teacher"][0]) == ""
-    assert note_of(shown["gen"]["teacher"][0]) == "nearest +1.00"  # the images themselves are among those
+    assert note_of(shown["gen"]["teacher"][0]) == "near +1.00"  # the images themselves are among those
     assert "nothing seen" in viewer.caption("depth")
     unknown = LayerViewer(lambda images: layers, encoders)
     assert note_of(unknown.pictures(images)["depth"]["layer 2"][0]).startswith("plain cosine ")
-    assert "no mean target is known" in unknown.caption("depth") and "not known" in unknown.remark
+    assert "no mean target is known" in unknown.caption("depth") and "can't be marked" in unknown.remark
 
 
 def test_rows_of_several_models():
@@ -179,7 +179,7 @@ def test_nearest_images(encoders):
     mean = embeddings.mean(0)
     found = nearest(mean + 3 * (embeddings[[4, 1]] - mean))  # the length does not matter
     assert same(found[0], images[4]) and same(found[1], images[1])
-    assert note_of(found[0]) == "nearest +1.00"
+    assert note_of(found[0]) == "near +1.00"
     away = nearest(2 * nearest.nearest.mean - embeddings[:1])  # nothing near it
     assert float(note_of(away[0]).split()[1]) < 0.9
     with pytest.raises(ValueError, match="no images"):
@@ -200,7 +200,7 @@ def test_nearest_is_measured_from_the_mean_of_the_set():
     nearest = NearestImages(pictures, SimpleNamespace(encode=encode))
     # Measured from 0, image 2 would be nearer to it: both are far from the mean.
     (found,) = nearest((mean + 10 * (0.8 * u + 0.6 * w))[None])
-    assert same(found, pictures[0]) and note_of(found) == "nearest +0.80"
+    assert same(found, pictures[0]) and note_of(found) == "near +0.80"
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +355,8 @@ def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, cap
         tmp_path / "llava", model, processor, find_teachers(None, checkpoint), probes=tmp_path / "others"
     )
     assert others.by == "ridge probes of every layer, fitted to another/model"
-    assert others.are_outside([blue]) == [False] and "not known" in others.remark
+    assert others.are_outside([blue]) == [False] and "can't be marked" in others.remark
+    assert "ridge probes of every layer, fitted to another/model came without a record" in others.remark
     expected = {(task, layer): one for task, layer, one in probes.predict(probes.reader(model, processor)(images[:1]))}
     torch.testing.assert_close(viewer.features(images[:1])["seg"][3], expected["seg", 3])
     assert same(shown["depth"]["layer 3"][0], viewer.decoders["depth"].decode(expected["depth", 3], images[:1])[0])
@@ -447,6 +448,15 @@ def test_the_first_run_that_names_teachers_decodes(tmp_path):
     assert find_teachers(None, places["probes"], places["checkpoint"])["teachers"] == teachers["probes"]
     assert find_teachers(None, None, places["checkpoint"], places["probes"])["teachers"] == teachers["checkpoint"]
     assert find_teachers(None, places["nothing"], places["checkpoint"])["teachers"] == teachers["checkpoint"]
+    # What it lacks, compared checkpoints have; theirs are never trusted.
+    more = {"gen": {"encoder": "clip_image", "path": "org/more"}, "depth": {"encoder": "depth_anything"}}
+    (tmp_path / "nothing" / "run.json").write_text(json.dumps({"teachers": more}))
+    merged = {**teachers["probes"], "depth": more["depth"]}
+    assert find_teachers(None, places["probes"], others=[places["nothing"]], trust=True)["teachers"] == merged
+    more["depth"]["trust_remote_code"] = True
+    (tmp_path / "nothing" / "run.json").write_text(json.dumps({"teachers": more}))
+    with pytest.raises(ValueError, match="'trust_remote_code', which a file may not set"):
+        find_teachers(None, places["probes"], others=[places["nothing"]], trust=True)
 
 
 def test_of_a_checkpoint_on_the_hub_probes_and_statistics_are_fetched(checkpoint, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,14 @@ from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.recipes.miniature import WEIGHTS
 from ola_vlm.targets.encoders import OneFormerEncoder
 from ola_vlm.targets.fill import make_teachers, open_caches
-from ola_vlm.targets.words import DEPTH_WORDS, ClassWordsEncoder, DepthWordsEncoder, speakable
+from ola_vlm.targets.words import (
+    DEPTH_WORDS,
+    ClassWordsEncoder,
+    DepthWordsEncoder,
+    _larger_is_closer,
+    speakable,
+    storage_of,
+)
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.words import WordSource, encode_word, encode_words
@@ -109,6 +117,39 @@ def test_oneformers_words_are_those_of_its_own_class_map():
     assert encoder.encode([]).shape == (0, 64, 1)
 
 
+def test_oneformers_task_counts_for_its_class_words(tmp_path):
+    """Other ids give other classes, so another cache; also where an older note says the old fingerprint. The usual ids
+    are in no fingerprint, as they never were."""
+    words = [".", ".", "red", "blue", "green", "yellow", "purple", "cyan"]
+    task = {**TASK, "target_length": 64, "words": ["class"]}
+    entry = {"encoder": "class_words", "path": str(WEIGHTS / "seg"), "words": words}
+
+    def teacher(ids: list[int]):
+        return make_teachers([task], {"words": {"class": {**entry, "task_inputs": ids}}})["words.class"]
+
+    usual, other = teacher([1, 1, 1, 1]), teacher([0, 0, 0, 0])
+    image = random_images(1)[0]
+    scores = [one.encoder._scores(one.encoder.pixel_values([image])) for one in (usual, other)]
+    assert not scores[0].equal(scores[1])
+    assert "task_inputs" not in usual.encoder.view
+    assert usual.fingerprint(tmp_path) != other.fingerprint(tmp_path)
+    # What an earlier version left: no ids, and a fingerprint that doesn't have them.
+    note = other._note(tmp_path)
+    known = json.loads(note.read_text())
+    assert known.pop("task_inputs") == [0, 0, 0, 0]
+    note.write_text(json.dumps({**known, "fingerprint": usual.encoder.fingerprint}))
+    assert teacher([0, 0, 0, 0]).fingerprint(tmp_path) == other.encoder.fingerprint
+
+
+def test_a_teachers_tokenizer_counts_for_its_class_words(folders):
+    """The task's ids are the tokenizer's; those that published OneFormers get are in no fingerprint."""
+    encoder = ClassWordsEncoder.from_pretrained(folders / "seg", grid=GRID, words=COLORS)
+    assert encoder.view["task_inputs"] == [2, 3, 4, 5, 0, 0, 0]  # the / task / is / semantic
+    published = [49406, 518, 10549, 533, 29119, 1550, 49407]
+    given = ClassWordsEncoder.from_pretrained(folders / "seg", grid=GRID, words=COLORS, task_inputs=published)
+    assert "task_inputs" not in given.view and given.fingerprint != encoder.fingerprint
+
+
 def test_any_segmenter_of_transformers(tmp_path):
     torch.manual_seed(0)
     labels = {0: "tree-merged", 1: "sky, heavens", 2: "dining table"}
@@ -182,6 +223,23 @@ def test_depth_words_by_quantiles(folders):
     closest = torch.nn.functional.adaptive_avg_pool2d(depth[:, None], 2).flatten(1).argmax(1)
     assert (numbers[torch.arange(2), closest] == 0).all() and (numbers.sum((1, 2)) == 2).all()
     assert DepthWordsEncoder.list_words(folders / "depth") == list(DEPTH_WORDS)
+
+
+def test_which_way_a_depth_model_counts():
+    """Inverse depth is larger where it is closer, meters are smaller."""
+
+    def is_closer(kind: str, **fields) -> bool:
+        return _larger_is_closer("a model", SimpleNamespace(model_type=kind, **fields))
+
+    assert is_closer("depth_anything", depth_estimation_type="relative") and is_closer("dpt")
+    assert not is_closer("depth_anything", depth_estimation_type="metric")
+    assert not is_closer("glpn") and not is_closer("zoedepth")
+    with pytest.raises(ValueError, match="give its teacher larger_is_closer"):
+        is_closer("another")
+
+
+def test_a_byte_holds_256_words():
+    assert [storage_of(["a"] * count) for count in (1, 256, 257)] == ["uint8", "uint8", "int16"]
 
 
 def test_another_depth_model(tmp_path):
@@ -406,7 +464,9 @@ def test_targets_are_sums_of_the_language_models_own_embeddings(make_model, tmp_
     variance = target.flatten(0, 1).var(0, correction=0).mean()
     expected = (prediction - target).square().mean() / variance
     trainer.compute_loss(model, batch)
-    found = trainer._sums["eval" if not model.training else "train"]["loss/words/0/mse"]
+    # Of evaluation, where a loss counts for its images.
+    assert not model.training and trainer._counts["eval"]["loss/words/0/mse"] == 3
+    found = trainer._sums["eval"]["loss/words/0/mse"] / 3
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
 
 

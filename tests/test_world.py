@@ -107,6 +107,30 @@ def test_every_text_has_its_answers_equally_often():
         language.balanced(render.sample_scenes(20, seed=3), per_task=48, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("count", "per_task", "message"),
+    [
+        (320, 20, "20 relation questions can't be balanced: there are 24 texts with their answers, so ask for 24"),
+        (0, 48, r"too few scenes \(0\) for 48 balanced count questions"),
+        (4, 24, r"too few scenes \(4\)"),
+    ],
+)
+def test_no_task_is_left_out_of_balanced_questions(count, per_task, message):
+    with pytest.raises(ValueError, match=message):
+        language.balanced(render.sample_scenes(count, seed=104), per_task=per_task, seed=0)
+
+
+def test_a_text_whose_other_answer_never_occurs_is_too_few_scenes(monkeypatch):
+    """Who asks it would tell its answer."""
+    asked = []
+    for n, task in enumerate(4 * language.TASKS):
+        answer = "(A)" if task == "depth" else f"({'AB'[n // 4 % 2]})"
+        asked.append({"task": task, "question": f"which {task} ?", "choices": ["a", "b"], "answer": answer})
+    monkeypatch.setattr(language, "questions", lambda scenes, i, differences: [asked[i]])
+    with pytest.raises(ValueError, match="balanced depth questions"):
+        language.balanced(range(len(asked)), per_task=2, seed=0)
+
+
 def test_patches_tell_what_the_picture_shows_there():
     scenes, arrays = render.make_scenes(40, seed=4)
     side, right, told = render.SIZE // render.GRID, 0, 0
@@ -141,7 +165,7 @@ def test_no_split_shows_another_ones_scenes():
 
 def test_questions_are_drawn_by_the_seed():
     scenes = render.sample_scenes(500, seed=3)
-    drawn = [[q["scene"] for q in language.balanced(scenes, per_task=16, seed=seed)] for seed in (0, 0, 1)]
+    drawn = [[q["scene"] for q in language.balanced(scenes, per_task=24, seed=seed)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -161,6 +185,134 @@ def test_world_on_disk_is_llava_data(tmp_path):
     stamp = (tmp_path / "images" / "train_00000.png").stat().st_mtime_ns
     assert dataset.write_world(tmp_path, sizes, questions) == checks
     assert (tmp_path / "images" / "train_00000.png").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_record_counts_as_none(tmp_path, monkeypatch, content):
+    class BeginsAnew(Exception):
+        pass
+
+    def make_scenes(*args, **options):
+        raise BeginsAnew
+
+    monkeypatch.setattr(dataset.render, "make_scenes", make_scenes)
+    (tmp_path / "world.json").write_text(content)
+    with pytest.raises(BeginsAnew):
+        dataset.write_world(tmp_path, {"train": 1}, {"train": 1})
+
+
+def test_what_needs_no_image_is_measured_on_test_scenes(tmp_path, monkeypatch):
+    """By a reader of positions that is fitted on training scenes, which it would know better."""
+    scenes = {}
+    for split, (count, seed) in {"train": (40, 1), "test": (10, 2)}.items():
+        scenes[split] = render.sample_scenes(count, seed)
+        mask = render.render_scenes(scenes[split], seed)["mask"]
+        render.save_scenes(tmp_path / f"{split}.safetensors", scenes[split], {"mask": mask})
+    asked = []
+    for i in range(10):
+        asked += [{"scene": i, **question} for question in language.questions(scenes["test"], i)]
+    (tmp_path / "test_questions.json").write_text(json.dumps(asked))
+    seen = {"fit": [], "score": []}
+
+    class Reader:
+        def __init__(self, *steps):
+            pass
+
+        def fit(self, features, answers):
+            seen["fit"].append((len(features), len(answers)))
+
+        def score(self, features, answers):
+            seen["score"].append((len(features), len(answers)))
+            return len(answers)
+
+    monkeypatch.setattr(dataset, "make_pipeline", Reader)
+    checks = dataset.check(tmp_path, scenes)
+    counts = {task: sum(question["task"] == task for question in asked) for task in ("depth", "distance")}
+    assert checks["position_size"] == checks["position_size_pairs"] == counts
+    assert min(seen["fit"]) > max(seen["score"])
+    assert all(features == answers for pairs in seen.values() for features, answers in pairs)
+
+
+def test_where_a_color_is_seen():
+    """Column, row and size of a red object alone, left of the middle and in the upper half."""
+    scenes = one_object("ball", u=-0.2, v=0.1, z=5.0, r=0.1)
+    column, row, size = dataset.referents(scenes, render.render_scenes(scenes))[0, render.REFERENTS.index("red")]
+    assert column == pytest.approx(0.3, abs=0.02) and row == pytest.approx(render.HORIZON - 0.1, abs=0.02)
+    assert size == pytest.approx(0.1 * np.pi**0.5, rel=0.15)
+
+
+def test_questions_of_their_own_are_the_studys(tmp_path, monkeypatch):
+    """Of its test scenes, drawn as it draws them."""
+    drawn = []
+
+    def make_scenes(count: int, seed: int, desc: str):
+        drawn.append((count, seed))
+        return "scenes", {}
+
+    def balanced(scenes, per_task: int, seed: int):
+        drawn.append((scenes, per_task, seed))
+        return []
+
+    monkeypatch.setattr(render, "make_scenes", make_scenes)
+    monkeypatch.setattr(language, "balanced", balanced)
+    dataset.write_questions(tmp_path)
+    seed = dataset.SEEDS["test"]
+    assert drawn == [(dataset.SIZES["test"], seed), ("scenes", dataset.QUESTIONS["test"], seed)]
+
+
+def test_chats_ask_what_is_to_be_learned_in_an_order_of_their_own():
+    """Of each scene anew, and not only about the small differences that tests ask about."""
+    scenes, rng = render.sample_scenes(40, seed=3), np.random.default_rng(0)
+    orders = set()
+    captions = []
+    easy = 0
+    for i in range(len(scenes)):
+        chat = language.conversation(scenes, i, dataset.TURNS, rng)
+        orders.add(tuple(turn["task"] for turn in chat))
+        of_tests = [question["question"] for question in language.questions(scenes, i, language.ASKED)]
+        asked = [turn["question"] for turn in chat if turn["task"] in ("relation", "depth", "distance")]
+        easy += sum(question not in of_tests for question in asked)
+        captions.append([language.caption(scenes, i, rng) for _ in range(4)])
+    assert len(orders) > 30 and easy > 40
+    assert sum(len(set(of_scene)) > 1 for of_scene in captions) > 30  # its objects in any order
+
+
+def test_each_scenes_rows_are_drawn_anew(tmp_path, monkeypatch):
+    """By one generator for all: of one that begins again, every scene would be told of and asked about alike."""
+    drawn = []
+
+    def caption(scenes, i, rng):
+        drawn.append(rng.random())
+        return "a cube"
+
+    def conversation(scenes, i, turns, rng):
+        drawn.append(rng.random())
+        return [{"question": "what ?", "answer": "a cube"}]
+
+    monkeypatch.setattr(language, "caption", caption)
+    monkeypatch.setattr(language, "conversation", conversation)
+    dataset._write_training_rows(tmp_path, render.sample_scenes(5, seed=3))
+    assert len(set(drawn)) == len(drawn) == 10
+
+
+def test_most_distances_that_the_image_tells_are_not_asked_about():
+    """Which of two is closer to a third: all those are asked about in which the image misleads."""
+    scenes = render.sample_scenes(200, seed=3)
+    position = scenes.position()
+    seen = np.stack([scenes.u, scenes.v], axis=-1)
+    least, _ = language.LEARNED.distance
+    asked_of = {True: [], False: []}
+    for i in range(len(scenes)):
+        asked = {question["question"] for question in language.questions(scenes, i) if question["task"] == "distance"}
+        for anchor, color in enumerate(("red", "blue", "green")):  # a scene's first three objects
+            others = [slot for slot in range(3) if slot != anchor]
+            in_space = [np.linalg.norm(position[i, anchor] - position[i, other]) for other in others]
+            in_image = [np.linalg.norm(seen[i, anchor] - seen[i, other]) for other in others]
+            if max(in_space) > least * min(in_space):
+                is_as_seen = np.argmin(in_space) == np.argmin(in_image)
+                asked_of[bool(is_as_seen)].append(f"which object is closer to the {color} object" in " ".join(asked))
+    assert all(asked_of[False]) and len(asked_of[False]) > 30
+    assert 0.2 < np.mean(asked_of[True]) < 0.4
 
 
 def test_the_command_makes_what_recipes_read(tmp_path, monkeypatch, capsys):
@@ -206,6 +358,7 @@ def test_tests_ask_about_small_differences_only():
         assert within[0] < min(asked[kind]) and max(asked[kind]) < within[1], kind
 
 
+@pytest.mark.slow
 def test_a_world_of_other_questions_is_another_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli.main(["data", "miniature", "--shrunk"])

@@ -113,7 +113,9 @@ def write_llava(folder: Path, samples: list[dict], images: Sequence[str] = ()) -
 
 
 class GroupedRows(list):
-    """Rows with what `GroupedSampler` needs to know of them."""
+    """Rows with what `GroupedSampler` and a run's plan need to know of them."""
+
+    has_text = True
 
     def __init__(self, rows: list[dict]):
         super().__init__(rows)

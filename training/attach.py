@@ -5,16 +5,21 @@ of an image's tokens differs from image to image, so which token belongs to whic
 (`image_owner`), from the processor itself.
 """
 
+import json
+from collections import defaultdict
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..configuration_ola_vlm import VOCAB_MULTIPLE, normalize_task, task_token_strings
 from ..modeling_ola_vlm import (
@@ -28,20 +33,26 @@ from ..processing_ola_vlm import added_ids
 from ..targets.loading import read_safetensors
 
 PREDICTORS_FILE = "predictors.safetensors"
-OWN = ("predictors", "queries", "logit_scales")  # what is added to the model, with the names of OLA-VLM's own
+# What is added to the model, with the names of OLA-VLM's own.
+OWN = ("predictors", "queries", "logit_scales")
+# How predictors see an image: a field of the configuration, arguments of `AttachedCollator`.
+VIEW = "image_view"
 
 
 if TYPE_CHECKING:
     Mixed = PreTrainedModel
 else:
-    Mixed = object  # mixed into the class of a model
+    # Mixed into the class of a model.
+    Mixed = object
 
 
 class AttachedPredictors(Mixed):
     """Mixed into a model's class by `attach_predictors`: `output_predictions=True` in `forward`, and two files in a
     checkpoint, the model's own and `PREDICTORS_FILE`."""
 
-    accepts_loss_kwargs = True  # the loss is ours, so that accumulated micro-batches count by their tokens
+    # The loss is ours, so that accumulated micro-batches count by their tokens.
+    accepts_loss_kwargs = True
+    # What a stage sets, as of OLA-VLM's own model, whose methods are used on any other.
     task_tokens_from_queries = task_tokens_frozen = False
     task_token_embeddings = OlaVlmForConditionalGeneration.task_token_embeddings
     lookup_scale = OlaVlmForConditionalGeneration.lookup_scale
@@ -66,23 +77,32 @@ class AttachedPredictors(Mixed):
         `word_ids`; it needs, by name, `input_ids`, `attention_mask` and `image_owner` (B, T): the number of the image
         that a token belongs to, counted through the batch, -1 for none (`data.AttachedCollator`).
         """
+        # Predictors read the hidden states of their layers: these alone are kept.
         if output_predictions:
             if image_owner is None or not kwargs.keys() >= {"input_ids", "attention_mask"}:
                 needs = "input_ids, attention_mask and image_owner by name, as AttachedCollator gives them"
                 raise ValueError(f"output_predictions=True needs {needs}")
-            layers = {layer for task in self.config.tasks for layer in task["layers"]}
+            layers = set()
+            for task in self.config.tasks:
+                layers.update(task["layers"])
             kwargs["output_hidden_states"] = sorted(layers)
         if self.training:
-            kwargs.setdefault("use_cache", False)  # keys and values of all layers, which no training reads
+            # A cache would hold keys and values of all layers, which no training reads.
+            kwargs.setdefault("use_cache", False)
+
+        # Only the hook of this one pass replaces task tokens' embeddings: the model's own code is never touched.
         hook = nullcontext()
         frozen = self.task_tokens_frozen and self.training
         if self.config.task_token_ids and (self.task_tokens_from_queries or frozen):
             hook = self.get_input_embeddings().register_forward_hook(self._task_tokens_hook())
         with hook:
             outputs = super().forward(*args, **kwargs)
+
+        # The loss of the next tokens, over logits (B, T, vocabulary).
         if labels is not None:
             candidates = outputs.logits
-            if self.config.task_token_ids:  # inputs only: their rows in the head neither learn nor disturb
+            if self.config.task_token_ids:
+                # Task tokens are inputs only: their rows in the head neither learn nor disturb.
                 rows = candidates.shape[-1]
                 padding = range(rows - self.config.vocab_padding, rows)
                 never = torch.tensor([*self.config.task_token_ids, *padding], device=candidates.device)
@@ -91,42 +111,136 @@ class AttachedPredictors(Mixed):
             outputs["loss"] = self.loss_function(logits=candidates, labels=labels, **count)
         if not output_predictions:
             return outputs
-        assert image_owner is not None  # checked above
+
+        # What is predicted of each image's embeddings.
+        assert image_owner is not None
         layout = image_layout(image_owner, kwargs["input_ids"], kwargs["attention_mask"], self.config)
+        loss = None
+        if labels is not None:
+            loss = outputs["loss"]
         return OlaVlmCausalLMOutputWithPast(
-            loss=outputs["loss"] if labels is not None else None,
+            loss=loss,
             logits=outputs.logits,
             **self.distill(outputs.hidden_states, layout, word_ids),
         )
 
     def _task_tokens_hook(self):
         """The tables learn from the language model, or the rows get no gradient."""
-        table = self.task_token_embeddings() if self.task_tokens_from_queries else None
+        # (K, H), or nothing.
+        table_KH = None
+        if self.task_tokens_from_queries:
+            table_KH = self.task_token_embeddings()
 
         def replace(module, args, embeds_BTH):
-            match_BTK = args[0][..., None] == torch.tensor(self.config.task_token_ids, device=args[0].device)
-            own_BTH = embeds_BTH.detach() if table is None else table.to(embeds_BTH.dtype)[match_BTK.int().argmax(-1)]
+            ids_BT = args[0]
+            match_BTK = ids_BT[..., None] == torch.tensor(self.config.task_token_ids, device=ids_BT.device)
+            if table_KH is None:
+                # Frozen rows: as they are looked up, without a gradient.
+                own_BTH = embeds_BTH.detach()
+            else:
+                # Which of the K tokens it is; what isn't any of them takes row 0, and is left out below.
+                own_BTH = table_KH.to(embeds_BTH.dtype)[match_BTK.int().argmax(-1)]
             return torch.where(match_BTK.any(-1, keepdim=True), own_BTH, embeds_BTH)
 
         return replace
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """A checkpoint of the model's own class, and `PREDICTORS_FILE` beside it."""
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        own = {name: value for name, value in state_dict.items() if name.split(".")[0] in OWN}
+        if state_dict is None:
+            state_dict = self.state_dict()
+        # Apart, so that the model's own file loads without a word about unexpected weights.
+        own = predictors_of(state_dict)
         plain = {name: value for name, value in state_dict.items() if name not in own}
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
         if is_main_process:
-            own = {name: value.cpu().contiguous() for name, value in own.items()}
-            save_file(own, Path(save_directory) / PREDICTORS_FILE, metadata={"format": "pt"})
+            write_predictors(own, self.config, save_directory)
 
     def load_checkpoint(self, folder: str | Path):
-        """All weights from a folder that `save_pretrained` wrote, by the model's own class, which knows the names in
-        its files."""
-        is_mixed = any(parameter.dtype is torch.float32 for parameter in self.parameters())
-        dtype = torch.float32 if is_mixed else self.dtype  # what trains is float32, though the rest may have 16 bits
-        plain = type(self).__bases__[1].from_pretrained(folder, dtype=dtype)
-        self.load_state_dict(plain.state_dict() | read_safetensors(Path(folder) / PREDICTORS_FILE))
+        """All weights from a folder that `save_pretrained` wrote. Its files are mapped into memory: no second model is
+        made, and a rank that keeps a part of each weight reads little more."""
+        mapping = get_model_conversion_mapping(self)
+        renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
+        # Where files and model differ in names alone, no weight need be computed.
+        if len(renamings) == len(mapping):
+            weights = self._mapped_weights(Path(folder), renamings)
+        else:
+            # Weights of several names become one: its own class knows how. What trains is float32, though the rest may
+            # have 16 bits.
+            is_mixed = any(parameter.dtype is torch.float32 for parameter in self.parameters())
+            dtype = self.dtype
+            if is_mixed:
+                dtype = torch.float32
+            # The class before `_mix_in`: second of the two bases.
+            weights = type(self).__bases__[1].from_pretrained(folder, dtype=dtype).state_dict()
+        if self.config.tasks:
+            weights.update(read_safetensors(Path(folder) / PREDICTORS_FILE))
+        self.load_state_dict(weights)
+
+    def _mapped_weights(self, folder: Path, renamings: list[WeightRenaming]) -> dict[str, Tensor]:
+        """The weights of the model's own class by their names in it; one that the model ties by all of its names."""
+        weights = {}
+        for file in sorted(folder.glob("model*.safetensors")):
+            for name, value in read_safetensors(file).items():
+                own_name, *_ = rename_source_key(name, renamings, [])
+                weights[own_name] = value
+        # A file has a tied weight once, under one of its names; `load_state_dict` asks for all of them.
+        same = defaultdict(list)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            same[id(parameter)].append(name)
+        for names in same.values():
+            saved = [weights[name] for name in names if name in weights]
+            if not saved:
+                continue
+            for name in names:
+                weights.setdefault(name, saved[0])
+        return weights
+
+
+def load_predictors(model: PreTrainedModel, folder: str | Path) -> None:
+    """Predictors, query tables and logit scales of a model that has some, attached or its own, from the folder of an
+    adapter or of a checkpoint; nothing else changes."""
+    own = read_safetensors(Path(folder) / PREDICTORS_FILE)
+    for part in OWN:
+        prefix = f"{part}."
+        of_part = {name.removeprefix(prefix): value for name, value in own.items() if name.startswith(prefix)}
+        getattr(model, part).load_state_dict(of_part)
+
+
+def predictors_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a model's weights is of its predictors, query tables and logit scales."""
+    return {name: value for name, value in state_dict.items() if name.split(".")[0] in OWN}
+
+
+def write_predictors(weights: dict[str, Tensor], config: PreTrainedConfig, folder: str | Path) -> None:
+    """`PREDICTORS_FILE` in the folder: what is added to a model, by its names there, and what `config` says of it (an
+    adapter has no configuration of its own). No file without weights."""
+    if not weights:
+        return
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    # A safetensors file's metadata are texts.
+    fields = {name: json.dumps(getattr(config, name)) for name in ("tasks", VIEW) if hasattr(config, name)}
+    save_file(weights, Path(folder) / PREDICTORS_FILE, metadata={"format": "pt", **fields})
+
+
+class PredictorFields(NamedTuple):
+    """What a `PREDICTORS_FILE` says of its predictors; nothing if an earlier version wrote it, which said it in
+    config.json alone. ValueError if it says something else."""
+
+    tasks: list[dict]
+    image_view: dict
+
+    @classmethod
+    def read(cls, file: str | Path) -> "PredictorFields":
+        with safe_open(file, "pt") as opened:
+            written = opened.metadata() or {}
+        try:
+            tasks = json.loads(written.get("tasks", "[]"))
+            view = json.loads(written.get(VIEW, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: its header is no JSON ({error}): fetch it again") from error
+        if not isinstance(tasks, list) or not isinstance(view, dict):
+            raise ValueError(f"{file}: its header must hold a list of tasks and an object of the view: fetch it again")
+        return cls(tasks, view)
 
 
 def attach_predictors(
@@ -145,17 +259,16 @@ def attach_predictors(
             template, behind each image, and the model's vocabulary. Save it with the model.
         checkpoint: folder of `save_pretrained`, whose predictors are loaded; random ones without it.
     """
-    base, text = type(model), model.config.get_text_config()
-    if isinstance(model, AttachedPredictors):
-        raise ValueError("the model has predictors already: detach_predictors takes them off")
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{base.__name__} has an encoder for its text: take a decoder-only model")
+    # What can't be attached is refused before anything changes.
+    text = model.config.get_text_config()
+    _check_attachable(model)
     tasks = [normalize_task(task, text.hidden_size, text.num_hidden_layers) for task in tasks]
     names = [task["name"] for task in tasks]
     if not tasks or len(set(names)) < len(names):
         raise ValueError(f"tasks are {names}: give one or more, each with its own name")
     token_ids = _add_task_tokens(model, processor, task_token_strings(tasks))
 
+    # As `OlaVlmForConditionalGeneration` has them, under the same names.
     predictors = nn.ModuleDict()
     queries = Parameters()
     logit_scales = Parameters()
@@ -163,16 +276,41 @@ def attach_predictors(
     for task in tasks:
         layers = {str(layer): make_predictor(task, text.hidden_size) for layer in task["layers"]}
         predictors[task["name"]] = nn.ModuleDict(layers)
+        # One element and not a scalar, which FSDP2 can't shard.
         logit_scales[task["name"]] = nn.Parameter(torch.full((1,), 2.0))
         if task["num_task_tokens"] > 0:
+            # A group of queries for each task token, at least one.
             rows = max(task["target_length"], task["num_task_tokens"])
             queries[task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
     if checkpoint is not None:
         own.load_state_dict(read_safetensors(Path(checkpoint) / PREDICTORS_FILE))
+    return _mix_in(model, own, tasks, token_ids)
+
+
+def without_predictors(model: PreTrainedModel) -> PreTrainedModel:
+    """`attach_predictors` without a task, in place: the model itself, as the trainer and the collator of attached
+    models take it. What it learns are next tokens alone: the baseline."""
+    _check_attachable(model)
+    own = nn.ModuleDict({"predictors": nn.ModuleDict(), "queries": Parameters(), "logit_scales": Parameters()})
+    model.config.vocab_padding = getattr(model.config, "vocab_padding", 0)
+    return _mix_in(model, own, tasks=[], token_ids=[])
+
+
+def _check_attachable(model: PreTrainedModel) -> None:
+    if isinstance(model, AttachedPredictors):
+        raise ValueError("the model has predictors already: detach_predictors takes them off")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has an encoder for its text: take a decoder-only model")
+
+
+def _mix_in(model: PreTrainedModel, own: nn.ModuleDict, tasks: list[dict], token_ids: list[int]) -> PreTrainedModel:
+    """The model, of a class that also has `AttachedPredictors`, with the modules `own`."""
+    base = type(model)
     for name, module in own.to(model.device, model.dtype).items():
         model.add_module(name, module)
 
-    @wraps(base.forward)  # its signature, which `generate` and the trainer look at
+    # With the signature of the model's own, which `generate` and the trainer look at.
+    @wraps(base.forward)
     def forward(self, *args, **kwargs):
         return AttachedPredictors.forward(self, *args, **kwargs)
 
@@ -184,6 +322,8 @@ def attach_predictors(
     model.__class__ = type(base.__name__, (AttachedPredictors, base), {**place, "forward": forward})
     model.config.tasks = tasks
     model.config.task_token_ids = token_ids
+    # A saved model that had predictors knows.
+    model.config.image_view = getattr(model.config, VIEW, {})
     return model
 
 
@@ -194,7 +334,7 @@ def detach_predictors(model: PreTrainedModel) -> PreTrainedModel:
     model.__class__ = type(model).__bases__[1]
     for name in OWN:
         delattr(model, name)
-    for field in ("tasks", "task_token_ids", "vocab_padding"):
+    for field in ("tasks", "task_token_ids", "vocab_padding", VIEW):
         delattr(model.config, field)
     return model
 
@@ -209,22 +349,30 @@ def _add_task_tokens(model: PreTrainedModel, processor: Any, tokens: list[str]) 
         return []
     if processor is None:
         raise ValueError("task tokens need the processor, to write them after each image: give it")
-    image, joined = processor.image_token, "".join(tokens)
+    # Into the chat template, behind each image. One that was saved with an attached model has them.
+    image = processor.image_token
+    joined = "".join(tokens)
     template = processor.chat_template or processor.tokenizer.chat_template or ""
-    if joined not in template:  # saved with an attached model, it has them
+    if joined not in template:
         if image not in template:
             raise ValueError(f"the chat template doesn't spell out {image}: write {joined} after each image in it")
         processor.chat_template = template.replace(image, image + joined)
+
+    # Into the tokenizer; `added_ids` stops if they would take the rows of other tokens.
     known = processor.tokenizer.get_vocab()
     processor.tokenizer.add_tokens(tokens, special_tokens=True)
-    added_ids(processor.tokenizer, known)  # or stops: they would take the rows of other tokens
+    added_ids(processor.tokenizer, known)
     ids = processor.tokenizer.convert_tokens_to_ids(tokens)
+
+    # Into the model's tables, which often have spare rows: then nothing grows.
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if max(ids) >= rows:
         num_tokens = max(ids) + 1
         resized = model.resize_token_embeddings(num_tokens, pad_to_multiple_of=VOCAB_MULTIPLE, mean_resizing=False)
         rows = cast(nn.Embedding, resized).num_embeddings
         model.config.vocab_padding = rows - num_tokens
+
+    # And never into an answer.
     padding = range(rows - model.config.vocab_padding, rows)
     never = {*(model.generation_config.suppress_tokens or []), *ids, *padding}
     model.generation_config.suppress_tokens = sorted(never)
@@ -234,6 +382,7 @@ def _add_task_tokens(model: PreTrainedModel, processor: Any, tokens: list[str]) 
 def image_layout(image_owner: Tensor, input_ids: Tensor, attention_mask: Tensor, config) -> ImageLayout:
     """Where the images are, from `image_owner` (B, T); tokens beside the pixels' that belong to an image (tags of
     tiles) count as its own. ValueError if an image has no token or lacks its task tokens."""
+    # P positions of the whole batch, row after row; `argmax` of booleans is the first True.
     numbers_N = torch.arange(int(image_owner.max()) + 1, device=image_owner.device)
     is_first_NP = image_owner.flatten() == numbers_N[:, None]
     if not bool(is_first_NP.any(1).all()):
@@ -243,6 +392,7 @@ def image_layout(image_owner: Tensor, input_ids: Tensor, attention_mask: Tensor,
     ids.view(-1)[is_first_NP.int().argmax(1)] = -2
     stand_in = SimpleNamespace(image_token_id=-2, task_token_ids=config.task_token_ids, tasks=config.tasks)
     layout = ImageLayout.find(ids, attention_mask, len(numbers_N), stand_in)
+    # Then the image's other tokens: out of the words, into the image.
     owner_NT = image_owner[layout.sample_N]
     for group in ("system", "text"):
         layout.groups_NT[group] &= owner_NT < 0

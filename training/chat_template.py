@@ -22,9 +22,12 @@ from .rows import BadRow, brief
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-BEGIN, END = "\ufdd0", "\ufdd1"  # around answers; code points that no text has
+GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+# Around answers, to find them again in the chat: code points that no text has.
+BEGIN = "\ufdd0"
+END = "\ufdd1"
 MARKS = re.compile(f"[{BEGIN}{END}]")
+# A chat of two turns, with an image: what a template does with it shows what it does with any.
 PROBE = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "one"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
@@ -48,6 +51,19 @@ PARTS_TO_TEXT = (
 ).replace("IMAGE", IMAGE_TOKEN)
 
 
+# Put before a template that writes nothing at the end of an answer, or only the next turn's beginning (GLM-4's): each
+# answer ends with the end-of-sequence token, where generation stops.
+END_ANSWERS = (
+    "{% set ended = namespace(messages=[]) %}{% for message in messages %}"
+    "{% if message['role'] != 'assistant' %}{% set said = message['content'] %}"
+    "{% elif message['content'] is string %}{% set said = message['content'] ~ eos_token %}"
+    "{% else %}{% set last = message['content'][-1] %}"
+    "{% set said = message['content'][:-1] + [dict(last, text=last['text'] ~ eos_token)] %}{% endif %}"
+    "{% set ended.messages = ended.messages + [dict(message, content=said)] %}{% endfor %}"
+    "{% set messages = ended.messages %}{{ '' }}"
+)
+
+
 def taking_images(chat_template: str | None, **special_tokens: str) -> str | None:
     """The template, made to take content parts if it takes text only, as those of text-only LLMs do. ValueError if
     it costs too much (`check_chat_template`)."""
@@ -59,7 +75,10 @@ def taking_images(chat_template: str | None, **special_tokens: str) -> str | Non
         text, _ = render(chat_template, chat, special_tokens)
     except BadRow:
         text = ""
-    return chat_template if IMAGE_TOKEN in text and "probe" in text else PARTS_TO_TEXT + chat_template
+    takes_parts = IMAGE_TOKEN in text and "probe" in text
+    if takes_parts:
+        return chat_template
+    return PARTS_TO_TEXT + chat_template
 
 
 def template_of(processor) -> str:
@@ -79,12 +98,26 @@ def render(template: str, messages: Sequence[dict], special_tokens: dict, **opti
     """The chat, and the (start, stop) of its `{% generation %}` marks if `return_assistant_tokens_mask` is given.
     BadRow if the template raises or writes more than `MAX_CHARACTERS`."""
     try:
-        texts, marks = render_jinja_template([messages], chat_template=template, **special_tokens, **options)  # pyright: ignore[reportArgumentType]
-    except Exception as error:  # whatever a stranger's expressions may raise
+        texts, marks = render_jinja_template([messages], chat_template=template, **special_tokens, **options)  # pyright: ignore[reportArgumentType] (any template's variables)
+    except Exception as error:
+        # Whatever a stranger's expressions may raise.
         raise BadRow("malformed", f"the chat template refuses it: {error or type(error).__name__}") from error
     if len(texts[0]) > MAX_CHARACTERS:
         raise BadRow("malformed", f"the chat template writes {len(texts[0]):,} characters")
-    return texts[0], list(marks[0]) if marks else []
+    if not marks:
+        return texts[0], []
+    return texts[0], list(marks[0])
+
+
+def special_tokens_around(tokenizer) -> tuple[list[str], list[str]]:
+    """The special tokens that a fast tokenizer adds in front of a text and behind it."""
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    tokens = tokenizer.convert_ids_to_tokens(encoding["input_ids"])
+    words = [i for i, is_special in enumerate(encoding["special_tokens_mask"]) if not is_special]
+    # It may have no token for the word.
+    if not words:
+        return tokens, []
+    return tokens[: words[0]], tokens[words[-1] + 1 :]
 
 
 class ChatTemplate:
@@ -92,9 +125,10 @@ class ChatTemplate:
 
     That is where the template marks it with `{% generation %}`, but for what the prompt already holds and for white
     space behind the end of turn. In a template without marks it is each answer and the end of turn after it: what the
-    template always writes there.
+    template always writes there. Where marks leave out an end of turn that is always written, it is supervised, too.
 
     `ends_turns`, known after `check`: whether the end of turn is among it; if not, a model never learns to stop.
+    `ends`: what is supervised behind answers, the last one's end being another one with some templates.
     """
 
     def __init__(self, template: str, tokenizer, image_token: str):
@@ -103,12 +137,17 @@ class ChatTemplate:
         self.image_token = image_token
         self.has_marks = GENERATION.search(template) is not None
         self.end_of_turn = ""
-        self.head = ""  # of each marked span: what the prompt already holds
+        # Of each marked span: what the prompt already holds.
+        self.head = ""
+        # Whether the marks hold answers alone.
+        self.is_end_unmarked = False
         self.ends_turns = False
+        self.ends: list[str] = []
 
     def check(self) -> "ChatTemplate":
         """Itself, if it can be trained with; else ValueError with the reason."""
-        text, answers = self._find_answers(PROBE)
+        # Is each answer supervised, and the image there?
+        text, answers = self.find_answers(PROBE)
         spans = answers
         if self.has_marks:
             _, spans = self._marked_spans(PROBE)
@@ -116,6 +155,8 @@ class ChatTemplate:
         if text.count(self.image_token) != 1 or covered != [True, True] or len(spans) != 2:
             needs = f"must write {self.image_token} for an image and mark (or write) 2 answers"
             raise ValueError(f"the chat template {needs} in this chat: {brief(text)}")
+
+        # Does each begin where inference begins to write?
         heads = set()
         for turn, (start, _) in zip((1, 3), spans, strict=True):
             prompt = self.prompt(PROBE[:turn])
@@ -126,10 +167,16 @@ class ChatTemplate:
             heads.add(text[start : len(prompt)])
         if len(heads) > 1:
             raise ValueError(f"the chat template's marks begin differently before the prompt's end: {GIVE_ONE}")
+
+        # Is the end of turn supervised, too?
         self.head = heads.pop()
         self.end_of_turn = self._find_end_of_turn(text, answers)
+        ends = [text[stop:end].strip() for (_, stop), (_, end) in zip(answers, spans, strict=True)]
+        self.is_end_unmarked = not any(ends)
         _, spans = self.text_and_spans(PROBE)
-        self.ends_turns = all(_covers(spans, stop, stop + 1) for _, stop in answers)
+        ends = [text[stop:end].strip() for (_, stop), (_, end) in zip(answers, spans, strict=True)]
+        self.ends_turns = all(ends)  # white space is none
+        self.ends = [end for end in dict.fromkeys(ends) if end]
         return self
 
     def render(self, messages: Sequence[dict], **options) -> tuple[str, list[tuple[int, int]]]:
@@ -144,7 +191,7 @@ class ChatTemplate:
         """The chat, and where in it the assistant speaks: (start, stop) of answers with their ends of turn, in order.
         BadRow for messages that the template refuses or changes."""
         if not self.has_marks:
-            text, answers = self._find_answers(messages)
+            text, answers = self.find_answers(messages)
             return text, [(start, self._end_of_answer(text, stop)) for start, stop in answers]
         text, marked = self._marked_spans(messages)
         spans = []
@@ -155,13 +202,20 @@ class ChatTemplate:
             said = text[start:stop].rstrip()
             if self.end_of_turn and said.endswith(self.end_of_turn):
                 stop = start + len(said)
+            elif self.is_end_unmarked:
+                stop = self._end_of_answer(text, stop)
             spans.append((start + len(self.head), stop))
         return text, spans
+
+    def end_tokens(self, end: str) -> list[int]:
+        """The tokens of an end of turn that no text has; none if it is words."""
+        ids = self.tokenizer(end, add_special_tokens=False)["input_ids"]
+        return [i for i in ids if i in self.tokenizer.added_tokens_decoder]
 
     def openings(self) -> set[tuple[str, str]]:
         """What the prompt ends with in place of what stands before the answer, for each of two answers. ValueError if
         the prompt isn't the same chat."""
-        text, answers = self._find_answers(PROBE)
+        text, answers = self.find_answers(PROBE)
         openings = set()
         for turn, (start, _) in zip((1, 3), answers, strict=False):
             prompt = self.prompt(PROBE[:turn])
@@ -183,7 +237,7 @@ class ChatTemplate:
                 spans.append((start, stop))
         return text, spans
 
-    def _find_answers(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+    def find_answers(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The chat and where the answers stand in it, found by marks of ours around them."""
         plain, _ = self.render(messages)
         # White space at an answer's ends is part of it, but where the template strips it: it would find other ends.
@@ -194,6 +248,7 @@ class ChatTemplate:
                 break
         if "".join(pieces) != plain or len(pieces) % 2 == 0:
             raise BadRow("malformed", "the chat template changes the answers: mark them in it with {% generation %}")
+        # Pieces are text and answers by turns: an answer lies between the ends of two pieces.
         ends = list(itertools.accumulate(map(len, pieces)))
         return plain, list(zip(ends[0:-1:2], ends[1::2], strict=True))
 
@@ -209,13 +264,57 @@ class ChatTemplate:
         (_, first), (_, last) = answers
         tails = [text[first:], text[last:], self.prompt(PROBE)[last:]]
         common = _common_length(*tails)
+        # Whole tokens only: the common text may end within one, such as "<|im_" of two different marks.
         tokens = self.tokenizer(tails[0], add_special_tokens=False, return_offsets_mapping=True)
-        whole = max((stop for _, stop in tokens["offset_mapping"] if stop <= common), default=0)  # tokens only
+        whole = max((stop for _, stop in tokens["offset_mapping"] if stop <= common), default=0)
         return tails[0][:whole].strip()
 
 
 def fit_chat_template(processor) -> ChatTemplate:
-    """The processor's own chat template if it can be trained with, else one that can, which the processor then has.
+    """`find_chat_template`, which the processor then has; it is said if it is another one than before, and if it has
+    no end of turn."""
+    chat = find_chat_template(processor)
+    if not chat.ends_turns:
+        logger.warning("the chat template marks or writes no end of turn: the model will not learn to end its answers")
+    own = template_of(processor)
+    if chat.template == own:
+        return chat
+    processor.chat_template = chat.template
+    if chat.template.startswith(END_ANSWERS):
+        logger.warning(
+            "the chat template writes no end of turn: training, and the model that it saves, take a variant of it, "
+            f"which ends each answer with {processor.tokenizer.eos_token}"
+        )
+    elif chat.template == GENERATION.sub(_without_mark, own):
+        logger.warning(
+            "the chat template's {% generation %} marks aren't around each answer: training, and the model that it "
+            "saves, take a variant of it without marks"
+        )
+    else:
+        ends = brief(repr(chat.prompt(PROBE[:1])[-60:]))
+        logger.warning(
+            "answers don't begin where the chat template's prompt ends: training, and the model that it saves, take a "
+            f"variant of it, whose prompt ends {ends}"
+        )
+    return chat
+
+
+def stop_at_end_of_turn(model, chat: ChatTemplate) -> None:
+    """Adds the ends of turn to the tokens at which the model's `generate` stops, as far as none of theirs is there."""
+    generation = model.generation_config
+    given = generation.eos_token_id
+    stops = list(given) if isinstance(given, list) else [given]
+    for end in chat.ends:
+        tokens = chat.end_tokens(end)
+        # The trainer adds the tokenizer's own.
+        if tokens and not {*stops, chat.tokenizer.eos_token_id} & {*tokens}:
+            stops.append(tokens[-1])
+            generation.eos_token_id = [token for token in stops if token is not None]
+            logger.warning(f"answers end with {end}: from now on the model's answers stop there, too")
+
+
+def find_chat_template(processor) -> ChatTemplate:
+    """The processor's own chat template if it can be trained with, else one that can.
 
     Templates of thinking models write a thinking block before the last answer only, or ask for one in the prompt. The
     one of their family that TRL made for training writes it always; and where all answers begin with the same text, an
@@ -227,12 +326,17 @@ def fit_chat_template(processor) -> ChatTemplate:
     if not own:
         raise ValueError("no chat template: give one, model_overrides={'chat_template': ...}")
     _check_limits(own)
+    if not processor.tokenizer.is_fast:
+        name = type(processor.tokenizer).__name__
+        raise ValueError(f"{name} doesn't tell where its tokens lie in a text: give a fast tokenizer")
+    # The first candidate that fits and ends its turns; else the first that fits at all.
     endless = None
     reason = None
     for candidate in _candidates(own, processor):
         try:
             candidate.check()
         except ValueError as error:
+            # The first reason is that of the user's own template.
             reason = reason or error
             continue
         if candidate.ends_turns:
@@ -240,18 +344,24 @@ def fit_chat_template(processor) -> ChatTemplate:
         endless = endless or candidate
     else:
         if endless is None:
-            assert reason is not None  # one of no end of turn is endless
+            # None of the candidates fits, so each gave a reason.
+            assert reason is not None
             raise reason
-        candidate = endless
-        logger.warning("the chat template marks or writes no end of turn: the model will not learn to end its answers")
-    if candidate.template != own:
-        processor.chat_template = candidate.template
-        ends = brief(repr(candidate.prompt(PROBE[:1])[-60:]))
-        logger.warning(
-            "answers don't begin where the chat template's prompt ends: training, and the model that it saves, take a "
-            f"variant of it, whose prompt ends {ends}"
-        )
+        candidate = _ending(endless) or endless
     return candidate
+
+
+def _ending(chat: ChatTemplate) -> ChatTemplate | None:
+    """The template with the end-of-sequence token as the end of turn; None if there is no such token, or if the
+    template doesn't write it behind every answer."""
+    if not chat.tokenizer.eos_token:
+        return None
+    ending = ChatTemplate(END_ANSWERS + chat.template, chat.tokenizer, chat.image_token)
+    try:
+        ending.check()
+    except ValueError:
+        return None
+    return ending if ending.ends_turns else None
 
 
 def _candidates(own: str, processor) -> Iterator[ChatTemplate]:
@@ -263,25 +373,81 @@ def _candidates(own: str, processor) -> Iterator[ChatTemplate]:
         chat = ChatTemplate(template, processor.tokenizer, processor.image_token)
         try:
             changed = _with_openings(chat)
-        except ValueError:  # why the processor's own doesn't fit is what the user will read
+        except ValueError:
+            # Why the processor's own doesn't fit is what the user will read.
             continue
         yield ChatTemplate(changed, processor.tokenizer, processor.image_token)
+    # Some mark the last answer alone.
+    plain = ChatTemplate(GENERATION.sub(_without_mark, own), processor.tokenizer, processor.image_token)
+    if _marks_some(own, processor):
+        yield plain
+    # Of a family that TRL doesn't know.
+    try:
+        thinking = ChatTemplate(_with_thoughts(plain), processor.tokenizer, processor.image_token)
+        changed = _with_openings(thinking)
+    except ValueError:
+        return
+    yield ChatTemplate(changed, processor.tokenizer, processor.image_token)
+
+
+def _marks_some(template: str, processor) -> bool:
+    """Whether the template marks anything in a chat."""
+    try:
+        _, marks = render(template, PROBE, processor.tokenizer.special_tokens_map, return_assistant_tokens_mask=True)
+    except BadRow:
+        return False
+    return any(start < stop for start, stop in marks)
 
 
 def training_template(chat_template: str, tokenizer) -> str | None:
     """TRL's template for training in place of one that TRL knows, else None."""
     try:
         from trl.chat_template_utils import get_training_chat_template
-    except ImportError:  # it comes with what training asks for: pip install ola_vlm[train]
+    except ImportError:
+        # It comes with what training asks for: pip install ola_vlm[train].
         return None
-    preamble = PARTS_TO_TEXT if chat_template.startswith(PARTS_TO_TEXT) else ""
+    # TRL knows templates by their exact text.
+    preamble = ""
+    if chat_template.startswith(PARTS_TO_TEXT):
+        preamble = PARTS_TO_TEXT
     stand_in = copy.copy(tokenizer)
     stand_in.chat_template = chat_template.removeprefix(preamble)
     try:
         template = get_training_chat_template(stand_in)
-    except Exception:  # it renders a stranger's template, which may raise anything
+    except Exception:
+        # It renders a stranger's template, which may raise anything.
         return None
-    return preamble + template if template else None
+    if not template:
+        return None
+    return preamble + template
+
+
+def _without_mark(mark: re.Match) -> str:
+    """A tag that marks nothing, but still strips the white space beside it."""
+    return mark[0].replace("endgeneration", "endif").replace("generation", "if true")
+
+
+def _with_thoughts(chat: ChatTemplate) -> str:
+    """The template with what it writes before the last answer only, an empty thinking block, before every answer.
+    ValueError if that isn't how its answers differ."""
+    # What stands between a question and its answer: before the last one a header and a thought, else a header.
+    text, answers = chat.find_answers(PROBE)
+    befores = []
+    for turn, (start, _) in zip((1, 3), answers, strict=True):
+        question = PROBE[turn - 1]["content"][-1]["text"]
+        _, _, before = text[:start].rpartition(question)
+        befores.append(before)
+    header, with_thought = befores
+    if not header.strip() or header == with_thought or not with_thought.startswith(header):
+        raise ValueError("the chat template's last answer doesn't differ by a text before it")
+    # Jinja leaves out a line break at a template's end, and only there.
+    template = chat.template.removesuffix("\n")
+    # As JSON: a Jinja string has the same escapes.
+    header = json.dumps(header, ensure_ascii=False)
+    with_thought = json.dumps(with_thought, ensure_ascii=False)
+    # First out, so that no answer gets it twice.
+    everywhere = f"chat_text.replace({with_thought}, {header}).replace({header}, {with_thought})"
+    return f"{{% set chat_text %}}{template}{{% endset %}}{{{{ {everywhere} }}}}"
 
 
 def _with_openings(chat: ChatTemplate) -> str:
@@ -293,8 +459,10 @@ def _with_openings(chat: ChatTemplate) -> str:
     ((surplus, opening),) = openings
     if not surplus and not opening.strip(" "):
         return chat.template
-    template = chat.template.removesuffix("\n")  # which Jinja leaves out at a template's end only
+    # Jinja leaves out a line break at a template's end, and only there.
+    template = chat.template.removesuffix("\n")
     opening = json.dumps(opening, ensure_ascii=False)
+    # The prompt only lacks what answers begin with, or it ends otherwise and is cut there first.
     if not surplus:
         return f"{template}{{% if add_generation_prompt %}}{{{{ {opening} }}}}{{% endif %}}"
     surplus = json.dumps(surplus, ensure_ascii=False)
@@ -305,7 +473,8 @@ def _with_openings(chat: ChatTemplate) -> str:
 
 def check_chat_template(processor) -> None:
     """ValueError in one line for a chat template that can't ask a question about an image."""
-    if template := template_of(processor):
+    template = template_of(processor)
+    if template:
         _check_limits(template)
         render(template, PROBE[:1], processor.tokenizer.special_tokens_map, add_generation_prompt=True)
 
@@ -319,7 +488,8 @@ def _check_limits(chat_template: str) -> None:
         return
     child = multiprocessing.get_context("fork").Process(target=_render_within_limits, args=(chat_template,))
     child.start()
-    child.join(20 * MAX_SECONDS)  # of a machine with other work
+    # Its own limit counts its processor's seconds, which take longer on a machine with other work.
+    child.join(20 * MAX_SECONDS)
     status = child.exitcode
     child.kill()
     child.join()
@@ -330,8 +500,10 @@ def _check_limits(chat_template: str) -> None:
 
 def _render_within_limits(chat_template: str) -> None:
     """Ends the process, with status 0 if the template keeps within the limits. It may raise: who uses it says so."""
-    import resource  # Windows has none
+    # Here, as Windows has no such module.
+    import resource
 
+    # What this process holds as a copy of its parent is no cost of the template's.
     with open("/proc/self/statm", encoding="ascii") as file:
         in_use = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
@@ -343,10 +515,12 @@ def _render_within_limits(chat_template: str) -> None:
             texts, _ = render_jinja_template([PROBE[:turns]], chat_template=chat_template, **options)
         except MemoryError:
             status = 1
-        except Exception:  # a stranger's expressions may raise anything
+        except Exception:
+            # A stranger's expressions may raise anything.
             continue
         else:
             status = max(status, int(len(texts[0]) > MAX_CHARACTERS))
+    # At once: what the parent would do at its end is not this copy's to do.
     os._exit(status)
 
 
@@ -357,9 +531,14 @@ def _marked(message: dict, strips_begin: bool, strips_end: bool) -> dict:
     texts = [part["text"] for part in message["content"]]
     if not texts:
         raise BadRow("malformed", "an answer has no text")
-    first = texts[0].lstrip() if strips_begin else texts[0]
+    # Marks go next to what the template keeps, so that white space which it strips stays outside of them.
+    first = texts[0]
+    if strips_begin:
+        first = first.lstrip()
     texts[0] = texts[0].removesuffix(first) + BEGIN + first
-    last = texts[-1].rstrip() if strips_end else texts[-1]
+    last = texts[-1]
+    if strips_end:
+        last = last.rstrip()
     texts[-1] = last + END + texts[-1].removeprefix(last)
     return {**message, "content": [{"type": "text", "text": text} for text in texts]}
 

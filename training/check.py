@@ -17,6 +17,7 @@ from .collator import OlaVlmCollator
 from .rows import PROBLEMS, BadRow, Rows, open_source
 
 logger = logging.get_logger(__name__)
+# One behind the last problem.
 FINE = len(PROBLEMS)
 
 
@@ -24,18 +25,21 @@ FINE = len(PROBLEMS)
 class RowCheck:
     """What a row has, and what is wrong with it, if anything."""
 
-    problem: int = FINE  # index in `PROBLEMS`
+    # Index in `PROBLEMS`.
+    problem: int = FINE
     tokens: int = 0
     truncated: bool = False
     images: int = 0
     answers: int = 0
-    named: dict | None = None  # a bad row as {"row", "problem", "reason"}
+    # A bad row as {"row", "problem", "reason"}.
+    named: dict | None = None
 
     def numbers(self) -> list[int]:
         return [self.problem, self.tokens, int(self.truncated), self.images, self.answers]
 
 
-NUMBERS = 5  # of a row
+# Of a row: `RowCheck.numbers`.
+NUMBERS = 5
 
 
 @dataclass
@@ -57,6 +61,7 @@ class DataReport:
     def summary(self) -> dict:
         """The report in numbers, JSON-ready; tokens are those of the rows that are fine."""
         tokens = self.tokens[self.is_fine]
+        # By problem; what is behind the last one, the rows that are fine, is left out below.
         problems = np.bincount(self.problem, minlength=FINE).tolist()
         return {
             "rows": len(self.problem),
@@ -90,6 +95,7 @@ class _Check(Dataset):
             answers=sum(message["role"] == "assistant" for message in row.get("messages", ())),
         )
         try:
+            # Cheapest first: the row's form, then its text, then its images, which take longest.
             if "bad_row" in row:
                 raise row["bad_row"]
             if self.collator is not None:
@@ -110,10 +116,12 @@ def check_rows(
 ) -> DataReport:
     """Looks at every row, each rank at its share: form and image files; tokens and labels if there is a `collator`;
     `decode`: opens all images, which takes as long as an epoch's data loading."""
+    # Rows are dealt out to ranks one by one: neighbors often take about the same time.
     state = PartialState()
     share = _Check(rows, collator, decode, first=state.process_index, step=state.num_processes)
     checks = []
     with tqdm(total=len(share), desc="checking rows", disable=None if state.is_main_process else True) as bar:
+        # Lists of checks: there is nothing to stack.
         for batch in DataLoader(share, 64, num_workers=workers, collate_fn=list):
             checks += batch
             bar.update(len(batch))
@@ -123,10 +131,12 @@ def check_rows(
     numbers = torch.zeros(longest, NUMBERS, dtype=torch.int64)
     if checks:
         numbers[: len(checks)] = torch.tensor([check.numbers() for check in checks])
+    # (ranks, rows of a rank, NUMBERS) -> (rows, NUMBERS), in the order of the data.
     by_rank = cast(torch.Tensor, gather(numbers.to(state.device))).cpu().view(state.num_processes, longest, NUMBERS)
     by_row = by_rank.transpose(0, 1).reshape(-1, NUMBERS)[: len(rows)].numpy()
     problem, tokens, truncated, images, answers = by_row.T
 
+    # Texts are gathered as objects: bad rows are few.
     named = [(share.indices[i], check.named) for i, check in enumerate(checks) if check.named]
     named = sorted(gather_object(named), key=itemgetter(0))
     return DataReport(
@@ -139,6 +149,40 @@ def check_rows(
     )
 
 
+def in_words(counts: dict[str, int]) -> str:
+    """{"missing": 6000} -> "image missing (6,000)"."""
+    return ", ".join(f"{PROBLEMS[kind]} ({count:,})" for kind, count in counts.items())
+
+
+def _summary_in_words(summary: dict) -> str:
+    """`DataReport.summary` as a sentence's part; what there is none of is left out, but for rows."""
+    counts = {name: number for name, number in summary.items() if isinstance(number, int)}
+    parts = [f"{number:,} {name}" for name, number in counts.items() if number and name != "longest row in tokens"]
+    parts[:0] = [] if counts["rows"] else ["0 rows"]
+    if counts["longest row in tokens"]:
+        parts.append(f"the longest row has {counts['longest row in tokens']:,} tokens")
+    bad = {kind: count for kind, count in summary["bad rows"].items() if count}
+    if bad:
+        parts.append(f"of the rows left out: {in_words(bad)}")
+    return ", ".join(parts)
+
+
+def _none_is_left(counts: dict[str, int], num_rows: int, named: list[str], collator: OlaVlmCollator | None) -> str:
+    """Why no row can be trained on. To drop bad rows is no remedy."""
+    if len(counts) == 1:
+        (kind,) = counts
+        text = f"all {num_rows:,} rows: {PROBLEMS[kind]}"
+    else:
+        text = f"none of {num_rows:,} rows can be trained on: {in_words(counts)}"
+    if "too_long" in counts and collator:
+        text += f" (max_length={collator.max_length})"
+    if named:
+        text += f"; the first, {named[0]}"
+    if counts.keys() & {"missing", "outside"}:
+        text += "; correct image_folder, where the rows' image paths begin, or the paths"
+    return text
+
+
 def drop_bad_rows(
     rows: Rows, collator: OlaVlmCollator | None, on_bad_rows: str = "stop", workers: int = 0, decode: bool = False
 ) -> dict:
@@ -148,17 +192,25 @@ def drop_bad_rows(
     report = check_rows(rows, collator, decode, workers)
     summary = report.summary()
     counts = {kind: count for kind, count in summary["bad rows"].items() if count}
+    # Rows that are too long are counted and not named: they may be many, and are no fault.
     named = [f"row {row['row']}: {row['reason']}" for row in report.named if row["problem"] != "too_long"]
+    none_is_left = not report.is_fine.any()
+    # Where all are bad, the line that ends the run says why.
+    shown = 20
+    if none_is_left:
+        shown = 2
     if PartialState().is_main_process:
-        for bad_row in named[:20]:
+        for bad_row in named[:shown]:
             logger.warning(f"bad {bad_row}")
+    if none_is_left:
+        raise ValueError(_none_is_left(counts, len(rows), named, collator))
+    # A row that is too long is no fault of the data's: it is dropped without being asked about.
     if counts.keys() - {"too_long"} and on_bad_rows == "stop":
-        raise ValueError(f"bad rows: {counts}; {', '.join(named[:1])}. Mend the data, or set on_bad_rows=drop")
-    if not report.is_fine.any():
-        limit = f", max_length={collator.max_length}" if collator else ""
-        raise ValueError(f"none of {len(rows)} rows can be trained on: {counts}{limit}")
+        what = f"bad rows: {in_words(counts)}; {', '.join(named[:1])}"
+        raise ValueError(f"{what}. Mend the data, or set on_bad_rows=drop")
     if counts:
-        logger.warning(f"dropped {sum(counts.values())} of {len(rows)} rows: {counts}")
-    logger.info(f"data: {summary}")
+        logger.warning(f"dropped {sum(counts.values()):,} of {len(rows):,} rows: {in_words(counts)}")
+    logger.info(f"data: {_summary_in_words(summary)}")
+    # Lengths are kept, too: grouping and packing need them.
     rows.keep(report.is_fine, report.tokens, report.images > 0)
     return summary

@@ -3,26 +3,34 @@
 N images of the batch in the order of their placeholders, Q queries, E target width.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
 
 from ..configuration_ola_vlm import target_shape, task_token_strings
 from ..targets.encoders import Motion
-from .chat_template import PROBE, fit_chat_template
+from .chat_template import PROBE, fit_chat_template, special_tokens_around
 from .rows import BadRow, open_source
 
 IGNORE_INDEX = -100
+# To see what the processor makes of an image, and in place of one where a batch has none.
 BLANK = Image.new("RGB", (64, 64))
+# Fills the last batch of an evaluation; it is left out as the batch is made.
+PADDING_ROW = {"id": "", "is_padding": True}
 
-TargetSource = Callable[..., torch.Tensor]  # images (and of a Motion the counts of samples) -> (N, Q, E)
-Faults = dict[int, BadRow]  # index of a sample -> why it can't be used
+# Images (and of a Motion the counts of samples) -> (N, Q, E).
+TargetSource = Callable[..., torch.Tensor]
+# Index of a sample -> why it can't be used.
+Faults = dict[int, BadRow]
 
 
 class Encoded(NamedTuple):
@@ -37,12 +45,14 @@ class Encoded(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A row on its way into a batch: its images opened, `target_images` those whose targets it gets."""
+    """A row on its way into a batch: its images opened, `target_images` those whose targets it gets; `sequence`: of
+    packed rows the number of the batch's sequence that it goes into."""
 
     id: str
     encoded: Encoded
     images: list[Image.Image]
     target_images: list[Image.Image]
+    sequence: int | None = None
 
 
 @dataclass
@@ -53,8 +63,11 @@ class DroppedRows:
     long_rows: list[str] = field(default_factory=list)
 
     def add(self, row_id: str, bad_row: BadRow) -> None:
-        lines = self.long_rows if bad_row.kind == "too_long" else self.bad_rows
-        lines.append(f"row {row_id}: {bad_row}")
+        line = f"row {row_id}: {bad_row}"
+        if bad_row.kind == "too_long":
+            self.long_rows.append(line)
+        else:
+            self.bad_rows.append(line)
 
     def take_out(self, samples: list[Sample], faults: Faults) -> list[Sample]:
         """The samples without fault; the others are added here."""
@@ -79,11 +92,16 @@ class OlaVlmCollator:
         truncate: cut there: before an image that doesn't fit as a whole, never inside it.
         drop_bad_rows: leave bad rows out of the batch and name them in it, instead of raising `BadRow`.
         targets_later: the batch gets its targets by `add_targets`: a loader's worker can't run a teacher on a GPU.
+        padding_free: all packed rows of a batch become one row without padding, for attention that computes nothing
+            between packed rows, as flash attention.
 
     Returns of a call: input_ids, attention_mask, labels (B, T); pixel_values (N, 3, H, W), without any image 0 rows,
     so that all ranks run the same graph; targets: task -> (N, Q, E), in 16 bits if their source gives that, else
     fp32; row_ids: list of str; bad_rows and long_rows: lists of str, one for each row left out. A batch that lost all
     its rows has one of two padding tokens, unsupervised.
+
+    Given lists of rows (`training.packing.PackedRows`), each becomes one row of the batch. There is no attention_mask
+    then but position_ids (B, T), which begin anew with each row and with the padding, transformers' form of packing.
     """
 
     def __init__(
@@ -95,6 +113,7 @@ class OlaVlmCollator:
         truncate: bool = False,
         drop_bad_rows: bool = False,
         targets_later: bool = False,
+        padding_free: bool = False,
     ):
         tokenizer = processor.tokenizer
         if tokenizer.pad_token_id is None:
@@ -106,23 +125,34 @@ class OlaVlmCollator:
         self.truncate = truncate
         self.drop_bad_rows = drop_bad_rows
         self.targets_later = targets_later
+        self.padding_free = padding_free
 
         self.chat_template = fit_chat_template(processor)
+        self._check_adds_nothing_behind()
+        self.added_ids = np.array([*tokenizer.added_tokens_decoder], dtype=np.int64)
         self.image_ids = self._image_token_ids()
         # What only an image may put into the chat: were it in a text, images would be found where there are none.
         vocabulary = tokenizer.get_added_vocab()
         task_ids = [vocabulary[token] for token in task_token_strings(tasks) if token in vocabulary]
-        self.reserved_ids = np.unique([*self.image_ids, *task_ids])
+        # Gemma 3's expanded tokens are others than its template's mark; Qwen's models look for a video's, too.
+        media_ids = [*processor.image_token_ids, *processor.video_token_ids, *processor.audio_token_ids]
+        # Of a video's token that the vocabulary lacks the id is the unknown token's, which any text may have.
+        media_ids = [token for token in media_ids if token not in (None, tokenizer.unk_token_id)]
+        self.reserved_ids = np.unique([*self.image_ids, *media_ids, *task_ids])
+        # The template itself may write some beside an image: so many are no fault of the text's.
         probe_text, _ = self._render(PROBE)
         probe_ids = tokenizer(probe_text, add_special_tokens=False)["input_ids"]
         self.reserved_per_image = np.isin(probe_ids, self.reserved_ids).sum()
 
-    def __call__(self, rows: Sequence[dict]) -> dict:
+    def __call__(self, rows: Sequence[dict] | Sequence[list[dict]]) -> dict:
         samples = []
         dropped = DroppedRows()
-        for row in rows:
+        for sequence, row in _with_sequences(rows):
+            if row.get("is_padding"):
+                continue
+            # One bad row of millions need not end a long run: it can be named, counted and left out.
             try:
-                samples.append(self.prepare(row))
+                samples.append(self.prepare(row)._replace(sequence=sequence))
             except BadRow as bad_row:
                 if not self.drop_bad_rows:
                     raise BadRow(bad_row.kind, f"row {row['id']}: {bad_row}") from bad_row
@@ -136,14 +166,17 @@ class OlaVlmCollator:
         if not faults:
             batch["targets"] = targets
             return batch
+        # A row whose image has no target takes its tokens and pixels along: the batch is put together anew.
         dropped = DroppedRows(bad_rows=batch["bad_rows"], long_rows=batch["long_rows"])
         return self._make_batch(dropped.take_out(samples, faults), dropped, with_targets=True)
 
     def prepare(self, row: dict) -> Sample:
         """The row ready for a batch but for its targets. Raises `BadRow`."""
         encoded = self.check_text(row)
+        # Of a row that is cut, the images whose placeholders are left.
         images = [open_source(image) for image in row["images"][: encoded.num_images]]
         target_images = images
+        # The control with shuffled targets: the model sees one image, its teachers another.
         if row.get("target_images") is not None:
             target_images = [open_source(image) for image in row["target_images"][: encoded.num_images]]
         return Sample(id=str(row["id"]), encoded=encoded, images=images, target_images=target_images)
@@ -157,11 +190,14 @@ class OlaVlmCollator:
             encoded = self.encode(row)
         except BadRow:
             raise
-        except (IndexError, TypeError, ValueError) as error:  # lone surrogates, turns without a part
+        except (IndexError, TypeError, ValueError) as error:
+            # What a template or a tokenizer refuses.
             raise BadRow("malformed", f"{type(error).__name__}: {error}") from error
         if self.max_length and encoded.full_length > self.max_length and not self.truncate:
             raise BadRow("too_long", f"{encoded.full_length} tokens, more than max_length={self.max_length}")
-        if (encoded.labels == IGNORE_INDEX).all():
+        # A folder of images has no answers, and needs none: embedding losses learn from it.
+        if (encoded.labels == IGNORE_INDEX).all() and row.get("has_text", True):
+            # The answer was cut off: the limit's doing, not the row's.
             if encoded.full_length > len(encoded.ids):
                 raise BadRow("too_long", f"no supervised token within max_length={self.max_length}")
             raise BadRow("unsupervised", "no supervised token: no answer")
@@ -170,7 +206,13 @@ class OlaVlmCollator:
     def encode(self, row: dict) -> Encoded:
         """The row's tokens, whatever they are: `check_text` says whether one can train on them. `BadRow` for a text
         that has an image's or a task's token in it."""
+        # The chat, its T tokens, and each token's characters.
         text, spans = self.chat_template.text_and_spans(row["messages"])
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise BadRow("malformed", f"a text has half a character, {half!r}: write it as UTF-8") from error
         encoding = self.processor.tokenizer(
             text,
             add_special_tokens=self._lacks_bos(text),
@@ -181,9 +223,15 @@ class OlaVlmCollator:
         is_image = ids == self.processor.image_token_id
         self._check_reserved(row, ids, num_placeholders=int(is_image.sum()))
 
-        is_supervised = _overlap(spans, offsets, text_length=len(text)) & ~is_image
+        # Supervised is what the assistant says.
+        is_supervised, begins_before = _overlap(spans, offsets, text_length=len(text))
+        # Phi-3's marks take the white space behind them along, an answer's, too: they are the prompt's still.
+        is_prompts = begins_before & np.isin(ids, self.added_ids)
+        is_supervised &= ~is_image & ~is_prompts
         labels = np.where(is_supervised, ids, IGNORE_INDEX)
-        sizes = np.where(is_image, len(self.image_ids), 1)  # tokens that each one becomes
+
+        # How many tokens each one becomes; cut where a whole one doesn't fit, so never inside an image.
+        sizes = np.where(is_image, len(self.image_ids), 1)
         full_length = int(sizes.sum())
         if self.truncate and self.max_length:
             kept = np.searchsorted(sizes.cumsum(), self.max_length, side="right")
@@ -192,6 +240,7 @@ class OlaVlmCollator:
             is_image = is_image[:kept]
             sizes = sizes[:kept]
 
+        # Each placeholder becomes the image's tokens.
         num_images = int(is_image.sum())
         expanded = ids.repeat(sizes)
         expanded[is_image.repeat(sizes)] = np.tile(self.image_ids, num_images)
@@ -216,14 +265,34 @@ class OlaVlmCollator:
         bos_token = self.processor.tokenizer.bos_token
         return bos_token is None or not text.startswith(bos_token)
 
+    def _check_adds_nothing_behind(self) -> None:
+        """ValueError for a tokenizer that ends each text, prompts included, with a token of its own."""
+        _, behind = special_tokens_around(self.processor.tokenizer)
+        prompt = self.chat_template.prompt(PROBE[:1])
+        if behind and self._lacks_bos(prompt):
+            what = f"the tokenizer adds {''.join(behind)} behind each text, a question's prompt, too"
+            raise ValueError(f"{what}: set its add_eos_token to false, or take it out of its post-processor")
+
     def _image_token_ids(self) -> np.ndarray:
         """The ids that an image's placeholder becomes."""
         pixel_values = self._pixel_values([BLANK])
+        # Whatever the processor writes: LLaVA's tokens, ours with task tokens, another number with further encoders.
         expansion = self.processor.replace_image_token({"pixel_values": pixel_values}, 0)
         return np.array(self.processor.tokenizer(expansion, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
         return self.chat_template.render(messages, **options)
+
+    def check_max_length(self) -> None:
+        """ValueError if `max_length` has no room for an image."""
+        needed = self._shortest_question()
+        if self.max_length and self.max_length < needed:
+            what = f"max_length {self.max_length} has no room for an image, which with a word is {needed} tokens"
+            raise ValueError(f"{what}: give more, or leave it out")
+
+    def _shortest_question(self) -> int:
+        """Tokens of a question of one word about an image."""
+        return self.encode({"id": "", "messages": PROBE[:1]}).full_length
 
     # ------------------------------------------------------------------------------------------------------ a batch
     def _make_batch(self, samples: list[Sample], dropped: DroppedRows, with_targets: bool) -> dict:
@@ -249,18 +318,16 @@ class OlaVlmCollator:
     def _tensors(self, samples: list[Sample]) -> tuple[dict, Faults]:
         """The tensors of a batch but for its targets, or which samples can't be used, and why."""
         pad = self.processor.tokenizer.pad_token_id
-        ids = [sample.encoded.ids for sample in samples]
-        labels = [sample.encoded.labels for sample in samples]
-        if not samples:
-            ids = [np.array([pad, pad])]
-            labels = [np.array([IGNORE_INDEX, IGNORE_INDEX])]
-        images = [image for sample in samples for image in sample.images]
-        tensors = {
-            "input_ids": _pad(ids, pad),
-            "attention_mask": _pad([np.ones_like(row) for row in ids], 0),
-            "labels": _pad(labels, IGNORE_INDEX),
-            "pixel_values": self._pixel_values(images) if images else self.no_pixel_values,
-        }
+        is_packed = bool(samples) and samples[0].sequence is not None
+        if is_packed:
+            tensors = pack_tokens(samples, pad, self.padding_free)
+        else:
+            tensors = pad_tokens(samples, pad)
+        images = list(itertools.chain.from_iterable(sample.images for sample in samples))
+        if images:
+            tensors["pixel_values"] = self._pixel_values(images)
+        else:
+            tensors["pixel_values"] = self.no_pixel_values
         return tensors, {}
 
     def _pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
@@ -273,6 +340,7 @@ class OlaVlmCollator:
     # --------------------------------------------------------------------------------------------------- its targets
     def _targets(self, samples: list[Sample]) -> tuple[dict[str, torch.Tensor], Faults]:
         """The targets of the samples' images, or which samples have none that can be used, and why."""
+        # All at once, which is fast; one by one only when that fails.
         try:
             targets = self._ask_sources(samples)
         except BadRow:
@@ -283,7 +351,7 @@ class OlaVlmCollator:
 
     def _ask_sources(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         """Task -> (N, Q, E). `BadRow` if a source has no target of an image and bad rows are dropped."""
-        images = [image for sample in samples for image in sample.target_images]
+        images = list(itertools.chain.from_iterable(sample.target_images for sample in samples))
         counts = [len(sample.target_images) for sample in samples]
         targets = {}
         for name, source in self.target_sources.items():
@@ -292,16 +360,23 @@ class OlaVlmCollator:
                 targets[name] = torch.zeros(expected)
                 continue
             try:
-                target = source(images, counts) if isinstance(source, Motion) else source(images)
-            except (LookupError, OSError) as error:  # not in the cache: the file has changed since
+                if isinstance(source, Motion):
+                    # Motion is between images of one sample.
+                    target = source(images, counts)
+                else:
+                    target = source(images)
+            except (LookupError, OSError) as error:
+                # Not in the cache: the file has changed since it was filled.
                 if not self.drop_bad_rows:
                     raise
                 raise BadRow("target", f"task {name!r}: {error}") from error
             if target.shape != expected:
                 shapes = f"targets {tuple(target.shape)} from its teacher, {expected} from its configuration"
                 raise ValueError(f"task {name!r} has {shapes}: set target_length and target_dim to the teacher's")
-            is_half = target.dtype in (torch.bfloat16, torch.float16)
-            targets[name] = target if is_half else target.float()
+            # 16 bits stay: half the memory, and half of what ranks exchange. The loss makes float32 of them.
+            if target.dtype not in (torch.bfloat16, torch.float16):
+                target = target.float()
+            targets[name] = target
         return targets
 
     def _ask_one_by_one(self, samples: list[Sample]) -> tuple[dict[str, torch.Tensor], Faults]:
@@ -321,14 +396,21 @@ class OlaVlmCollator:
         if faults:
             return {}, faults
         # A passing error: now there are all.
-        return {name: torch.cat([targets[name] for targets in by_sample]) for name in self.target_sources}, {}
+        joined = {}
+        for name in self.target_sources:
+            joined[name] = torch.cat([targets[name] for targets in by_sample])
+        return joined, {}
 
     def _not_finite(self, samples: list[Sample], targets: dict[str, torch.Tensor]) -> Faults:
         """Samples with a target that isn't finite. Later it would spoil the contrastive columns of the whole step,
         and innocent rows would be blamed. FloatingPointError unless bad rows are dropped."""
-        owners = [i for i, sample in enumerate(samples) for _ in sample.target_images]
+        # For each image, the sample that it belongs to.
+        owners = []
+        for i, sample in enumerate(samples):
+            owners += [i] * len(sample.target_images)
         faults = {}
         for name, target in targets.items():
+            # (N, Q, E) -> (N,)
             is_finite = target.isfinite().flatten(1).all(1).tolist()
             bad = [owner for owner, good in zip(owners, is_finite, strict=True) if not good]
             if bad and not self.drop_bad_rows:
@@ -347,58 +429,134 @@ class AttachedCollator(OlaVlmCollator):
     does not matter how many runs of tokens, tags and tiles it makes of one. A batch without images has one more row,
     the last, of a blank image and without labels, so that all ranks run the same graph, vision tower included.
     `square`: pad each image to a square with the processor's mean color before it is given to it, the square that the
-    teachers see. The other arguments and results are `OlaVlmCollator`'s; `max_length` counts image
-    tokens, but `check_text`, before images are opened, counts each image as one.
+    teachers see. `side`: and resize that square to so many pixels, so that all images have equally many tokens.
+    `image_options`: more arguments of the image processor, such as `{"do_image_splitting": False}`. The other
+    arguments and results are `OlaVlmCollator`'s; `max_length` counts image tokens, but `check_text`, before images are
+    opened, counts each image as one.
     """
 
-    def __init__(self, processor, target_sources=None, tasks=(), max_length=None, square=True, **options):
+    def __init__(
+        self,
+        processor,
+        target_sources=None,
+        tasks=(),
+        max_length=None,
+        square: bool = True,
+        side: int | None = None,
+        image_options: dict | None = None,
+        **options,
+    ):
         super().__init__(processor, target_sources, tasks, max_length, **options)
         self.square = square
+        self.side = side
+        self.image_options = image_options or {}
         self.blank_text, _ = self._render(PROBE)
-        for token in task_token_strings(tasks):  # they go with images that have targets
+        # Task tokens go with images that have targets, and the blank one has none.
+        for token in task_token_strings(tasks):
             self.blank_text = self.blank_text.replace(token, "")
 
     def _image_token_ids(self) -> np.ndarray:
+        """The template's mark, which is one token until the processor expands it."""
         return np.array([self.processor.image_token_id])
 
+    def _shortest_question(self) -> int:
+        text, _ = self._render(PROBE[:1])
+        batch, *_ = self._process([text], [[BLANK]])
+        return batch["input_ids"].shape[1]
+
     def _tensors(self, samples: list[Sample]) -> tuple[dict, Faults]:
+        if samples and samples[0].sequence is not None:
+            raise ValueError("packed rows are for OLA-VLM's own models, not for attached predictors: give plain rows")
+        # The processor makes tokens and pixels; it may make of an image what it likes.
         texts = [sample.encoded.text for sample in samples]
-        images = [[self._view(image) for image in sample.images] for sample in samples]
+        images = [sample.images for sample in samples]
         if not any(images):
+            # One more row, so that the vision tower runs on every rank.
             texts.append(self.blank_text)
             images.append([BLANK])
-        batch = self.processor(
-            text=texts,
-            images=images,
-            padding=True,
-            add_special_tokens=self._lacks_bos(texts[0]),
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            text_kwargs={"padding_side": "right"},
-            images_kwargs={"return_tensors": "pt"},
-        )
-        offsets = np.array(batch.pop("offset_mapping"))
-        replacements = batch.pop("text_replacement_offsets", None) or [()] * len(texts)
-        batch.convert_to_tensors("pt")
+        batch, offsets, replacements = self._process(texts, images)
         ids = batch["input_ids"].numpy()
         is_attended = batch["attention_mask"].numpy() == 1
 
         # The blank image is nobody's: it has no target.
         owners = _image_owners(offsets, replacements[: len(samples)])
+        # Labels were made of the text with one token an image: its words are found again among the processor's tokens.
         labels = np.full_like(ids, IGNORE_INDEX)
         for i, sample in enumerate(samples):
-            encoded = sample.encoded
             is_word = is_attended[i] & (owners[i] < 0)
-            is_word_of_row = encoded.ids != self.processor.image_token_id
-            same_words = np.array_equal(ids[i, is_word], encoded.ids[is_word_of_row])
-            if len(replacements[i]) != encoded.num_images or not same_words:
-                name = type(self.processor).__name__
-                raise ValueError(f"{name} changes more of a text than its images, or doesn't tell where it puts them")
-            labels[i, is_word] = encoded.labels[is_word_of_row]
+            labels[i, is_word] = self._labels_of_words(
+                encoded=sample.encoded,
+                ids=ids[i, is_word],
+                offsets=offsets[i, is_word],
+                replacements=replacements[i],
+            )
         batch["image_owner"] = torch.from_numpy(owners)
         batch["labels"] = torch.from_numpy(labels)
-        lengths = is_attended.sum(1).tolist()[: len(samples)]  # without the blank image's
+        # Without the blank image's row.
+        lengths = is_attended.sum(1).tolist()[: len(samples)]
         return dict(batch), self._too_long(samples, lengths)
+
+    def _labels_of_words(
+        self, encoded: Encoded, ids: np.ndarray, offsets: np.ndarray, replacements: Sequence[dict]
+    ) -> np.ndarray:
+        """The labels of the words (W,) that the processor left beside a row's images; `offsets` (W, 2): their
+        characters in the text in which images are expanded.
+
+        Gemma 3's puts line breaks around an image, and its tokenizer makes one token of them and of the line breaks
+        that the row has there. Such white space is the image's then. ValueError if the words differ in anything else.
+        """
+        is_word = encoded.ids != self.processor.image_token_id
+        if len(replacements) == encoded.num_images and not np.array_equal(ids, encoded.ids[is_word]):
+            spans = _characters_before_expansion(offsets, replacements)
+            is_word &= ~self._merged_white_space(encoded, kept=spans)
+        if len(replacements) != encoded.num_images or not np.array_equal(ids, encoded.ids[is_word]):
+            name = type(self.processor).__name__
+            raise ValueError(f"{name} changes more of a text than its images, or doesn't tell where it puts them")
+        return encoded.labels[is_word]
+
+    def _merged_white_space(self, encoded: Encoded, kept: np.ndarray) -> np.ndarray:
+        """(T,): which of a row's tokens are white space without a label, at other characters than `kept` (W, 2)."""
+        encoding = self.processor.tokenizer(
+            encoded.text,
+            add_special_tokens=self._lacks_bos(encoded.text),
+            return_offsets_mapping=True,
+        )
+        kept_spans = set(map(tuple, kept.tolist()))
+        is_merged = encoded.labels == IGNORE_INDEX
+        # A row that was cut has fewer tokens than its text.
+        offsets = encoding["offset_mapping"][: len(is_merged)]
+        for i, (begin, end) in enumerate(offsets):
+            is_merged[i] &= encoded.text[begin:end].isspace() and (begin, end) not in kept_spans
+        return is_merged
+
+    def inputs(self, text: str, images: Sequence[Image.Image]) -> BatchFeature:
+        """The model's for that prompt about each of the images, one a row, with `image_owner`."""
+        batch, offsets, replacements = self._process([text] * len(images), [[image] for image in images])
+        batch["image_owner"] = torch.from_numpy(_image_owners(offsets, replacements))
+        return batch
+
+    def _process(
+        self, texts: list[str], images: list[list[Image.Image]]
+    ) -> tuple[BatchFeature, np.ndarray, Sequence[Sequence[dict]]]:
+        """What the processor makes of texts and each one's images, as tensors; the tokens' places in the text
+        (B, T, 2); and of each row which characters stand for an image."""
+        views = []
+        for of_row in images:
+            views.append([self._view(image) for image in of_row])
+        batch = self.processor(
+            text=texts,
+            images=views,
+            padding=True,
+            add_special_tokens=self._lacks_bos(texts[0]),
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            text_kwargs={"padding_side": "right"},
+            images_kwargs={**self.image_options, "return_tensors": "pt"},
+        )
+        # Not for the model.
+        offsets = np.array(batch.pop("offset_mapping"))
+        replacements = batch.pop("text_replacement_offsets", None) or [()] * len(texts)
+        return batch.convert_to_tensors("pt"), offsets, replacements
 
     def _too_long(self, samples: list[Sample], lengths: list[int]) -> Faults:
         """Samples of more than `max_length` tokens. BadRow unless bad rows are dropped."""
@@ -413,19 +571,84 @@ class AttachedCollator(OlaVlmCollator):
     def _view(self, image: Image.Image) -> Image.Image:
         if not self.square:
             return image
-        side = max(image.size)
-        mean_color = tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
-        return ImageOps.pad(image, (side, side), color=mean_color)
+        # Without a `side`, the image's longer one: it is padded, not scaled.
+        side = self.side or max(image.size)
+        # The mean is 0 once it is normalized: padding says nothing.
+        return ImageOps.pad(image, (side, side), color=self._mean_color())
+
+    def _mean_color(self) -> tuple[int, ...]:
+        """Gray, if the processor has none."""
+        mean = self.processor.image_processor.image_mean
+        if mean is None:
+            mean = 0.5
+        # One number may stand for all three.
+        if isinstance(mean, (int, float)):
+            mean = [mean] * 3
+        return tuple(round(255 * value) for value in mean)
 
 
-def _overlap(spans: list[tuple[int, int]], offsets: np.ndarray, text_length: int) -> np.ndarray:
-    """Which tokens, of `offsets` (T, 2) in the text, have a character in one of the spans, which are in order."""
+def _with_sequences(rows: Sequence[dict] | Sequence[list[dict]]) -> Iterator[tuple[int | None, dict]]:
+    """Each row and, if they are packed, the number of the list that it is in."""
+    for i, given in enumerate(rows):
+        if isinstance(given, dict):
+            yield None, given
+            continue
+        for row in given:
+            yield i, row
+
+
+def pad_tokens(samples: Sequence[Sample], pad: int) -> dict[str, torch.Tensor]:
+    """A row of the batch for each sample."""
+    ids = [sample.encoded.ids for sample in samples]
+    labels = [sample.encoded.labels for sample in samples]
+    if not samples:
+        # A rank whose rows are all bad runs the same graph as the others: two tokens, as the loss compares each with
+        # the one before it.
+        ids = [np.array([pad, pad])]
+        labels = [np.array([IGNORE_INDEX, IGNORE_INDEX])]
+    return {
+        "input_ids": _pad(ids, pad),
+        "attention_mask": _pad([np.ones_like(row) for row in ids], 0),
+        "labels": _pad(labels, IGNORE_INDEX),
+    }
+
+
+def pack_tokens(samples: Sequence[Sample], pad: int, padding_free: bool = False) -> dict[str, torch.Tensor]:
+    """A row of the batch for the samples of each sequence, one behind the other; `padding_free`: one for all."""
+    groups = [list(group) for _, group in itertools.groupby(samples, key=attrgetter("sequence"))]
+    if padding_free:
+        groups = [list(samples)]
+    ids = []
+    labels = []
+    positions = []
+    for group in groups:
+        packed = [sample.encoded for sample in group]
+        starts = np.cumsum([0, *(len(encoded.ids) for encoded in packed[:-1])])
+        ids.append(np.concatenate([encoded.ids for encoded in packed]))
+        packed_labels = np.concatenate([encoded.labels for encoded in packed])
+        # No row's end predicts the next one's beginning.
+        packed_labels[starts] = IGNORE_INDEX
+        labels.append(packed_labels)
+        positions.append(np.concatenate([np.arange(len(encoded.ids)) for encoded in packed]))
+    # Padding is a row of its own, whose positions begin anew: else it would belong to the last row.
+    longest = max(map(len, ids))
+    positions = [np.concatenate([row, np.arange(longest - len(row))]) for row in positions]
+    return {
+        "input_ids": _pad(ids, pad),
+        "position_ids": _pad(positions, 0),
+        "labels": _pad(labels, IGNORE_INDEX),
+    }
+
+
+def _overlap(spans: list[tuple[int, int]], offsets: np.ndarray, text_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens, of `offsets` (T, 2) in the text, have a character in one of the spans, which are in order; and
+    which begin before the span that ends next."""
     behind_all = (text_length, text_length)
     firsts, lasts = np.array([*spans, behind_all]).T
     begins, ends = offsets.T
     # The first span that ends behind a token's begin is the only one that can begin before the token's end.
     next_span = np.searchsorted(lasts[:-1], begins, side="right")
-    return firsts[next_span] < ends
+    return firsts[next_span] < ends, begins < firsts[next_span]
 
 
 def _image_owners(offsets: np.ndarray, replacements: Sequence[Sequence[dict]]) -> np.ndarray:
@@ -433,6 +656,7 @@ def _image_owners(offsets: np.ndarray, replacements: Sequence[Sequence[dict]]) -
 
     `offsets` (B, T, 2): the tokens' characters. `replacements`: of each row, which characters stand for an image.
     """
+    # Each (B, T).
     begins, ends = offsets.transpose(2, 0, 1)
     owners = np.full(begins.shape, -1)
     number = 0
@@ -442,6 +666,20 @@ def _image_owners(offsets: np.ndarray, replacements: Sequence[Sequence[dict]]) -
             owners[i, (begins[i] < stop) & (ends[i] > start)] = number
             number += 1
     return owners
+
+
+def _characters_before_expansion(offsets: np.ndarray, replacements: Sequence[dict]) -> np.ndarray:
+    """(W, 2): where tokens at `offsets` (W, 2), none of them an image's, lie in the text without expanded images."""
+    ends = []
+    growths = [0]
+    for replacement in replacements:
+        old_start, old_stop = replacement["span"]
+        new_start, new_stop = replacement["new_span"]
+        ends.append(new_stop)
+        # How much longer the text has become with this image.
+        growths.append((new_stop - new_start) - (old_stop - old_start))
+    num_before = np.searchsorted(ends, offsets[:, 0], side="right")
+    return offsets - np.cumsum(growths)[num_before, None]
 
 
 def _pad(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:

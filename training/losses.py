@@ -12,10 +12,13 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+# CLIP's bound of the contrastive temperature.
 MAX_LOGIT_SCALE = 100.0
 # Of the targets' mean square: the least variance that a squared error is divided by. A single image may have none.
 LEAST_VARIANCE = 0.01
-EPSILON = 1e-6  # of the variance: a deviation of 0 has no gradient
+# Of the variance, beside which it doesn't count: the root of 0 has no gradient.
+EPSILON = 1e-6
+# float32 copies of so many targets are made at a time.
 IMAGES_AT_ONCE = 16
 
 
@@ -38,6 +41,7 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, batches: Iterable[torch.Tensor]) -> "Moments":
         """From batches (n, Q, E), read once; at least one, which may be empty."""
+        # Sums first: a batch may be empty, and the last one short.
         count = 0
         total = squares = squared_means = torch.zeros(())
         for batch in batches:
@@ -46,10 +50,14 @@ class Moments(NamedTuple):
             total = total + targets.mean(1).sum(0)
             squares = squares + targets.square().mean(1).sum(0)
             squared_means = squared_means + targets.mean(1).square().sum(0)
+        # Each (E,): means over images and positions.
         mean = total / max(count, 1)
         squares = squares / max(count, 1)
+        # Variance = mean of squares - square of means; rounding may leave a little less than 0.
         within = (squares - squared_means / max(count, 1)).clamp(min=0)
         variance = (squares - mean.square()).mean().clamp(min=LEAST_VARIANCE * squares.mean())
+        # Targets that are all 0 (motion between equal frames) have no scale: their squared error counts as it is.
+        variance = torch.where(variance > 0, variance, torch.ones_like(variance))
         return cls(mean, within.sqrt(), variance)
 
 
@@ -61,10 +69,12 @@ def combine_words(numbers_NQW: torch.Tensor, tables: Sequence[torch.Tensor], com
     is_word_NQW = numbers_NQW >= 0
     target_NQH = torch.zeros(())
     for kind, table in enumerate(tables):
+        # -1, no word, would be the table's last row: it takes the first one, and counts as nothing.
         rows_NQH = table[numbers_NQW[..., kind].clamp(min=0)]
         target_NQH = target_NQH + rows_NQH * is_word_NQW[..., kind, None]
     if combine == "mean":
-        target_NQH = target_NQH / is_word_NQW.sum(dim=-1, keepdim=True)
+        # A position without any word stays 0.
+        target_NQH = target_NQH / is_word_NQW.sum(dim=-1, keepdim=True).clamp(min=1)
     return target_NQH
 
 
@@ -93,8 +103,11 @@ class StepTargets(NamedTuple):
         words, whose embeddings are in `tables`."""
 
         def embed(part: torch.Tensor) -> torch.Tensor:
-            return combine_words(part, tables, task["combine"]) if task["target"] == "words" else part
+            if task["target"] == "words":
+                return combine_words(part, tables, task["combine"])
+            return part
 
+        # Of the whole step, so that a loss doesn't depend on how its images are divided into micro-batches.
         moments = None
         if task["loss"] in ("mse", "moments"):
             moments = Moments.of(embed(part) for part in columns.split(IMAGES_AT_ONCE))
@@ -113,6 +126,7 @@ class _Similarity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows_NF: torch.Tensor, columns_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # F = Q * E.
         ctx.save_for_backward(columns_MF)
         columns = columns_MF.float()
         norms_M = columns.norm(dim=1)
@@ -122,13 +136,14 @@ class _Similarity(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient_NM: torch.Tensor, _) -> tuple[torch.Tensor, None]:
         (columns_MF,) = ctx.saved_tensors
+        # Targets are constants: no gradient for the columns.
         return gradient_NM @ columns_MF.float(), None
 
 
 def _smooth_l1(prediction_NQE: torch.Tensor, target_NQE: torch.Tensor, moments: Moments | None) -> torch.Tensor:
     """(N,): with beta 1, mean over positions and channels."""
-    prediction, target = prediction_NQE.flatten(1), target_NQE.flatten(1)
-    return F.smooth_l1_loss(prediction, target, reduction="none").mean(dim=1)
+    losses_NF = F.smooth_l1_loss(prediction_NQE.flatten(1), target_NQE.flatten(1), reduction="none")
+    return losses_NF.mean(dim=1)
 
 
 def _cosine(prediction_NQE: torch.Tensor, target_NQE: torch.Tensor, moments: Moments | None) -> torch.Tensor:
@@ -147,6 +162,7 @@ def _moments(prediction_NQE: torch.Tensor, target_NQE: torch.Tensor, moments: Mo
     mean_NE = prediction_NQE.mean(dim=1)
     variance_NE = (prediction_NQE - mean_NE[:, None]).square().mean(dim=1)
     deviation_NE = (variance_NE + EPSILON * moments.variance).sqrt()
+    # Both moments count alike.
     errors_NE = (mean_NE - moments.mean).square() + (deviation_NE - moments.deviation).square()
     return errors_NE.mean(dim=1) / moments.variance
 
@@ -180,8 +196,11 @@ def embedding_loss(
         num_images: divisor of both sums, the step's image count; the losses of its micro-batches then add up to the
             loss of one big batch. Default: N.
     """
-    columns_MQE = target_NQE if targets_MQE is None else targets_MQE
-    num_images = len(prediction_NQE) if num_images is None else num_images
+    columns_MQE = targets_MQE
+    if columns_MQE is None:
+        columns_MQE = target_NQE
+    if num_images is None:
+        num_images = len(prediction_NQE)
     targets = StepTargets(target_NQE, columns_MQE, None, offset, num_images)
     return task_loss(prediction_NQE, targets, logit_scale, "smooth_l1", contrastive_weight)
 
@@ -194,8 +213,10 @@ def task_loss(
     contrastive_weight: float,
 ) -> EmbeddingLoss:
     """`embedding_loss` with any of `DISTANCES` in place of smooth-L1."""
+    # Without an image the sums are 0, and so are the losses.
     divisor = max(targets.num_images, 1)
-    prediction, target = prediction_NQE.float(), targets.target_NQE.float()
+    prediction = prediction_NQE.float()
+    target = targets.target_NQE.float()
     distance = DISTANCES[loss](prediction, target, targets.moments).sum() / divisor
     if targets.columns_MQE is None:
         # Connected to the graph: every rank has gradients for the same parameters.
@@ -212,7 +233,9 @@ def _contrastive(
     scale = logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
     # Dividing the logits by the columns' norms spares a normalized copy of all targets.
     rows_NF = F.normalize(prediction_NQE.flatten(1), dim=1)
+    # (N, F) x (M, F) -> (N, M), and (M,).
     similarity_NM, norms_M = _Similarity.apply(rows_NF, columns_MQE.flatten(1))
     cosine_NM = similarity_NM / norms_M.clamp(min=1e-12)
+    # Row n's own target is column offset + n; every other column is a negative.
     labels = offset + torch.arange(len(rows_NF), device=rows_NF.device)
     return F.cross_entropy(scale * cosine_NM, labels, reduction="sum")

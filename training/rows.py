@@ -14,24 +14,29 @@ import random
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import orjson
+from huggingface_hub import constants
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
-from ..targets.images import ImageError, open_image, source_name
+from ..targets.images import IMAGE_ENDINGS, ImageError, open_image, source_name
+from ..targets.loading import check_place
 
 logger = logging.get_logger(__name__)
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 KINDS = {str: "a text", list: "a list", dict: "an object", (str, list): "a text or a list of parts"}
-PROBLEMS = {  # kind -> what a report calls it
+# What a turn may have beside its text that the model would not learn, or would be asked to do without.
+NOT_TEXT = ("tool_calls", "reasoning_content", "thinking")
+# Kind -> what a report calls it.
+PROBLEMS = {
     "malformed": "not in a known form",
     "outside": "image outside image_folder",
     "missing": "image missing",
@@ -40,12 +45,19 @@ PROBLEMS = {  # kind -> what a report calls it
     "too_long": "longer than max_length",
     "target": "no usable target",
 }
-CHUNK = 1 << 24  # bytes of a JSON file that are parsed at once
-BRACKETS = re.compile(r'"(?:[^"\\]|\\.?)*(?:"|\Z)|[{}\[\]]', re.DOTALL)  # and strings, whose brackets are text
+# Bytes of a JSON file that are parsed at once: 16 MB.
+CHUNK = 1 << 24
+# Brackets of JSON, and whole strings, so that brackets in a text don't count.
+BRACKETS = re.compile(r'"(?:[^"\\]|\\.?)*(?:"|\Z)|[{}\[\]]', re.DOTALL)
+# Endings of files that `datasets` reads.
+DATA_ENDINGS = {".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tar", ".zip"}
+# The user's words behind an image that comes alone.
+PROMPT = "Describe the image."
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # base64 of PNG's, JPEG's, GIF's and WebP's first bytes, or of any; no path has a name of 1,000 characters.
 INLINE = re.compile(r"data:|iVBORw0KGgo|/9j/|R0lGOD|UklGR|[A-Za-z0-9+/=\s]{1000}")
-LONGEST = 400  # characters of a stranger's text in a message
+# Characters of a stranger's text in a message.
+LONGEST = 400
 
 
 def brief(value) -> str:
@@ -80,13 +92,16 @@ class JsonRows(Sequence):
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.spans = path, np.array(list(_object_spans(path)), dtype=np.int64).reshape(-1, 2)
+        self.path = path
+        # An array, not a list: loaders' workers share it, and copy nothing.
+        self.spans = np.array(list(_object_spans(path)), dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> dict:
         start, stop = map(int, self.spans[index])
+        # Opened each time: workers that were forked would share an open file's position.
         with open(self.path, "rb") as file:
             file.seek(start)
             return json.loads(file.read(stop - start))
@@ -94,7 +109,8 @@ class JsonRows(Sequence):
     def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict | None]:
         """Those rows, one after the other, with the file opened once; None for one that can't be parsed."""
         spans = self.spans[indices].tolist()
-        if not spans:  # an empty file can't be mapped
+        # An empty file can't be mapped.
+        if not spans:
             return
         # Mapped, a row is taken without a call to the system; the next one asked for may lie anywhere.
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), length=0, access=mmap.ACCESS_READ) as text:
@@ -104,47 +120,65 @@ class JsonRows(Sequence):
 
 def _parsed(text: bytes) -> dict | None:
     """A row; None if it can't be parsed."""
+    # Three times as fast as `json`.
     try:
-        return orjson.loads(text)  # three times as fast as `json`
+        return orjson.loads(text)
     except ValueError:
         pass
+    # `json` takes what orjson refuses: NaN, and half a surrogate pair.
     try:
-        return json.loads(text)  # which takes NaN and half a surrogate pair
-    except (RecursionError, ValueError):  # nested too deeply, a number of too many digits
+        return json.loads(text)
+    except (RecursionError, ValueError):
+        # Nested too deeply, a number of too many digits.
         return None
 
 
 def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
     """(start, stop) in bytes of every object of the file, which is read in pieces."""
-    scan = json.JSONDecoder(parse_int=float).raw_decode  # an int of thousands of digits is refused when it is a row
+    # An int of thousands of digits is refused when it is a row: here it would end the whole file.
+    scan = json.JSONDecoder(parse_int=float).raw_decode
     between = re.compile(r"[ \t\r\n,\[\]]*")
-    decode, text = codecs.getincrementaldecoder("utf-8")().decode, ""
+    # Incremental, as a piece may end within a character.
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    # `text`: what is read and not yet a row; `position` in it; `offset`: the same place in bytes of the file.
+    text = ""
     with open(path, "rb") as file:
-        offset = 3 if file.read(3) == codecs.BOM_UTF8 else file.seek(0)
+        offset = 3
+        # Some editors put a byte order mark in front, which is no JSON.
+        if file.read(3) != codecs.BOM_UTF8:
+            offset = file.seek(0)
         while data := file.read(CHUNK):
             try:
-                text, position = text + decode(data), 0
+                text += decode(data)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not UTF-8, write it so: {error}") from error
+            position = 0
             while True:
+                # The gap before an object, brackets of the array included; it may be empty.
                 gap = between.match(text, position)
-                assert gap is not None  # it may be empty
+                assert gap is not None
                 start = gap.end()
-                offset, position = offset + start - position, start
+                offset += start - position
+                position = start
                 if text[start : start + 1] not in ("{", ""):
                     raise ValueError(
                         f"{path}, byte {offset}: {text[start : start + 20]!r} is not an object, not a row"
                     )
                 try:
                     _, position = scan(text, start)
-                except json.JSONDecodeError:  # this piece is done; the object goes on in the next one
+                except json.JSONDecodeError:
+                    # This piece is done; the object goes on in the next one.
                     break
                 except RecursionError:
+                    # Too deep for a row, which is refused later; those behind it are fine.
                     end = _end_of_nested(text, start)
                     if end is None:
                         break
                     position = end
-                size = position - start if text.isascii() else len(text[start:position].encode())
+                # Characters are bytes, or else have to be encoded to be counted.
+                size = position - start
+                if not text.isascii():
+                    size = len(text[start:position].encode())
                 yield offset, offset + size
                 offset += size
             text = text[position:]
@@ -162,6 +196,46 @@ def _end_of_nested(text: str, start: int) -> int | None:
     return None
 
 
+class ImageFolder(Sequence):
+    """The images in a folder and the folders in it, as rows in TRL's form that have no answer: nothing but embedding
+    losses learns from them. Hidden files are left out.
+
+    ValueError if there is no image; files that are none, by their endings, are counted in the log.
+    """
+
+    def __init__(self, folder: str | Path):
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        # Hidden is what the folder hides; the folder itself may lie in a hidden one.
+        names = [path.relative_to(folder) for path in files]
+        # Sorted: a folder lists its files in another order on another machine, and rows are known by their number.
+        shown = sorted(str(name) for name in names if not _is_hidden(name))
+        self.names = [name for name in shown if Path(name).suffix.lower() in IMAGE_ENDINGS]
+        if not self.names:
+            endings = ", ".join(sorted(IMAGE_ENDINGS))
+            what = f"{folder} has no images ({endings}) and no data files that `datasets` reads"
+            raise ValueError(f"{what}: give data, a folder of images, rows as JSON or a Hugging Face dataset")
+        others = len(shown) - len(self.names)
+        if others:
+            logger.warning(f"{folder}: {others} files that are no images, by their endings, are left out")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        name = self.names[index]
+        content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+        return {"id": name, "images": [name], "messages": [{"role": "user", "content": content}]}
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def has_data_files(folder: str | Path) -> bool:
+    """Whether something in the folder is for `datasets` to read."""
+    return any(path.suffix.lower() in DATA_ENDINGS for path in Path(folder).rglob("*"))
+
+
 class Rows(Dataset):
     """The rows of a sequence of dicts in one of two forms (`read_row`).
 
@@ -170,11 +244,25 @@ class Rows(Dataset):
     """
 
     def __init__(self, source: Sequence[dict], image_folder: str | Path):
-        self.source, self.image_folder = source, os.path.abspath(image_folder)
+        self.source = source
+        self.image_folder = os.path.abspath(image_folder)
+        # Those of `source` that are left: rows are dropped and split off without a copy of them.
         self.indices = np.arange(len(source))
         self.lengths: np.ndarray | None = None
         self.has_image: np.ndarray | None = None
         self.other_image: dict[str, str] | None = None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there are answers to learn; a folder of images has none."""
+        return not isinstance(self.source, ImageFolder)
+
+    def names_images(self) -> bool:
+        """Whether some row has an image. Reads up to the first that has one, all rows if they are text alone."""
+        for sample in self.samples(np.arange(len(self))):
+            if isinstance(sample, dict) and (sample.get("images") or sample.get("image")):
+                return True
+        return False
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -183,16 +271,21 @@ class Rows(Dataset):
         index = int(self.indices[i])
         try:
             sample = self.source[index]
-        except (RecursionError, ValueError) as error:  # nested too deeply, a number of too many digits
+        except (RecursionError, ValueError) as error:
+            # Nested too deeply, a number of too many digits.
             return {"id": str(index), "bad_row": BadRow("malformed", f"it can't be parsed: {error}")}
         row = read_row(sample, index, self.image_folder)
+        if not self.has_text:
+            row["has_text"] = False
         if self.other_image is not None and "images" in row:
             row["target_images"] = [self.other_image[path] for path in row["images"]]
         return row
 
     def keep(self, chosen: np.ndarray, lengths: np.ndarray, has_image: np.ndarray) -> None:
         """Drops the rows where `chosen` is False; all three have one element for each row there is now."""
-        self.indices, self.lengths, self.has_image = self.indices[chosen], lengths[chosen], has_image[chosen]
+        self.indices = self.indices[chosen]
+        self.lengths = lengths[chosen]
+        self.has_image = has_image[chosen]
 
     def subset(self, chosen: np.ndarray) -> "Rows":
         """The rows where `chosen` is True, of those that there are now, as `Rows` of their own."""
@@ -207,9 +300,11 @@ class Rows(Dataset):
         rng = np.random.default_rng(seed)
         wanted = max(1, round(share * len(self)))
         chosen = np.zeros(len(self), dtype=bool)
+        # Groups in a random order, as long as they fit in: the share is met from below.
         for i in rng.permutation(len(groups)):
             if chosen.sum() + len(groups[i]) <= wanted:
                 chosen[groups[i]] = True
+        # All groups are larger than the share: then the smallest one.
         if not chosen.any():
             chosen[min(groups, key=len)] = True
         if chosen.all():
@@ -218,18 +313,22 @@ class Rows(Dataset):
 
     def _groups_by_image(self) -> list[list[int]]:
         """The rows, by their images: each group has all rows of its images."""
+        # Union-find: `first` leads from a row to another one of its group, in the end to the one that stands for it.
         row_of = {}
         first = list(range(len(self)))
 
         def root(i: int) -> int:
             while first[i] != i:
+                # Halving the way, so that the next search is shorter.
                 first[i] = first[first[i]]
                 i = first[i]
             return i
 
         for i in range(len(self)):
             for image in self[i].get("images", ()):
-                key = image if isinstance(image, str) else _content_key(image)
+                key = image
+                if not isinstance(image, str):
+                    key = _content_key(image)
                 first[root(i)] = root(row_of.setdefault(key, i))
         groups = defaultdict(list)
         for i in range(len(self)):
@@ -263,6 +362,7 @@ class Rows(Dataset):
                     if image in seen:
                         continue
                     seen.add(image)
+                # Flat: a tuple for each of millions of images would take twice the memory.
                 numbers += (i, n)
         if bad_rows:
             logger.warning(f"{bad_rows} rows can't be read and give no image: `ola-vlm check-data` names them")
@@ -292,6 +392,7 @@ class Rows(Dataset):
 
     def shuffle_targets(self, seed: int) -> None:
         """The control: every image gets the targets of another one, by one fixed cycle through all images."""
+        # One cycle through all of them: none is left with its own targets, and each is used once.
         paths = list(self.sources())
         if not all(isinstance(path, str) for path in paths):
             raise ValueError("these images lie in the rows: shuffle_targets needs image files")
@@ -338,21 +439,36 @@ class StreamRows(IterableDataset):
     `shuffle_seed`: another order in every pass, the same on all ranks.
     """
 
+    has_text = True
+
     def __init__(self, source: Any, image_folder: str | Path, shuffle_seed: int | None = None):
-        self.source, self.image_folder = source, os.path.abspath(image_folder)
+        self.source = source
+        self.image_folder = os.path.abspath(image_folder)
         self.shuffle_seed = shuffle_seed
 
+    def names_images(self) -> bool:
+        """Taken for granted: a stream isn't looked through."""
+        return True
+
     def __iter__(self) -> Iterator[dict]:
-        worker = get_worker_info()  # each has its own files of the data set, if there are enough
-        prefix = f"{worker.id}." if worker else ""
+        # Each worker has its own files of the data set, if there are enough, and counts its own rows.
+        worker = get_worker_info()
+        prefix = ""
+        if worker:
+            prefix = f"{worker.id}."
         return (read_row(sample, f"{prefix}{i}", self.image_folder) for i, sample in enumerate(self._samples()))
 
     def _samples(self) -> Iterator[dict]:
         for number in itertools.count():
-            seed, sample = self.shuffle_seed, None
-            for sample in self.source if seed is None else self.source.shuffle(seed + number, buffer_size=1000):
+            source = self.source
+            if self.shuffle_seed is not None:
+                # Of a stream only what a buffer holds can be shuffled, and the order of its files.
+                source = source.shuffle(self.shuffle_seed + number, buffer_size=1000)
+            sample = None
+            for sample in source:
                 yield sample
-            if sample is None:  # a worker without a file of its own
+            # A worker without a file of its own would go round forever.
+            if sample is None:
                 return
 
 
@@ -364,8 +480,9 @@ def load_rows(
     streaming: bool = False,
     shuffle_seed: int | None = None,
 ) -> Rows | StreamRows:
-    """Rows of a .json or .jsonl file, else of what `datasets.load_dataset(data, config, split=split)` finds: a folder
-    of parquet files or a name on the Hub. `image_folder`: where image paths begin; the data's own folder by default.
+    """Rows of a .json or .jsonl file; of the images alone of a folder without data files (`ImageFolder`); else of what
+    `datasets.load_dataset(data, config, split=split)` finds: a folder of parquet files or a name on the Hub.
+    `image_folder`: where image paths begin; the data's own folder by default, and always for a folder of images.
     `shuffle_seed`: a stream's rows are shuffled, 1,000 at a time.
     """
     # Not through `datasets`, which parses such a file as a whole, in memory, and writes a copy of it first.
@@ -374,16 +491,31 @@ def load_rows(
             raise ValueError(f"there is no file {data}: give data, rows as JSON or a Hugging Face dataset")
         if streaming:
             raise ValueError(f"{data} is read row by row anyway: streaming is for Hugging Face datasets")
+        if image_folder and not os.path.isdir(image_folder):
+            raise ValueError(
+                f"there is no folder {image_folder}: give image_folder, where the rows' image paths begin"
+            )
         found = JsonRows(data)
         if len(found) == 0:
             raise ValueError(f"{data} has no rows")
+        # Such as {"data": [...]}: a file that wraps its rows.
+        if len(found) == 1:
+            _check_alone(next(found.read([0])) or {}, data)
         return Rows(found, image_folder or Path(data).parent)
+    if os.path.isfile(data):
+        raise ValueError(f"{data} is no .json or .jsonl file: write its rows as one, or give the folder of a data set")
+    if os.path.isdir(data) and not has_data_files(data):
+        if streaming:
+            raise ValueError(f"{data} is a folder of images, which is no stream: leave out streaming")
+        return Rows(ImageFolder(data), data)
+    check_data_name(data)
     try:
         import datasets
     except ImportError as error:
         raise ImportError(f"{data} is no .json or .jsonl file, and a data set needs `pip install datasets`") from error
     found = datasets.load_dataset(data, config, split=split, streaming=streaming)
-    as_bytes = datasets.Image(decode=False)  # decoded where a damaged one can be dropped: in the collator
+    # Decoded where a damaged one can be dropped: in the collator.
+    as_bytes = datasets.Image(decode=False)
     for name, feature in (found.features or {}).items():
         if isinstance(feature, datasets.Image):
             found = found.cast_column(name, as_bytes)
@@ -392,6 +524,32 @@ def load_rows(
     if not streaming:
         return Rows(cast(Sequence[dict], found), image_folder or data)
     return StreamRows(found, image_folder or data, shuffle_seed)
+
+
+def check_data_name(data: str) -> None:
+    """ValueError for what is neither here nor a data set on the Hub that can be reached or was fetched. `datasets`
+    would try for half a minute before it says so."""
+    if "://" not in data and not _has_tables(data):
+        check_place(data, repo_type="dataset")
+
+
+def _has_tables(data: str) -> bool:
+    """Whether `datasets` has written the tables of this name, from which it reads without a network."""
+    # Asked for without `datasets`, which may not be installed.
+    written = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
+    return (written / data.replace("/", "___")).is_dir()
+
+
+def _check_alone(sample: dict, data: str) -> None:
+    """ValueError for a file whose one object holds the rows."""
+    holders = [name for name, value in sample.items() if isinstance(value, list) and len(value) > 0]
+    if "conversations" in sample or "messages" in sample:
+        return
+    for name in holders:
+        if all(isinstance(row, dict) for row in sample[name]):
+            raise ValueError(
+                f"{data} is one object, which has {len(sample[name])} rows in {name!r}: write that list alone"
+            )
 
 
 def read_row(sample: dict, index: int | str, image_folder: str) -> dict:
@@ -404,6 +562,9 @@ def read_row(sample: dict, index: int | str, image_folder: str) -> dict:
     """
     name = str(index)
     try:
+        if not isinstance(sample, Mapping):
+            raise BadRow("malformed", f"a row is {sample!r:.50}: give an object")
+        # First: what is wrong with the rest is said under this name.
         name = _row_id(sample, index)
         images = row_images(sample, image_folder)
         return {"id": name, "images": images, "messages": _messages(sample, len(images))}
@@ -416,13 +577,17 @@ def read_row(sample: dict, index: int | str, image_folder: str) -> dict:
 
 
 def _row_id(sample: Any, index: int | str) -> str:
-    return str(index if sample.get("id") is None else sample["id"])
+    if sample.get("id") is None:
+        return str(index)
+    return str(sample["id"])
 
 
 def row_images(sample: Any, image_folder: str) -> list[str | dict | Image.Image]:
     """The images of a row, whatever else it has: paths made absolute, or as they are. BadRow for one that isn't."""
     found = sample.get("images") or sample.get("image") or []
-    return [_source(image, image_folder) for image in (found if isinstance(found, list) else [found])]
+    if not isinstance(found, list):
+        found = [found]
+    return [_source(image, image_folder) for image in found]
 
 
 def _source(image, folder: str) -> str | dict | Image.Image:
@@ -430,10 +595,14 @@ def _source(image, folder: str) -> str | dict | Image.Image:
     if not isinstance(image, str):
         if isinstance(image, Image.Image) or (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
             return image
-        image = image.get("path") if isinstance(image, dict) else image
+        if isinstance(image, dict):
+            image = image.get("path")
     if not isinstance(image, str):
         raise BadRow("malformed", f"an image is {image!r:.50}: give its path, or its bytes in a data set")
-    path = os.path.join(folder, image) if image.startswith("/") else f"{folder}/{image}"
+    # What begins with "/" stays as it is; for the others, of which there are millions, this is faster than `join`.
+    path = f"{folder}/{image}"
+    if image.startswith("/"):
+        path = os.path.join(folder, image)
     parent = path.rpartition("/")[0]
     # An ordinary file lies where its folder does: of millions of images a few folders have to be resolved.
     if not (_is_ordinary_file(path) and _lies_in(parent, folder)):
@@ -443,7 +612,9 @@ def _source(image, folder: str) -> str | dict | Image.Image:
             )
         if URL.match(image):
             raise BadRow("malformed", f"an image is a URL, {image}: nothing is downloaded, give the path of a file")
+        # Links are resolved: one may lead out of the folder, to any file of the machine.
         real = os.path.realpath(path)
+        # Past the cache, which is for folders: single files would drive these out.
         if not _lies_in.__wrapped__(real, folder):
             raise BadRow("outside", f"image {path} lies outside image_folder {folder}")
         if not os.path.isfile(real):
@@ -454,13 +625,15 @@ def _source(image, folder: str) -> str | dict | Image.Image:
 def _is_ordinary_file(path: str) -> bool:
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
-    except (OSError, ValueError):  # nothing there; a name that can't be one
+    except (OSError, ValueError):
+        # Nothing there; a name that can't be one.
         return False
 
 
 @lru_cache(maxsize=1 << 16)
 def _lies_in(place: str, folder: str) -> bool:
-    real, real_folder = os.path.realpath(place), os.path.realpath(folder)
+    real = os.path.realpath(place)
+    real_folder = os.path.realpath(folder)
     return os.path.commonpath([real, real_folder]) == real_folder
 
 
@@ -468,13 +641,23 @@ def _messages(sample: dict, num_images: int) -> list[dict]:
     is_llava = sample.get("conversations") is not None
     if not is_llava and sample.get("messages") is None:
         raise BadRow("malformed", f"neither LLaVA's conversations nor TRL's messages, but {sorted(sample)}")
-    turns, speaks, says = ("conversations", "from", "value") if is_llava else ("messages", "role", "content")
+    # What the two forms call the same.
+    turns = "messages"
+    speaks = "role"
+    says = "content"
+    if is_llava:
+        turns = "conversations"
+        speaks = "from"
+        says = "value"
     messages = []
     placeholders = 0
     for turn in _checked(sample[turns], list, turns):
         speaker = _checked(turn, dict, "a turn")[speaks]
         if _checked(speaker, str, speaks) not in ROLES:
             raise BadRow("malformed", f"unknown speaker {speaker!r}, not one of {list(ROLES)}")
+        unused = [name for name in NOT_TEXT if turn.get(name)]
+        if unused:
+            raise BadRow("malformed", f"a turn has {unused[0]}, which would be left out: write it into the text")
         parts = _parts(_checked(turn[says], (str, list), says))
         count = sum(part["type"] == "image" for part in parts)
         if count and ROLES[speaker] != "user":
@@ -482,22 +665,29 @@ def _messages(sample: dict, num_images: int) -> list[dict]:
         messages.append({"role": ROLES[speaker], "content": parts})
         placeholders += count
     questions = [message for message in messages if message["role"] == "user"]
+    # TRL's rows may list images without saying where they stand: before the first question.
     if not is_llava and not placeholders and questions:
         questions[0]["content"][:0] = [{"type": "image"}] * num_images
     elif placeholders != num_images:
-        where = "" if is_llava else ': the row lists their files under "images"'
+        where = ""
+        if not is_llava:
+            where = ': the row lists their files under "images"'
         raise BadRow("malformed", f"{placeholders} <image> placeholders for {num_images} images{where}")
     return messages
 
 
 def _checked(value, kind: type | tuple[type, ...], name: str):
-    """The value, if it is of the kind. TypeError that says what it is."""
+    """The value, if it is of the kind. BadRow that says what it is."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} is {value!r:.50}, a {type(value).__name__}: give {KINDS[kind]}")
+        found = f"{value!r:.50}"
+        if value is None:
+            found = "null"
+        raise BadRow("malformed", f"{name} is {found}: give {KINDS[kind]}")
     return value
 
 
 def _parts(content: str | list[dict]) -> list[dict]:
+    # LLaVA's: images go to the front of their turn, wherever the text has them.
     if isinstance(content, str):
         text = {"type": "text", "text": content.replace("<image>", "").strip()}
         return [{"type": "image"}] * content.count("<image>") + [text]
@@ -518,7 +708,10 @@ def _parts(content: str | list[dict]) -> list[dict]:
 
 def _content_key(image: dict | Image.Image) -> str:
     """Of an image that lies in its row."""
-    content = image["bytes"] if isinstance(image, dict) else image.tobytes()
+    if isinstance(image, dict):
+        content = image["bytes"]
+    else:
+        content = image.tobytes()
     return hashlib.sha256(content).hexdigest()
 
 
@@ -530,5 +723,8 @@ def open_source(image: str | dict | Image.Image) -> Image.Image:
         raise BadRow("missing", f"there is no image {source_name(image)}") from error
     except ImageError as error:
         raise BadRow("undecodable", f"image {error}") from error
-    except OSError as error:  # no right to read it, a folder
+    except IsADirectoryError as error:
+        raise BadRow("undecodable", str(error)) from error
+    except OSError as error:
+        # No right to read it.
         raise BadRow("undecodable", f"image {source_name(image)}: {error}") from error

@@ -31,6 +31,7 @@ def block_classes(model: nn.Module) -> list[str]:
         elif repeats_blocks(module):
             names.update(type(block).__name__ for block in module)
         else:
+            # Neither a block nor a list of some: they may lie further inside.
             modules += module.children()
     return sorted(names)
 
@@ -40,6 +41,7 @@ def repeats_blocks(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
     are_blocks = all(any(block.children()) and not isinstance(block, nn.ModuleList) for block in module)
+    # Fewer classes than modules: one of them repeats.
     return are_blocks and len({type(block) for block in module}) < len(module)
 
 
@@ -52,7 +54,8 @@ def configure_fsdp2(plugin: FullyShardedDataParallelPlugin, model: nn.Module) ->
     if plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
         settings = f"fsdp_version {plugin.fsdp_version} with {StateDictType(plugin.state_dict_type).name}"
         raise ValueError(f"{settings} is not supported: take recipes/accelerate/fsdp2.yaml (2, FULL_STATE_DICT)")
-    disable_fsdp_ram_efficient_loading()  # the model is there; from now on each rank reads checkpoints by itself
+    # The model is there; from now on each rank reads checkpoints by itself.
+    disable_fsdp_ram_efficient_loading()
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = block_classes(model)
     if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
@@ -70,16 +73,18 @@ def original_class(model: nn.Module) -> Iterator[None]:
     the files that define it."""
     sharded = type(model)
     if isinstance(model, FSDPModule):
+        # torch makes a class of (FSDPModule, the model's own).
         model.__class__ = sharded.__bases__[1]
     try:
         yield
     finally:
-        model.__class__ = sharded  # pyright: ignore[reportAttributeAccessIssue]
+        model.__class__ = sharded  # pyright: ignore[reportAttributeAccessIssue] (as torch's fully_shard does it)
 
 
 def retie(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Weights that the model ties are one tensor again: gathered, each name has one of its own, and a checkpoint would
     hold both."""
+    # Tied weights are one parameter under several names.
     tensors = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in state_dict:
@@ -122,18 +127,25 @@ def gather_optimizer(optimizer: Optimizer) -> dict:
             if isinstance(value, DTensor):
                 # Offloaded to CPUs, a shard goes back to the device that ranks exchange tensors on.
                 value = cast(DTensor, value.to(value.device_mesh.device_type)).full_tensor()
+            # The others' copies are let go one by one: all of them would be an unsharded optimizer on each rank.
             if is_first:
-                gathered[place][name] = value.cpu() if isinstance(value, Tensor) else value
+                if isinstance(value, Tensor):
+                    value = value.cpu()
+                gathered[place][name] = value
     return {**state, "state": gathered}
 
 
 def load_optimizer(optimizer: Optimizer, file: Path) -> None:
     """From the file of an unsharded run, of which each rank reads its part."""
     state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # An optimizer's file knows parameters by their place in its groups, one after the other.
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     for place, values in state["state"].items():
         parameter = parameters[place]
         for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:  # not the number of steps
+            # Moments have the parameter's shape; the number of steps has none, and every rank needs it.
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
                 values[name] = shard_like(value, parameter)
     optimizer.load_state_dict(state)

@@ -16,7 +16,8 @@ PARTS = {
     "predictors": "predictors",
     "queries": "queries",
     "logit_scales": "logit_scales",
-    "encoders": "encoders",  # of the multi-encoder baseline: no stage trains them
+    # Of the multi-encoder baseline: no stage trains them.
+    "encoders": "encoders",
     "encoder_projectors": "projector",
     "multi_modal_projector": "projector",
     "connector": "projector",
@@ -44,10 +45,15 @@ class Stage:
 
     @property
     def trains(self) -> tuple[str, ...]:
-        heads = ("predictors", "logit_scales") if self.embedding_losses else ()
-        return (*self.llava, *heads, *(("queries",) if self.task_tokens == "queries" else ()))
+        parts = [*self.llava]
+        if self.embedding_losses:
+            parts += ["predictors", "logit_scales"]
+        if self.task_tokens == "queries":
+            parts.append("queries")
+        return tuple(parts)
 
 
+# The paper's, in their order. Distillation is pre-training's alone; later stages leave the predictors as they are.
 STAGES = {
     "pretrain": Stage(("projector",), True, "queries"),
     "visual_pretrain": Stage(("vision_tower", "projector", "language_model"), False, "trained"),
@@ -64,13 +70,20 @@ def find_stage(name: str, embedding_losses: bool | None = None, task_tokens: str
     if task_tokens == "trained" and "language_model" not in STAGES[name].llava:
         raise ValueError(f'task_tokens "trained" are rows of the language model, which {name} freezes: take "queries"')
     changes = {"embedding_losses": embedding_losses, "task_tokens": task_tokens}
+    # None leaves the stage's own.
     return replace(STAGES[name], **{field: value for field, value in changes.items() if value is not None})
+
+
+def find_part(name: str) -> str | None:
+    """The part of the model that a parameter or a module belongs to; None if its name says nothing."""
+    # Whole components: "visual" is not in "visual_projection".
+    components = name.split(".")
+    return next((part for component, part in PARTS.items() if component in components), None)
 
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to. ValueError if its name says nothing."""
-    components = name.split(".")
-    part = next((part for component, part in PARTS.items() if component in components), None)
+    part = find_part(name)
     if part is None:
         raise ValueError(f"which part is {name}? Add a component of its name to training.stages.PARTS")
     return part
@@ -81,6 +94,7 @@ def upcast_trained(model: nn.Module) -> None:
     was loaded."""
     for parameter in model.parameters():
         if parameter.requires_grad:
+            # By `data`: the parameter stays the same object, so what is tied stays tied.
             parameter.data = parameter.data.float()
 
 
@@ -97,12 +111,19 @@ def apply_stage(
     needs_predictors = stage.embedding_losses or stage.task_tokens == "queries"
     if needs_predictors and not getattr(model.config, "has_predictors", True):
         raise ValueError(f"stage {name} trains predictors or query tables, and the checkpoint has none: take finetune")
-    trained, frozen = Counter(), Counter()
+    trained = Counter()
+    frozen = Counter()
     for parameter_name, parameter in model.named_parameters():
         part = part_of(parameter_name)
-        parameter.requires_grad_(part in stage.trains and parameter.is_floating_point())  # not 4-bit ones
-        (trained if parameter.requires_grad else frozen)[part] += parameter.numel()
-    model.task_tokens_from_queries = stage.task_tokens == "queries"  # pyright: ignore[reportArgumentType]
-    model.task_tokens_frozen = stage.task_tokens == "frozen"  # pyright: ignore[reportArgumentType]
+        # Weights in 4 bits are packed into integers, which have no gradient.
+        is_trained = part in stage.trains and parameter.is_floating_point()
+        parameter.requires_grad_(is_trained)
+        if is_trained:
+            trained[part] += parameter.numel()
+        else:
+            frozen[part] += parameter.numel()
+    # What the model's forward does with task tokens, in training.
+    model.task_tokens_from_queries = stage.task_tokens == "queries"  # pyright: ignore[reportArgumentType] (a plain attribute, no module or tensor)
+    model.task_tokens_frozen = stage.task_tokens == "frozen"  # pyright: ignore[reportArgumentType] (the same)
     logger.info(f"stage {name}: trains {dict(trained)} parameters, frozen {dict(frozen)}")
     return stage

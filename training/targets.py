@@ -12,9 +12,10 @@ import torch
 from torch import distributed
 from transformers.utils import logging
 
+from ..files.strangers import inside
+from ..files.writing import write_whole
 from ..targets.cache import OncePerBatch, TargetCache
 from ..targets.encoders import Motion
-from ..targets.files import inside, write_whole
 from ..targets.fill import Teacher, fill, make_teachers, open_caches
 from ..targets.place_code import append_place_code
 from ..targets.statistics import FOLDER, TargetStatistics, own_statistics
@@ -32,9 +33,11 @@ def all_gather_object(compute: Callable[[], T]) -> list[T]:
     """What each process computes. The slowest one is waited for however long: the run's own group would time out."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [compute()]
+    # gloo takes objects from CPUs: nothing has to fit into a GPU's memory.
     group = distributed.new_group(timeout=timedelta(days=365), backend="gloo")
     results: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(results, compute(), group=group)  # pyright: ignore[reportArgumentType]
+    distributed.all_gather_object(results, compute(), group=group)  # pyright: ignore[reportArgumentType] (its stub takes no new_group's result)
+    # The group was for this one exchange.
     distributed.destroy_process_group(group)
     return results
 
@@ -43,7 +46,9 @@ def from_first_process(args: OlaVlmArguments, compute: Callable[[], T]) -> T:
     """What the first process computes, for all."""
 
     def compute_there() -> T | None:
-        return compute() if args.process_index == 0 else None
+        if args.process_index == 0:
+            return compute()
+        return None
 
     return cast(T, all_gather_object(compute_there)[0])
 
@@ -71,22 +76,30 @@ def fill_caches(args: OlaVlmArguments, teachers: dict[str, Teacher], images: Sou
     """All images are looked at and, if asked, their targets computed, by each process a part. ValueError names images
     without a target unless bad rows are to be dropped, and says what helps if the caches lack some."""
     assert args.target_cache is not None
-    with args.main_process_first(desc="target cache"):  # a teacher's fingerprint may have to be computed
+    # One process first: a teacher's fingerprint may have to be computed, a hash of gigabytes.
+    with args.main_process_first(desc="target cache"):
         caches = open_caches(args.target_cache, teachers, args.target_storage)
-    distinct = list(dict.fromkeys(caches.values()))  # tasks may share one
+    # Tasks may share one.
+    distinct = list(dict.fromkeys(caches.values()))
     progress = args.should_log and not args.disable_tqdm
+    # What is damaged is known to all processes before anybody computes, or it would be computed by none.
     if compute:
         for cache in distinct:
             check = partial(cache.check, args.process_index, args.world_size, progress)
             for damaged in all_gather_object(check):
                 cache.forget(damaged)
 
-    keys, failed = _fill_together(args, teachers if compute else {}, caches, images, progress)
+    # Without teachers, images are only looked at.
+    asked = {}
+    if compute:
+        asked = teachers
+    keys, failed = _fill_together(args, asked, caches, images, progress)
     _report_failed(args, failed)
     usable = [cast(str, key) for i, key in enumerate(keys) if i not in failed]
+    # Each process sees what the others stored, too.
     if compute:
         for cache in distinct:
-            cache.reload()  # what the other processes stored
+            cache.reload()
     _check_complete(args, caches, usable, compute)
     return FilledCaches(caches=caches, keys=usable, failed=failed)
 
@@ -114,6 +127,7 @@ def _fill_together(
         )
         return part.tolist(), report
 
+    # Each process's results back at the places of its images.
     keys: list[str | None] = [None] * len(images)
     failed = {}
     for indices, report in all_gather_object(fill_part):
@@ -127,6 +141,7 @@ def _fill_together(
 def _report_failed(args: OlaVlmArguments, failed: dict[int, str]) -> None:
     if not failed:
         return
+    # The first 20 show what kind of fault it is.
     first_ones = "\n".join(list(failed.values())[:20])
     count = f"{len(failed)} images have no target"
     if args.on_bad_rows == "stop":
@@ -140,6 +155,7 @@ def _check_complete(args: OlaVlmArguments, caches: dict[str, TargetCache], keys:
     if not missing:
         return
     by_task = ", ".join(f"{len(missing_keys)} of {name}" for name, missing_keys in missing.items())
+    # An image may lack targets of several tasks: it counts once.
     count = len(set[str]().union(*missing.values()))
     images = f"{count} of {len(set(keys))} images ({by_task})"
     remedy = "compute them by `ola-vlm targets` with this run's --recipe and fields, or by --target_fill true"
@@ -154,6 +170,7 @@ def target_sources(
     """Each task's function of images: its teacher or, with `target_cache`, what is stored of it; then no teacher is
     loaded, and rows with an image that can't be used are dropped. `others`: rows that aren't trained on.
     ValueError as of `fill_caches`."""
+    # From the cache, or from the teachers themselves.
     teachers = make_teachers(tasks, args.teachers or {}, args.device)
     if args.target_cache:
         filled = _fill_for_rows(args, teachers, [*others, rows])
@@ -163,6 +180,7 @@ def target_sources(
         given = {name: teacher.encoder.encode for name, teacher in teachers.items()}
     sources = _shared(given, teachers)
     for name, teacher in teachers.items():
+        # Numbers of words can't be scaled, nor subtracted.
         if teacher.gives_words:
             continue
         is_motion = (args.teachers or {})[name].get("motion", False)
@@ -198,7 +216,8 @@ def _fill_for_rows(
     """The caches filled for each of the parts, one after the other, whose rows without targets are dropped."""
     # The training images come last: their keys are those of the statistics, and their caches know all that is stored.
     for rows in parts:
-        assert isinstance(rows, Rows)  # a stream has no target cache
+        # A stream has no target cache.
+        assert isinstance(rows, Rows)
         images = find_images(args, rows)
         filled = fill_caches(args, teachers, images, args.target_fill)
         if filled.failed:
@@ -212,6 +231,7 @@ def _shared(sources: dict[str, TargetSource], teachers: dict[str, Teacher]) -> d
     once = {teacher: OncePerBatch(sources[name]) for name, teacher in teachers.items()}
     shared = dict(sources)
     for name, teacher in teachers.items():
+        # Such as a teacher's features and their motion.
         if list(teachers.values()).count(teacher) > 1:
             shared[name] = partial(once[teacher], name)
     return shared
@@ -220,7 +240,8 @@ def _shared(sources: dict[str, TargetSource], teachers: dict[str, Teacher]) -> d
 def _save_statistics(args: OlaVlmArguments, task: str, statistics: TargetStatistics, is_motion: bool) -> None:
     if not args.should_save:
         return
-    if is_motion:  # the mean of differences
+    # Motion is differences of features, whose mean is 0.
+    if is_motion:
         statistics = statistics._replace(mean=torch.zeros_like(statistics.mean))
     statistics.save(inside(Path(args.output_dir) / FOLDER, f"{task}.safetensors"))
 

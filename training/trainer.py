@@ -6,8 +6,8 @@ are known before the step begins, so they are collected where the Trainer collec
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,38 +16,37 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..targets.files import write_whole
+from ..files.writing import write_whole
 from .arguments import OlaVlmArguments
-from .attach import AttachedPredictors
-from .collator import OlaVlmCollator
-from .losses import StepTargets, task_loss
+from .attach import AttachedPredictors, load_predictors, predictors_of, write_predictors
+from .collator import PADDING_ROW
+from .embedding_losses import EmbeddingLosses, check_collator
+from .packing import PackedRows, flash_arguments
 from .rows import Rows
 from .sampler import GroupedSampler
 from .sharding import configure_fsdp2, gather_optimizer, load_optimizer, original_class, retie, takes_whole_weights
 from .stages import find_stage, upcast_trained
-from .words import word_ids_of
 
 logger = logging.get_logger(__name__)
 
-# Numeric types of targets, the narrowest first: on their way between ranks each is named by its place here.
-TARGET_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-
-class OlaVlmTrainer(Trainer):
+class OlaVlmTrainer(EmbeddingLosses, Trainer):
     """Trains one stage (`args.stage`; apply it with `apply_stage` first).
 
     Logs `loss/ntp` and `loss/<task>/<layer>/{<the task's loss>,contrastive}` beside `loss`: means over the optimizer
     steps since the last log and over ranks; `loss` = ntp + sum over tasks of loss_weight * sum over layers (the task's
-    loss + contrastive_weight * contrastive). Of a task that is off after a share of the steps (`until`; in evaluation
-    it never is) also `loss_weight/<task>`, of the last step. `bad_rows`, `long_rows`: rows dropped so far, over all
-    ranks. Their names are logged as they come; bad ones beyond `args.max_bad_rows` of the run's rows stop it.
+    loss + contrastive_weight * contrastive). In evaluation they are means over all supervised tokens and over all
+    images, each counted once, however many processes there are. Of a task that is off after a share of the steps
+    (`until`; in evaluation it never is) also `loss_weight/<task>`, of the last step. `bad_rows`, `long_rows`: rows
+    dropped so far, over all ranks. Their names are logged as they come; bad ones beyond `args.max_bad_rows` of the
+    run's rows stop it.
 
     In mixed precision (`bf16`, `fp16`) what trains becomes float32, in whatever type it was loaded (`args.dtype`), and
     what is frozen stays as it is: half the memory for it, and no update is lost to rounding. Checkpoints to resume
@@ -55,28 +54,31 @@ class OlaVlmTrainer(Trainer):
     """
 
     # What transformers leaves open.
-    model: PreTrainedModel
     args: OlaVlmArguments
-    data_collator: OlaVlmCollator
-    processing_class: ProcessorMixin
     optimizer: Optimizer
     lr_scheduler: LRScheduler
 
     def __init__(self, model, args, **kwargs):
+        check_collator(model, kwargs.get("data_collator"))
         super().__init__(model=model, args=args, **kwargs)
         if args.n_gpu > 1:
             raise ValueError("several GPUs in one process are not supported: start with torchrun --nproc_per_node")
-        if (args.bf16 or args.fp16) and not self.is_deepspeed_enabled:  # which keeps float32 copies of its own
+        if isinstance(self.train_dataset, PackedRows) and isinstance(model, AttachedPredictors):
+            raise ValueError("packed rows are for OLA-VLM's own models, not for attached predictors: give plain rows")
+        # DeepSpeed keeps float32 copies of its own.
+        if (args.bf16 or args.fp16) and not self.is_deepspeed_enabled:
             upcast_trained(model)
         if self.is_fsdp_enabled:
             assert self.accelerator.state.fsdp_plugin is not None
             configure_fsdp2(self.accelerator.state.fsdp_plugin, model)
         self.stage = find_stage(args.stage, args.embedding_losses, args.task_tokens)
-        self.tasks = model.config.tasks if self.stage.embedding_losses else []
-        self.word_ids = word_ids_of(self.tasks, self.data_collator.target_sources, self.processing_class)
+        self.losses_until = args.losses_until
+        tasks = []
+        if self.stage.embedding_losses:
+            tasks = model.config.tasks
+        self.set_tasks(tasks)
+        # Query tables stand for the task tokens' rows while they train: the rows are written when something is saved.
         self.writes_task_tokens = len(model.config.task_token_ids) > 0 and self.stage.task_tokens == "queries"
-        # Sums of the logged losses, and the number of their "steps", since the last log.
-        self._sums: dict[str, defaultdict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._dropped = DroppedRows()
         self.add_callback(self._dropped)
         self._grouped: GroupedSampler | None = None
@@ -95,24 +97,47 @@ class OlaVlmTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         args = self.args
-        rows = cast(Rows, self.train_dataset if train_dataset is None else train_dataset)
-        assert rows.lengths is not None and rows.has_image is not None  # they are checked
+        if train_dataset is None:
+            train_dataset = self.train_dataset
+        rows = cast(Rows, train_dataset)
+        # `check_rows` has counted both.
+        assert rows.lengths is not None and rows.has_image is not None
+        # A group is an optimizer step's: the rows of all ranks and micro-batches.
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
+        seed = args.seed
+        if args.data_seed is not None:
+            seed = args.data_seed
         self._grouped = GroupedSampler(rows.lengths, rows.has_image, batch_size, seed)
         return self._grouped
+
+    def _get_dataloader(self, dataset, description, batch_size, **kwargs):
+        if description == "Evaluation" and isinstance(dataset, Sized):
+            # Where a rank lacks rows, the library would take the first ones once more.
+            dataset = InWholeBatches(dataset, batch_size * self.accelerator.num_processes)
+        return super()._get_dataloader(dataset, description, batch_size, **kwargs)
+
+    def get_test_dataloader(self, test_dataset):
+        """Warns where the losses that `predict` measures count some rows twice: a rank whose last batch lacks rows
+        takes the first ones once more. What it predicts is cut to one prediction a row."""
+        processes = self.accelerator.num_processes
+        rows_at_once = self.args.eval_batch_size * processes
+        if processes > 1 and (not isinstance(test_dataset, Sized) or len(test_dataset) % rows_at_once):
+            what = f"predict on {processes} processes: its losses count some rows twice, its predictions do not"
+            logger.warning(f"{what}. For losses take evaluate(), or rows in a multiple of {rows_at_once}")
+        return super().get_test_dataloader(test_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
-        return SequentialSampler(eval_dataset)  # pyright: ignore[reportArgumentType]
+        # transformers would group these, too, by the `input_ids` of each row, which the collator is yet to make.
+        return SequentialSampler(eval_dataset)  # pyright: ignore[reportArgumentType] (rows have a length)
 
     def train(self, *args, **kwargs):
         if self.model_wrapped is self.model and self.model in self.accelerator._models:
             # An evaluation before training marks the bare model as prepared: it would never be wrapped for DDP, and
             # every rank would silently train on its own gradients.
             self.accelerator._models.remove(self.model)
-            self.model._is_accelerate_prepared = False  # pyright: ignore[reportArgumentType]
+            self.model._is_accelerate_prepared = False  # pyright: ignore[reportArgumentType] (a mark, no tensor)
         return super().train(*args, **kwargs)
 
     def _run_epoch(self, **kwargs):
@@ -123,141 +148,99 @@ class OlaVlmTrainer(Trainer):
         super()._run_epoch(**kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if self._grouped is not None:  # resumed within an epoch, several ranks aren't told which one it is
+        if self._grouped is not None:
+            # Resumed within an epoch on several ranks, nobody else tells the sampler which epoch it is.
             self._grouped.set_epoch(int(self.state.epoch))
+        # All micro-batches of one optimizer step, with their targets.
         whole = map(self._with_targets, epoch_iterator)
         batches, num_items_in_batch = super().get_batch_samples(whole, num_batches, device)
-        self._sums["train"]["steps"] += bool(batches)  # none at the end of data of unknown length
+        # At the end of data of unknown length there is none.
+        self._counts["train"]["steps"] += bool(batches)
+        # Both gather: every rank takes part, whatever its rows hold.
         self._count_bad_rows(batches, device)
         if self.tasks and batches:
             self._attach_step_targets(batches, device)
         return batches, num_items_in_batch
 
-    def _gather(self, values: torch.Tensor) -> torch.Tensor:
-        """All ranks', one after the other."""
-        return cast(torch.Tensor, self.accelerator.gather(values))
-
-    def _with_targets(self, batch: dict) -> dict:
-        return self.data_collator.add_targets(batch) if "samples" in batch else batch
-
     def _count_bad_rows(self, batches: list[dict], device: torch.device) -> None:
         """Names the rows that the collator dropped and counts those of all ranks; ValueError if they are too many."""
+        # The zeros stand for a rank without a batch. (1, 2) on each rank: bad rows and long ones.
         found = torch.tensor([[0, 0], *map(_report_bad_rows, batches)], device=device).sum(0, keepdim=True)
         bad, long = self._gather(found).sum(0).tolist()
         self._dropped.bad_rows += bad
         self._dropped.long_rows += long
+        # Measured by the whole run's rows, not by those so far: one bad row in the first step is no reason to stop.
         rows = self.state.max_steps * self.get_total_train_batch_size(self.args)
+        if isinstance(self.train_dataset, PackedRows):
+            rows = round(rows * self.train_dataset.rows_per_sequence)
         if self.bad_rows > self.args.max_bad_rows * rows:
             share = f"max_bad_rows={self.args.max_bad_rows} of the run's {rows} rows"
             raise ValueError(
                 f"stopped at step {self.state.global_step + 1}: {self.bad_rows} bad rows are over {share}"
             )
 
-    def _attach_step_targets(self, batches: list[dict], device: torch.device) -> None:
-        """Gives each micro-batch the contrastive columns of its step, its own first column and their number.
-
-        Columns are gathered in the type that the targets come in (the cache's): the loss makes float32 of them."""
-        names = [task["name"] for task in self.tasks]
-        sizes = [len(batch["targets"][names[0]]) for batch in batches]
-        # A rank without an image doesn't know the targets' type: it takes the others'.
-        own = [sum(sizes), *(_target_dtype(batches, name) for name in names)]
-        by_rank = self._gather(torch.tensor([own], device=device))
-        counts = by_rank[:, 0].tolist()
-        dtypes = [TARGET_DTYPES[place] for place in by_rank[:, 1:].amax(0).tolist()]
-        columns = {}
-        for name, dtype in zip(names, dtypes, strict=True):
-            columns[name] = torch.cat([batch["targets"][name].to(device, dtype) for batch in batches])
-            if len(counts) > 1 and max(counts) > 0:
-                padded = self._gather(cast(torch.Tensor, self.accelerator.pad_across_processes(columns[name])))
-                parts = zip(padded.split(max(counts)), counts, strict=True)
-                columns[name] = torch.cat([rows[:count] for rows, count in parts])
-        offset = sum(counts[: self.accelerator.process_index])
-        for batch, size in zip(batches, sizes, strict=True):
-            batch["step_targets"] = {"columns": columns, "offset": offset, "num_images": sum(counts)}
-            offset += size
-
     def compute_loss(self, model, inputs: dict, return_outputs=False, num_items_in_batch: torch.Tensor | None = None):
+        # What the model is asked for.
         inputs = dict(inputs)
-        inputs["use_cache"] = False  # keys and values of all layers, which nobody reads
-        if not isinstance(self.model, AttachedPredictors):  # whose model has a head of its own
+        # A cache would hold keys and values of all layers, which nobody reads.
+        inputs["use_cache"] = False
+        # An attached model has a head of its own, which makes all logits.
+        if not isinstance(self.base_model, AttachedPredictors):
             inputs["supervised_logits_only"] = model.training
         if self.tasks:
-            if "step_targets" not in inputs:  # evaluation: the columns are those of the batch on all ranks
+            if "step_targets" not in inputs:
+                # Evaluation, where no step is collected: the columns are those of the batch on all ranks.
                 self._attach_step_targets([inputs], self.args.device)
             inputs["output_predictions"] = True
             inputs["word_ids"] = self.word_ids
-        step, targets, row_ids = (inputs.pop(key, None) for key in ("step_targets", "targets", "row_ids"))
-        _report_bad_rows(inputs)  # evaluation's
+        # Packed rows have positions in place of a mask.
+        if "position_ids" in inputs:
+            inputs.update(flash_arguments(self.model.config, inputs["position_ids"]))
+
+        # What is for the losses and the log, and no argument of the model's forward.
+        step = inputs.pop("step_targets", None)
+        targets = inputs.pop("targets", None)
+        row_ids = inputs.pop("row_ids", None)
+        # Evaluation's; training's were taken out, and counted, as the step was collected.
+        _report_bad_rows(inputs)
+
+        # The loss of the next tokens, over the supervised tokens of the whole step.
+        num_tokens = 0
         if num_items_in_batch is not None:
-            num_items_in_batch = num_items_in_batch.clamp(min=1)  # all rows of a step may be bad
+            num_tokens = int(num_items_in_batch)
+            # All rows of a step may be bad: no division by zero.
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
         of_model = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = cast(tuple[torch.Tensor, Any], of_model)
-        # DDP averages gradients over ranks; all counts are global, so each rank's share counts in full.
-        ranks = self.accelerator.num_processes
+
+        # And the embedding losses beside it.
         parts = {"loss/ntp": loss.detach().clone()}
-        for task in self.tasks:
-            name = task["name"]
-            place = step["columns"][name], step["offset"], step["num_images"]
-            tables = outputs.word_embeddings.get(name, ())
-            task_targets = StepTargets.make(task, targets[name], *place, tables)
-            weight = self.loss_weight(task, self.state.global_step) if model.training else task["loss_weight"]
-            for layer in task["layers"]:
-                prediction, logit_scale = outputs.predictions[name][layer], outputs.logit_scales[name]
-                part = task_loss(prediction, task_targets, logit_scale, task["loss"], task["contrastive_weight"])
-                loss = loss + ranks * weight * part.total
-                parts[f"loss/{name}/{layer}/{task['loss']}"] = ranks * part.distance.detach()
-                parts[f"loss/{name}/{layer}/contrastive"] = ranks * part.contrastive.detach()
-        if model.training and not torch.isfinite(loss):
-            bad = [name for name, value in parts.items() if not torch.isfinite(value)]
-            where = f"step {self.state.global_step + 1} on rank {self.accelerator.process_index}"
-            raise FloatingPointError(f"non-finite loss at {where}: {', '.join(bad) or 'their sum'}; rows {row_ids}")
-        sums = self._sums["train" if model.training else "eval"]
-        sums["steps"] += not model.training  # a training step may have several micro-batches: counted elsewhere
-        for name, value in parts.items():
-            sums[name] += value
+        loss = self.add_embedding_losses(loss, outputs, step, targets, parts)
+        num_images = 0
+        if step:
+            num_images = step["num_images"]
+        self.record_losses(loss, parts, row_ids, num_tokens, num_images)
         return (loss, outputs) if return_outputs else loss
-
-    def loss_weight(self, task: dict, step: int) -> float:
-        """A task's in the training step after `step` others."""
-        share = task["until"] if self.args.losses_until is None else self.args.losses_until
-        is_over = share < 1 and step >= round(share * self.state.max_steps)
-        return 0.0 if is_over else task["loss_weight"]
-
-    def _add_means(self, metrics: dict, mode: str, prefix: str = "") -> None:
-        sums, self._sums[mode] = self._sums[mode], defaultdict(float)
-        steps = sums.pop("steps", 0)
-        for name, value in sums.items():
-            metrics[prefix + name] = cast(torch.Tensor, self.accelerator.reduce(value, "mean")).item() / steps
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             self._add_means(logs, "train")
-            logs |= vars(self._dropped)
-            last_step = self.state.max_steps - 1
-            for task in self.tasks:
-                if self.loss_weight(task, last_step) != task["loss_weight"]:
-                    logs[f"loss_weight/{task['name']}"] = self.loss_weight(task, self.state.global_step - 1)
+            logs.update(vars(self._dropped))
+            self._add_loss_weights(logs)
         super().log(logs, *args, **kwargs)
-
-    def _prepare_inputs(self, inputs):
-        return super()._prepare_inputs(self._with_targets(inputs))  # evaluation's; training's have them
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        assert output.metrics is not None
-        self._add_means(output.metrics, "eval", f"{metric_key_prefix}_")
-        return output
 
     def get_decay_parameter_names(self, model):
         """Frozen task tokens are rows of the vocabulary's tables, and weight decay would move them: tables never decay
         (with or without task tokens, so that methods stay comparable)."""
         head = cast(nn.Linear, self.model.get_output_embeddings())
+        # By identity, not by name: a tied table has two names, and families call theirs differently.
         tables = {id(self.model.get_input_embeddings().weight), id(head.weight)}
         names = {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in tables}
         return [name for name in super().get_decay_parameter_names(model) if name not in names]
 
     def save_model(self, *args, **kwargs):
         """Every saved checkpoint carries the task tokens as vocabulary rows: it is a plain model."""
+        # A sharded model's rows are written into the gathered weights: in `_save`.
         if self.writes_task_tokens and not self.is_sharded:
             self.accelerator.unwrap_model(self.model).write_task_tokens()
         super().save_model(*args, **kwargs)
@@ -268,15 +251,24 @@ class OlaVlmTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).write_task_tokens(state_dict)
         if state_dict is not None:
             retie(self.model, state_dict)
-        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if output_dir is None:
+            output_dir = self.args.output_dir
+
+        # To resume exactly, a checkpoint needs the float32 of what trains; the model in the end has `args.dtype`.
         is_to_resume = Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
         dtype = self.args.torch_dtype
-        is_cast = dtype is not torch.float32 and not is_to_resume and not self.args.lora_rank and state_dict != {}
+        # `{}` is what the other ranks have of a sharded model.
+        is_cast = dtype is not torch.float32 and not is_to_resume and not self.has_adapters and state_dict != {}
         if is_cast:
-            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            if state_dict is None:
+                state_dict = self.model.state_dict()
             state_dict = cast_floats(state_dict, dtype)
         with original_class(self.model):
             super()._save(output_dir, state_dict)
+
+        # What transformers and peft leave out, or say wrongly, beside the weights.
+        if self.has_predictors_beside_adapters and self.args.should_save:
+            write_predictors(predictors_of(self.base_model.state_dict()), self.base_model.config, output_dir)
         if is_cast and self.args.should_save:
             # `save_pretrained` names the type of a parameter in memory, and "auto" would load in that.
             file = Path(output_dir) / "config.json"
@@ -284,10 +276,21 @@ class OlaVlmTrainer(Trainer):
             config["dtype"] = str(dtype).removeprefix("torch.")
             write_whole(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters train: `lora_rank`'s, or others, which a program has put on the model."""
+        return self.base_model is not self.model
+
+    @property
+    def has_predictors_beside_adapters(self) -> bool:
+        """Whether predictors train beside adapters, whose file has no place for them."""
+        return self.has_adapters and len(self.tasks) > 0
+
     @contextmanager
     def _reads_as_unsharded(self) -> Iterator[None]:
         """A run that FSDP2 shards reads the files of an unsharded one, as it writes no others."""
         is_fsdp_enabled = self.is_fsdp_enabled
+        # By this field transformers chooses how files are read.
         self.is_fsdp_enabled = False
         try:
             with original_class(self.model), takes_whole_weights(self.model):
@@ -306,6 +309,8 @@ class OlaVlmTrainer(Trainer):
                 self.model.load_checkpoint(resume_from_checkpoint)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+                if self.has_predictors_beside_adapters:
+                    load_predictors(self.base_model, resume_from_checkpoint)
 
     def _load_best_model(self):
         with self._reads_as_unsharded():
@@ -314,12 +319,16 @@ class OlaVlmTrainer(Trainer):
                 self.model.load_checkpoint(self.state.best_model_checkpoint)
             else:
                 super()._load_best_model()
+                if self.has_predictors_beside_adapters:
+                    assert self.state.best_model_checkpoint is not None
+                    load_predictors(self.base_model, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """Of FSDP2, transformers would write the weights a second time, and states that no unsharded run can read."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        # All ranks take part in gathering; the first one alone writes.
         optimizer_state = gather_optimizer(self.optimizer)
         if self.args.should_save:
             torch.save(optimizer_state, Path(output_dir) / OPTIMIZER_NAME)
@@ -333,14 +342,20 @@ class OlaVlmTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
-def _target_dtype(batches: list[dict], name: str) -> int:
-    """The place in `TARGET_DTYPES` of the type of a task's targets; 0 if there are none."""
-    places = [0]
-    for batch in batches:
-        targets = batch["targets"][name]
-        if len(targets) > 0:
-            places.append(TARGET_DTYPES.index(targets.dtype))
-    return max(places)
+class InWholeBatches(Dataset):
+    """The rows, and then as many that a batch leaves out as make whole batches of them all."""
+
+    def __init__(self, rows, batch_size: int):
+        self.rows = rows
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size) * self.batch_size
+
+    def __getitem__(self, i: int) -> dict:
+        if i < len(self.rows):
+            return self.rows[i]
+        return PADDING_ROW
 
 
 def cast_floats(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -348,30 +363,39 @@ def cast_floats(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict
     cast = {}
     by_place = {}
     for name, value in state_dict.items():
+        # Tied weights lie at one place in memory; the shape tells apart a view that begins there.
         place = value.data_ptr(), value.shape, value.dtype
         if place not in by_place:
-            by_place[place] = value.to(dtype) if value.is_floating_point() else value
+            if value.is_floating_point():
+                value = value.to(dtype)
+            by_place[place] = value
         cast[name] = by_place[place]
     return cast
 
 
 def _report_bad_rows(batch: dict) -> list[int]:
     """How many rows were dropped as bad, and how many as too long."""
-    dropped = [batch.pop(name, ()) for name in ("bad_rows", "long_rows")]
-    for named in (*dropped[0], *dropped[1]):
+    bad_rows = batch.pop("bad_rows", ())
+    long_rows = batch.pop("long_rows", ())
+    for named in (*bad_rows, *long_rows):
         logger.warning(f"dropped {named}")
-    return [*map(len, dropped)]
+    return [len(bad_rows), len(long_rows)]
 
 
 class DroppedRows(TrainerCallback, ExportableState):
     """How many rows were dropped since the run began, over all ranks: goes into checkpoints and comes back."""
 
     def __init__(self):
-        self.bad_rows = self.long_rows = 0
+        self.bad_rows = 0
+        self.long_rows = 0
 
     def state(self) -> dict:
+        # The names that transformers wants of what goes into a checkpoint's trainer_state.json.
         return {"args": {}, "attributes": dict(vars(self))}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if saved := state.stateful_callbacks.get(type(self).__name__):  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        saved_states = cast(dict[str, dict], state.stateful_callbacks)
+        saved = saved_states.get(type(self).__name__)
+        # None at a run's beginning.
+        if saved:
             vars(self).update(saved["attributes"])

@@ -27,10 +27,13 @@ class WordSource:
     def __init__(self, words: Mapping[str, list[str]], sources: Mapping[str, Callable], alone: Sequence[str] = ()):
         self.words = words
         self.sources = sources
-        known = {word for of_kind in words.values() for word in of_kind}
+        known = set()
+        for of_kind in words.values():
+            known.update(of_kind)
         unknown = sorted(set(alone) - known)
         if unknown:
             raise ValueError(f"alone are {unknown}, which are none of the words: choose from {sorted(known)}")
+        # For each kind, in the order of the last axis, the numbers of those words.
         self.alone = []
         for of_kind in words.values():
             self.alone.append([number for number, word in enumerate(of_kind) if word in alone])
@@ -39,11 +42,15 @@ class WordSource:
         """ValueError for a number that stands for no word."""
         numbers = {kind: source(images) for kind, source in self.sources.items()}
         for kind, numbers_NQ1 in numbers.items():
-            largest = int(numbers_NQ1.max()) if len(numbers_NQ1) > 0 else 0
+            # An empty batch has no largest number.
+            largest = 0
+            if len(numbers_NQ1) > 0:
+                largest = int(numbers_NQ1.max())
             count = len(self.words[kind])
             if largest >= count:
                 raise ValueError(f"a teacher of {kind!r} words gives the number {largest}, but has {count} words")
         numbers_NQW = torch.cat(list(numbers.values()), dim=-1)
+        # -1 stands for no word, and a cache's numbers may be unsigned bytes.
         if any(self.alone):
             numbers_NQW = self._without_others(numbers_NQW.to(torch.int16))
         return numbers_NQW
@@ -61,11 +68,16 @@ class WordSource:
 
 def encode_word(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     """The ids of a word as it stands inside a sentence. ValueError if the tokenizer doesn't know it."""
+    # " red" and "red" are different tokens to GPT-2's kind of tokenizer; Llama 2's puts a space before every text.
     alone = tokenizer(word, add_special_tokens=False)["input_ids"]
     # Behind itself, for what a tokenizer puts before a text, and a word's own space, differ between families.
     twice = tokenizer(f"{word} {word}", add_special_tokens=False)["input_ids"]
     is_prefix = twice[: len(alone)] == alone
-    ids = twice[len(alone) :] if is_prefix else tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    if is_prefix:
+        ids = twice[len(alone) :]
+    else:
+        # Beside another word it becomes other tokens: it is asked for with a space of its own.
+        ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
     if not ids or tokenizer.unk_token_id in ids:
         raise ValueError(f"the tokenizer can't say the word {word!r}: give another one in its teacher's words")
     return ids
@@ -74,6 +86,7 @@ def encode_word(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
 def encode_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Tensor:
     """(words, tokens): ids, -1 behind a word with fewer tokens. ValueError for a word that can't be said."""
     ids = [encode_word(tokenizer, word) for word in words]
+    # -1 is no token's id.
     longest = max(map(len, ids))
     return torch.tensor([[*word_ids, *[-1] * (longest - len(word_ids))] for word_ids in ids])
 
@@ -90,6 +103,7 @@ def word_ids_of(
         source = sources[task["name"]]
         if not isinstance(source, WordSource):
             raise ValueError(f"task {task['name']!r} has words as targets: give it a training.words.WordSource")
-        assert processor is not None  # words are said by its tokenizer
+        # Words are said by its tokenizer.
+        assert processor is not None
         found[task["name"]] = [encode_words(processor.tokenizer, source.words[kind]) for kind in task["words"]]
     return found

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import matplotlib
 
+# Before pyplot is imported: it draws into files only, on machines without a screen, too.
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
 OUT = Path(__file__).parents[1] / "architecture.png"
+# Boxes' colors, by what a box stands for; INK is that of lines and letters.
 FROZEN = "#d8e2ec"
 TRAINED = "#f6c98f"  # in pre-training
 DATA = "#ffffff"
@@ -20,6 +22,7 @@ TASKS = {"gen": ([12, 20], "#c9a7d8"), "depth": ([8, 20], "#9fd0a8"), "seg": ([1
 
 
 def box(axes, x, y, width, height, text, color, size=8, style="round,pad=0,rounding_size=0.08"):
+    # pad=0: the box ends exactly at its width and height, so that arrows meet its edge.
     patch = FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=color, edgecolor=INK, linewidth=0.9)
     axes.add_patch(patch)
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, color=INK)
@@ -50,6 +53,7 @@ def draw_inputs(axes):
 def draw_sequence(axes):
     """The row: system, image tokens, every task's tokens, text."""
     x = 0.2
+    # (text, width, color) from the left. Widths are not to scale: an image has 576 tokens, a task 8.
     parts = [("system", 0.9, DATA), ("image tokens", 3.4, FROZEN)]
     parts += [(name, 0.65, color) for name, (_, color) in TASKS.items()]
     parts += [("text", 1.65, DATA)]
@@ -63,8 +67,10 @@ def draw_language_model(axes):
     box(axes, 0.2, 2.65, 7.9, 3.1, "", FROZEN)
     arrow(axes, (4.15, 2.25), (4.15, 2.65))
     note(axes, 0.45, 5.5, "language model: 32 blocks", ha="left", fontsize=9)
+    # Layer -> height of its line, where the arrows to its predictors begin.
     heights = {}
     for layer in (8, 10, 12, 18, 20):
+        # Of 26 rather than 32 blocks: no predictor is beyond layer 20, and the lines below get more room.
         y = 2.65 + 3.1 * layer / 26
         heights[layer] = y
         axes.plot([0.2, 8.1], [y, y], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -78,7 +84,9 @@ def draw_language_model(axes):
 
 def draw_predictors(axes, heights):
     """From a layer's states to a prediction, which is compared with what the teacher says."""
+    # Heights of the tasks' boxes, in the order of the tasks' first layers: few arrows cross.
     rows = {"depth": 2.75, "seg": 4.0, "gen": 5.25}
+    # (N, Q, E) of a prediction and of its target.
     shapes = {"depth": "(N, 576, 1024)", "seg": "(N, 576, 1536)", "gen": "(N, 1, 1024)"}
     teachers = {"depth": "Depth-Anything\nV2", "seg": "OneFormer", "gen": "unCLIP's image\nencoder"}
     for name, y in rows.items():
@@ -110,6 +118,7 @@ def draw_legend(axes):
 
 def main() -> None:
     figure, axes = plt.subplots(figsize=(13.2, 5.8))
+    # All coordinates above are in these units, from the lower left corner.
     axes.set_xlim(0, 15.9)
     axes.set_ylim(0.1, 7.0)
     axes.axis("off")
@@ -118,6 +127,7 @@ def main() -> None:
     heights = draw_language_model(axes)
     draw_predictors(axes, heights)
     draw_legend(axes)
+    # Software: None keeps matplotlib's version out of the file, which would change it with every update.
     figure.savefig(OUT, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 

@@ -3,20 +3,24 @@
 The same numbers as `ola-vlm score` prints, for answers from anywhere.
 """
 
-# one import a line: `evaluate` reads them with a regular expression
+# One import a line: `evaluate` finds what the metric needs by a regular expression.
 import datasets
 import evaluate
 
 from ola_vlm.eval.benchmarks import BENCHMARKS
 from ola_vlm.eval.scoring import score_records
 
+# Arrow's columns have one type each: answers are always a list, and a missing pair is a number, too.
 REFERENCE = {
     "answers": datasets.Sequence(datasets.Value("string")),  # one; OK-VQA ten
-    "choices": datasets.Sequence(datasets.Value("string")),  # [] if there are none
+    # [] if there are none.
+    "choices": datasets.Sequence(datasets.Value("string")),
     "task": datasets.Value("string"),
     "source": datasets.Value("string"),
-    "scoring": datasets.Value("string"),  # choice, exact or vqa
-    "pair": datasets.Value("int64"),  # MMVP's pair of questions, elsewhere -1
+    # A key of `scoring.SCORERS`: choice, exact or vqa.
+    "scoring": datasets.Value("string"),
+    # MMVP's pair of questions, elsewhere -1.
+    "pair": datasets.Value("int64"),
 }
 
 
@@ -35,11 +39,15 @@ class AnswerScore(evaluate.Metric):
         records = []
         for number, (output, reference) in enumerate(zip(predictions, references, strict=True)):
             answers = reference["answers"]
+            # VQA's scores need all ten answers, others the one.
             answer = list(answers) if reference["scoring"] == "vqa" else answers[0]
             record = {**reference, "id": str(number), "output": output, "answer": answer}
+            # Scoring looks for the key, not at its value.
             if record["pair"] < 0:
                 del record["pair"]
             records.append(record)
         scores = score_records(records, self.config_name)
-        errors = {f"{name}/standard_error": one["standard_error"] for name, one in scores.items()}
-        return {name: one["score"] for name, one in scores.items()} | errors
+        metrics = {name: scored["score"] for name, scored in scores.items()}
+        for name, scored in scores.items():
+            metrics[f"{name}/standard_error"] = scored["standard_error"]
+        return metrics

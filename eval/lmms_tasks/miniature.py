@@ -5,9 +5,10 @@ from pathlib import Path
 from PIL import Image
 
 from ola_vlm.eval.multiple_choice import is_correct
-from ola_vlm.targets.files import inside
+from ola_vlm.files.strangers import inside
 from ola_vlm.targets.images import open_image
 
+# Where `ola-vlm eval` renders the questions; lmms-eval is run from the repository's folder.
 FOLDER = Path("runs/benchmark_miniature")
 
 

@@ -10,6 +10,8 @@ from transformers import LlavaConfig
 
 # Rows of a vocabulary that grows: another number leaves rows of logits unaligned for tensor cores.
 VOCAB_MULTIPLE = 64
+# Groups of tokens that a predictor may attend to, in their order in a row: words before the first image, the image's
+# own tokens, its task tokens, words after.
 KEY_GROUPS = ["system", "image", "task", "text"]
 
 # What a task needs beyond its name; None means that it has to be given (or is derived in `normalize_task`).
@@ -27,7 +29,7 @@ TASK_FIELDS = {
     "predictor_ffn_mult": 1,
     "predictor_dim": None,
     "output_mlp": False,
-    "keys": KEY_GROUPS,
+    "attends_to": KEY_GROUPS,
     "predictor": "resampler",
     "loss": "smooth_l1",
     "target": "features",
@@ -37,6 +39,7 @@ TASK_FIELDS = {
     "alone": [],
     "until": 1.0,
 }
+# All that a field may be.
 CHOICES = {
     "predictor": ("resampler", "patch", "none"),
     "loss": ("smooth_l1", "cosine", "mse", "moments"),
@@ -49,6 +52,7 @@ IMPLIED = {
     ("predictor", "none"): {"num_task_tokens": 0, "output_mlp": False},
     ("loss", "moments"): {"contrastive_weight": 0.0},
 }
+# What the paper's tasks have beyond `TASK_FIELDS` (section 4.1 and table III).
 PAPER_TASKS = {
     "gen": {"layers": [12, 20], "target_length": 1, "target_dim": 1024},
     "depth": {"layers": [8, 20], "target_length": 576, "target_dim": 1024, "output_mlp": True},
@@ -63,7 +67,10 @@ def default_tasks() -> list[dict]:
 
 def task_token_strings(tasks: Iterable[dict]) -> list[str]:
     """The vocabulary entries `<name_i>` of all tasks, in the order in which they follow an image's tokens."""
-    return [f"<{task['name']}_{i}>" for task in tasks for i in range(task["num_task_tokens"])]
+    tokens = []
+    for task in tasks:
+        tokens += [f"<{task['name']}_{i}>" for i in range(task["num_task_tokens"])]
+    return tokens
 
 
 def target_shape(task: dict) -> tuple[int, int]:
@@ -79,7 +86,17 @@ def _check(condition: bool, field: str, value, remedy: str):
 
 
 def _is_count(value, least: int = 1) -> bool:
+    # Not `isinstance`: True is an int, too.
     return type(value) is int and value >= least
+
+
+def current_task_fields(task: dict) -> dict:
+    """A task of whatever version with today's names of fields."""
+    task = dict(task)
+    # Its name before; checkpoints from then keep loading.
+    if "keys" in task and "attends_to" not in task:
+        task["attends_to"] = task.pop("keys")
+    return task
 
 
 def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
@@ -92,8 +109,8 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
     tokens are what the projector gives.
     `predictor`: "resampler", the paper's; "patch", a linear layer of an image's token for that token's place (an MLP
     of `predictor_depth` layers, `predictor_dim` wide, if that is more than 1); "none", the token itself.
-    `predictor_*`, `output_mlp` (a Linear-ReLU-Linear on the output) and `keys` (which tokens are attended to) are the
-    resampler's.
+    `predictor_*`, `output_mlp` (a Linear-ReLU-Linear on the output) and `attends_to` (groups of tokens, `KEY_GROUPS`)
+    are the resampler's.
     `target`: "features", (`target_length`, `target_dim`) an image, to which `place_code` numbers are appended that
     say a position's row and column; or "words": the LLM's embeddings of the `words` that teachers have for a position,
     which are combined by their "sum" or "mean"; beside a word that is `alone` a position's others don't count.
@@ -102,12 +119,14 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
     the training steps.
     Raises ValueError naming the field and the remedy.
     """
+    # A name first, by which the rest can be complained about. The modules of a task are an attribute of that name.
     _check(isinstance(task, dict), "tasks[]", task, 'give each task as a dict such as {"name": "depth"}')
     name = task.get("name")
     usable = isinstance(name, str) and name.isidentifier() and not hasattr(ModuleDict, name)
     _check(
         usable, "tasks[].name", name, "give each task an identifier as name, and no attribute of torch's ModuleDict"
     )
+    task = current_task_fields(task)
     unknown = sorted(set(task) - set(TASK_FIELDS))
     _check(not unknown, f"tasks[{name}]", unknown, f"unknown fields, the known ones are {list(TASK_FIELDS)}")
     task = _with_defaults(task, hidden_size)
@@ -115,6 +134,7 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
     def check(field, condition, remedy):
         _check(condition, f"tasks[{name}].{field}", task[field], remedy)
 
+    # Each field for itself.
     for field, values in CHOICES.items():
         check(field, task[field] in values, f"choose one of {list(values)}")
     _check_sizes(task, check)
@@ -130,18 +150,20 @@ def normalize_task(task: dict, hidden_size: int, num_layers: int) -> dict:
     is_share = isinstance(until, (int, float)) and 0 < until <= 1
     check("until", is_share, "give a share of the training steps, more than 0 and at most 1")
     check("output_mlp", isinstance(task["output_mlp"], bool), "give true or false")
-    keys = task["keys"]
-    known = isinstance(keys, (list, tuple)) and len(keys) > 0 and all(key in KEY_GROUPS for key in keys)
-    check("keys", known, f"list one or more of {KEY_GROUPS}")
+    groups = task["attends_to"]
+    known = isinstance(groups, (list, tuple)) and len(groups) > 0 and all(group in KEY_GROUPS for group in groups)
+    check("attends_to", known, f"list one or more of {KEY_GROUPS}")
+
+    # Then those that have to fit together.
     _check_target(task, hidden_size, check)
     _check_predictor(task, hidden_size, check)
-    return {
-        **task,
-        "layers": sorted(layers),
-        "keys": [key for key in KEY_GROUPS if key in keys],
-        "words": list(task["words"]),
-        "alone": list(task["alone"]) if isinstance(task["alone"], tuple) else task["alone"],
-    }
+
+    # One form for what means the same: a configuration that is written and read again is equal.
+    task["layers"] = sorted(layers)
+    task["attends_to"] = [group for group in KEY_GROUPS if group in groups]
+    task["words"] = list(task["words"])
+    task["alone"] = list(task["alone"])
+    return task
 
 
 def _with_defaults(given: dict, hidden_size: int) -> dict:
@@ -152,9 +174,11 @@ def _with_defaults(given: dict, hidden_size: int) -> dict:
     task.update(given)
     if task["target"] == "words" and "target_dim" not in given:
         task["target_dim"] = hidden_size
-    if task["predictor_dim"] is None:  # the reference's sizes: only depth with task tokens is as wide as the LLM
-        wide = task["name"] == "depth" and task["num_task_tokens"] != 0
-        task["predictor_dim"] = hidden_size if wide else task["target_dim"]
+    # The reference's sizes: only depth with task tokens is as wide as the LLM.
+    if task["predictor_dim"] is None:
+        task["predictor_dim"] = task["target_dim"]
+        if task["name"] == "depth" and task["num_task_tokens"] != 0:
+            task["predictor_dim"] = hidden_size
     return task
 
 
@@ -172,13 +196,14 @@ def _check_sizes(task: dict, check) -> None:
 def _check_predictor(task: dict, hidden_size: int, check) -> None:
     tokens = task["num_task_tokens"]
     if task["predictor"] == "resampler":
+        # Query tables have a row for each target position: a token is the mean of as many rows as every other.
         length = task["target_length"]
         divisible = tokens == 0 or length == 1 or length % tokens == 0
         check(
             "num_task_tokens", divisible, f"choose a divisor of target_length {length} (each token stands for a group)"
         )
-        has_key = tokens > 0 or any(key != "task" for key in task["keys"])
-        check("keys", has_key, "add image: without task tokens there is no key")
+        has_key = tokens > 0 or any(group != "task" for group in task["attends_to"])
+        check("attends_to", has_key, "add image: without task tokens there is nothing to attend to")
         return
     predictor = f'predictor "{task["predictor"]}"'
     check("num_task_tokens", tokens == 0, f"give 0, {predictor} reads the image's own tokens")
@@ -232,12 +257,13 @@ class OlaVlmConfig(LlavaConfig):
         "word_embeddings",
     ]
 
-    tasks: list | None = None  # pyright: ignore[reportRedeclaration]
-    task_token_ids: list | None = None  # pyright: ignore[reportRedeclaration]
+    tasks: list | None = None  # pyright: ignore[reportRedeclaration] (the field, typed below as it is read)
+    task_token_ids: list | None = None  # pyright: ignore[reportRedeclaration] (the same)
     has_predictors: bool = True
     vocab_padding: int = 0
 
-    if TYPE_CHECKING:  # what `__post_init__` leaves: configurations and lists, never dicts or None
+    # What `__post_init__` leaves: configurations and lists, never dicts or None.
+    if TYPE_CHECKING:
         text_config: Any = None
         vision_config: Any = None
         tasks: Any = None
@@ -253,6 +279,7 @@ class OlaVlmConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        # Tasks, checked against the language model, and an id for each of their tokens.
         text = self.text_config
         self.tasks = [normalize_task(task, text.hidden_size, text.num_hidden_layers) for task in self.tasks or []]
         names = [task["name"] for task in self.tasks]
@@ -260,14 +287,18 @@ class OlaVlmConfig(LlavaConfig):
         self.task_token_ids = ids = list(self.task_token_ids or [])
         count = sum(task["num_task_tokens"] for task in self.tasks)
         _check(len(ids) == count, "task_token_ids", ids, f"the tasks need {count} ids, build_ola_vlm finds them")
+        # Rows of the vocabulary, none of them twice and none the image's.
         within = all(_is_count(i, 0) and i < text.vocab_size for i in ids)
         usable = within and len({*ids, self.image_token_id}) == count + 1
         _check(not ids or usable, "task_token_ids", ids, f"give different ids within the {text.vocab_size} embeddings")
+        # Padding lies behind all of these rows.
         padding = self.vocab_padding
         fits = 0 <= padding < text.vocab_size - max([*ids, self.image_token_id])
         _check(padding == 0 or fits, "vocab_padding", padding, "give how many of the last rows stand for no token")
         # One class can register for one Auto class only; all names lead to the same model.
-        auto_map = dict(self.__dict__.get("auto_map") or {})
+        auto_map = self.__dict__.get("auto_map") or {}
+        _check(isinstance(auto_map, dict), "auto_map", auto_map, "give a dict such as {'AutoModel': 'module.Class'}")
+        auto_map = dict(auto_map)
         for name in ("AutoModel", "AutoModelForMultimodalLM"):
             auto_map.setdefault(name, "modeling_ola_vlm.OlaVlmForConditionalGeneration")
         self.auto_map = auto_map
