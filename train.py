@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_s
 
 from ola_vlm.baselines.build import build_multi_encoder, load_encoders
 from ola_vlm.commands.running import as_command, command, tell
+from ola_vlm.convert.model_card import write_adapter_card
 from ola_vlm.convert.parts import build_ola_vlm
-from ola_vlm.convert.push import write_adapter_card
 from ola_vlm.eval.during_training import AnswerQuestions, answering_callbacks
 from ola_vlm.inference.checkpoints import PROCESSOR_FILES, adapter_base, read_checkpoint, read_fields
 from ola_vlm.recipes.arguments import check_checkpoint_is_made, check_data_is_made, make_arguments

@@ -169,21 +169,28 @@ def verdict(row: dict) -> str:
 
 def labels_lines(needed: Mapping[str, Mapping[int, float]]) -> list[str]:
     budgets = budgets_in(needed)
-    # The baseline's own curve ends at the largest budget.
+    # The baseline's own curve goes from the least budget with labels to the largest.
+    least = next((budget for budget in budgets if budget > 0), 0)
     most = budgets[-1]
     rows = []
     for arm, cells in needed.items():
         row = [arm]
         for budget in budgets:
             value = cells.get(budget)
-            row.append(labels_text(value, most))
+            row.append(labels_text(value, least, most))
         rows.append(row)
     return table(["arm at its own labels", *map(str, budgets)], rows)
 
 
-def labels_text(value: float | None, most: int) -> str:
+def labels_text(value: float | None, least: int, most: int) -> str:
     if value is None:
         return "-"
+    # The baseline is as good without labels.
+    if value == 0:
+        return "0"
+    # It is as good with the least budget, and fewer labels were not tried.
+    if value <= least:
+        return f"at most {least}"
     # The baseline never gets there, with as many labels as there are.
     if math.isinf(value):
         return f"more than {most}"

@@ -5,6 +5,7 @@ Accuracies are in per cent from here on; "average" is the mean of the tasks.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,12 +192,16 @@ def labels_table(table: Mapping[str, Mapping[int, dict]]) -> dict[str, dict[int,
     baseline = {budget: cell["mean"] for budget, cell in table.get(design.BASELINE, {}).items() if budget > 0}
     if not baseline:
         return {}
+    without_labels = table[design.BASELINE].get(0, {"mean": -math.inf})["mean"]
     found = {}
     for arm, cells in table.items():
         if arm != design.BASELINE:
             needed = {}
             for budget, cell in cells.items():
-                needed[budget] = labels_needed(list(baseline), list(baseline.values()), cell["mean"])
+                if cell["mean"] <= without_labels:
+                    needed[budget] = 0.0
+                else:
+                    needed[budget] = labels_needed(list(baseline), list(baseline.values()), cell["mean"])
             found[arm] = needed
     return found
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from transformers import logging
 
 from ..commands.running import command, tell
-from ..convert import push
+from ..convert.model_card import SCENE, write_card
 from ..eval import run as evaluate
 from ..eval.statistics import compare_answers
 from ..files.strangers import entries_of
@@ -199,8 +199,8 @@ def write_shipped_card(method: str, results: Path) -> None:
     """README.md of what is shipped; `results`: what `ola-vlm eval` left of it."""
     shipped = recipe.WEIGHTS / method
     name = shipped.relative_to(recipe.WEIGHTS.parents[1]).as_posix()
-    example = ("docs/scene.png", push.SCENE[1])
-    push.write_card(shipped, name, results=[str(results)], license=LICENSE, example=example)
+    example = ("docs/scene.png", SCENE[1])
+    write_card(shipped, name, results=[str(results)], license=LICENSE, example=example)
 
 
 def publish(

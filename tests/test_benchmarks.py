@@ -33,7 +33,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from ola_vlm.convert import push
+from ola_vlm.convert import model_card
 from ola_vlm.eval import compare, run, scoring, target_tasks
 from ola_vlm.eval.benchmarks import BENCHMARKS, evenly, load_questions, locate
 from ola_vlm.eval.compare import compare_records
@@ -539,7 +539,7 @@ def test_results_of_ones_own_questions_say_only_what_applies(checkpoint, tmp_pat
         assert ("named no option" in printed) == options
         results = json.loads((out / "results.json").read_text())
         assert (results["unreadable_choices"] is not None) == options
-        assert "official" not in push.evaluation([str(out)])[0]
+        assert "official" not in model_card.evaluation([str(out)])[0]
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(folders, checkpoint, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from training_helpers import llava_sample, write_llava
 from transformers import LlavaForConditionalGeneration
 
 from ola_vlm import cli
-from ola_vlm.convert import push
+from ola_vlm.convert import model_card
 from ola_vlm.convert.export import export_llava, export_processor
 from ola_vlm.convert.merge import merge
 from ola_vlm.inference.checkpoints import adapter_base, load_checkpoint, read_checkpoint, weights_state
@@ -418,13 +418,14 @@ def test_a_merged_checkpoints_card_has_the_steps_that_were_made(adapter, tmp_pat
     (tmp_path / "adapter" / "run.json").write_text(json.dumps(record))
     (folder / "trainer_state.json").write_text('{"global_step": 40}')
     merge(folder, tmp_path / "merged")
-    (run,) = push.history(tmp_path / "merged")
-    assert push.training_row(run, set())[3] == "40"
+    (run,) = model_card.history(tmp_path / "merged")
+    assert model_card.training_row(run, set())[3] == "40"
     # A finished run's record has them, of whichever stage.
-    assert push.training_row(record, set())[3] == "1 epoch, at least 100 steps"
+    assert model_card.training_row(record, set())[3] == "1 epoch, at least 100 steps"
     finished = {**record, "finished_steps": 100}
     (tmp_path / "merged" / "run.json").write_text(json.dumps({**finished, "started_from": finished}))
-    assert [push.training_row(run, set())[3] for run in push.history(tmp_path / "merged")] == ["100", "100"]
+    runs = model_card.history(tmp_path / "merged")
+    assert [model_card.training_row(run, set())[3] for run in runs] == ["100", "100"]
 
 
 def test_an_adapters_state_is_its_own_and_its_base_models(checkpoint, adapter, tmp_path):

@@ -750,6 +750,15 @@ def test_report_says_what_is_shown_and_what_is_excluded(tmp_path):
         assert (tmp_path / name).stat().st_size > 1000
 
 
+def test_labels_of_an_arm_that_is_worse():
+    """With none, it is behind LLaVA without labels; with 75, between LLaVA's with none and with 75."""
+    numbers = objective_results.collect(made_up({"llava": 0, "patch": -5}))
+    needed = numbers["labels"]["patch"]
+    assert needed[0] == 0 and needed[75] == 75 and 75 < needed[6000] < 6000
+    (row,) = [line for line in objective_report.labels_lines(numbers["labels"]) if line.startswith("| patch")]
+    assert row.startswith("| patch | 0 | at most 75 | ")
+
+
 def test_seeds_are_paired_by_their_number():
     """Though one arm lacks the first one; what a seed is harder by (a point a seed) falls out."""
     results = made_up({"llava": 0, "ola_vlm": 5})

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_remote_code import run_without_the_package
 from training_helpers import llava_sample, write_llava
 
-from ola_vlm.convert import push
+from ola_vlm.convert import model_card, push
 from ola_vlm.eval.reading import parse_choice
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
@@ -167,7 +167,7 @@ def test_the_card_tells_what_was_done_and_not_what_was_planned(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     (tmp_path / "run.json").write_text(json.dumps(last))
     (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 345}))
-    card = push.make_card(tmp_path, "me/x")
+    card = model_card.make_card(tmp_path, "me/x")
     rows = table_rows(str(card))
     stages = {row["stage"]: row for row in rows if "stage" in row}
     assert list(stages) == ["pretrain", "finetune"]
@@ -216,15 +216,17 @@ def test_a_shipped_checkpoint_has_its_record_and_a_card_that_fits(method, capsys
     card = capsys.readouterr().out
     assert "scene.png" in card.split("\n```\n")[-1].split()
     assert "world of rendered scenes" in text and "not recorded" not in text
-    assert push.training_text(push.history(WEIGHTS / method), {"tasks": []})[:100] in text
+    assert model_card.training_text(model_card.history(WEIGHTS / method), {"tasks": []})[:100] in text
     (usage,) = re.findall(r"```python\n(.*?)```", text, re.S)
     exec(usage)
     assert parse_choice(capsys.readouterr().out, ["red object", "blue object"]) == "(A)"
 
 
-@pytest.mark.parametrize(("folder", "expected"), [("miniature/weights/llava", push.SCENE), ("", push.PHOTOGRAPH)])
+@pytest.mark.parametrize(
+    ("folder", "expected"), [("miniature/weights/llava", model_card.SCENE), ("", model_card.PHOTOGRAPH)]
+)
 def test_a_cards_example_asks_in_words_that_the_model_has(folder, expected, runs):
-    assert push.example_of(ROOT / folder if folder else runs / "finetune") == expected
+    assert model_card.example_of(ROOT / folder if folder else runs / "finetune") == expected
 
 
 def test_wrong_input_is_refused_before_anything_is_sent(runs, tmp_path, monkeypatch):
@@ -262,13 +264,13 @@ def test_what_was_a_path_in_training_is_no_repository(runs, tmp_path, monkeypatc
     before = record["started_from"] | {"language_model": "org/llm", "vision_tower": "parts/tower"}
     record |= {"data": "data/rows", "local_paths": ["data/rows", "parts/tower"], "started_from": before}
     (tmp_path / "moved" / "run.json").write_text(json.dumps(record))
-    card = push.make_card(tmp_path / "moved", "me/x")
+    card = model_card.make_card(tmp_path / "moved", "me/x")
     assert card.data.base_model == ["org/llm"] and card.data.datasets is None
     assert "vision tower `tower`" in card.text and "| `rows` |" in card.text
     before = {**before, "output_dir": "runs/first", "language_model": None, "vision_tower": None, "checkpoint": None}
     record |= {"checkpoint": "runs/first", "started_from": None, "output_dir": "runs/first"}
     (tmp_path / "moved" / "run.json").write_text(json.dumps(record))
-    assert push.make_card(tmp_path / "moved", "me/x").data.base_model is None
+    assert model_card.make_card(tmp_path / "moved", "me/x").data.base_model is None
 
 
 def test_results_go_to_the_hubs_leaderboards(runs, tmp_path, hub, capsys):
@@ -279,14 +281,14 @@ def test_results_go_to_the_hubs_leaderboards(runs, tmp_path, hub, capsys):
     record = json.loads((tmp_path / "results.json").read_text())
     record["run"] |= {"revision": "sha256:0", "data": "runs/cvbench"}  # of a local copy
     (tmp_path / "results.json").write_text(json.dumps(record))
-    _, (entry,), files = push.evaluation([str(tmp_path)])
+    _, (entry,), files = model_card.evaluation([str(tmp_path)])
     assert files == {} and entry.dataset_type == "cvbench"
     # Its name would become a file's in the repository.
     for name in ("../../x", ".x", "a/b", ""):
         record["run"] |= {"revision": "main", "data": "nyu-visionx/CV-Bench", "benchmark": name}
         (tmp_path / "results.json").write_text(json.dumps(record))
         with pytest.raises(ValueError, match=r"names a benchmark '.*', which `ola-vlm eval` doesn't have"):
-            push.evaluation([str(tmp_path)])
+            model_card.evaluation([str(tmp_path)])
 
 
 def test_names_are_the_hubs_and_shards_the_checkpoints(runs, tmp_path, monkeypatch):

