@@ -22,7 +22,7 @@ from ..files.escapes import terminal
 from ..files.strangers import inside, read_object
 from ..inference.checkpoints import OWN_CLASSES, read_checkpoint
 from ..targets.loading import check_folder, indexed_files
-from ..targets.statistics import own_statistics
+from ..targets.statistics import TargetStatistics, own_statistics, statistics_in
 from ..training.run_record import statistics_files
 from .model_card import SCENE, evaluation, example_of, history, is_repository, local_paths, make_card
 
@@ -95,6 +95,8 @@ def find_files(checkpoint: Path, statistics: Path | None = None) -> dict[str, Pa
     if "adapter_config.json" in files:
         # An adapter: its weights alone; the base model is named, not published.
         needed = ["adapter_model.safetensors"]
+        if statistics is not None:
+            raise ValueError("--statistics is for whole models, and CHECKPOINT is an adapter")
     elif "config.json" in files:
         index = "model.safetensors.index.json"
         needed = ["model.safetensors"]
@@ -165,7 +167,14 @@ def find_statistics(checkpoint: Path, folder: Path | None) -> list[Path]:
     of the stage before, which run.json names, but a file has no say in it."""
     # The user's own word on the command line.
     if folder is not None:
-        return [inside(folder, path.relative_to(folder)) for path in sorted(folder.glob("*.safetensors"))]
+        # That of the statistics themselves, or the folder of the stage that they lie in.
+        given = statistics_in(folder) or sorted(folder.glob("*.safetensors"))
+        if not given:
+            raise ValueError(f"--statistics {folder} has no statistics of targets: give a stage's target_statistics/")
+        for path in given:
+            # Or a ValueError: a model's own weights are no statistics.
+            TargetStatistics.load(path)
+        return [inside(folder, path.relative_to(folder)) for path in given]
     own = own_statistics(checkpoint)
     if own:
         return own

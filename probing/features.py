@@ -126,10 +126,14 @@ def read_settings(folder: str | Path) -> tuple[Path, dict] | None:
         record = record_in(place)
         if record is not None:
             return place / RUN_FILE, record
-    # What `ola-vlm probe` leaves.
-    settings = Path(folder).parent / SETTINGS_FILE
-    if settings.exists():
-        return settings, read_object(settings)
+    # What `ola-vlm probe` leaves in its own folder, in which each model's probes have one.
+    for place in (Path(folder), Path(folder).parent):
+        settings = place / SETTINGS_FILE
+        if settings.exists():
+            found = read_object(settings)
+            # Many a program's settings have that name.
+            if found.get("teachers"):
+                return settings, found
     return None
 
 

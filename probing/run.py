@@ -270,9 +270,10 @@ def find_models(options: Namespace) -> list[str]:
 
 
 def check_held_out(test_images: Images, images: Images) -> None:
-    # Pictures inside rows have no names to be compared by.
-    fitted = {image for image in images if isinstance(image, str)}
-    both = [image for image in test_images if isinstance(image, str) and image in fitted]
+    # Pictures inside rows have no names to be compared by. A file has several: of a folder's as it was typed, of rows'
+    # from the root on, or through a link.
+    fitted = {os.path.realpath(image) for image in images if isinstance(image, str)}
+    both = [image for image in test_images if isinstance(image, str) and os.path.realpath(image) in fitted]
     if both:
         raise ValueError(f"{len(both)} of --test_images are among --images ({both[0]}): held out means others")
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files.escapes import one_line
 from ..files.strangers import inside
 from ..files.writing import whole_file
 from .loading import read_safetensors
@@ -59,7 +60,12 @@ class TargetStatistics(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> "TargetStatistics":
-        return cls(**read_safetensors(path))
+        """ValueError for a file of anything else, such as a model's weights."""
+        tensors = read_safetensors(path)
+        if set(tensors) != set(cls._fields):
+            names = ", ".join(map(one_line, sorted(tensors)[:3]))
+            raise ValueError(f"{path} has no statistics of targets, a mean and a std, but {names or 'nothing'}")
+        return cls(**tensors)
 
 
 def statistics_in(folder: str | Path) -> list[Path]:

@@ -328,5 +328,22 @@ def test_code_that_was_not_saved_is_added(runs, tmp_path, caplog):
     statistics = tmp_path / "before" / "target_statistics"
     assert not any("statistics" in name for name in files)  # run.json doesn't choose what is published
     assert f"give --statistics {statistics}" in caplog.text
-    files = push.find_files(tmp_path / "whole", statistics)
-    assert files["target_statistics/gen.safetensors"].is_relative_to(statistics)
+    # Their own folder is given, or that of the stage, whose weights are none.
+    (tmp_path / "before" / "model.safetensors").write_bytes((runs / "finetune" / "model.safetensors").read_bytes())
+    for given in (statistics, tmp_path / "before"):
+        files = push.find_files(tmp_path / "whole", given)
+        assert files["target_statistics/gen.safetensors"].is_relative_to(statistics)
+        assert "target_statistics/model.safetensors" not in files
+
+
+def test_statistics_that_are_none(runs, tmp_path):
+    """A folder that isn't there, one of weights alone, and an adapter, which has none."""
+    shutil.copytree(runs / "finetune", tmp_path / "whole")
+    (tmp_path / "weights").mkdir()
+    shutil.copy(runs / "finetune" / "model.safetensors", tmp_path / "weights")
+    with pytest.raises(ValueError, match="nowhere has no statistics of targets: give a stage's target_statistics/"):
+        push.find_files(tmp_path / "whole", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="model.safetensors has no statistics of targets, a mean and a std, but "):
+        push.find_files(tmp_path / "whole", tmp_path / "weights")
+    with pytest.raises(ValueError, match="--statistics is for whole models, and CHECKPOINT is an adapter"):
+        push.find_files(runs / "adapter", tmp_path / "weights")
