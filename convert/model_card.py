@@ -16,6 +16,7 @@ from ..eval.benchmarks import shown_name
 from ..files.escapes import code, markdown, one_line
 from ..files.strangers import entries_of, read_object
 from ..files.writing import write_whole
+from ..targets.loading import loading_from
 from ..training.run_record import read_run, steps_in
 
 PARTS = ("vision_tower", "language_model")
@@ -368,7 +369,8 @@ def example_of(checkpoint: Path) -> tuple[str, str]:
     file = checkpoint / "tokenizer.json"
     if not file.is_file():
         return PHOTOGRAPH
-    tokenizer = Tokenizer.from_file(str(file))
+    with loading_from(checkpoint, weights=False):
+        tokenizer = Tokenizer.from_file(str(file))
     # Byte-level tokenizers have none, and know every word.
     unknown = getattr(tokenizer.model, "unk_token", None)
 

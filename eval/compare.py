@@ -204,7 +204,7 @@ def main(args: Namespace) -> None:
     write_json(args.out / "comparison.json", comparison)
     write_whole(args.out / "disagreements.html", text)
     for note in notes:
-        print(f"they differ in more than the model: {note}")
+        print(one_line(f"they differ in more than the model: {note}"))
     print(comparison_table(compared))
     print(f"disagreements: {args.out / 'disagreements.html'}")
     tell(f"Results: {args.out} (comparison.json, disagreements.html)", "Next: open the page in a browser")

@@ -234,7 +234,8 @@ def converse(chat: Chat, read: Callable[[str], str], write: Callable[[str], obje
         elif command == "/image":
             try:
                 shown.append(open_image(Path(argument.strip().strip("\"'")).expanduser()))
-            except (OSError, ValueError) as error:
+            # RuntimeError: "~name" of somebody who has no folder here.
+            except (OSError, ValueError, RuntimeError) as error:
                 write(f"! no image: {error}\n")
         elif line.startswith("/"):
             write(f"{HELP}\n")

@@ -36,6 +36,7 @@ from ..targets.loading import (
     load_whole,
     loading_from,
     one_line,
+    read_bin,
     read_json_object,
 )
 from ..training.attach import (
@@ -212,16 +213,27 @@ def fitting(predictors: Path) -> Iterator[None]:
         raise ValueError(f"{predictors} doesn't fit to the tasks of config.json: {one_line(error)}") from error
 
 
+def adapter_weights(adapter: str) -> set[str]:
+    """The names of the weights that an adapter's file holds, also of older versions of peft (.bin). ValueError if it
+    has none."""
+    weights = find_file(adapter, "adapter_model.safetensors")
+    if weights is not None:
+        with loading_from(adapter), safe_open(weights, "pt") as file:
+            return set(file.keys())
+    weights = find_file(adapter, "adapter_model.bin")
+    if weights is None:
+        raise ValueError(f"{adapter} has no adapter_model.safetensors: give a whole adapter")
+    return set(read_bin(weights))
+
+
 def read_adapter(adapter: str, base: str, trust_remote_code: bool, llava_as_ours: bool, **loading) -> PreTrainedModel:
     """The model `base` with an adapter merged into it, and with the predictors that were trained beside it."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ValueError(f"{adapter} is an adapter, which needs peft: pip install peft") from error
+    written = adapter_weights(adapter)
     # The base with the adapter's layers in it.
-    weights = find_file(adapter, "adapter_model.safetensors")
-    if weights is None and find_file(adapter, "adapter_model.bin") is None:
-        raise ValueError(f"{adapter} has no adapter_model.safetensors: give a whole adapter")
     model, _ = read_checkpoint(base, trust_remote_code, llava_as_ours, **loading)
     with loading_from(adapter):
         try:
@@ -232,23 +244,17 @@ def read_adapter(adapter: str, base: str, trust_remote_code: bool, llava_as_ours
             raise ValueError(f"{what}: {one_line(error)}") from error
 
     # peft leaves layers that the file lacks as they begin, where they change nothing.
-    if weights is not None:
-        with safe_open(weights, "pt") as file:
-            written = set(file.keys())
-        needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
-        missing = sorted(needed - written)
-        if missing:
-            raise ValueError(f"{adapter} has no weights for {', '.join(missing[:5])}: give a whole adapter")
-        # Of a larger vocabulary peft writes the embeddings, too.
-        tables = ("embed_tokens", "lm_head")
-        unused = sorted(name for name in written - needed if not any(table in name for table in tables))
-        if unused:
-            remedy = (
-                f"name them there (target_modules, modules_to_save), or take the {ADAPTER} that was saved with them"
-            )
-            raise ValueError(
-                f"{adapter} has weights that its {ADAPTER} doesn't name, {', '.join(unused[:5])}: {remedy}"
-            )
+    needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+    missing = sorted(needed - written)
+    if missing:
+        raise ValueError(f"{adapter} has no weights for {', '.join(missing[:5])}: give a whole adapter")
+    # Of a larger vocabulary peft writes the embeddings, too.
+    tables = ("embed_tokens", "lm_head")
+    unused = sorted(name for name in written - needed if not any(table in name for table in tables))
+    if unused:
+        what = f"{adapter} has weights that its {ADAPTER} doesn't name, {one_line(', '.join(unused[:5]))}"
+        remedy = f"name them there (target_modules, modules_to_save), or take the {ADAPTER} that was saved with them"
+        raise ValueError(f"{what}: {remedy}")
 
     # One model again, of the base's class, and the predictors that trained beside the adapter.
     merged = wrapped.merge_and_unload()

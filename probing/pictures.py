@@ -130,7 +130,10 @@ class UnclipImages:
 
     def __init__(self, path: str, steps: int = 25, seed: int = 0, device="cpu", size: int | None = None):
         # Imported here: it is an optional dependency, which only --unclip needs.
-        from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline  # pyright: ignore[reportPrivateImportUsage] (public; it loads lazily)
+        try:
+            from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline  # pyright: ignore[reportPrivateImportUsage] (public; it loads lazily)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"unCLIP ({path}) needs diffusers: `pip install diffusers`") from error
 
         with loading_from(path):
             pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(path, use_safetensors=True)
@@ -364,7 +367,7 @@ class LayerViewer:
         fitted = load_probes(probes) if probes and probes != "none" else None
         tasks = list(fitted.tasks.values()) if fitted else predicted_tasks(model)
         if not tasks:
-            raise ValueError(f"{folder} has no predictors: fit probes with `ola-vlm probe`, give --probes")
+            raise ValueError(f"{checkpoint} has no predictors: fit probes with `ola-vlm probe`, give --probes")
         without_teacher = [task["name"] for task in tasks if task["name"] not in run["teachers"]]
         if without_teacher:
             raise ValueError(f"no teacher decodes {', '.join(without_teacher)}: {NAME_TEACHERS}")
@@ -375,7 +378,7 @@ class LayerViewer:
             encoders = like.encoders
             decode_gen = like.decode_gen
             layers = like.layers
-        check_shapes(folder, tasks, encoders)
+        check_shapes(checkpoint, tasks, encoders)
         if fitted is None:
             # A mean target is on record only where targets were standardized.
             statistics = statistics_of(checkpoint)
@@ -495,7 +498,7 @@ class LayerViewer:
         )
 
 
-def check_shapes(folder: Path, tasks: Sequence[dict], encoders: Mapping[str, TargetEncoder]) -> None:
+def check_shapes(checkpoint: str | Path, tasks: Sequence[dict], encoders: Mapping[str, TargetEncoder]) -> None:
     """ValueError if a checkpoint's features are not those of the teachers that decode them."""
     for task in tasks:
         encoder = encoders.get(task["name"])
@@ -505,7 +508,7 @@ def check_shapes(folder: Path, tasks: Sequence[dict], encoders: Mapping[str, Tar
         shape = (task["target_length"], task["target_dim"])
         other = (encoder.target_length, encoder.target_dim)
         if shape != other:
-            raise ValueError(f"{folder} has {task['name']} targets of {shape}, what it is compared with {other}")
+            raise ValueError(f"{checkpoint} has {task['name']} targets of {shape}, what it is compared with {other}")
 
 
 def load_decoders(

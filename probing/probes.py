@@ -239,7 +239,6 @@ class Probes:
         for name, statistics in self.statistics.items():
             for part, value in statistics._asdict().items():
                 tensors[f"statistics.{name}.{part}"] = value
-        save_tensors(tensors, Path(folder) / "probes.safetensors")
         fields = {
             "kind": self.kind,
             "num_layers": self.num_layers,
@@ -249,6 +248,8 @@ class Probes:
             "about": self.about,
         }
         write_json(Path(folder) / "probes.json", fields)
+        # Last: where it is, the probes are whole.
+        save_tensors(tensors, Path(folder) / "probes.safetensors")
 
 
 def load_probes(folder: str | Path) -> Probes:

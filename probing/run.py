@@ -6,6 +6,7 @@ features of the recipe's teachers, on images that were held out.
 
 import hashlib
 import json
+import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence

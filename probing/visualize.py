@@ -170,6 +170,9 @@ def page(
     """One HTML file with all pictures inside. `labels`: task -> its rows' names."""
     sections = []
     for task, columns in shown.items():
+        drawn = drawn_colors(columns)
+        # COCO has 133 classes: those that occur.
+        legend = {name: color for name, color in viewer.decoders[task].legend.items() if color in drawn}
         rows = []
         for n, pictures in enumerate(zip(*columns.values(), strict=True)):
             cells = []
@@ -183,7 +186,7 @@ def page(
             {
                 "task": task,
                 "caption": viewer.caption(task),
-                "legend": viewer.decoders[task].legend,
+                "legend": legend,
                 "rows": rows,
             }
         )
@@ -266,7 +269,7 @@ def main(args: Namespace) -> None:
     for task, reason in viewer.left_out.items():
         print(one_line(f"{task} is left out: {reason}"))
     for remark in dict.fromkeys(one.remark for one in viewers if one.remark):
-        print(remark)
+        print(one_line(remark))
     for name, pictures in by_model.items():
         # An image has the same note in every task.
         squares = next((columns["image"] for columns in pictures.values()), [])

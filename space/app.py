@@ -20,8 +20,10 @@ import ola_vlm.space
 
 # isort: split
 import gradio as gr
+from huggingface_hub import constants
 
 from ola_vlm.commands.parsing import Parser
+from ola_vlm.files.escapes import log_to_terminal, one_line
 from ola_vlm.inference.chat import Chat
 from ola_vlm.probing.features import find_teachers
 from ola_vlm.probing.pictures import LayerViewer
@@ -48,6 +50,8 @@ MODELS = ("words", "llava", "ola_vlm")
 EXAMPLES = 4
 SCENES = 200
 PACKAGE = Path(ola_vlm.space.__file__).parents[1]
+# What a checkpoint may be that can't be shown: not there, damaged, or in need of a package that isn't installed.
+MISTAKES = (OSError, ValueError, ImportError)
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -77,9 +81,15 @@ def titles_of(checkpoints: Sequence[str]) -> dict[str, str]:
 def reason_for_visitors(error: Exception, checkpoints: Iterable[str]) -> str:
     """What the page says of an error: where any of the checkpoints lies is no visitor's business."""
     reason = str(error)
+    # What is fetched from the Hub lies there.
+    names = {f"{constants.HF_HUB_CACHE}/": ""}
+    for checkpoint in checkpoints:
+        # As it was given, and as a path says it: without a slash at its end or "./" before it, from the root on.
+        places = (checkpoint, str(Path(checkpoint)), str(Path(checkpoint).resolve()))
+        names.update(dict.fromkeys(places, Path(checkpoint).name))
     # The longest first: one's place may be the beginning of another's.
-    for checkpoint in sorted(checkpoints, key=len, reverse=True):
-        reason = reason.replace(checkpoint, Path(checkpoint).name)
+    for place in sorted(names, key=len, reverse=True):
+        reason = reason.replace(place, names[place])
     return reason
 
 
@@ -104,6 +114,7 @@ def launch(page: gr.Blocks, **options):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    log_to_terminal()
     is_miniature = args.checkpoint is None
     # What is shown: the miniature and what is compared with it, or the checkpoint that was named.
     if is_miniature:
@@ -120,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         # All models, before the page: a visitor never waits for one to be read.
         chats = {title: Chat.load(checkpoint) for title, checkpoint in checkpoints.items()}
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"app.py: {error}") from error
+    except MISTAKES as error:
+        raise SystemExit(one_line(f"app.py: {error}")) from error
 
     scenes, images = render_scenes(EXAMPLES + SCENES if is_miniature else EXAMPLES)
     asked = next(iter(chats.values()))
@@ -133,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images_for_gen = images[EXAMPLES:] if is_miniature else None
         options = {"images_for_gen": images_for_gen, "unclip": args.unclip}
         viewer = LayerViewer.load(first, asked.model, asked.processor, run, **options)
-    except (OSError, ValueError) as error:
+    except MISTAKES as error:
         viewer = reason_for_visitors(error, checkpoints.values())
     else:
         for title, chat in chats.items():
@@ -142,9 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoint = checkpoints[title]
             try:
                 other = LayerViewer.load(checkpoint, chat.model, chat.processor, run, like=viewer)
-            except (OSError, ValueError) as error:
+            except MISTAKES as error:
                 # The whole reason is for the log.
-                print(f"app.py: the layers of {checkpoint} can't be compared: {error}")
+                print(one_line(f"app.py: the layers of {checkpoint} can't be compared: {error}"))
                 other = reason_for_visitors(error, checkpoints.values())
             viewers_of_others[title] = other
 

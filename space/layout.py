@@ -37,9 +37,14 @@ an embedding. {model}
 SEEN = """\
 ### What each layer sees
 of the image sent last, read by {by}. **teacher**: its own output. **decoded**: the teacher's features, drawn as
-a layer's are: the best a layer can look like. **nothing seen**: the mean of the training images' features.
-**layer 0**: the image as it enters the language model. The number: cosine to the image's own features, 0 for nothing
-seen, 1 for all.{missing}"""
+a layer's are: the best a layer can look like. {scores}{notes}"""
+# Where the mean target is known, and where it isn't.
+CENTERED = """\
+**nothing seen**: the mean of the training images' features. **layer 0**: the image as it enters the language model.
+The number: cosine to the image's own features, 0 for nothing seen, 1 for all."""
+PLAIN = """\
+The number{of_tasks}: plain cosine to the image's own features, high even where nothing is seen, as no mean of the
+training images' features is known."""
 NOTHING_SEEN = """\
 ### What each layer sees
 can't be shown: {reason}."""
@@ -179,8 +184,13 @@ def layers_column(handlers: Handlers, others: Mapping[str, LayerViewer | str]) -
         return parts
     without_layers = {title: reason for title, reason in others.items() if isinstance(reason, str)}
     missing = reasons({**left_out, **without_layers})
-    missing = f" Not shown: {markdown(missing)}." if missing else ""
-    gr.Markdown(SEEN.format(by=markdown(viewer.by), missing=missing), elem_id="seen")
+    notes = ""
+    if missing:
+        notes += f" Not shown: {markdown(missing)}."
+    if viewer.remark:
+        notes += f" {markdown(viewer.remark)}"
+    scores = explained_scores(handlers.tasks, viewer.means)
+    gr.Markdown(SEEN.format(by=markdown(viewer.by), scores=scores, notes=notes), elem_id="seen")
     gr.Markdown(NOT_YET, elem_id="not-yet")
     for task in handlers.tasks:
         with gr.Column(elem_classes="task", min_width=300):
@@ -198,6 +208,16 @@ def layers_column(handlers: Handlers, others: Mapping[str, LayerViewer | str]) -
             gallery = gr.Gallery(show_label=False, elem_classes="layers", **GALLERY)
             parts.galleries.append(gallery)
     return parts
+
+
+def explained_scores(tasks: Sequence[str], means: Mapping[str, object]) -> str:
+    """What the number below a picture is: a task whose mean target is not known has another one."""
+    plain = [task for task in tasks if task not in means]
+    if not plain:
+        return CENTERED
+    if len(plain) == len(tasks):
+        return PLAIN.format(of_tasks="")
+    return f"{CENTERED} {PLAIN.format(of_tasks=' of ' + ' and '.join(plain))}"
 
 
 def reasons(left_out: Mapping[str, str]) -> str:

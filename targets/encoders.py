@@ -279,7 +279,7 @@ class DepthAnythingEncoder(TargetEncoder):
 
     @torch.no_grad()
     def decode(self, features: Tensor | None, images: Sequence[Image.Image] = (), batch_size: int = 8) -> Tensor:
-        """Depth pictures (inverse depth: larger is closer) of targets or predictions.
+        """Depth pictures (larger is closer, of metric models too) of targets or predictions.
 
         The same feature is given to the teacher's head in place of each of its feature maps, as in the reference.
 
@@ -298,8 +298,11 @@ class DepthAnythingEncoder(TargetEncoder):
                 tokens = F.pad(part, (0, 0, 1, 0))
                 neck = self.model.neck([tokens] * len(self.model.config.neck_hidden_sizes), self.grid, self.grid)
                 depths.append(self.model.head(neck, self.grid, self.grid).float().cpu())
-        # Relative depth has no scale of its own; a flat picture has no range to divide by.
         depth = torch.cat(depths)
+        # A metric model predicts a distance, which is larger where it is farther.
+        if self.model.config.depth_estimation_type == "metric":
+            depth = -depth
+        # Relative depth has no scale of its own; a flat picture has no range to divide by.
         depth = depth - depth.amin((1, 2), keepdim=True)
         return depth / depth.amax((1, 2), keepdim=True).clamp(min=torch.finfo(depth.dtype).tiny)
 

@@ -282,6 +282,12 @@ def loading_from(place: str | Path, subfolder: str = "", weights: bool = True) -
             raise ValueError(_unusable(place, error)) from error
         # Too little memory, say: no fault of the files.
         raise
+    except Exception as error:
+        # The tokenizers library has no kind of its own for what isn't its file, or is one of a later version.
+        if type(error) is not Exception:
+            raise
+        what = f"{place} has a tokenizer.json that can't be read ({one_line(error)})"
+        raise ValueError(f"{what}: fetch it again, or update tokenizers") from error
 
 
 def _unusable(place: str | Path, error: Exception) -> str:

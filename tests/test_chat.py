@@ -180,7 +180,13 @@ def test_an_option_is_called_by_its_words(question, answer, shown):
 
 
 def test_a_conversation_in_the_terminal(miniature, monkeypatch):
-    lines = ["/image nowhere.png", f"/image '{SCENE}'", "where is the red object ?", "what shape is <image> ?", ""]
+    lines = [
+        "/image ~nobody-of-that-name/x.png",
+        f"/image '{SCENE}'",
+        "where is the red object ?",
+        "what shape is <image> ?",
+        "",
+    ]
     lines = iter([*lines, "/reset", "/what", "many " * 2000, CLOSER, "/quit", "never read"])
     asked, written, stream = [], [], miniature.stream
 

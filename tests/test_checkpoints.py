@@ -110,6 +110,10 @@ DAMAGES = {
     "bin pointer": (lambda folder: to_bin(folder).write_text(LFS), r"pytorch_model\.bin is a Git LFS pointer"),
     "bin cut": (lambda folder: cut(to_bin(folder)), r"pytorch_model\.bin: it is damaged"),
     "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text(LFS), r"tokenizer\.json is a Git LFS pointer"),
+    "no tokenizer's file": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"error": "not found"}'),
+        r"has a tokenizer\.json that can't be read \(.*fetch it again, or update tokenizers",
+    ),
     "special tokens": (
         lambda folder: (folder / "special_tokens_map.json").write_text(LFS),
         r"special_tokens_map\.json is a Git LFS pointer",
@@ -453,9 +457,20 @@ def test_adapters_that_are_not_whole(checkpoint, adapter, tmp_path):
     weights = load_file(folder / "adapter_model.safetensors")
     lora = [name for name in weights if "lora_A" in name]
     without = {name: value for name, value in weights.items() if name != lora[0]}
+
+    def as_bin(at: Path, content: dict) -> None:
+        """As older versions of peft write it."""
+        (at / "adapter_model.safetensors").unlink()
+        torch.save(content, at / "adapter_model.bin")
+
     cases = {
         "less": (lambda at: save_file(without, at / "adapter_model.safetensors"), f"no weights for {lora[0]}"),
         "none": (lambda at: (at / "adapter_model.safetensors").unlink(), r"has no adapter_model\.safetensors"),
+        "less, as .bin": (lambda at: as_bin(at, without), f"no weights for {lora[0]}"),
+        "more, as .bin": (
+            lambda at: as_bin(at, weights | {"base_model.model.x.lora_A.weight": torch.ones(1)}),
+            r"doesn't name, base_model\.model\.x\.lora_A\.weight",
+        ),
         "gone": (
             lambda at: change_json(at / "adapter_config.json", base_model_name_or_path="/no/base"),
             "an adapter whose base model is missing: there is no folder /no/base",

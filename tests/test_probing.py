@@ -28,6 +28,7 @@ from ola_vlm.convert.reference import convert_state_dict
 from ola_vlm.eval import correlation, target_tasks
 from ola_vlm.inference.checkpoints import load_checkpoint, weights_state
 from ola_vlm.probing import figures, run
+from ola_vlm.probing import probes as probes_module
 from ola_vlm.probing.fit import batches, fit
 from ola_vlm.probing.probes import (
     Familiarity,
@@ -406,9 +407,12 @@ def test_the_references_probes_are_converted(task, tmp_path, capsys):
     ((name, layer, prediction),) = probes.predict(states)
     assert (name, layer) == (task, 1)
     torch.testing.assert_close(prediction[:, ::16], data["emb"], rtol=1e-4, atol=1e-5)
+    # Another task's would take their place.
+    with pytest.raises(SystemExit, match="out has probes already: choose another folder for each"):
+        reference.main([str(source), str(tmp_path / "out")])
     save_file(weights | {f"image_{task}_heads.1.projector.latents": torch.ones(1)}, source / "model.safetensors")
     with pytest.raises(SystemExit, match=r"image_\w+_heads.1.projector.latents"):  # a head without a layer
-        reference.main([str(source), str(tmp_path / "out")])
+        reference.main([str(source), str(tmp_path / "again")])
     for fields, match in (
         (config, f"lacks 'image_{task}', which the reference's checkpoints have"),
         ({"probe_mode": task}, "lacks 'num_hidden_layers', which"),
@@ -418,7 +422,7 @@ def test_the_references_probes_are_converted(task, tmp_path, capsys):
     ):
         (source / "config.json").write_text(json.dumps(fields))
         with pytest.raises(SystemExit, match=match):
-            reference.main([str(source), str(tmp_path / "out")])
+            reference.main([str(source), str(tmp_path / "again")])
 
 
 def resampler_fit(
@@ -727,6 +731,32 @@ def test_the_command_with_resamplers_and_images_of_their_own_to_test(study, tmp_
         run_probe(
             study, tmp_path / "again", "--test_images", str(study.root / "data" / "images"), models=study.models[:1]
         )
+
+
+def test_held_out_images_are_others_whatever_they_are_called(study, tmp_path, monkeypatch):
+    """By a path from the root on, by one from here, and through a link."""
+    monkeypatch.chdir(study.root)
+    (tmp_path / "link").symlink_to(study.root / "data" / "images")
+    for place in ("data/images", str(tmp_path / "link")):
+        with pytest.raises(SystemExit, match="of --test_images are among --images"):
+            run_probe(study, tmp_path / "out", "--test_images", place, models=study.models[:1])
+
+
+def test_probes_are_whole_where_their_weights_are(make_model, tmp_path, monkeypatch):
+    """The file by which a fit counts as done is written last."""
+    model, processor = make_model()
+    probes = resampler_fit(model, processor, random_targets(), step_images=16).finish()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probes_module, "write_json", full)
+        with pytest.raises(OSError, match="No space left"):
+            probes.save(tmp_path)
+    assert not (tmp_path / "probes.safetensors").exists()
+    probes.save(tmp_path)
+    assert load_probes(tmp_path).kind == "resampler"
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,7 @@ def test_statistics_that_are_none(runs, tmp_path):
     shutil.copy(runs / "finetune" / "model.safetensors", tmp_path / "weights")
     with pytest.raises(ValueError, match="nowhere has no statistics of targets: give a stage's target_statistics/"):
         push.find_files(tmp_path / "whole", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="model.safetensors has no statistics of targets, a mean and a std, but "):
+    with pytest.raises(ValueError, match=r"model\.safetensors has no statistics of targets, a mean and a std, but "):
         push.find_files(tmp_path / "whole", tmp_path / "weights")
     with pytest.raises(ValueError, match="--statistics is for whole models, and CHECKPOINT is an adapter"):
         push.find_files(runs / "adapter", tmp_path / "weights")

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import random_image
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from ola_vlm.inference.chat import NO_IMAGE, Chat
@@ -70,10 +71,12 @@ WRONG_FILES = {
 class FakeViewer:
     """`LayerViewer` as the page knows it; its pictures tell the image's first pixel."""
 
-    def __init__(self, tasks=("depth", "seg"), left_out=None, by="probes"):
+    def __init__(self, tasks=("depth", "seg"), left_out=None, by="probes", means=None, remark=""):
         self.decoders = {task: SimpleNamespace(caption="bright is close") for task in tasks}
         self.left_out = left_out or {}
         self.by = by
+        self.means = dict.fromkeys(tasks) if means is None else means
+        self.remark = remark
 
     def pictures(self, images):
         shown = [Image.new("RGB", (8, 8), image.getpixel((0, 0))) for image in images]
@@ -658,6 +661,22 @@ def test_what_cannot_be_shown_is_said(chats):
     assert "Not shown: normals (the page shows" in said_of_layers(FakeViewer(["depth", "normals"]))
 
 
+def test_a_number_is_explained_as_it_is(chats):
+    """A plain cosine is high where nothing is seen; nor is there such a picture, without a mean target."""
+
+    def said_of_layers(viewer) -> str:
+        page = build(chats, viewer=viewer)
+        return next(block.value for block in page.blocks.values() if getattr(block, "elem_id", "") == "seen")
+
+    centered = said_of_layers(FakeViewer())
+    assert "0 for nothing seen" in centered and "**nothing seen**" in centered and "plain" not in centered
+    plain = said_of_layers(FakeViewer(means={}, remark="Pictures may mislead."))
+    assert "The number: plain cosine" in plain and "high even where nothing is seen" in plain
+    assert "0 for nothing seen" not in plain and "**nothing seen**" not in plain and "Pictures may mislead." in plain
+    mixed = said_of_layers(FakeViewer(means={"depth": None}))
+    assert "0 for nothing seen" in mixed and "The number of seg: plain cosine" in mixed
+
+
 def test_examples_come_from_the_miniatures_world(tmp_path):
     drawn, images = render_scenes(4)
     examples = make_examples(drawn, images, tmp_path, own_words=True)
@@ -722,7 +741,7 @@ def test_what_a_space_reads():
     assert (ROOT / "space" / front["app_file"]).is_file() and isinstance(front["python_version"], str)
     assert len(front["short_description"]) <= 60  # the Hub refuses longer ones
     needed = (ROOT / "space" / "requirements.txt").read_text()
-    assert "ola-vlm @ git+" in needed and "spaces" in needed
+    assert all(name in needed for name in ("ola-vlm @ git+", "spaces", "peft", "timm", "diffusers"))
     variables = [f"OLA_VLM_{name}" for name in ("CHECKPOINT", "COMPARE", "RECIPE", "UNCLIP", "CODE")]
     assert all(name in text for name in variables)
 
@@ -844,6 +863,20 @@ def test_no_place_of_a_checkpoint_is_told():
     """Also if one lies in another."""
     error = ValueError("/srv/a/b has none, /srv/a neither")
     assert app.reason_for_visitors(error, ["/srv/a", "/srv/a/b"]) == "b has none, a neither"
+    # As completion writes it; what is fetched from the Hub lies in its cache.
+    assert app.reason_for_visitors(ValueError("/srv/a has none"), ["/srv/a/"]) == "a has none"
+    cached = ValueError(f"{HF_HUB_CACHE}/models--me--x/snapshots/1 has none")
+    assert app.reason_for_visitors(cached, ["me/x"]) == "models--me--x/snapshots/1 has none"
+
+
+def test_a_package_that_is_missing_leaves_the_chat(monkeypatch):
+    """Its name is on the page."""
+    pages = []
+    monkeypatch.setattr(app, "launch", pages.append)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    app.main(["--checkpoint", str(WEIGHTS / "ola_vlm"), "--unclip", "some/pipeline"])
+    texts = [str(block.value) for block in pages[0].blocks.values() if hasattr(block, "value")]
+    assert any("needs diffusers: `pip install diffusers`" in text for text in texts)
 
 
 def test_arguments_come_before_the_environment(monkeypatch):

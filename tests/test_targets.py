@@ -229,6 +229,10 @@ def test_decode_depth(folders):
     teachers = encoder.decode(None, images, batch_size=2)
     torch.testing.assert_close(teachers, (own - low) / (high - low), rtol=1e-4, atol=1e-4)
     assert (teachers - depth).abs().max() > 0.01
+    # A metric model predicts a distance: the same numbers are drawn the other way round.
+    encoder.model.config.depth_estimation_type = "metric"
+    torch.testing.assert_close(encoder.decode(features, batch_size=2), 1 - depth, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoder.decode(None, images, batch_size=2), 1 - teachers, rtol=1e-4, atol=1e-4)
 
 
 def test_decode_segmentation(folders):

@@ -1,6 +1,7 @@
 """Predicted embeddings decoded into pictures, the figures and the page, and the command that makes them."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -258,6 +259,12 @@ def test_unclip_images(unclip_folder):
     assert draw.caption == "images by unCLIP, 2 DPM-Solver steps"
 
 
+def test_unclip_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match=r"unCLIP \(some/pipeline\) needs diffusers: `pip install diffusers`"):
+        UnclipImages("some/pipeline")
+
+
 def test_viewer(encoders, checkpoint):
     images = random_images(2, size=(40, 64))
 
@@ -349,14 +356,14 @@ def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, cap
     assert "outside of what the<br>probes" in page(viewer, shown, "a title")
     shown = viewer.pictures(images[:1])
     probes.familiarity = None  # of older probes
-    probes.about["model"] = "another/model"
+    probes.about["model"] = "another/model\x1b[2J"
     probes.save(tmp_path / "others")
     others = LayerViewer.load(
         tmp_path / "llava", model, processor, find_teachers(None, checkpoint), probes=tmp_path / "others"
     )
-    assert others.by == "ridge probes of every layer, fitted to another/model"
+    assert others.by == "ridge probes of every layer, fitted to another/model\x1b[2J"
     assert others.are_outside([blue]) == [False] and "can't be marked" in others.remark
-    assert "ridge probes of every layer, fitted to another/model came without a record" in others.remark
+    assert "ridge probes of every layer, fitted to another/model\x1b[2J came without a record" in others.remark
     expected = {(task, layer): one for task, layer, one in probes.predict(probes.reader(model, processor)(images[:1]))}
     torch.testing.assert_close(viewer.features(images[:1])["seg"][3], expected["seg", 3])
     assert same(shown["depth"]["layer 3"][0], viewer.decoders["depth"].decode(expected["depth", 3], images[:1])[0])
@@ -376,6 +383,9 @@ def test_probes_show_every_layer(checkpoint, make_model, encoders, tmp_path, cap
     its_own = ["--probes", "none", "--compare", str(tmp_path / "llava"), "--compare_probes", str(tmp_path / "others")]
     main([str(checkpoint), image, *its_own, "--out", str(tmp_path / "own")])
     assert "fitted to another/model" in (tmp_path / "own" / "layers.html").read_text()
+    # Its name is a file's to say.
+    told = capsys.readouterr().out
+    assert "fitted to another/model" in told and "\x1b" not in told
     with pytest.raises(SystemExit, match="2 --compare_probes for 1 --compare"):
         main([str(checkpoint), image, *other, "--compare_probes", out, out])
     with pytest.raises(SystemExit, match="has no predictors"):
@@ -457,6 +467,20 @@ def test_the_first_run_that_names_teachers_decodes(tmp_path):
     (tmp_path / "nothing" / "run.json").write_text(json.dumps({"teachers": more}))
     with pytest.raises(ValueError, match="'trust_remote_code', which a file may not set"):
         find_teachers(None, places["probes"], others=[places["nothing"]], trust=True)
+
+
+def test_probes_are_decoded_by_the_teachers_that_they_were_fitted_to(tmp_path):
+    """settings.json of `ola-vlm probe`: OUT itself is given, or a model's folder in it."""
+    names = {name: {"depth": {"encoder": "depth_anything", "path": f"org/{name}"}} for name in ("probes", "run")}
+    for folder in ("out/llava", "checkpoint"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "out" / "settings.json").write_text(json.dumps({"teachers": names["probes"]}))
+    (tmp_path / "checkpoint" / "run.json").write_text(json.dumps({"teachers": names["run"]}))
+    # Of another program.
+    (tmp_path / "settings.json").write_text('{"theme": "dark"}')
+    for place in (tmp_path / "out", tmp_path / "out" / "llava"):
+        assert find_teachers(None, place, tmp_path / "checkpoint")["teachers"] == names["probes"]
+    assert find_teachers(None, tmp_path / "checkpoint")["teachers"] == names["run"]
 
 
 def test_of_a_checkpoint_on_the_hub_probes_and_statistics_are_fetched(checkpoint, monkeypatch):
