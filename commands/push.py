@@ -1,7 +1,8 @@
 """Publish a checkpoint or an adapter on the Hub, with a model card made from its run: `ola-vlm push CHECKPOINT REPO`.
 
 Goes up in one commit: weights, configurations, tokenizer, processor, generation configuration, code, statistics of the
-targets, and a README.md. Stays here: run.json (it has paths of this machine), checkpoints, optimizer states.
+targets, fitted probes if there are some, and a README.md. Stays here: run.json (it has paths of this machine),
+checkpoints, optimizer states.
 """
 
 from pathlib import Path

@@ -30,7 +30,9 @@ COMMANDS = {
     ),
     "data": Command("ola_vlm.world.dataset", "make data to begin with: data miniature"),
     # Studies in miniature.
-    "miniature": Command("ola_vlm.miniature.study", "train LLaVA and OLA-VLM in miniature, probe both, compare them"),
+    "miniature": Command(
+        "ola_vlm.miniature.study", "train LLaVA, OLA-VLM and words in miniature, probe and compare them"
+    ),
     "study": Command(
         "ola_vlm.miniature.studies", "the paper's ablations, and visual objectives: study ablations | objectives"
     ),

@@ -9,7 +9,7 @@ weights.
 from dataclasses import dataclass, field
 
 from .finetune import LORA
-from .objectives import WORD_TEACHERS, WORDS
+from .objectives import COMMERCIAL_WORD_TEACHERS, WORDS
 from .paper import COMMERCIAL_TASKS, COMMERCIAL_TEACHERS
 from .tables import Run, Table
 
@@ -109,7 +109,7 @@ def runs_of(family: Family) -> list[Run]:
         "teachers": {name: COMMERCIAL_TEACHERS[name] for name in ("depth", "seg")},
     }
     # Of the projector's output, so no layer of the language model is chosen.
-    words = {"tasks": [{**WORDS, "target_length": family.side**2}], "teachers": {"words": WORD_TEACHERS}}
+    words = {"tasks": [{**WORDS, "target_length": family.side**2}], "teachers": {"words": COMMERCIAL_WORD_TEACHERS}}
     return [
         Run(name, None, {"pretrain": common}, stage_in_name=False),
         Run(f"{name}_patch", name, {"pretrain": patch}, stage_in_name=False),

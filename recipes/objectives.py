@@ -27,6 +27,7 @@ WORD_TEACHERS = {
     "class": {**WEIGHTS["oneformer_coco"], "encoder": "class_words"},
     "depth": {**WEIGHTS["depth_large"], "encoder": "depth_words"},
 }
+COMMERCIAL_WORD_TEACHERS = {**WORD_TEACHERS, "depth": {**WEIGHTS["depth_small"], "encoder": "depth_words"}}
 # ChatML, with the answers marked.
 QWEN3 = {
     "language_model": "Qwen/Qwen3-8B",

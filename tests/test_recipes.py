@@ -38,6 +38,7 @@ from ola_vlm.baselines import build
 from ola_vlm.commands.table import parse
 from ola_vlm.configuration_ola_vlm import TASK_FIELDS, default_tasks
 from ola_vlm.convert import parts
+from ola_vlm.files.strangers import entries_of
 from ola_vlm.recipes import RECIPES, TABLES, attach, miniature, objectives, paper, show
 from ola_vlm.recipes.arguments import make_arguments
 from ola_vlm.recipes.paper import FUSIONS, METHODS, WEIGHTS
@@ -421,6 +422,15 @@ def test_miniature_methods_differ_in_what_they_should_only():
         assert baseline["fusion"] == fusion and llava["fusion"] is None
     with pytest.raises(ValueError, match="'lava'"):
         miniature.finetune("lava")
+
+
+def test_attached_predictors_have_commercial_teachers():
+    """docs/your_own_vlm.md says so of all of them."""
+    names = [name for name in RECIPES if name.startswith("attach_")]
+    assert len(names) == 15
+    for name in names:
+        for entry in entries_of(RECIPES[name]()["teachers"]).values():
+            assert "NC" not in entry["license"], name
 
 
 def test_every_preset_says_its_license_and_one_may_be_used_commercially():

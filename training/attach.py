@@ -75,7 +75,7 @@ class AttachedPredictors(Mixed):
         The model's own, with the loss of the next tokens. `output_predictions=True` returns an
         `OlaVlmCausalLMOutputWithPast` of `loss`, `logits`, `predictions`, `logit_scales` and the `word_embeddings` of
         `word_ids`; it needs, by name, `input_ids`, `attention_mask` and `image_owner` (B, T): the number of the image
-        that a token belongs to, counted through the batch, -1 for none (`data.AttachedCollator`).
+        that a token belongs to, counted through the batch, -1 for none (`training.collator.AttachedCollator`).
         """
         # Predictors read the hidden states of their layers: these alone are kept.
         if output_predictions:

@@ -104,7 +104,12 @@ class RunFields:
     losses_until: float | None = described(
         None, "the share of the steps after which embedding losses are off; the tasks' `until` by default"
     )
-    task_tokens: str | None = described(None, "rows of the vocabulary; the stage's by default, or one of", TASK_TOKENS)
+    task_tokens: str | None = described(
+        None,
+        "what task tokens are: means of the query tables (queries), or rows of the vocabulary, frozen or trained; the "
+        "stage's by default, or one of",
+        TASK_TOKENS,
+    )
     min_steps: int = described(0, "as many epochs as make this many steps, if num_train_epochs makes fewer")
     eval_data: str | None = described(
         None, "evaluate on the rows of this file or data set, or on a share of `data`, such as 0.02"

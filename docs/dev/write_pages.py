@@ -27,7 +27,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 import ola_vlm
 from ola_vlm.eval.compare import comparison_table
 from ola_vlm.eval.scoring import table
-from ola_vlm.miniature import placement, smollm2
+from ola_vlm.miniature import placement, smollm2_report
 from ola_vlm.miniature.objective_report import numbers_text, report_text, write_report
 from ola_vlm.miniature.objective_results import collect, read_results
 from ola_vlm.miniature.report import summary_tables
@@ -332,7 +332,7 @@ def settings_table() -> list[str]:
 
 def smollm2_page() -> str:
     """The tables that words and LLaVA before SmolLM2 left, one level lower than in their report."""
-    report = smollm2.report_text(read_stored("smollm2_words.json"))
+    report = smollm2_report.report_text(read_stored("smollm2_words.json"))
     # The tables alone: what stands between the report's title and its figure.
     tables = report[report.index("## ") : report.index("![losses]")]
     return replace_part(SMOLLM2.read_text(), "words", tables.replace("## ", "### ").rstrip())
