@@ -4,7 +4,8 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -344,6 +345,63 @@ def parts_weights(vision_tower: PreTrainedModel, language_model: PreTrainedModel
     return weights
 
 
+def read_tower(name: str) -> tuple[PreTrainedModel, list | None]:
+    """A vision tower from a folder or a repository, and mean and deviation of its pixels, if these are on record."""
+    config = load_vision_config(name)
+    statistics = None
+    if has_preprocessing(name, config):
+        _, *statistics = vision_preprocessing(name, config)
+    tower = load_whole(
+        AutoModel,
+        name,
+        trust_remote_code=False,
+        config=config,
+        key_mapping=OF_VISION_TOWER,
+        # A pooler's vector isn't used, and some checkpoints lack it.
+        unused=["pooler."],
+    )
+    return tower, statistics
+
+
+def read_language_model(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, torch.dtype | None]:
+    """A language model from a folder or a repository, and the type that its rows had there, before they were converted
+    to `dtype`."""
+    with loading_from(name):
+        stored = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
+    return load_whole(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=False), stored
+
+
+def features_read(vision_config: PreTrainedConfig, class_tokens: int) -> dict:
+    """LLaVA's fields that say which of the tower's features are read, if nothing else is asked for."""
+    # LLaVA's "default" drops the first token, which would be a patch if there is no class token.
+    fields: dict = {"vision_feature_select_strategy": "default" if class_tokens else "full"}
+    # Of a convolutional net the last stage: the others have other widths and grids than were measured.
+    if vision_config.model_type == "timm_wrapper":
+        fields["vision_feature_layer"] = -1
+    return fields
+
+
+def longer_tables(
+    language_model: PreTrainedModel, resize: Callable[[Tensor], Tensor], is_ours: bool
+) -> dict[str, Tensor]:
+    """The vocabulary's tables, by name, each made longer by `resize`. Those of a language model that `is_ours` alone
+    become views of the longer ones, so that each is in memory once; another's stay as they are."""
+    tables = {}
+    for name, parameter in vocabulary_tables(language_model).items():
+        weight = parameter.data
+        if is_ours:
+            # Its pages in the mapped file would stay in memory beside the longer table.
+            weight = not_mapped(weight, str(language_model.name_or_path), names_of(language_model, parameter))
+        else:
+            weight = weight.clone()
+        tables[name] = resize(weight)
+        # Else the old table would be held while the next one is made.
+        del weight
+        if is_ours:
+            parameter.data = tables[name][: len(parameter)]
+    return tables
+
+
 def build_ola_vlm(
     vision_tower: str | PreTrainedModel,
     language_model: str | PreTrainedModel,
@@ -378,24 +436,10 @@ def build_ola_vlm(
     statistics = None
     tower_is_ours = isinstance(vision_tower, str)
     if tower_is_ours:
-        vision_config = load_vision_config(vision_tower)
-        if has_preprocessing(vision_tower, vision_config):
-            _, *statistics = vision_preprocessing(vision_tower, vision_config)
-        vision_tower = load_whole(
-            AutoModel,
-            vision_tower,
-            trust_remote_code=False,
-            config=vision_config,
-            key_mapping=OF_VISION_TOWER,
-            # A pooler's vector isn't used, and some checkpoints lack it.
-            unused=["pooler."],
-        )
+        vision_tower, statistics = read_tower(vision_tower)
     language_model_is_ours = isinstance(language_model, str)
     if language_model_is_ours:
-        # The type that the rows had in the checkpoint, before they were converted to `dtype`.
-        with loading_from(language_model):
-            stored = AutoConfig.from_pretrained(language_model, trust_remote_code=False).dtype
-        language_model = load_whole(AutoModelForCausalLM, language_model, dtype=dtype, trust_remote_code=False)
+        language_model, stored = read_language_model(language_model, dtype)
     else:
         stored = language_model.dtype
     if tokenizer is None or isinstance(tokenizer, str):
@@ -413,14 +457,7 @@ def build_ola_vlm(
     tokenizer = copy.deepcopy(tokenizer)
     known = tokenizer.get_vocab()
     vision_config, class_tokens = measure_tower(vision_tower)
-    # LLaVA's "default" drops the first token, which would be a patch if there is no class token.
-    strategy = "full"
-    if class_tokens:
-        strategy = "default"
-    config_overrides.setdefault("vision_feature_select_strategy", strategy)
-    # Of a convolutional net the last stage: the others have other widths and grids than were measured.
-    if vision_config.model_type == "timm_wrapper":
-        config_overrides.setdefault("vision_feature_layer", -1)
+    config_overrides = features_read(vision_config, class_tokens) | config_overrides
     processor = build_processor(
         tokenizer,
         vision_config,
@@ -445,26 +482,14 @@ def build_ola_vlm(
 
     # The tables, longer by the new tokens' rows.
     dtype = dtype or language_model.dtype
-    tables = {}
-    for name, parameter in vocabulary_tables(language_model).items():
-        weight = parameter.data
-        if language_model_is_ours:
-            # Its pages in the mapped file would stay in memory beside the longer table.
-            weight = not_mapped(weight, str(language_model.name_or_path), names_of(language_model, parameter))
-        else:
-            weight = weight.clone()
-        tables[name] = resize_embedding(
-            weight,
-            known.values(),
-            added=added,
-            rows=config.text_config.vocab_size,
-            stored=stored,  # pyright: ignore[reportArgumentType] (what it has no value for stays as it is)
-        )
-        # Else the old table would be held while the next one is made.
-        del weight
-        if language_model_is_ours:
-            # From here on the LLM's table is a view of the longer one, so that each is in memory once.
-            parameter.data = tables[name][: len(parameter)]
+    resize = partial(
+        resize_embedding,
+        known=known.values(),
+        added=added,
+        rows=config.text_config.vocab_size,
+        stored=stored,  # pyright: ignore[reportArgumentType] (what it has no value for stays as it is)
+    )
+    tables = longer_tables(language_model, resize, is_ours=language_model_is_ours)
 
     # One model of all weights; what is new in it is made as a new model's.
     # Not before: it computes with the tables, and would have read the mapped ones into memory beside the new.
@@ -472,12 +497,12 @@ def build_ola_vlm(
     weights = parts_weights(vision_tower, language_model, copied=(not tower_is_ours, not language_model_is_ours))
     weights.update(tables)
     # From here on `weights` alone holds the parts.
-    del vision_tower, language_model, parameter, tables
+    del vision_tower, language_model, tables
     model = assemble(OlaVlmForConditionalGeneration, config, weights, NEW_PARTS, dtype)
     # Until here the task tokens' rows are the known rows' mean: their query tables are drawn by `assemble`.
     model.write_task_tokens()
-    # But the LLM's own ends, which may be several: Llama-3 has one of texts and one of turns.
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # The LLM's own ends, which may be several: Llama-3 has one of texts and one of turns.
     for field in ["bos_token_id", "eos_token_id"]:
         setattr(model.generation_config, field, getattr(generation_config, field))
     return model.eval(), processor

@@ -10,6 +10,7 @@ import operator
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -419,78 +420,117 @@ def load_gallery(
     return Gallery(files, gen, extractor), features
 
 
-def run(args: Namespace) -> dict:
-    """target_tasks.json's content."""
-    if not (args.out / "probes.json").exists():
+class Probed(NamedTuple):
+    """What `ola-vlm probe` left: its settings; each model's folder and the name that it is shown by; the alphas of the
+    ridges (None in files of before)."""
+
+    settings: dict
+    folders: dict[str, Path]
+    names: dict[str, str]
+    alphas: dict | None
+
+
+def read_probed(args: Namespace) -> Probed:
+    """ValueError if there is no probes.json, or another than `ola-vlm probe` writes."""
+    file = args.out / "probes.json"
+    if not file.exists():
         raise ValueError(f"{args.out} has no probes.json: `ola-vlm probe` writes it")
-    probed = read_object(args.out / "probes.json")
+    probed = read_object(file)
     try:
         settings = probed["run"]
-        teacher_entries = settings["teachers"]
-        names = [task["name"] for task in settings["tasks"]]
+        teachers = settings["teachers"]
+        tasks = [task["name"] for task in settings["tasks"]]
         folders = {model: inside(args.out, about["folder"]) for model, about in probed["models"].items()}
-        model_names = {model: str(about["name"]) for model, about in probed["models"].items()}
+        names = {model: str(about["name"]) for model, about in probed["models"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{args.out / 'probes.json'} is not as `ola-vlm probe` writes it ({what})") from error
+        raise ValueError(f"{file} is not as `ola-vlm probe` writes it ({what})") from error
     # probes.json may be a stranger's: it may name teachers, but set no option that runs code.
     if not args.trust_remote_code:
-        settings["teachers"] = teachers_of_file(teacher_entries, args.out / "probes.json")
-    if without := [name for name in names if name not in settings["teachers"]]:
-        raise ValueError(
-            f"{args.out / 'probes.json'} names no teacher of {one_line(without)}: run `ola-vlm probe` anew"
-        )
+        settings["teachers"] = teachers_of_file(teachers, file)
+    without = [task for task in tasks if task not in settings["teachers"]]
+    if without:
+        raise ValueError(f"{file} names no teacher of {one_line(without)}: run `ola-vlm probe` anew")
     if not folders:
-        raise ValueError(f"{args.out / 'probes.json'} has no models: run `ola-vlm probe` anew")
-    data = read_data(args)
-    if args.features and args.features["encoder"] not in ENCODERS:
-        raise ValueError(f"--features has the encoder {args.features['encoder']!r}: choose one of {list(ENCODERS)}")
-    device = processes().device
-    assert device is not None
-    teachers = {}
-    for task, teacher in make_teachers(settings["tasks"], settings["teachers"], device).items():
-        teachers[task] = teacher.encoder
-    asked = images_of(data)
-    gallery, features = load_gallery(args, teachers, asked, device)
-    gallery_images = gallery.sources if gallery is not None else []
-    # The hash tells other images from the same number of them; the empty line parts both lists.
-    names = "\n".join([*asked, "", *gallery_images])
-    about = {
-        "data": {name: len(items) for name, items in data.items()},
-        "features": features,
-        "images_hash": hashlib.blake2b(names.encode(), digest_size=8).hexdigest(),
-        "gallery": str(args.gallery),
-        "teachers": settings["teachers"],
-    }
+        raise ValueError(f"{file} has no models: run `ola-vlm probe` anew")
+    # "strengths" in older files.
+    alphas = probed.get("alphas", probed.get("strengths"))
+    return Probed(settings, folders, names, alphas)
 
-    def scores_in(folder: Path, name: str, about: dict, make_embeddings: Callable[[], EmbeddingsOf]) -> dict:
-        """Of all data, from the folder if they were computed there of the same `about`."""
+
+@dataclass
+class Scorer:
+    """Scores whoever gives embeddings on all data. `about`: what the scores depend on, besides who gives them."""
+
+    data: dict[str, list[dict]]
+    teachers: dict[str, TargetEncoder]
+    gallery: Gallery | None
+    about: dict
+
+    def scores_in(self, folder: Path, name: str, by: dict, make_embeddings: Callable[[], EmbeddingsOf]) -> dict:
+        """Of all data, by data set; from the folder, if they were computed there of the same data, teachers and
+        embeddings (`by`: what these depend on)."""
         file = folder / "target_tasks.json"
+        about = {**self.about, **by}
         known = read_finished(file) or {}
-        # Scores of the same data, teachers and weights: an interrupted run goes on behind them.
+        # An interrupted run goes on behind them.
         if known.get("about") == about and isinstance(known.get("scores"), dict):
             return known["scores"]
         embeddings_of = make_embeddings()
         scores = {}
-        for data_name, items in data.items():
-            scores[data_name] = scores_of(items, teachers, gallery, embeddings_of, f"{name}: {data_name}")
+        for data_name, items in self.data.items():
+            title = f"{name}: {data_name}"
+            scores[data_name] = scores_of(items, self.teachers, self.gallery, embeddings_of, title)
         write_json(file, {"about": about, "scores": scores}, indent=1)
         return scores
 
-    def load_model(model: str) -> EmbeddingsOf:
-        probes = load_probes(folders[model])
-        loaded, processor = load_checkpoint(model, args.model_dtype, args.device_map, args.trust_remote_code)
-        return of_model(probes.reader(loaded, processor), probes, statistics_of(model))
 
-    # The training images' means are the same in all models' probes: they are the teachers'.
-    means = load_probes(next(iter(folders.values()))).means
+def about_data(args: Namespace, data: dict[str, list[dict]], gallery: Gallery | None, features: str) -> dict:
+    """What scores depend on, of the data. `features`: whose the gallery compares, in words."""
+    gallery_images = gallery.sources if gallery is not None else []
+    # The hash tells other images from the same number of them; the empty line parts both lists.
+    names = "\n".join([*images_of(data), "", *gallery_images])
+    return {
+        "data": {name: len(items) for name, items in data.items()},
+        "features": features,
+        "images_hash": hashlib.blake2b(names.encode(), digest_size=8).hexdigest(),
+        "gallery": str(args.gallery),
+    }
+
+
+def load_model(args: Namespace, model: str, folder: Path) -> EmbeddingsOf:
+    """What a model's probes in `folder` and its own predictors say of images."""
+    probes = load_probes(folder)
+    loaded, processor = load_checkpoint(model, args.model_dtype, args.device_map, args.trust_remote_code)
+    return of_model(probes.reader(loaded, processor), probes, statistics_of(model))
+
+
+def run(args: Namespace) -> dict:
+    """target_tasks.json's content."""
+    probed = read_probed(args)
+    data = read_data(args)
+    if args.features and args.features["encoder"] not in ENCODERS:
+        raise ValueError(f"--features has the encoder {args.features['encoder']!r}: choose one of {list(ENCODERS)}")
+
+    # What is asked, and who judges.
+    device = processes().device
+    assert device is not None
+    teachers = {}
+    for task, teacher in make_teachers(probed.settings["tasks"], probed.settings["teachers"], device).items():
+        teachers[task] = teacher.encoder
+    gallery, features = load_gallery(args, teachers, images_of(data), device)
+    about = {**about_data(args, data, gallery, features), "teachers": probed.settings["teachers"]}
+    scorer = Scorer(data, teachers, gallery, about)
+
+    # The teachers themselves, then each model. The training images' means are the same in all models' probes: they
+    # are the teachers'.
+    means = load_probes(next(iter(probed.folders.values()))).means
     name = "target encoders"
-    scores = {name: scores_in(args.out / "teachers", name, about, partial(of_teachers, teachers, means))}
-    # Ridge strengths of the probes; "strengths" in older files.
-    alphas = probed.get("alphas", probed.get("strengths"))
-    for model, name in model_names.items():
-        about_scores = {**about, "weights": weights_state(model), "alphas": alphas}
-        scores[name] = scores_in(folders[model], name, about_scores, partial(load_model, model))
+    scores = {name: scorer.scores_in(args.out / "teachers", name, {}, partial(of_teachers, teachers, means))}
+    for model, name in probed.names.items():
+        folder = probed.folders[model]
+        by = {"weights": weights_state(model), "alphas": probed.alphas}
+        scores[name] = scorer.scores_in(folder, name, by, partial(load_model, args, model, folder))
     results = {**about, "scores": scores}
     write_json(args.out / "target_tasks.json", results, indent=1)
     return results

@@ -73,6 +73,85 @@ def view(image: Image.Image, box: list[float], rng: np.random.Generator) -> Imag
     return cut
 
 
+class DataWriter:
+    """Rows and images of a folder. All randomness is one generator's: the order of the calls decides the data."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.images = folder / "images"
+        self.images.mkdir(parents=True, exist_ok=True)
+        # A file's name without its ending -> its rows.
+        self.rows: dict[str, list[dict]] = defaultdict(list)
+        self.rng = np.random.default_rng(7)
+
+    def save(self, name: str, image: Image.Image) -> str:
+        """The file's name."""
+        image.save(self.images / f"{name}.png")
+        return f"{name}.png"
+
+    def add(
+        self, name: str, image: Image.Image, captions: list[str], turns: list[tuple[str, str]], group: str | None
+    ) -> None:
+        """A row of each stage; held out if it is of a `group`."""
+        file_name = self.save(name, image)
+        # One of the captions by chance: the views of a box are told in several ways.
+        caption = [(CAPTION_PROMPT, captions[self.rng.integers(len(captions))])]
+        for kind, stage, chat in (("caption", "pretrain", caption), ("question", "finetune", turns)):
+            row_id = name
+            file = stage
+            if group:
+                row_id = f"{group}/{kind}/{name}"
+                file = "held_out"
+            self.rows[file].append(llava_row(row_id, chat, file_name))
+
+    def write(self) -> None:
+        for name, found in self.rows.items():
+            write_whole(self.folder / f"{name}.json", json.dumps(found, indent=1))
+
+
+def add_photograph(writer: DataWriter, photograph: dict, sizes: dict[str, int]) -> None:
+    """Several views of each box that is described."""
+    package, _, file = photograph["file"].partition("/")
+    image = open_image(package_folder(package) / file)
+    # How many of a box's views train, and what the others are called.
+    trained = 0
+    held_out = photograph["split"]
+    if photograph["split"] == "train":
+        trained = sizes["views"]
+        held_out = "view"
+    for k, described in enumerate(photograph["views"]):
+        turns = described["turns"]
+        for n in range(trained + sizes["held_out_views"]):
+            # Up to three of the box's questions, others for each view.
+            some = [turns[j] for j in writer.rng.permutation(len(turns))[:3]]
+            name = f"{Path(file).stem}_{k}_{n:02d}"
+            group = None
+            if n >= trained:
+                group = held_out
+            writer.add(name, view(image, described["box"], writer.rng), described["captions"], some, group)
+
+
+def add_scene(writer: DataWriter, name: str, scenes, index: int, image: Image.Image, group: str | None) -> None:
+    """A rendered scene, with a caption and three questions."""
+    chat = language.conversation(scenes, index, 3, writer.rng, fetch_share=0)
+    turns = [(natural(turn["question"]), turn["answer"]) for turn in chat]
+    caption = natural(language.caption(scenes, index, writer.rng)) + "."
+    writer.add(name, image, [caption], turns, group)
+
+
+def add_test_questions(writer: DataWriter, scenes, images: Sequence[Image.Image], number: int) -> None:
+    """Questions on scenes that aren't trained on, and each of their choices as an answer of its own."""
+    questions = language.balanced(scenes, number, SEEDS["test"])
+    for n, row in enumerate(questions):
+        image = writer.save(f"test_{row['scene']:05d}", images[row["scene"]])
+        row.update(id=str(n), image=image, question=natural(row["question"]))
+        # The question without its options.
+        asked = row["question"].split(" (A) ")[0]
+        for place, choice in enumerate(row["choices"]):
+            writer.rows["choices"].append(llava_row(f"{n}/{place}", [(asked, natural(choice) + ".")], image))
+    writer.rows["test_questions"] = questions
+
+
 def write_data(folder: Path, photographs: list[dict], sizes: dict[str, int]) -> None:
     """pretrain.json, finetune.json, held_out.json and choices.json (LLaVA's format), test_questions.json, and images/.
 
@@ -81,69 +160,21 @@ def write_data(folder: Path, photographs: list[dict], sizes: dict[str, int]) -> 
     question's choices, each as an answer to the question without them, are the rows "<question's id>/<place of the
     choice>" of choices.json.
     """
-    images = folder / "images"
-    rows = defaultdict(list)
-    rng = np.random.default_rng(7)
-    images.mkdir(parents=True, exist_ok=True)
-
-    def add(name: str, image: Image.Image, captions: list[str], turns: list[tuple[str, str]], group: str | None):
-        """A row of each stage; held out if it is of a `group`."""
-        image.save(images / f"{name}.png")
-        # One of the captions by chance: the views of a box are told in several ways.
-        caption = [(CAPTION_PROMPT, captions[rng.integers(len(captions))])]
-        for kind, stage, chat in (("caption", "pretrain", caption), ("question", "finetune", turns)):
-            row_id = name
-            file = stage
-            if group:
-                row_id = f"{group}/{kind}/{name}"
-                file = "held_out"
-            rows[file].append(llava_row(row_id, chat, f"{name}.png"))
-
-    # Photographs: several views of each box that is described.
+    writer = DataWriter(folder)
     for photograph in photographs:
-        package, _, file = photograph["file"].partition("/")
-        image = open_image(package_folder(package) / file)
-        # How many of a box's views train, and what the others are called.
-        trained = 0
-        held_out = photograph["split"]
-        if photograph["split"] == "train":
-            trained = sizes["views"]
-            held_out = "view"
-        for k, described in enumerate(photograph["views"]):
-            turns = described["turns"]
-            for n in range(trained + sizes["held_out_views"]):
-                # Up to three of the box's questions, others for each view.
-                some = [turns[j] for j in rng.permutation(len(turns))[:3]]
-                name = f"{Path(file).stem}_{k}_{n:02d}"
-                group = None
-                if n >= trained:
-                    group = held_out
-                add(name, view(image, described["box"], rng), described["captions"], some, group)
+        add_photograph(writer, photograph, sizes)
 
-    # Rendered scenes: those of the test are other scenes, of which some are held out and all can be asked about.
+    # Those of the test are other scenes, of which some are held out and all can be asked about.
     scenes = {}
-    arrays = {}
+    images = {}
     for split in ("train", "test"):
         scenes[split], rendered = render.make_scenes(sizes[split], SEEDS[split], desc=f"rendering {split} scenes")
-        arrays[split] = [Image.fromarray(image) for image in rendered["image"]]
+        images[split] = [Image.fromarray(image) for image in rendered["image"]]
     for split, number, group in (("train", sizes["train"], None), ("test", sizes["held_out_scenes"], "scene")):
         for i in range(number):
-            chat = language.conversation(scenes[split], i, 3, rng, fetch_share=0)
-            turns = [(natural(turn["question"]), turn["answer"]) for turn in chat]
-            caption = natural(language.caption(scenes[split], i, rng)) + "."
-            add(f"{split}_{i:05d}", arrays[split][i], [caption], turns, group)
-
-    # The test's questions, and each of their choices as an answer of its own.
-    questions = language.balanced(scenes["test"], sizes["questions"], SEEDS["test"])
-    for n, row in enumerate(questions):
-        row.update(id=str(n), image=f"test_{row['scene']:05d}.png", question=natural(row["question"]))
-        arrays["test"][row["scene"]].save(images / row["image"])
-        # The question without its options.
-        asked = row["question"].split(" (A) ")[0]
-        for place, choice in enumerate(row["choices"]):
-            rows["choices"].append(llava_row(f"{n}/{place}", [(asked, natural(choice) + ".")], row["image"]))
-    for name, found in {**rows, "test_questions": questions}.items():
-        write_whole(folder / f"{name}.json", json.dumps(found, indent=1))
+            add_scene(writer, f"{split}_{i:05d}", scenes[split], i, images[split][i], group)
+    add_test_questions(writer, scenes["test"], images["test"], sizes["questions"])
+    writer.write()
 
 
 def add_text_only(file: Path, rehearsal: Sequence[tuple[str, str]]) -> None:

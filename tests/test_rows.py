@@ -100,7 +100,7 @@ def test_json_is_indexed_in_pieces(tmp_path, monkeypatch, chunk, form):
         "escaped lines": "\r\n".join(json.dumps(row) for row in rows) + "\r\n",
     }[form]
     (tmp_path / "data.json").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr("ola_vlm.training.rows.CHUNK", chunk)
+    monkeypatch.setattr("ola_vlm.training.json_rows.CHUNK", chunk)
     found = JsonRows(tmp_path / "data.json")
     assert list(found) == rows
     assert list(pickle.loads(pickle.dumps(found))) == rows  # goes to a loader's workers
@@ -216,7 +216,7 @@ def test_a_row_that_is_no_object(tmp_path, sample):
 )
 @pytest.mark.parametrize("lines", [True, False])
 def test_values_that_json_cannot_read_make_a_bad_row(tmp_path, monkeypatch, chunk, value, lines):
-    monkeypatch.setattr("ola_vlm.training.rows.CHUNK", chunk)
+    monkeypatch.setattr("ola_vlm.training.json_rows.CHUNK", chunk)
     fine = json.dumps(llava_sample("fine", image=None))
     odd = f'{{"id": "odd", "conversations": [], "more": {value}}}'
     joined = "\n".join([fine, odd, fine]) if lines else f"[{fine}, {odd}, {fine}]"

@@ -3,12 +3,9 @@
 A row that can't be read comes as `{"id", "bad_row": BadRow}`: who takes it decides whether to drop it or to stop.
 """
 
-import codecs
 import copy
 import hashlib
 import itertools
-import json
-import mmap
 import os
 import random
 import re
@@ -20,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import orjson
 from huggingface_hub import constants
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -28,6 +24,7 @@ from transformers.utils import logging
 
 from ..targets.images import IMAGE_ENDINGS, ImageError, open_image, source_name
 from ..targets.loading import check_place
+from .json_rows import JsonRows
 
 logger = logging.get_logger(__name__)
 
@@ -45,10 +42,6 @@ PROBLEMS = {
     "too_long": "longer than max_length",
     "target": "no usable target",
 }
-# Bytes of a JSON file that are parsed at once: 16 MB.
-CHUNK = 1 << 24
-# Brackets of JSON, and whole strings, so that brackets in a text don't count.
-BRACKETS = re.compile(r'"(?:[^"\\]|\\.?)*(?:"|\Z)|[{}\[\]]', re.DOTALL)
 # Endings of files that `datasets` reads.
 DATA_ENDINGS = {".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tar", ".zip"}
 # The user's words behind an image that comes alone.
@@ -83,117 +76,6 @@ class BadRow(ValueError):
 
 # What a row in no known form raises; a BadRow is a ValueError.
 BAD_ROW_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
-
-
-class JsonRows(Sequence):
-    """The objects of a JSON array or of JSON lines, each read from the file when it is asked for.
-
-    Only their positions are in memory, 16 bytes a row; the file's pages are shared by all processes of a machine.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = path
-        # An array, not a list: loaders' workers share it, and copy nothing.
-        self.spans = np.array(list(_object_spans(path)), dtype=np.int64).reshape(-1, 2)
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def __getitem__(self, index: int) -> dict:
-        start, stop = map(int, self.spans[index])
-        # Opened each time: workers that were forked would share an open file's position.
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            return json.loads(file.read(stop - start))
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict | None]:
-        """Those rows, one after the other, with the file opened once; None for one that can't be parsed."""
-        spans = self.spans[indices].tolist()
-        # An empty file can't be mapped.
-        if not spans:
-            return
-        # Mapped, a row is taken without a call to the system; the next one asked for may lie anywhere.
-        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), length=0, access=mmap.ACCESS_READ) as text:
-            for start, stop in spans:
-                yield _parsed(text[start:stop])
-
-
-def _parsed(text: bytes) -> dict | None:
-    """A row; None if it can't be parsed."""
-    # Three times as fast as `json`.
-    try:
-        return orjson.loads(text)
-    except ValueError:
-        pass
-    # `json` takes what orjson refuses: NaN, and half a surrogate pair.
-    try:
-        return json.loads(text)
-    except (RecursionError, ValueError):
-        # Nested too deeply, a number of too many digits.
-        return None
-
-
-def _object_spans(path: str | Path) -> Iterator[tuple[int, int]]:
-    """(start, stop) in bytes of every object of the file, which is read in pieces."""
-    # An int of thousands of digits is refused when it is a row: here it would end the whole file.
-    scan = json.JSONDecoder(parse_int=float).raw_decode
-    between = re.compile(r"[ \t\r\n,\[\]]*")
-    # Incremental, as a piece may end within a character.
-    decode = codecs.getincrementaldecoder("utf-8")().decode
-    # `text`: what is read and not yet a row; `position` in it; `offset`: the same place in bytes of the file.
-    text = ""
-    with open(path, "rb") as file:
-        offset = 3
-        # Some editors put a byte order mark in front, which is no JSON.
-        if file.read(3) != codecs.BOM_UTF8:
-            offset = file.seek(0)
-        while data := file.read(CHUNK):
-            try:
-                text += decode(data)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8, write it so: {error}") from error
-            position = 0
-            while True:
-                # The gap before an object, brackets of the array included; it may be empty.
-                gap = between.match(text, position)
-                assert gap is not None
-                start = gap.end()
-                offset += start - position
-                position = start
-                if text[start : start + 1] not in ("{", ""):
-                    raise ValueError(
-                        f"{path}, byte {offset}: {text[start : start + 20]!r} is not an object, not a row"
-                    )
-                try:
-                    _, position = scan(text, start)
-                except json.JSONDecodeError:
-                    # This piece is done; the object goes on in the next one.
-                    break
-                except RecursionError:
-                    # Too deep for a row, which is refused later; those behind it are fine.
-                    end = _end_of_nested(text, start)
-                    if end is None:
-                        break
-                    position = end
-                # Characters are bytes, or else have to be encoded to be counted.
-                size = position - start
-                if not text.isascii():
-                    size = len(text[start:position].encode())
-                yield offset, offset + size
-                offset += size
-            text = text[position:]
-    if text:
-        raise ValueError(f"{path}, byte {offset}: not valid JSON, or cut off: {text[:20]!r}")
-
-
-def _end_of_nested(text: str, start: int) -> int | None:
-    """Where the object ends that begins at `start` and is nested too deeply for `json`; None if it isn't whole."""
-    depth = 0
-    for token in BRACKETS.finditer(text, start):
-        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
-        if depth == 0:
-            return token.end()
-    return None
 
 
 class ImageFolder(Sequence):

@@ -339,22 +339,19 @@ def number_rows(input_ids: Tensor, packed_BT: Tensor | None) -> Tensor:
 def find_images(is_image_BT: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
     """Each image's row of the batch (N,), and which tokens of it are the image's own (N, T). ValueError if the images
     don't have equally many tokens."""
+    # Places in the batch, row after row.
     places = is_image_BT.flatten().nonzero().flatten()
     if num_images == 0:
-        divides = len(places) == 0
+        tokens_an_image, rest = 1, len(places)
     else:
-        divides = len(places) % num_images == 0
-    if not divides:
+        tokens_an_image, rest = divmod(len(places), num_images)
+    if rest or tokens_an_image == 0:
         raise ValueError(f"{len(places)} image tokens don't divide among {num_images} images.")
-    if num_images == 0:
-        # Any number of tokens an image but 0, by which places are divided below.
-        places_NV = places.view(0, 1)
-    else:
-        places_NV = places.view(num_images, -1)
-    sample_N = places_NV[:, 0] // is_image_BT.shape[1]
-    # Images are as long as each other, so a token's place among all of them says whose it is.
-    # Before the first image it is -1, no image's number.
-    owner_BT = (is_image_BT.flatten().cumsum(0) - 1).view_as(is_image_BT) // places_NV.shape[1]
+    sample_N = places.view(num_images, tokens_an_image)[:, 0] // is_image_BT.shape[1]
+    # A token's place among all image tokens says whose it is: of two images with three each, 0 1 2 | 3 4 5 are of the
+    # images 0 0 0 | 1 1 1. Words have the place of the image token before them, or -1, which is no image's.
+    place_BT = (is_image_BT.flatten().cumsum(0) - 1).view_as(is_image_BT)
+    owner_BT = place_BT // tokens_an_image
     numbers_N1 = torch.arange(num_images).to(owner_BT)[:, None]
     return sample_N, is_image_BT[sample_N] & (owner_BT[sample_N] == numbers_N1)
 
