@@ -120,6 +120,15 @@ def special_tokens_around(tokenizer) -> tuple[list[str], list[str]]:
     return tokens[: words[0]], tokens[words[-1] + 1 :]
 
 
+# (start, stop) in a chat's text, in order.
+Spans = list[tuple[int, int]]
+
+
+def _between(text: str, answers: Spans, spans: Spans) -> list[str]:
+    """What each span has behind its answer, white space left out."""
+    return [text[stop:end].strip() for (_, stop), (_, end) in zip(answers, spans, strict=True)]
+
+
 class ChatTemplate:
     """Chats as text, and where the assistant speaks in them.
 
@@ -145,18 +154,32 @@ class ChatTemplate:
         self.ends: list[str] = []
 
     def check(self) -> "ChatTemplate":
-        """Itself, if it can be trained with; else ValueError with the reason."""
-        # Is each answer supervised, and the image there?
+        """Itself, if it can be trained with; else ValueError with the reason. It also finds out what `text_and_spans`
+        goes by: `head`, `end_of_turn` and `is_end_unmarked`, in this order."""
         text, answers = self.find_answers(PROBE)
         spans = answers
         if self.has_marks:
             _, spans = self._marked_spans(PROBE)
+        self._check_answers_are_supervised(text, answers, spans)
+        self.head = self._find_head(text, spans)
+        self.end_of_turn = self._find_end_of_turn(text, answers)
+        self.is_end_unmarked = not any(_between(text, answers, spans))
+        _, spans = self.text_and_spans(PROBE)
+        ends = _between(text, answers, spans)
+        self.ends_turns = all(ends)
+        self.ends = [end for end in dict.fromkeys(ends) if end]
+        return self
+
+    def _check_answers_are_supervised(self, text: str, answers: Spans, spans: Spans) -> None:
+        """ValueError if the probe's two answers aren't each within a span, or its image isn't in the text."""
         covered = [_covers(spans, start, stop) for start, stop in answers]
         if text.count(self.image_token) != 1 or covered != [True, True] or len(spans) != 2:
             needs = f"must write {self.image_token} for an image and mark (or write) 2 answers"
             raise ValueError(f"the chat template {needs} in this chat: {brief(text)}")
 
-        # Does each begin where inference begins to write?
+    def _find_head(self, text: str, spans: Spans) -> str:
+        """What the marked spans hold of the prompt. ValueError if an answer doesn't begin where inference begins to
+        write, or if the spans differ in it."""
         heads = set()
         for turn, (start, _) in zip((1, 3), spans, strict=True):
             prompt = self.prompt(PROBE[:turn])
@@ -167,19 +190,9 @@ class ChatTemplate:
             heads.add(text[start : len(prompt)])
         if len(heads) > 1:
             raise ValueError(f"the chat template's marks begin differently before the prompt's end: {GIVE_ONE}")
+        return heads.pop()
 
-        # Is the end of turn supervised, too?
-        self.head = heads.pop()
-        self.end_of_turn = self._find_end_of_turn(text, answers)
-        ends = [text[stop:end].strip() for (_, stop), (_, end) in zip(answers, spans, strict=True)]
-        self.is_end_unmarked = not any(ends)
-        _, spans = self.text_and_spans(PROBE)
-        ends = [text[stop:end].strip() for (_, stop), (_, end) in zip(answers, spans, strict=True)]
-        self.ends_turns = all(ends)  # white space is none
-        self.ends = [end for end in dict.fromkeys(ends) if end]
-        return self
-
-    def render(self, messages: Sequence[dict], **options) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, messages: Sequence[dict], **options) -> tuple[str, Spans]:
         return render(self.template, messages, self.tokenizer.special_tokens_map, **options)
 
     def prompt(self, messages: Sequence[dict]) -> str:
@@ -187,7 +200,7 @@ class ChatTemplate:
         text, _ = self.render(messages, add_generation_prompt=True)
         return text
 
-    def text_and_spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+    def text_and_spans(self, messages: Sequence[dict]) -> tuple[str, Spans]:
         """The chat, and where in it the assistant speaks: (start, stop) of answers with their ends of turn, in order.
         BadRow for messages that the template refuses or changes."""
         if not self.has_marks:
@@ -226,7 +239,7 @@ class ChatTemplate:
             openings.add((prompt[same:], text[same:start]))
         return openings
 
-    def _marked_spans(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+    def _marked_spans(self, messages: Sequence[dict]) -> tuple[str, Spans]:
         """The chat and what `{% generation %}` marks, adjacent marks as one: an end of turn may be marked apart."""
         text, marks = self.render(messages, return_assistant_tokens_mask=True)
         spans = []
@@ -237,7 +250,7 @@ class ChatTemplate:
                 spans.append((start, stop))
         return text, spans
 
-    def find_answers(self, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+    def find_answers(self, messages: Sequence[dict]) -> tuple[str, Spans]:
         """The chat and where the answers stand in it, found by marks of ours around them."""
         plain, _ = self.render(messages)
         # White space at an answer's ends is part of it, but where the template strips it: it would find other ends.
@@ -259,7 +272,7 @@ class ChatTemplate:
             return stop
         return len(text) - len(after) + len(self.end_of_turn)
 
-    def _find_end_of_turn(self, text: str, answers: list[tuple[int, int]]) -> str:
+    def _find_end_of_turn(self, text: str, answers: Spans) -> str:
         """What follows an answer before a question, at the end, and before another answer has it in common."""
         (_, first), (_, last) = answers
         tails = [text[first:], text[last:], self.prompt(PROBE)[last:]]
@@ -329,26 +342,30 @@ def find_chat_template(processor) -> ChatTemplate:
     if not processor.tokenizer.is_fast:
         name = type(processor.tokenizer).__name__
         raise ValueError(f"{name} doesn't tell where its tokens lie in a text: give a fast tokenizer")
-    # The first candidate that fits and ends its turns; else the first that fits at all.
-    endless = None
-    reason = None
+    fitting = _fitting(own, processor)
+    if fitting[-1].ends_turns:
+        return fitting[-1]
+    # None does: the first is the nearest to the user's own.
+    return _ending(fitting[0]) or fitting[0]
+
+
+def _fitting(own: str, processor) -> list[ChatTemplate]:
+    """The candidates that can be trained with, up to the first that ends its turns. ValueError if there are none."""
+    fitting = []
+    reasons = []
     for candidate in _candidates(own, processor):
         try:
             candidate.check()
         except ValueError as error:
-            # The first reason is that of the user's own template.
-            reason = reason or error
+            reasons.append(error)
             continue
+        fitting.append(candidate)
         if candidate.ends_turns:
             break
-        endless = endless or candidate
-    else:
-        if endless is None:
-            # None of the candidates fits, so each gave a reason.
-            assert reason is not None
-            raise reason
-        candidate = _ending(endless) or endless
-    return candidate
+    if not fitting:
+        # That of the user's own template.
+        raise reasons[0]
+    return fitting
 
 
 def _ending(chat: ChatTemplate) -> ChatTemplate | None:
