@@ -303,6 +303,9 @@ def draw_panel(axis: Axes, title: str, by_arm: Mapping[str, Mapping[int, dict]])
     chance = language.CHANCE.get(title, language.CHANCE["average"])
     axis.axhline(100 * chance, color="black", linestyle=":", linewidth=1, label="chance")
     axis.set(title=title, ylabel="accuracy on test questions (%)")
+    # An interval over two seeds may be wider than accuracies can be.
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, 0), min(high, 100))
 
 
 def budget_places(budgets: list[int]) -> dict[int, float]:

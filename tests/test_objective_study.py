@@ -759,6 +759,16 @@ def test_labels_of_an_arm_that_is_worse():
     assert row.startswith("| patch | 0 | at most 75 | ")
 
 
+def test_the_axis_ends_where_accuracies_do(monkeypatch, tmp_path):
+    """Intervals over two seeds reach beyond."""
+    drawn = []
+    monkeypatch.setattr(objective_report, "save_figure", lambda figure, *place, **options: drawn.append(figure))
+    cells = {0: {"mean": 50.0, "ci95": [-60.0, 160.0], "n": 2}, 75: {"mean": 60.0, "ci95": [50.0, 70.0], "n": 2}}
+    objective_report.draw(tmp_path / "accuracy.png", {"mean of the tasks": {"llava": cells}}, columns=1)
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low == 0 and high == 100
+
+
 def test_seeds_are_paired_by_their_number():
     """Though one arm lacks the first one; what a seed is harder by (a point a seed) falls out."""
     results = made_up({"llava": 0, "ola_vlm": 5})
