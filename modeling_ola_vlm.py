@@ -231,7 +231,8 @@ def resize_grid(cells_VE: Tensor, length: int, name: str) -> Tensor:
     target_side = math.isqrt(length)
     if side**2 != count or target_side**2 != length:
         sizes = f"an image has {count} tokens, its target {length} positions, and not both are squares"
-        raise ValueError(f"task {name!r}: {sizes}: give images without tiles, or set target_length to {count}")
+        remedy = f"give square images (image_square) without tiles, or, if all have {count}, set target_length to it"
+        raise ValueError(f"task {name!r}: {sizes}: {remedy}")
     # (V, E) -> (E, side, side) -> (E, target_side, target_side) -> (Q, E)
     maps_EV = cells_VE.T.unflatten(1, (side, side))
     return F.adaptive_avg_pool2d(maps_EV[None], target_side)[0].flatten(1).T

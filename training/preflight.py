@@ -31,6 +31,8 @@ from ..targets.encoders import load_vision_config
 from ..targets.fill import Teacher, make_teachers
 from ..targets.loading import check_code, check_place, find_file, loading_from, one_line, read_json_object
 from .arguments import NO_DATA, NOTHING_TO_EVALUATE, OlaVlmArguments
+from .attach import VIEW
+from .collator import check_square
 from .packing import check_keeps_rows_apart
 from .stages import find_stage
 from .words import encode_words
@@ -102,6 +104,8 @@ def check_run(args: OlaVlmArguments) -> list[dict]:
     trained = []
     if stage.embedding_losses:
         trained = tasks
+    if is_attached(args):
+        check_square(view_of_images(args).get("square", True), trained)
     for task in trained:
         if task["place_code"] > 0 and (args.teachers or {}).get(task["name"], {}).get("motion"):
             raise ValueError(f"task {task['name']!r}: places don't move: give place_code 0 with a teacher's motion")
@@ -249,6 +253,22 @@ def is_attached(args: OlaVlmArguments) -> bool:
         return False
     # A plain LLaVA without tasks is an OLA-VLM without tasks.
     return kind not in (None, "llava") or bool(args.tasks or fields.get("tasks"))
+
+
+def given_view(args: OlaVlmArguments) -> dict:
+    """How a model that isn't ours sees images, as far as the run says it: arguments of `AttachedCollator`."""
+    view = {"square": args.image_square, "side": args.image_side, "image_options": args.image_options}
+    return {name: value for name, value in view.items() if value is not None}
+
+
+def view_of_images(args: OlaVlmArguments) -> dict:
+    """The same with what the run before had, for fields that aren't given."""
+    # A checkpoint of another class (`is_attached`).
+    assert args.checkpoint is not None
+    remembered = _config_fields(args.checkpoint).get(VIEW)
+    if not isinstance(remembered, dict):  # none, or a stranger's mistake
+        remembered = {}
+    return {**remembered, **given_view(args)}
 
 
 def _check_packing(args: OlaVlmArguments) -> None:
