@@ -518,6 +518,17 @@ def test_other_trackers_get_the_table_too(monkeypatch):
     assert text[1][1].splitlines()[2] == r"| what \| is ? | a.png | (A) | &lt;b&gt; |"
 
 
+def test_only_the_best_checkpoint_is_saved(fields, tmp_path):
+    """By evaluations, of which a share to evaluate on calls for one an epoch."""
+    best = {"eval_data": "0.25", "save_strategy": "best", "load_best_model_at_end": True}
+    args = arguments(fields, tmp_path / "run", **best)
+    assert args.eval_strategy == "epoch"
+    trainer = train(args)
+    measured = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    assert len(measured) == 2
+    assert trainer.state.best_global_step == min(measured, key=measured.get)
+
+
 def test_evaluation_with_answers(fields, tmp_path):
     """On a share; its losses, and answers of all questions; the best checkpoint is what is saved."""
     options = {"eval_data": "0.25", "eval_questions": write_questions(tmp_path / "data")}
