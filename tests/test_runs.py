@@ -19,6 +19,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from ola_vlm import cli
 from ola_vlm import train as train_module
+from ola_vlm.convert.merge import record_file
 from ola_vlm.eval.during_training import report_answers
 from ola_vlm.recipes.miniature import WEIGHTS
 from ola_vlm.train import train
@@ -28,6 +29,7 @@ from ola_vlm.training.preflight import check_run
 from ola_vlm.training.rows import Rows, load_rows
 from ola_vlm.training.run_record import (
     check_checkpoint,
+    check_unused,
     data_fingerprint,
     differences,
     is_finished,
@@ -235,6 +237,36 @@ def test_weights_are_not_overwritten(fields, tmp_path):
     train(arguments(fields, tmp_path / "run", max_steps=1))
     with pytest.raises(ValueError, match=r"has model\.safetensors of an earlier run, which would be overwritten"):
         train(arguments(fields, tmp_path / "run", max_steps=1, learning_rate=0.5))
+
+
+def test_a_run_that_goes_on_elsewhere_overwrites_no_other(fields, tmp_path):
+    """From a checkpoint that lies in another folder than its output."""
+    for name, seed in (("first", 1), ("second", 2)):
+        train(arguments(fields, tmp_path / name, **SAVED, max_steps=2, seed=seed))
+    before = contents(tmp_path / "second")
+    options = {**SAVED, "max_steps": 2, "seed": 1}
+    options["resume_from_checkpoint"] = str(tmp_path / "first" / "checkpoint-1")
+    with pytest.raises(ValueError, match="second has checkpoint-2 of an earlier run"):
+        train(arguments(fields, tmp_path / "second", **options))
+    assert contents(tmp_path / "second") == before
+    resumed = train(arguments(fields, tmp_path / "third", **options))
+    assert resumed.state.global_step == 2 and len(losses(resumed)) == 2
+
+
+def test_folders_that_only_sound_like_checkpoints(tmp_path):
+    """They are none of a run's: neither a reason to stop, nor what a run goes on from, nor known by its record."""
+    write_run(tmp_path, {"finished_steps": 7})
+    for name in ("checkpoint-best", "checkpoints", "checkpoint-7b"):
+        (tmp_path / name).mkdir()
+        assert read_run(tmp_path / name) is None and record_file(str(tmp_path / name)) is None
+    check_unused(tmp_path)
+    assert last_checkpoint(tmp_path) is None
+    for step in (1000, 7):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        assert read_run(tmp_path / f"checkpoint-{step}") == {"finished_steps": 7}
+        assert record_file(str(tmp_path / f"checkpoint-{step}")) == tmp_path / "run.json"
+    with pytest.raises(ValueError, match="has checkpoint-1000 of an earlier run"):
+        check_unused(tmp_path)
 
 
 def test_an_export_overwrites_no_model(tmp_path):
