@@ -24,6 +24,9 @@ from .rows import BadRow, open_source
 IGNORE_INDEX = -100
 # To see what the processor makes of an image, and in place of one where a batch has none.
 BLANK = Image.new("RGB", (64, 64))
+# Types of targets that stay as they are; others become float32. 16 bits: half the memory, and half of what ranks
+# exchange, and the loss makes float32 of them. Integers: numbers of words.
+KEPT_DTYPES = (torch.bfloat16, torch.float16, torch.int32)
 # Fills the last batch of an evaluation; it is left out as the batch is made.
 PADDING_ROW = {"id": "", "is_padding": True}
 
@@ -96,9 +99,9 @@ class OlaVlmCollator:
             between packed rows, as flash attention.
 
     Returns of a call: input_ids, attention_mask, labels (B, T); pixel_values (N, 3, H, W), without any image 0 rows,
-    so that all ranks run the same graph; targets: task -> (N, Q, E), in 16 bits if their source gives that, else
-    fp32; row_ids: list of str; bad_rows and long_rows: lists of str, one for each row left out. A batch that lost all
-    its rows has one of two padding tokens, unsupervised.
+    so that all ranks run the same graph; targets: task -> (N, Q, E), in 16 bits if their source gives that, numbers of
+    words in int32, else fp32; row_ids: list of str; bad_rows and long_rows: lists of str, one for each row left out. A
+    batch that lost all its rows has one of two padding tokens, unsupervised.
 
     Given lists of rows (`training.packing.PackedRows`), each becomes one row of the batch. There is no attention_mask
     then but position_ids (B, T), which begin anew with each row and with the padding, transformers' form of packing.
@@ -373,8 +376,7 @@ class OlaVlmCollator:
             if target.shape != expected:
                 shapes = f"targets {tuple(target.shape)} from its teacher, {expected} from its configuration"
                 raise ValueError(f"task {name!r} has {shapes}: set target_length and target_dim to the teacher's")
-            # 16 bits stay: half the memory, and half of what ranks exchange. The loss makes float32 of them.
-            if target.dtype not in (torch.bfloat16, torch.float16):
+            if target.dtype not in KEPT_DTYPES:
                 target = target.float()
             targets[name] = target
         return targets

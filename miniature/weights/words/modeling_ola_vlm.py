@@ -639,14 +639,21 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     def word_embeddings(self, word_ids: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         """For each task tables (words, H), fp32, of what the lookup gives for words: the means of their tokens.
         `word_ids[task]`: for each kind of word ids (words, tokens), -1 behind a word with fewer tokens."""
+        lookup = self.get_input_embeddings()
+        # NEFTune's hook adds noise to what is looked up in training: for inputs, while targets are the words' own.
+        is_training = lookup.training
+        lookup.eval()
         found = {}
-        for name, kinds in word_ids.items():
-            found[name] = []
-            for ids_WT in kinds:
-                is_token_WT1 = (ids_WT >= 0)[..., None]
-                # -1 can't be looked up: it takes token 0, which the sum then leaves out.
-                embeds_WTH = self.get_input_embeddings()(ids_WT.clamp(min=0)).float()
-                found[name].append((embeds_WTH * is_token_WT1).sum(1) / is_token_WT1.sum(1))
+        try:
+            for name, kinds in word_ids.items():
+                found[name] = []
+                for ids_WT in kinds:
+                    is_token_WT1 = (ids_WT >= 0)[..., None]
+                    # -1 can't be looked up: it takes token 0, which the sum then leaves out.
+                    embeds_WTH = lookup(ids_WT.clamp(min=0)).float()
+                    found[name].append((embeds_WTH * is_token_WT1).sum(1) / is_token_WT1.sum(1))
+        finally:
+            lookup.train(is_training)
         return found
 
     @torch.no_grad()
