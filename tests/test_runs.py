@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from conftest import CHAT_TEMPLATE
 from huggingface_hub import constants
 from training_helpers import Interrupt, llava_sample, losses, weights, write_llava
@@ -40,6 +42,7 @@ from ola_vlm.training.run_record import (
     write_run,
 )
 
+RECIPES_FOLDER = Path(train_module.__file__).parent / "recipes"
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -672,6 +675,21 @@ def test_an_optimizer_that_is_made_for_a_model_at_hand(fields, tmp_path, monkeyp
             check_run(args)
         args.optim_target_modules = "all-linear"
     assert check_run(args) == []
+
+
+def test_zero3_that_saves_no_model_is_refused(fields, tmp_path):
+    """DeepSpeed itself isn't needed: what is read is its configuration."""
+    args = arguments(fields, tmp_path / "out")
+    for name in ("zero2.json", "zero3.json"):
+        config = HfDeepSpeedConfig(str(RECIPES_FOLDER / "accelerate" / name))
+        args.deepspeed_plugin = SimpleNamespace(hf_ds_config=config)
+        assert check_run(args) == []
+    field = "stage3_gather_16bit_weights_on_model_save"
+    for value in ({}, {field: False}):
+        config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3, **value}})
+        args.deepspeed_plugin = SimpleNamespace(hf_ds_config=config)
+        with pytest.raises(ValueError, match=f"deepspeed: ZeRO-3 without {field} saves shards.*: set it to true"):
+            check_run(args)
 
 
 @pytest.mark.parametrize("command", ["train", "targets", "check-data"])

@@ -136,6 +136,7 @@ def _check_trainer_fields(args: OlaVlmArguments) -> None:
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: on a CPU take bf16, or leave it out")
     _check_optimizer(args)
+    _check_deepspeed(args)
     # The first process alone pushes: other machines need no token.
     if args.push_to_hub and args.process_index == 0 and not (args.hub_token or get_token()):
         raise ValueError("push_to_hub: nobody is logged in, run `hf auth login`; or push later (`ola-vlm push`)")
@@ -149,6 +150,17 @@ def _check_trainer_fields(args: OlaVlmArguments) -> None:
         name = SchedulerType(args.lr_scheduler_type).value
         fields = f"lr_scheduler_type {name} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
         raise ValueError(f"{fields} doesn't work: {error}") from error
+
+
+def _check_deepspeed(args: OlaVlmArguments) -> None:
+    """ValueError for a configuration of DeepSpeed, given or accelerate's, that leaves checkpoints without a model."""
+    if args.deepspeed_plugin is None:
+        return
+    config = args.deepspeed_plugin.hf_ds_config
+    field = "stage3_gather_16bit_weights_on_model_save"
+    if config.is_zero3() and not config.get_value(f"zero_optimization.{field}"):
+        what = f"deepspeed: ZeRO-3 without {field} saves shards, and no model that could be loaded"
+        raise ValueError(f"{what}: set it to true in zero_optimization, as recipes/accelerate/zero3.json does")
 
 
 def _check_optimizer(args: OlaVlmArguments) -> None:
