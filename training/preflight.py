@@ -2,6 +2,7 @@
 that cost nothing to see are seen first."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -26,7 +27,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..baselines.configuration_multi_encoder import MultiEncoderLlavaConfig
-from ..configuration_ola_vlm import TASK_FIELDS, OlaVlmConfig, normalize_task
+from ..configuration_ola_vlm import PAPER_TASKS, TASK_FIELDS, OlaVlmConfig, normalize_task
 from ..targets.encoders import load_vision_config
 from ..targets.fill import Teacher, make_teachers
 from ..targets.loading import check_code, check_place, find_file, loading_from, one_line, read_json_object
@@ -194,6 +195,27 @@ def _check_words(args: OlaVlmArguments, teachers: dict[str, Teacher]) -> None:
     encode_words(tokenizer, words)
 
 
+def tasks_of_teachers(tasks: Sequence[dict]) -> list[dict]:
+    """Tasks with the paper's fields where they lack them, for commands that know teachers and no language model.
+    ValueError, as of `normalize_task`, for what can't be whatever the language model is."""
+    completed = []
+    for task in tasks:
+        width = 1
+        checked = task
+        if isinstance(task, dict):
+            # A recipe may name gen, depth and seg without their sizes.
+            complete = {**PAPER_TASKS.get(str(task.get("name")), {}), **task}
+            completed.append(complete)
+            # Of a language model as wide as the task needs it, and deep enough. What predicts the targets may be left
+            # out: it plays no part.
+            sizes = [complete.get("target_dim"), complete.get("place_code")]
+            width = max(1, sum(size for size in sizes if type(size) is int))
+            checked = {"layers": [0], "num_task_tokens": 0, **task}
+        normalize_task(checked, width, sys.maxsize)
+    _check_names(completed)
+    return completed
+
+
 def tasks_of_checkpoint(args: OlaVlmArguments) -> list[dict]:
     """The checkpoint's own tasks, or those that are to be attached to it. ValueError for a checkpoint that can't be
     read, that has tasks while others are given, or to whose language model these don't fit."""
@@ -232,10 +254,14 @@ def _config_fields(checkpoint: str) -> dict:
 
 def _normalized(tasks: list[dict], text: PreTrainedConfig) -> list[dict]:
     tasks = [normalize_task(task, text.hidden_size, text.num_hidden_layers) for task in tasks]
+    _check_names(tasks)
+    return tasks
+
+
+def _check_names(tasks: Sequence[dict]) -> None:
     names = [task["name"] for task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"tasks is {names}: give each task its own name")
-    return tasks
 
 
 def _tasks_on_checkpoint(args: OlaVlmArguments) -> list[dict]:
