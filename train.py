@@ -17,19 +17,19 @@ from ola_vlm.commands.running import as_command, command, tell
 from ola_vlm.convert.model_card import write_adapter_card
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.eval.during_training import AnswerQuestions, answering_callbacks
-from ola_vlm.inference.checkpoints import PROCESSOR_FILES, adapter_base, read_checkpoint, read_fields
+from ola_vlm.inference.checkpoints import PROCESSOR_FILES, adapter_base, read_checkpoint
 from ola_vlm.recipes.arguments import check_checkpoint_is_made, check_data_is_made, make_arguments
 from ola_vlm.recipes.check_data import load_processor
 from ola_vlm.training import run_record
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.attach import VIEW, AttachedPredictors, attach_predictors, without_predictors
+from ola_vlm.training.attach import AttachedPredictors, attach_predictors, without_predictors
 from ola_vlm.training.chat_template import find_chat_template, stop_at_end_of_turn
 from ola_vlm.training.check import drop_bad_rows
 from ola_vlm.training.collator import AttachedCollator, OlaVlmCollator
 from ola_vlm.training.lora import add_adapters, four_bits
 from ola_vlm.training.packing import PackedRows, choose_attention
 from ola_vlm.training.plan import Plan
-from ola_vlm.training.preflight import OWN_TYPES, check_run, is_attached
+from ola_vlm.training.preflight import OWN_TYPES, check_run, given_view, is_attached, view_of_images
 from ola_vlm.training.rows import Rows, StreamRows
 from ola_vlm.training.run_record import last_checkpoint
 from ola_vlm.training.stages import apply_stage, upcast_trained
@@ -88,19 +88,7 @@ def read_collator(args: OlaVlmArguments) -> OlaVlmCollator:
     processor.chat_template = find_chat_template(processor).template
     if not is_attached(args):
         return OlaVlmCollator(processor, max_length=args.max_length)
-    # It is a checkpoint of another class. What isn't given stays as the run before had it.
-    assert args.checkpoint is not None
-    remembered = read_fields(args.checkpoint).get(VIEW)
-    if not isinstance(remembered, dict):  # none, or a stranger's mistake
-        remembered = {}
-    view = {**remembered, **given_view(args)}
-    return AttachedCollator(processor, max_length=args.max_length, **view)
-
-
-def given_view(args: OlaVlmArguments) -> dict:
-    """How a model that isn't ours sees images, as far as the run says it: arguments of `AttachedCollator`."""
-    view = {"square": args.image_square, "side": args.image_side, "image_options": args.image_options}
-    return {name: value for name, value in view.items() if value is not None}
+    return AttachedCollator(processor, max_length=args.max_length, **view_of_images(args))
 
 
 def train(

@@ -11,7 +11,7 @@ from ..files.strangers import inside, read_object
 from ..files.writing import check_empty
 from ..inference.checkpoints import adapter_base, read_checkpoint
 from ..targets.statistics import FOLDER, own_statistics, statistics_in
-from ..training.run_record import RUN_FILE, statistics_files, steps_in, write_run
+from ..training.run_record import RUN_FILE, is_checkpoint_name, statistics_files, steps_in, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def record_file(adapter: str) -> Path | None:
     """The training run's run.json, from which model cards tell the history. It lies in the run's folder, not in its
     checkpoints."""
     folder = Path(adapter)
-    if not (folder / RUN_FILE).is_file() and folder.name.startswith("checkpoint-"):
+    if not (folder / RUN_FILE).is_file() and is_checkpoint_name(folder.name):
         folder = folder.parent
     if not (folder / RUN_FILE).is_file():
         return None

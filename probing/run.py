@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from ..commands.running import command, tell
-from ..configuration_ola_vlm import PAPER_TASKS
 from ..files.escapes import one_line, terminal
 from ..files.strangers import read_finished, read_object
 from ..files.writing import only_one, write_json
@@ -27,6 +26,7 @@ from ..targets.fill import make_teachers
 from ..targets.images import IMAGE_ENDINGS, image_files
 from ..targets.statistics import TargetStatistics
 from ..training.arguments import OlaVlmArguments
+from ..training.preflight import tasks_of_teachers
 from ..training.rows import Rows, load_rows, row_images
 from ..training.targets import fill_caches
 from .figures import curves_figure
@@ -129,8 +129,7 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 
 
 def find_tasks(options: Namespace, args: OlaVlmArguments) -> list[dict]:
-    # A recipe may name gen, depth and seg without their sizes, which are the paper's then.
-    tasks = [{**PAPER_TASKS.get(task["name"], {}), **task} for task in args.tasks or []]
+    tasks = tasks_of_teachers(args.tasks or [])
     if not tasks or not args.teachers:
         raise ValueError("the recipe has no tasks and teachers: name another one, or give --tasks and --teachers")
     names = [task["name"] for task in tasks]

@@ -39,8 +39,11 @@ def load_processor(args: OlaVlmArguments) -> ProcessorMixin | None:
     # A checkpoint brings its own.
     if args.checkpoint:
         return read_processor(args.checkpoint, args.trust_remote_code, llava_as_ours=not args.tasks)
-    if not args.language_model:
+    if not args.language_model and not args.vision_tower:
         return None
+    if not args.language_model or not args.vision_tower:
+        what = "a row's tokens depend on both, vision_tower and language_model"
+        raise ValueError(f"{what}: give the other one, too, or neither")
     # Else as `build_ola_vlm` would make it of the parts, from their configurations alone.
     with loading_from(args.language_model, weights=False):
         text_config = AutoConfig.from_pretrained(args.language_model, trust_remote_code=False)

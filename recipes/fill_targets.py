@@ -3,10 +3,9 @@
 from argparse import Namespace
 
 from ..commands.running import command, tell
-from ..configuration_ola_vlm import PAPER_TASKS
 from ..targets.fill import make_teachers
 from ..training.check import drop_bad_rows
-from ..training.preflight import tasks_of_checkpoint
+from ..training.preflight import tasks_of_checkpoint, tasks_of_teachers
 from ..training.rows import Rows
 from ..training.targets import fill_caches, find_images
 from .arguments import check_data_is_made, make_arguments
@@ -19,10 +18,7 @@ def main(options: Namespace) -> None:
         raise ValueError("nothing to fill: give data, target_cache, teachers, and tasks or a checkpoint that has some")
     check_data_is_made(args)
     # With a checkpoint its own, or those that are to be attached to it.
-    tasks = tasks_of_checkpoint(args) if args.checkpoint else args.tasks
-    assert tasks is not None
-    # A recipe's tasks may leave out what the paper's have, such as the shape of a target.
-    tasks = [{**PAPER_TASKS.get(task["name"], {}), **task} for task in tasks]
+    tasks = tasks_of_checkpoint(args) if args.checkpoint else tasks_of_teachers(args.tasks or [])
     teachers = make_teachers(tasks, args.teachers, args.device)
     # What is missing, such as a folder of weights, is said before rows are read.
     for teacher in teachers.values():

@@ -24,6 +24,7 @@ from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.attach import AttachedPredictors
 from ola_vlm.training.collator import AttachedCollator
+from ola_vlm.training.preflight import check_run
 
 ATTACHED = ["qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3", "internvl"]
 SMALL = {"num_task_tokens": 0, "predictor_heads": 2, "predictor_head_dim": 8}
@@ -228,6 +229,34 @@ def test_what_does_not_fit(place, tmp_path):
     refused("image_side is 64, of a square", image_side=64, image_square=False)
     refused("max_length 15 has no room for an image", max_length=15, data="never/read.csv")
     assert not (tmp_path / "never" / "run.json").exists()
+
+
+def test_predicted_places_are_those_of_the_teachers_square(place, tmp_path):
+    """An image of its own form has other places, and perhaps as many: refused, given or remembered."""
+    patch = {"name": "depth", "layers": [2], "predictor": "patch", "target_length": GRID**2, "target_dim": 32}
+    message = r"image_square is false, and task 'depth' \(predictor patch\) predicts .*: set image_square to true"
+
+    def check(**changes):
+        return check_run(fields(place, "qwen2_5_vl", tmp_path, **{"tasks": [patch], **changes}))
+
+    with pytest.raises(ValueError, match=message):
+        check(image_square=False)
+    remembered = tmp_path / "remembered"
+    shutil.copytree(place / "qwen2_5_vl", remembered)
+    config = json.loads((remembered / "config.json").read_text())
+    (remembered / "config.json").write_text(json.dumps({**config, "image_view": {"square": False}}))
+    with pytest.raises(ValueError, match=message):
+        check(checkpoint=str(remembered))
+    assert len(check(checkpoint=str(remembered), image_square=True)) == 1
+    # What has no places, what may learn them, and what doesn't train.
+    of_whole_image = {**patch, "target_length": 1}
+    assert len(check(image_square=False, tasks=[of_whole_image], teachers=None)) == 1
+    assert len(check(image_square=False, tasks=[DEPTH])) == 1
+    assert check(image_square=False, stage="finetune") == []
+    # In a program it is the collator that is told both.
+    processor = AutoProcessor.from_pretrained(place / "qwen2_5_vl")
+    with pytest.raises(ValueError, match=message):
+        AttachedCollator(processor, tasks=[patch], square=False)
 
 
 # Of the tests' tiny models: how many pixels a side make how many tokens a side.

@@ -514,6 +514,20 @@ def test_rows_that_are_too_long():
     assert forward(model, nothing).predictions["gen"][2].shape[0] == 0
 
 
+def test_an_image_that_the_processor_refuses_is_a_bad_row():
+    """Qwen's takes none that is more than 200 times as long as wide; padded to a square it does."""
+    model, processor = make("qwen2_5_vl")
+    rows = make_rows([1, 1, 0, 1])
+    rows[1]["images"] = [random_image(0, (3000, 10))]
+    refused = "row row-1: Qwen2_5_VLProcessor refuses it: absolute aspect ratio must be smaller than 200"
+    with pytest.raises(BadRow, match=refused):
+        make_collator(model, processor, square=False)(rows)
+    batch = make_collator(model, processor, square=False, drop_bad_rows=True)(rows)
+    assert batch["row_ids"] == ["row-0", "row-2", "row-3"] and len(batch["targets"]["gen"]) == 2
+    assert len(batch["bad_rows"]) == 1 and re.match(refused, batch["bad_rows"][0])
+    assert len(make_collator(model, processor)(rows)["row_ids"]) == 4
+
+
 def test_the_student_sees_the_teachers_square():
     """A 3:1 image has as many tokens as its square, and its pixels are in the middle; unless this is turned off."""
     model, processor = make("qwen2_5_vl")

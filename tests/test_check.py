@@ -185,3 +185,8 @@ def test_command_on_files_and_on_a_checkpoint(tmp_path, capsys, tiny_parts):
     assert "longest row in tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no data: give"):
         cli.main(["check-data"])
+    # What a tower makes of an image isn't known, or what a text's tokens are.
+    for name in ("language_model", "vision_tower"):
+        with pytest.raises(SystemExit, match="depend on both, vision_tower and language_model: give") as stopped:
+            cli.main(["check-data", *place, f"--{name}", str(getattr(tiny_parts, name))])
+        assert "\n" not in str(stopped.value)

@@ -14,7 +14,9 @@ from tiny_teachers import save_clip_image
 
 from ola_vlm import cli
 from ola_vlm.commands.targets import shard
+from ola_vlm.recipes import RECIPES
 from ola_vlm.targets.fill import make_teachers, open_caches
+from ola_vlm.training.preflight import tasks_of_teachers
 
 
 @pytest.fixture
@@ -129,6 +131,42 @@ def test_refusals(fields, tmp_path):
     with pytest.raises(SystemExit, match=r"bad rows: image missing \(1\); .*4\.png"):
         cli.main(argv(fields))
     cli.main(argv(fields | {"on_bad_rows": "drop"}))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([{"name": "dino", "layers": [8]}], r"tasks\[dino\]\.target_length is None: give an integer of at least 1"),
+        ([{"layers": [8]}], r"tasks\[\]\.name is None: give each task an identifier"),
+        (["depth"], r"tasks\[\] is 'depth': give each task as a dict"),
+        ([{"name": "gen", "laiers": [8]}], r"tasks\[gen\] is \['laiers'\]: unknown fields"),
+        ([{"name": "gen"}] * 2, "give each task its own name"),
+    ],
+)
+@pytest.mark.parametrize("command", ["targets", "probe x --images x --out x"])
+def test_tasks_that_cannot_be_are_named(fields, tmp_path, command, tasks, message):
+    """By commands that know no language model."""
+    (tmp_path / "x.png").touch()
+    teachers = json.dumps({"dino": {"encoder": "vision", "path": "x"}})
+    given = argv(fields | {"tasks": json.dumps(tasks), "teachers": teachers})[1:]
+    with pytest.raises(SystemExit, match=message) as stopped:
+        cli.main([*command.split(), *given])
+    assert "\n" not in str(stopped.value)
+
+
+def test_tasks_whose_language_model_is_not_known():
+    """All recipes', and those that leave out what predicts the targets."""
+    for recipe in RECIPES.values():
+        tasks = recipe().get("tasks") or []
+        assert [task["name"] for task in tasks_of_teachers(tasks)] == [task["name"] for task in tasks]
+    shape = {"target_length": 49, "target_dim": 384}
+    for fields in ({}, {"predictor": "patch"}, {"predictor": "none", "place_code": 8}):
+        task = {"name": "dino", **shape, **fields}
+        assert tasks_of_teachers([task]) == [task]
+    words = {"name": "words", "target": "words", "predictor": "none", "target_length": 49}
+    assert tasks_of_teachers([words]) == [words]
+    (depth,) = tasks_of_teachers([{"name": "depth", "predictor": "patch"}])
+    assert depth["target_length"] == 576
 
 
 def test_help_names_the_options(capsys):

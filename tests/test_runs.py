@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from conftest import CHAT_TEMPLATE
 from huggingface_hub import constants
 from training_helpers import Interrupt, llava_sample, losses, weights, write_llava
@@ -19,6 +21,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from ola_vlm import cli
 from ola_vlm import train as train_module
+from ola_vlm.convert.merge import record_file
 from ola_vlm.eval.during_training import report_answers
 from ola_vlm.recipes.miniature import WEIGHTS
 from ola_vlm.train import train
@@ -28,6 +31,7 @@ from ola_vlm.training.preflight import check_run
 from ola_vlm.training.rows import Rows, load_rows
 from ola_vlm.training.run_record import (
     check_checkpoint,
+    check_unused,
     data_fingerprint,
     differences,
     is_finished,
@@ -38,6 +42,7 @@ from ola_vlm.training.run_record import (
     write_run,
 )
 
+RECIPES_FOLDER = Path(train_module.__file__).parent / "recipes"
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -235,6 +240,36 @@ def test_weights_are_not_overwritten(fields, tmp_path):
     train(arguments(fields, tmp_path / "run", max_steps=1))
     with pytest.raises(ValueError, match=r"has model\.safetensors of an earlier run, which would be overwritten"):
         train(arguments(fields, tmp_path / "run", max_steps=1, learning_rate=0.5))
+
+
+def test_a_run_that_goes_on_elsewhere_overwrites_no_other(fields, tmp_path):
+    """From a checkpoint that lies in another folder than its output."""
+    for name, seed in (("first", 1), ("second", 2)):
+        train(arguments(fields, tmp_path / name, **SAVED, max_steps=2, seed=seed))
+    before = contents(tmp_path / "second")
+    options = {**SAVED, "max_steps": 2, "seed": 1}
+    options["resume_from_checkpoint"] = str(tmp_path / "first" / "checkpoint-1")
+    with pytest.raises(ValueError, match="second has checkpoint-2 of an earlier run"):
+        train(arguments(fields, tmp_path / "second", **options))
+    assert contents(tmp_path / "second") == before
+    resumed = train(arguments(fields, tmp_path / "third", **options))
+    assert resumed.state.global_step == 2 and len(losses(resumed)) == 2
+
+
+def test_folders_that_only_sound_like_checkpoints(tmp_path):
+    """They are none of a run's: neither a reason to stop, nor what a run goes on from, nor known by its record."""
+    write_run(tmp_path, {"finished_steps": 7})
+    for name in ("checkpoint-best", "checkpoints", "checkpoint-7b"):
+        (tmp_path / name).mkdir()
+        assert read_run(tmp_path / name) is None and record_file(str(tmp_path / name)) is None
+    check_unused(tmp_path)
+    assert last_checkpoint(tmp_path) is None
+    for step in (1000, 7):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        assert read_run(tmp_path / f"checkpoint-{step}") == {"finished_steps": 7}
+        assert record_file(str(tmp_path / f"checkpoint-{step}")) == tmp_path / "run.json"
+    with pytest.raises(ValueError, match="has checkpoint-1000 of an earlier run"):
+        check_unused(tmp_path)
 
 
 def test_an_export_overwrites_no_model(tmp_path):
@@ -518,6 +553,17 @@ def test_other_trackers_get_the_table_too(monkeypatch):
     assert text[1][1].splitlines()[2] == r"| what \| is ? | a.png | (A) | &lt;b&gt; |"
 
 
+def test_only_the_best_checkpoint_is_saved(fields, tmp_path):
+    """By evaluations, of which a share to evaluate on calls for one an epoch."""
+    best = {"eval_data": "0.25", "save_strategy": "best", "load_best_model_at_end": True}
+    args = arguments(fields, tmp_path / "run", **best)
+    assert args.eval_strategy == "epoch"
+    trainer = train(args)
+    measured = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    assert len(measured) == 2
+    assert trainer.state.best_global_step == min(measured, key=measured.get)
+
+
 def test_evaluation_with_answers(fields, tmp_path):
     """On a share; its losses, and answers of all questions; the best checkpoint is what is saved."""
     options = {"eval_data": "0.25", "eval_questions": write_questions(tmp_path / "data")}
@@ -629,6 +675,21 @@ def test_an_optimizer_that_is_made_for_a_model_at_hand(fields, tmp_path, monkeyp
             check_run(args)
         args.optim_target_modules = "all-linear"
     assert check_run(args) == []
+
+
+def test_zero3_that_saves_no_model_is_refused(fields, tmp_path):
+    """DeepSpeed itself isn't needed: what is read is its configuration."""
+    args = arguments(fields, tmp_path / "out")
+    for name in ("zero2.json", "zero3.json"):
+        config = HfDeepSpeedConfig(str(RECIPES_FOLDER / "accelerate" / name))
+        args.deepspeed_plugin = SimpleNamespace(hf_ds_config=config)
+        assert check_run(args) == []
+    field = "stage3_gather_16bit_weights_on_model_save"
+    for value in ({}, {field: False}):
+        config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3, **value}})
+        args.deepspeed_plugin = SimpleNamespace(hf_ds_config=config)
+        with pytest.raises(ValueError, match=f"deepspeed: ZeRO-3 without {field} saves shards.*: set it to true"):
+            check_run(args)
 
 
 @pytest.mark.parametrize("command", ["train", "targets", "check-data"])

@@ -595,6 +595,19 @@ def test_mixed_precision_keeps_what_trains_in_float32_and_the_rest_as_loaded(mak
     assert set(different) <= ({table} if stage == "pretrain" else set()), different
 
 
+@pytest.mark.parametrize("folder", ["checkpoints", "checkpoint-7"])
+def test_the_final_model_has_its_type_however_its_folder_is_called(make_model, tmp_path, folder):
+    model, processor = make_model(dtype=torch.bfloat16)
+    options = {"bf16": True, "dtype": "bfloat16", "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(model, processor, tmp_path / folder, **options)
+    trainer.train()
+    trainer.save_model()
+    final = load_file(tmp_path / folder / "model.safetensors")
+    assert {value.dtype for value in final.values()} == {torch.bfloat16}
+    resumable = load_file(tmp_path / folder / "checkpoint-1" / "model.safetensors")
+    assert {value.dtype for value in resumable.values()} == {torch.float32, torch.bfloat16}
+
+
 def test_training_keeps_no_keys_and_values(make_model, tmp_path):
     model, processor = make_model()
     assert model.config.text_config.use_cache

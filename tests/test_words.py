@@ -1,5 +1,6 @@
 """Words as targets: teachers' maps to numbers, numbers in the cache, words to tokens, tokens to embeddings."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ from transformers import (
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SwinConfig,
+    Trainer,
 )
+from transformers.integrations.neftune import activate_neftune
 
 from ola_vlm import cli
 from ola_vlm.convert.parts import build_ola_vlm
@@ -38,6 +41,7 @@ from ola_vlm.targets.words import (
 )
 from ola_vlm.train import train
 from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.losses import combine_words
 from ola_vlm.training.words import WordSource, encode_word, encode_words
 
 GRID = 4
@@ -488,6 +492,47 @@ def test_scaled_embeddings_count_as_the_lookup_gives_them(tiny_parts):
     torch.testing.assert_close(table[0], rows[ids[0, 0]] * 32**0.5, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(table[1], rows[ids[1]].mean(0) * 32**0.5, rtol=1e-3, atol=1e-6)
     assert not table.requires_grad
+
+
+def test_noise_that_training_adds_to_embeddings_is_none_of_the_targets(make_model):
+    """NEFTune's, which acts where words are looked up."""
+    model, processor = make_model([TASK])
+    ids = encode_words(processor.tokenizer, ["red", "blue cube"])
+    (expected,) = model.eval().word_embeddings({"words": [ids]})["words"]
+    activate_neftune(model, neftune_noise_alpha=5.0)
+    model.train()
+    lookup = model.get_input_embeddings()
+    assert not lookup(ids[1:]).equal(lookup.weight[ids[1:]])
+    (found,) = model.word_embeddings({"words": [ids]})["words"]
+    assert found.equal(expected)
+    assert lookup.training
+
+
+class CastByDeepSpeed:
+    """What transformers' trainer does to a batch if DeepSpeed trains in bf16."""
+
+    _prepare_input = Trainer._prepare_input
+    args = SimpleNamespace(device="cpu")
+    is_deepspeed_enabled = True
+    config = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=config)))
+
+
+def test_numbers_of_words_are_never_rounded(make_model, tmp_path):
+    """bf16 has no 257: it would be another word."""
+    numbers = torch.arange(250, 266)
+    words = [" ".join(pair) for pair in itertools.product(WORDS.split(), repeat=2)]
+    source = WordSource({"class": words}, {"class": lambda images: numbers.float().expand(len(images), 16)[..., None]})
+    model, processor = make_model([{**TASK, "words": ["class"]}])
+    trainer = make_trainer(model, processor, tmp_path, sources={"words": source})
+    batch = trainer.data_collator(random_rows(3, [1, 0, 2]))
+    empty = trainer.data_collator(random_rows(1, 0))
+    trainer._attach_step_targets([empty, batch], torch.device("cpu"))
+    cast = CastByDeepSpeed()._prepare_input(batch)
+    assert cast["pixel_values"].dtype == torch.bfloat16
+    table = torch.randn(len(words), 4)
+    for found in (cast["targets"]["words"], cast["step_targets"]["columns"]["words"]):
+        assert combine_words(found, [table], "sum").equal(table[numbers].expand(3, -1, -1))
 
 
 def test_a_source_without_words_is_refused(make_model, tmp_path):

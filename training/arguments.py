@@ -188,7 +188,8 @@ class OlaVlmArguments(RunFields, ModelFields, DataFields, TeacherFields, Adapter
         if self.eval_data and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
             # An epoch's end is the end of training, too; the best checkpoint is one of those that are saved.
             self.eval_strategy = "epoch"
-            if self.load_best_model_at_end:
+            # But for those of "best", which are saved at evaluations, whenever these are.
+            if self.load_best_model_at_end and SaveStrategy(self.save_strategy) != SaveStrategy.BEST:
                 self.eval_strategy = self.save_strategy
             self.eval_steps = self.eval_steps or self.save_steps
         if self.load_best_model_at_end and SaveStrategy(self.save_strategy) == SaveStrategy.NO:

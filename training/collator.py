@@ -24,6 +24,9 @@ from .rows import BadRow, open_source
 IGNORE_INDEX = -100
 # To see what the processor makes of an image, and in place of one where a batch has none.
 BLANK = Image.new("RGB", (64, 64))
+# Types of targets that stay as they are; others become float32. 16 bits: half the memory, and half of what ranks
+# exchange, and the loss makes float32 of them. Integers: numbers of words.
+KEPT_DTYPES = (torch.bfloat16, torch.float16, torch.int32)
 # Fills the last batch of an evaluation; it is left out as the batch is made.
 PADDING_ROW = {"id": "", "is_padding": True}
 
@@ -96,9 +99,9 @@ class OlaVlmCollator:
             between packed rows, as flash attention.
 
     Returns of a call: input_ids, attention_mask, labels (B, T); pixel_values (N, 3, H, W), without any image 0 rows,
-    so that all ranks run the same graph; targets: task -> (N, Q, E), in 16 bits if their source gives that, else
-    fp32; row_ids: list of str; bad_rows and long_rows: lists of str, one for each row left out. A batch that lost all
-    its rows has one of two padding tokens, unsupervised.
+    so that all ranks run the same graph; targets: task -> (N, Q, E), in 16 bits if their source gives that, numbers of
+    words in int32, else fp32; row_ids: list of str; bad_rows and long_rows: lists of str, one for each row left out. A
+    batch that lost all its rows has one of two padding tokens, unsupervised.
 
     Given lists of rows (`training.packing.PackedRows`), each becomes one row of the batch. There is no attention_mask
     then but position_ids (B, T), which begin anew with each row and with the padding, transformers' form of packing.
@@ -373,8 +376,7 @@ class OlaVlmCollator:
             if target.shape != expected:
                 shapes = f"targets {tuple(target.shape)} from its teacher, {expected} from its configuration"
                 raise ValueError(f"task {name!r} has {shapes}: set target_length and target_dim to the teacher's")
-            # 16 bits stay: half the memory, and half of what ranks exchange. The loss makes float32 of them.
-            if target.dtype not in (torch.bfloat16, torch.float16):
+            if target.dtype not in KEPT_DTYPES:
                 target = target.float()
             targets[name] = target
         return targets
@@ -429,10 +431,10 @@ class AttachedCollator(OlaVlmCollator):
     does not matter how many runs of tokens, tags and tiles it makes of one. A batch without images has one more row,
     the last, of a blank image and without labels, so that all ranks run the same graph, vision tower included.
     `square`: pad each image to a square with the processor's mean color before it is given to it, the square that the
-    teachers see. `side`: and resize that square to so many pixels, so that all images have equally many tokens.
-    `image_options`: more arguments of the image processor, such as `{"do_image_splitting": False}`. The other
-    arguments and results are `OlaVlmCollator`'s; `max_length` counts image tokens, but `check_text`, before images are
-    opened, counts each image as one.
+    teachers see; tasks that predict each place of it from that place's token need it. `side`: and resize that square
+    to so many pixels, so that all images have equally many tokens. `image_options`: more arguments of the image
+    processor, such as `{"do_image_splitting": False}`. The other arguments and results are `OlaVlmCollator`'s;
+    `max_length` counts image tokens, but `check_text`, before images are opened, counts each image as one.
     """
 
     def __init__(
@@ -446,6 +448,7 @@ class AttachedCollator(OlaVlmCollator):
         image_options: dict | None = None,
         **options,
     ):
+        check_square(square, tasks)
         super().__init__(processor, target_sources, tasks, max_length, **options)
         self.square = square
         self.side = side
@@ -474,7 +477,14 @@ class AttachedCollator(OlaVlmCollator):
             # One more row, so that the vision tower runs on every rank.
             texts.append(self.blank_text)
             images.append([BLANK])
-        batch, offsets, replacements = self._process(texts, images)
+        try:
+            batch, offsets, replacements = self._process(texts, images)
+        except ValueError:
+            faults = self._refused(samples)
+            # None of them alone: it's no row's fault.
+            if not faults:
+                raise
+            return {}, faults
         ids = batch["input_ids"].numpy()
         is_attended = batch["attention_mask"].numpy() == 1
 
@@ -495,6 +505,22 @@ class AttachedCollator(OlaVlmCollator):
         # Without the blank image's row.
         lengths = is_attended.sum(1).tolist()[: len(samples)]
         return dict(batch), self._too_long(samples, lengths)
+
+    def _refused(self, samples: list[Sample]) -> Faults:
+        """Samples that the processor can't take, such as of an image that is too long and narrow for Qwen's. BadRow
+        unless bad rows are dropped."""
+        faults = {}
+        for i, sample in enumerate(samples):
+            # No processor takes a call without any image.
+            if not sample.images:
+                continue
+            try:
+                self._process([sample.encoded.text], [sample.images])
+            except ValueError as error:
+                reason = f"{type(self.processor).__name__} refuses it: {error}"
+                faults[i] = BadRow("undecodable", reason)
+        self._raise_unless_dropped(samples, faults)
+        return faults
 
     def _labels_of_words(
         self, encoded: Encoded, ids: np.ndarray, offsets: np.ndarray, replacements: Sequence[dict]
@@ -564,9 +590,15 @@ class AttachedCollator(OlaVlmCollator):
         for i, length in enumerate(lengths):
             if self.max_length and length > self.max_length:
                 faults[i] = BadRow("too_long", f"{length} tokens, more than max_length={self.max_length}")
-        if faults and not self.drop_bad_rows:
-            raise BadRow("too_long", "; ".join(f"row {samples[i].id}: {reason}" for i, reason in faults.items()))
+        self._raise_unless_dropped(samples, faults)
         return faults
+
+    def _raise_unless_dropped(self, samples: list[Sample], faults: Faults) -> None:
+        """BadRow, which names the rows, for faults of one kind, unless bad rows are dropped."""
+        if self.drop_bad_rows or not faults:
+            return
+        kind = next(iter(faults.values())).kind
+        raise BadRow(kind, "; ".join(f"row {samples[i].id}: {reason}" for i, reason in faults.items()))
 
     def _view(self, image: Image.Image) -> Image.Image:
         if not self.square:
@@ -585,6 +617,20 @@ class AttachedCollator(OlaVlmCollator):
         if isinstance(mean, (int, float)):
             mean = [mean] * 3
         return tuple(round(255 * value) for value in mean)
+
+
+def check_square(square: bool, tasks: Sequence[dict]) -> None:
+    """ValueError if images keep their own form (`square` is False) and a task's predictions, each made of an image's
+    token, are compared place by place with a teacher's, who sees the padded square."""
+    if square:
+        return
+    for task in tasks:
+        predictor = task.get("predictor", "resampler")
+        # A target of one position is of the whole image: it has no places.
+        if predictor != "resampler" and task["target_length"] > 1:
+            what = f"image_square is false, and task {task['name']!r} (predictor {predictor}) predicts places"
+            remedy = "set image_square to true, or predictor to resampler"
+            raise ValueError(f"{what} of the square that its teacher sees: {remedy}")
 
 
 def _with_sequences(rows: Sequence[dict] | Sequence[list[dict]]) -> Iterator[tuple[int | None, dict]]:

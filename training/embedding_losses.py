@@ -17,8 +17,9 @@ from .collator import AttachedCollator, OlaVlmCollator
 from .losses import StepTargets, task_loss
 from .words import word_ids_of
 
-# Numeric types of targets, the narrowest first: on their way between ranks each is named by its place here.
-TARGET_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Numeric types of targets, the narrowest first, and that of words' numbers: on their way between ranks each is named
+# by its place here.
+TARGET_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
 
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 that cost nothing to see are seen first."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -26,11 +27,13 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..baselines.configuration_multi_encoder import MultiEncoderLlavaConfig
-from ..configuration_ola_vlm import TASK_FIELDS, OlaVlmConfig, normalize_task
+from ..configuration_ola_vlm import PAPER_TASKS, TASK_FIELDS, OlaVlmConfig, normalize_task
 from ..targets.encoders import load_vision_config
 from ..targets.fill import Teacher, make_teachers
 from ..targets.loading import check_code, check_place, find_file, loading_from, one_line, read_json_object
 from .arguments import NO_DATA, NOTHING_TO_EVALUATE, OlaVlmArguments
+from .attach import VIEW
+from .collator import check_square
 from .packing import check_keeps_rows_apart
 from .stages import find_stage
 from .words import encode_words
@@ -102,6 +105,8 @@ def check_run(args: OlaVlmArguments) -> list[dict]:
     trained = []
     if stage.embedding_losses:
         trained = tasks
+    if is_attached(args):
+        check_square(view_of_images(args).get("square", True), trained)
     for task in trained:
         if task["place_code"] > 0 and (args.teachers or {}).get(task["name"], {}).get("motion"):
             raise ValueError(f"task {task['name']!r}: places don't move: give place_code 0 with a teacher's motion")
@@ -132,6 +137,7 @@ def _check_trainer_fields(args: OlaVlmArguments) -> None:
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: on a CPU take bf16, or leave it out")
     _check_optimizer(args)
+    _check_deepspeed(args)
     # The first process alone pushes: other machines need no token.
     if args.push_to_hub and args.process_index == 0 and not (args.hub_token or get_token()):
         raise ValueError("push_to_hub: nobody is logged in, run `hf auth login`; or push later (`ola-vlm push`)")
@@ -145,6 +151,17 @@ def _check_trainer_fields(args: OlaVlmArguments) -> None:
         name = SchedulerType(args.lr_scheduler_type).value
         fields = f"lr_scheduler_type {name} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
         raise ValueError(f"{fields} doesn't work: {error}") from error
+
+
+def _check_deepspeed(args: OlaVlmArguments) -> None:
+    """ValueError for a configuration of DeepSpeed, given or accelerate's, that leaves checkpoints without a model."""
+    if args.deepspeed_plugin is None:
+        return
+    config = args.deepspeed_plugin.hf_ds_config
+    field = "stage3_gather_16bit_weights_on_model_save"
+    if config.is_zero3() and not config.get_value(f"zero_optimization.{field}"):
+        what = f"deepspeed: ZeRO-3 without {field} saves shards, and no model that could be loaded"
+        raise ValueError(f"{what}: set it to true in zero_optimization, as recipes/accelerate/zero3.json does")
 
 
 def _check_optimizer(args: OlaVlmArguments) -> None:
@@ -176,6 +193,27 @@ def _check_words(args: OlaVlmArguments, teachers: dict[str, Teacher]) -> None:
             path, trust_remote_code=bool(args.checkpoint and args.trust_remote_code)
         )
     encode_words(tokenizer, words)
+
+
+def tasks_of_teachers(tasks: Sequence[dict]) -> list[dict]:
+    """Tasks with the paper's fields where they lack them, for commands that know teachers and no language model.
+    ValueError, as of `normalize_task`, for what can't be whatever the language model is."""
+    completed = []
+    for task in tasks:
+        width = 1
+        checked = task
+        if isinstance(task, dict):
+            # A recipe may name gen, depth and seg without their sizes.
+            complete = {**PAPER_TASKS.get(str(task.get("name")), {}), **task}
+            completed.append(complete)
+            # Of a language model as wide as the task needs it, and deep enough. What predicts the targets may be left
+            # out: it plays no part.
+            sizes = [complete.get("target_dim"), complete.get("place_code")]
+            width = max(1, sum(size for size in sizes if type(size) is int))
+            checked = {"layers": [0], "num_task_tokens": 0, **task}
+        normalize_task(checked, width, sys.maxsize)
+    _check_names(completed)
+    return completed
 
 
 def tasks_of_checkpoint(args: OlaVlmArguments) -> list[dict]:
@@ -216,10 +254,14 @@ def _config_fields(checkpoint: str) -> dict:
 
 def _normalized(tasks: list[dict], text: PreTrainedConfig) -> list[dict]:
     tasks = [normalize_task(task, text.hidden_size, text.num_hidden_layers) for task in tasks]
+    _check_names(tasks)
+    return tasks
+
+
+def _check_names(tasks: Sequence[dict]) -> None:
     names = [task["name"] for task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"tasks is {names}: give each task its own name")
-    return tasks
 
 
 def _tasks_on_checkpoint(args: OlaVlmArguments) -> list[dict]:
@@ -249,6 +291,22 @@ def is_attached(args: OlaVlmArguments) -> bool:
         return False
     # A plain LLaVA without tasks is an OLA-VLM without tasks.
     return kind not in (None, "llava") or bool(args.tasks or fields.get("tasks"))
+
+
+def given_view(args: OlaVlmArguments) -> dict:
+    """How a model that isn't ours sees images, as far as the run says it: arguments of `AttachedCollator`."""
+    view = {"square": args.image_square, "side": args.image_side, "image_options": args.image_options}
+    return {name: value for name, value in view.items() if value is not None}
+
+
+def view_of_images(args: OlaVlmArguments) -> dict:
+    """The same with what the run before had, for fields that aren't given."""
+    # A checkpoint of another class (`is_attached`).
+    assert args.checkpoint is not None
+    remembered = _config_fields(args.checkpoint).get(VIEW)
+    if not isinstance(remembered, dict):  # none, or a stranger's mistake
+        remembered = {}
+    return {**remembered, **given_view(args)}
 
 
 def _check_packing(args: OlaVlmArguments) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -95,6 +96,18 @@ def write_run(folder: str | Path, record: dict) -> None:
     write_whole(Path(folder) / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of that name is one that a run saves to go on from: not "checkpoints" or "checkpoint-best"."""
+    return re.fullmatch(r"checkpoint-[0-9]+", name) is not None
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """A run's folders of that kind, whole or not, by their steps."""
+    checkpoints = [path for path in Path(output_dir).glob("checkpoint-*") if is_checkpoint_name(path.name)]
+    # By number: as texts, checkpoint-900 would come behind checkpoint-1000.
+    return sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
 def record_in(folder: str | Path) -> dict | None:
     """What the run.json in this very folder says; None if there is none. ValueError for a damaged one."""
     file = Path(folder) / RUN_FILE
@@ -112,7 +125,7 @@ def read_run(folder: str | Path) -> dict | None:
     folder = Path(folder)
     record = record_in(folder)
     # run.json lies in the run's folder, not in its checkpoints.
-    if record is None and folder.name.startswith("checkpoint-"):
+    if record is None and is_checkpoint_name(folder.name):
         record = record_in(folder.parent)
     return record
 
@@ -286,9 +299,7 @@ def _identity_in(state: dict) -> dict | None:
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint: the trainer's state is what is written last."""
-    # By number: as texts, checkpoint-900 would come behind checkpoint-1000.
-    checkpoints = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
-    newest_first = sorted(checkpoints, key=lambda path: int(path.name[11:]), reverse=True)
+    newest_first = reversed(checkpoints_in(output_dir))
     return next((str(path) for path in newest_first if _saved_state(path) is not None), None)
 
 
@@ -308,10 +319,10 @@ def check_holds_no_model(out: str | Path) -> None:
 def check_unused(output_dir: str | Path) -> None:
     """ValueError if a new run would overwrite what is in the folder."""
     folder = Path(output_dir)
-    checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
+    checkpoints = checkpoints_in(folder)
     if checkpoints:
         go_on = "go on with it by --resume_from_checkpoint true, "
-        raise ValueError(f"{folder} has {checkpoints[-1]} of an earlier run: {go_on}{REMEDY}")
+        raise ValueError(f"{folder} has {checkpoints[-1].name} of an earlier run: {go_on}{REMEDY}")
     weights = weights_in(folder)
     if weights is not None:
         raise ValueError(f"{folder} has {weights} of an earlier run, which would be overwritten: {REMEDY}")
@@ -335,7 +346,7 @@ def check_checkpoint(checkpoint: str | Path, identity: dict) -> None:
     names = [path.name for path in Path(checkpoint).iterdir()]
     if not any(name.startswith(("optimizer", "global_step")) for name in names):
         what = "has no optimizer state (save_only_model), so the run can't go on from it exactly"
-        if any(name.startswith("checkpoint-") for name in names):
+        if any(is_checkpoint_name(name) for name in names):
             what = "is a run's folder, its end: give true, or one of the checkpoints in it"
         raise ValueError(f"{checkpoint} {what}; {begin}")
     if "optimizer.pt" in names and "scheduler.pt" not in names:
@@ -366,11 +377,14 @@ def is_finished(output_dir: str | Path, identity: dict) -> bool:
 
 def check_start(args: OlaVlmArguments, checkpoint: str | None, identity: dict) -> None:
     """ValueError, which says how to go on, unless a run of this identity may go on from `checkpoint`, or, if that is
-    None, may begin in `args.output_dir`."""
+    None, may begin, and may write into `args.output_dir`."""
+    is_at_home = False
     if checkpoint is not None:
         check_checkpoint(checkpoint, identity)
+        # Its run's own folder, perhaps moved and without a run.json.
+        is_at_home = Path(checkpoint).absolute().parent.resolve() == Path(args.output_dir).resolve()
     # A run that was killed before its first checkpoint has left a run.json, and begins anew in its own folder.
-    elif not (args.resume_from_checkpoint and is_this_run(args.output_dir, identity)):
+    if not is_at_home and not (args.resume_from_checkpoint and is_this_run(args.output_dir, identity)):
         check_unused(args.output_dir)
     if args.resume_from_checkpoint:
         logger.info(f"resuming from {checkpoint or 'the beginning: there is no checkpoint yet'}")

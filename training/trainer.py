@@ -20,7 +20,6 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files.writing import write_whole
@@ -30,6 +29,7 @@ from .collator import PADDING_ROW
 from .embedding_losses import EmbeddingLosses, check_collator
 from .packing import PackedRows, flash_arguments
 from .rows import Rows
+from .run_record import is_checkpoint_name
 from .sampler import GroupedSampler
 from .sharding import configure_fsdp2, gather_optimizer, load_optimizer, original_class, retie, takes_whole_weights
 from .stages import find_stage, upcast_trained
@@ -255,7 +255,8 @@ class OlaVlmTrainer(EmbeddingLosses, Trainer):
             output_dir = self.args.output_dir
 
         # To resume exactly, a checkpoint needs the float32 of what trains; the model in the end has `args.dtype`.
-        is_to_resume = Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        is_the_end = Path(output_dir).resolve() == Path(self.args.output_dir).resolve()
+        is_to_resume = is_checkpoint_name(Path(output_dir).name) and not is_the_end
         dtype = self.args.torch_dtype
         # `{}` is what the other ranks have of a sharded model.
         is_cast = dtype is not torch.float32 and not is_to_resume and not self.has_adapters and state_dict != {}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 class WordSource:
-    """A task's source that joins one teacher a kind of word: images -> the words' numbers (N, Q, W), -1
+    """A task's source that joins one teacher a kind of word: images -> the words' numbers (N, Q, W), int32, -1
     for none.
 
     Args:
@@ -49,10 +49,11 @@ class WordSource:
             count = len(self.words[kind])
             if largest >= count:
                 raise ValueError(f"a teacher of {kind!r} words gives the number {largest}, but has {count} words")
-        numbers_NQW = torch.cat(list(numbers.values()), dim=-1)
-        # -1 stands for no word, and a cache's numbers may be unsigned bytes.
+        # Integers: DeepSpeed's trainer casts a batch's floats to 16 bits, which would round numbers above 256. Signed,
+        # as -1 stands for no word; of 32 bits, as neither NCCL nor gloo gathers 16.
+        numbers_NQW = torch.cat(list(numbers.values()), dim=-1).to(torch.int32)
         if any(self.alone):
-            numbers_NQW = self._without_others(numbers_NQW.to(torch.int16))
+            numbers_NQW = self._without_others(numbers_NQW)
         return numbers_NQW
 
     def _without_others(self, numbers_NQW: Tensor) -> Tensor:

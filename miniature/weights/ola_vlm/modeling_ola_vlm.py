@@ -231,7 +231,8 @@ def resize_grid(cells_VE: Tensor, length: int, name: str) -> Tensor:
     target_side = math.isqrt(length)
     if side**2 != count or target_side**2 != length:
         sizes = f"an image has {count} tokens, its target {length} positions, and not both are squares"
-        raise ValueError(f"task {name!r}: {sizes}: give images without tiles, or set target_length to {count}")
+        remedy = f"give square images (image_square) without tiles, or, if all have {count}, set target_length to it"
+        raise ValueError(f"task {name!r}: {sizes}: {remedy}")
     # (V, E) -> (E, side, side) -> (E, target_side, target_side) -> (Q, E)
     maps_EV = cells_VE.T.unflatten(1, (side, side))
     return F.adaptive_avg_pool2d(maps_EV[None], target_side)[0].flatten(1).T
@@ -635,14 +636,21 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     def word_embeddings(self, word_ids: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         """For each task tables (words, H), fp32, of what the lookup gives for words: the means of their tokens.
         `word_ids[task]`: for each kind of word ids (words, tokens), -1 behind a word with fewer tokens."""
+        lookup = self.get_input_embeddings()
+        # NEFTune's hook adds noise to what is looked up in training: for inputs, while targets are the words' own.
+        is_training = lookup.training
+        lookup.eval()
         found = {}
-        for name, kinds in word_ids.items():
-            found[name] = []
-            for ids_WT in kinds:
-                is_token_WT1 = (ids_WT >= 0)[..., None]
-                # -1 can't be looked up: it takes token 0, which the sum then leaves out.
-                embeds_WTH = self.get_input_embeddings()(ids_WT.clamp(min=0)).float()
-                found[name].append((embeds_WTH * is_token_WT1).sum(1) / is_token_WT1.sum(1))
+        try:
+            for name, kinds in word_ids.items():
+                found[name] = []
+                for ids_WT in kinds:
+                    is_token_WT1 = (ids_WT >= 0)[..., None]
+                    # -1 can't be looked up: it takes token 0, which the sum then leaves out.
+                    embeds_WTH = lookup(ids_WT.clamp(min=0)).float()
+                    found[name].append((embeds_WTH * is_token_WT1).sum(1) / is_token_WT1.sum(1))
+        finally:
+            lookup.train(is_training)
         return found
 
     @torch.no_grad()
