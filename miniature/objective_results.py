@@ -109,6 +109,17 @@ def budgets_of(results: Mapping[Key, dict]) -> list[int]:
     return sorted({budget for _, _, budget in results})
 
 
+def of_whole_seeds(
+    results: Mapping[Key, dict],
+    arms: Sequence[str] = design.DEFAULT_ARMS,
+    budgets: Sequence[int] = design.BUDGETS,
+) -> dict[Key, dict]:
+    """Those of the seeds that have every arm and budget: while a study runs, all arms have these in common."""
+    seeds = {seed for _, seed, _ in results}
+    whole = [seed for seed in seeds if all((arm, seed, budget) in results for arm in arms for budget in budgets)]
+    return {key: result for key, result in results.items() if key[0] in arms and key[1] in whole}
+
+
 def per_seed(
     results: Mapping[Key, dict], arm: str, budget: int, read: Callable[[dict], float | None]
 ) -> dict[int, float]:

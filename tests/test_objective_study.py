@@ -759,6 +759,14 @@ def test_labels_of_an_arm_that_is_worse():
     assert row.startswith("| patch | 0 | at most 75 | ")
 
 
+def test_only_whole_seeds_are_shown_while_a_study_runs():
+    results = made_up({"llava": 0, "words": 5, "patch": 1})
+    del results["words", 2, 75]
+    whole = objective_results.of_whole_seeds(results, arms=("llava", "words"), budgets=(0, 75, 6000))
+    assert {seed for _, seed, _ in whole} == {0, 1, 3} and {arm for arm, _, _ in whole} == {"llava", "words"}
+    assert len(whole) == 2 * 3 * 3
+
+
 def test_the_axis_ends_where_accuracies_do(monkeypatch, tmp_path):
     """Intervals over two seeds reach beyond."""
     drawn = []

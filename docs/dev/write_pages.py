@@ -28,12 +28,13 @@ import ola_vlm
 from ola_vlm.eval.compare import comparison_table
 from ola_vlm.eval.scoring import table
 from ola_vlm.miniature import placement, smollm2_report
-from ola_vlm.miniature.objective_report import numbers_text, report_text, write_report
-from ola_vlm.miniature.objective_results import collect, read_results
+from ola_vlm.miniature.objective_report import accuracy_lines, numbers_text, report_text, write_report
+from ola_vlm.miniature.objective_results import accuracy_table, collect, of_whole_seeds, read_results
 from ola_vlm.miniature.report import summary_tables
 from ola_vlm.miniature.report import table as markdown_table
 from ola_vlm.probing import figures
 from ola_vlm.recipes import miniature as recipe
+from ola_vlm.recipes import study as design
 from ola_vlm.world import language, render
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,8 @@ SMOLLM2 = ROOT / "docs" / "smollm2.md"
 RESULTS = ROOT / "docs" / "results"
 PROTOCOL = ROOT / "docs" / "STUDY.md"
 STUDY = ROOT / "docs" / "study"
+# Results of confirming runs while these are not complete.
+CONFIRMING = STUDY / "confirming"
 # docs/api.md's headings and the names beneath them: all public names, which `api_page` checks.
 GROUPS = {
     "Model": ["OlaVlmConfig", "OlaVlmForConditionalGeneration", "OlaVlmProcessor"],
@@ -305,10 +308,23 @@ def evaluation_page() -> str:
 
 
 def study_page() -> str:
-    """Where LLaVA's tokens lie, as `ola_vlm.miniature.placement` stored it; the settings that tuning chose."""
+    """Where LLaVA's tokens lie, as `ola_vlm.miniature.placement` stored it; the settings that tuning chose; while the
+    confirming runs go on, what they have so far."""
     lines = placement.report_lines(read_stored("placement.json"))
     page = replace_part(PROTOCOL.read_text(), "placement", "\n".join(lines))
-    return replace_part(page, "settings", "\n".join(settings_table()))
+    page = replace_part(page, "settings", "\n".join(settings_table()))
+    if CONFIRMING.exists():
+        page = replace_part(page, "so far", "\n".join(lines_so_far()))
+    return page
+
+
+def lines_so_far() -> list[str]:
+    """The accuracies over the seeds that have every arm and budget: no test is made before all have."""
+    results = of_whole_seeds(read_results(CONFIRMING))
+    seeds = sorted({seed for _, seed, _ in results})
+    known = f"{len(seeds)} of {len(design.CONFIRMING_SEEDS)} seeds have every arm and budget"
+    head = f"{known}. Accuracy on the test questions (%, mean of the tasks; 95% interval over these seeds):"
+    return [head, "", *accuracy_lines(accuracy_table(results))]
 
 
 def settings_table() -> list[str]:
