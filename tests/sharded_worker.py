@@ -87,6 +87,7 @@ KINDS = {
     "idefics3": (lambda parts: make_attached("idefics3", tokens=True), "pretrain"),
     "llava_next": (lambda parts: make_attached("llava_next"), "visual_pretrain"),
     "adapters": (build, "finetune"),
+    "predicting_adapters": (build, "finetune"),
     "patch": (lambda parts: build(parts, tasks=[PATCH]), "pretrain"),
     "words": (lambda parts: build(parts, tasks=[WORDS, MOMENTS]), "pretrain"),
 }
@@ -114,6 +115,8 @@ def prepare(kind: str, parts: Path, out: Path, ranks: int, **options):
         options["dtype"] = "bfloat16"
     if kind.endswith("adapters"):
         options["lora_rank"] = 4
+    if kind == "predicting_adapters":
+        options["embedding_losses"] = True
     return make_trainer(model, processor, out, rows=random_rows(16, IMAGES), **options)
 
 

@@ -18,7 +18,7 @@ from ola_vlm.convert.push import find_files
 from ola_vlm.training.sharding import block_classes, configure_fsdp2
 
 ROOT = Path(__file__).parents[1]
-RESUMED = ("ola_vlm", "ola_vlm_finetune", "ola_vlm_visual", "tied", "idefics3", "adapters")
+RESUMED = ("ola_vlm", "ola_vlm_finetune", "ola_vlm_visual", "tied", "idefics3", "adapters", "predicting_adapters")
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,40 @@ divided by the image count of the whole optimizer step, and the contrastive colu
 are known before the step begins, so they are collected where the Trainer collects a step's micro-batches.
 """
 
+import math
 from collections import defaultdict
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 from transformers.utils.import_utils import is_peft_available
 
-from .attach import AttachedPredictors
-from .collator import AttachedCollator, OlaVlmCollator
+from .attach import AttachedPredictors, load_predictors, predictors_of, write_predictors
+from .collator import PADDING_ROW, AttachedCollator, OlaVlmCollator
 from .losses import StepTargets, task_loss
+from .packing import PackedRows
+from .sharding import (
+    configure_fsdp2,
+    gather_optimizer,
+    gather_parameters,
+    load_optimizer,
+    original_class,
+    retie,
+    takes_whole_weights,
+)
+from .stages import upcast_trained
 from .words import word_ids_of
+
+logger = logging.get_logger(__name__)
 
 # Numeric types of targets, the narrowest first, and that of words' numbers: on their way between ranks each is named
 # by its place here.
@@ -30,14 +53,19 @@ else:
 
 
 class EmbeddingLosses(Mixed):
-    """Mixed into a trainer's class before it. The trainer's collator is ours; its `compute_loss` calls
-    `add_embedding_losses` and `record_losses`, its `get_batch_samples` `_attach_step_targets`."""
+    """Mixed into a trainer's class before it. The trainer's collator is ours; its `__init__` calls `prepare_weights`
+    and `set_tasks`, its `compute_loss` `add_embedding_losses` and `record_losses`. Checkpoints, those of sharded runs
+    too, hold the predictors, and are resumed exactly."""
 
     # What transformers leaves open.
     model: PreTrainedModel
     data_collator: OlaVlmCollator
     processing_class: ProcessorMixin
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
 
+    # Bad rows met in training are dropped up to this share of the run's rows.
+    max_bad_rows = 0.01
     # The share of the steps after which a loss is off, whatever its task says; None: what the task says.
     losses_until: float | None = None
 
@@ -49,11 +77,43 @@ class EmbeddingLosses(Mixed):
         # step in training; tokens or images in evaluation.
         self._sums: dict[str, defaultdict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._counts: dict[str, defaultdict[str, Any]] = {"train": defaultdict(int), "eval": defaultdict(int)}
+        self._dropped = DroppedRows()
+        self.add_callback(self._dropped)
+
+    def prepare_weights(self) -> None:
+        """After the trainer's own set-up, when it is known what trains: in mixed precision that becomes float32, and
+        FSDP2 gets the settings that depend on the model. ValueError for those of FSDP that aren't supported."""
+        # DeepSpeed keeps float32 copies of its own.
+        if (self.args.bf16 or self.args.fp16) and not self.is_deepspeed_enabled:
+            upcast_trained(self.model)
+        if self.is_fsdp_enabled:
+            assert self.accelerator.state.fsdp_plugin is not None
+            configure_fsdp2(self.accelerator.state.fsdp_plugin, self.model)
 
     @property
     def base_model(self) -> PreTrainedModel:
         """The model that is trained, inside its adapters if it has some."""
         return base_of(self.model)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters train: `lora_rank`'s, or others, which a program has put on the model."""
+        return self.base_model is not self.model
+
+    @property
+    def has_predictors_beside_adapters(self) -> bool:
+        """Whether predictors train beside adapters, whose file has no place for them."""
+        return self.has_adapters and len(self.tasks) > 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights may be spread over ranks: a checkpoint's are gathered, the model's own are shards."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows dropped since the run began, interrupted or not; without those that were too long."""
+        return self._dropped.bad_rows
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
         """All ranks', one after the other."""
@@ -64,6 +124,35 @@ class EmbeddingLosses(Mixed):
         if "samples" not in batch:
             return batch
         return self.data_collator.add_targets(batch)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # All micro-batches of one optimizer step, with their targets.
+        whole = map(self._with_targets, epoch_iterator)
+        batches, num_items_in_batch = super().get_batch_samples(whole, num_batches, device)
+        # At the end of data of unknown length there is none.
+        self._counts["train"]["steps"] += bool(batches)
+        # Both gather: every rank takes part, whatever its rows hold.
+        self._count_bad_rows(batches, device)
+        if self.tasks and batches:
+            self._attach_step_targets(batches, device)
+        return batches, num_items_in_batch
+
+    def _count_bad_rows(self, batches: list[dict], device: torch.device) -> None:
+        """Names the rows that the collator dropped and counts those of all ranks; ValueError if they are too many."""
+        # The zeros stand for a rank without a batch. (1, 2) on each rank: bad rows and long ones.
+        found = torch.tensor([[0, 0], *map(report_bad_rows, batches)], device=device).sum(0, keepdim=True)
+        bad, long = self._gather(found).sum(0).tolist()
+        self._dropped.bad_rows += bad
+        self._dropped.long_rows += long
+        # Measured by the whole run's rows, not by those so far: one bad row in the first step is no reason to stop.
+        rows = self.state.max_steps * self.get_total_train_batch_size(self.args)
+        if isinstance(self.train_dataset, PackedRows):
+            rows = round(rows * self.train_dataset.rows_per_sequence)
+        if self.bad_rows > self.max_bad_rows * rows:
+            share = f"max_bad_rows={self.max_bad_rows} of the run's {rows} rows"
+            raise ValueError(
+                f"stopped at step {self.state.global_step + 1}: {self.bad_rows} bad rows are over {share}"
+            )
 
     def _attach_step_targets(self, batches: list[dict], device: torch.device) -> None:
         """Gives each micro-batch the contrastive columns of its step, its own first column and their number.
@@ -190,6 +279,13 @@ class EmbeddingLosses(Mixed):
             if self.loss_weight(task, last_step) != task["loss_weight"]:
                 logs[f"loss_weight/{task['name']}"] = self.loss_weight(task, self.state.global_step - 1)
 
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            self._add_means(logs, "train")
+            logs.update(vars(self._dropped))
+            self._add_loss_weights(logs)
+        super().log(logs, *args, **kwargs)
+
     def _prepare_inputs(self, inputs):
         # Evaluation's batches are without targets; training's have them since their step was collected.
         return super()._prepare_inputs(self._with_targets(inputs))
@@ -209,6 +305,148 @@ class EmbeddingLosses(Mixed):
                 loss += task["loss_weight"] * (metrics[f"{part}/{task['loss']}"] + contrastive)
         metrics[f"{metric_key_prefix}_loss"] = loss
         return output
+
+    def _get_dataloader(self, dataset, description, batch_size, **kwargs):
+        if description == "Evaluation" and isinstance(dataset, Sized):
+            # Where a rank lacks rows, the library would take the first ones once more.
+            dataset = InWholeBatches(dataset, batch_size * self.accelerator.num_processes)
+        return super()._get_dataloader(dataset, description, batch_size, **kwargs)
+
+    def get_test_dataloader(self, test_dataset):
+        """Warns where the losses that `predict` measures count some rows twice: a rank whose last batch lacks rows
+        takes the first ones once more. What it predicts is cut to one prediction a row."""
+        processes = self.accelerator.num_processes
+        rows_at_once = self.args.eval_batch_size * processes
+        if processes > 1 and (not isinstance(test_dataset, Sized) or len(test_dataset) % rows_at_once):
+            what = f"predict on {processes} processes: its losses count some rows twice, its predictions do not"
+            logger.warning(f"{what}. For losses take evaluate(), or rows in a multiple of {rows_at_once}")
+        return super().get_test_dataloader(test_dataset)
+
+    def _get_eval_sampler(self, eval_dataset):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        # transformers would group these, too, by the `input_ids` of each row, which the collator is yet to make.
+        return SequentialSampler(eval_dataset)  # pyright: ignore[reportArgumentType] (rows have a length)
+
+    def train(self, *args, **kwargs):
+        if self.model_wrapped is self.model and self.model in self.accelerator._models:
+            # An evaluation before training marks the bare model as prepared: it would never be wrapped for DDP, and
+            # every rank would silently train on its own gradients.
+            self.accelerator._models.remove(self.model)
+            self.model._is_accelerate_prepared = False  # pyright: ignore[reportArgumentType] (a mark, no tensor)
+        return super().train(*args, **kwargs)
+
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            # Killed after its last checkpoint, before it ended: transformers would train one more step.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """`state_dict`: the gathered weights of a sharded run, which the first rank alone has."""
+        if output_dir is None:
+            output_dir = self.args.output_dir
+        if state_dict is not None:
+            retie(self.model, state_dict)
+        # An adapter's file has no place for them. All ranks gather them, whoever writes.
+        beside = {}
+        if self.has_predictors_beside_adapters:
+            beside = self._whole_predictors(state_dict)
+        with original_class(self.model):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_predictors(beside, self.base_model.config, output_dir)
+
+    def _whole_predictors(self, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Those of the model inside the adapters, by their names in it. A sharded model's own are shards: they come
+        from `state_dict`, the gathered weights, on the rank that has them."""
+        base = self.base_model
+        if not self.is_sharded:
+            return predictors_of(base.state_dict())
+        if state_dict == {}:
+            # Another rank's; or DeepSpeed was told to gather nothing, and transformers says where its weights are.
+            return {}
+        # "base_model.model" in a model with LoRA.
+        place = next(name for name, module in self.model.named_modules() if module is base)
+        weights = {name.removeprefix(f"{place}."): value for name, value in (state_dict or {}).items()}
+        own = predictors_of(weights)
+        if self.is_deepspeed_enabled:
+            # Beside adapters transformers has ZeRO-3 gather what trains, and no frozen query tables.
+            frozen = {name: value for name, value in base.named_parameters() if not value.requires_grad}
+            own.update(gather_parameters(predictors_of(frozen)))
+        return own
+
+    @contextmanager
+    def _reads_as_unsharded(self) -> Iterator[None]:
+        """A run that FSDP2 shards reads the files of an unsharded one, as it writes no others."""
+        is_fsdp_enabled = self.is_fsdp_enabled
+        # By this field transformers chooses how files are read.
+        self.is_fsdp_enabled = False
+        try:
+            with original_class(self.model), takes_whole_weights(self.model):
+                yield
+        finally:
+            self.is_fsdp_enabled = is_fsdp_enabled
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own."""
+        with self._reads_as_unsharded():
+            if isinstance(self.model, AttachedPredictors):
+                self.model.load_checkpoint(resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                if self.has_predictors_beside_adapters:
+                    load_predictors(self.base_model, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        folder = self.state.best_model_checkpoint
+        assert folder is not None
+        if self.is_deepspeed_enabled:
+            # From files of its own, which hold all that trains, predictors, too.
+            super()._load_best_model()
+            return
+        with self._reads_as_unsharded():
+            if isinstance(self.model, AttachedPredictors):
+                self.model.load_checkpoint(folder)
+            else:
+                super()._load_best_model()
+                if self.has_predictors_beside_adapters:
+                    load_predictors(self.base_model, folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """Of FSDP2, transformers would write the weights a second time, and states that no unsharded run can read."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # All ranks take part in gathering; the first one alone writes.
+        optimizer_state = gather_optimizer(self.optimizer)
+        if self.args.should_save:
+            torch.save(optimizer_state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+class InWholeBatches(Dataset):
+    """The rows, and then as many that a batch leaves out as make whole batches of them all."""
+
+    def __init__(self, rows, batch_size: int):
+        self.rows = rows
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size) * self.batch_size
+
+    def __getitem__(self, i: int) -> dict:
+        if i < len(self.rows):
+            return self.rows[i]
+        return PADDING_ROW
 
 
 def base_of(model: Any) -> PreTrainedModel:
@@ -246,3 +484,31 @@ def _target_dtype(batches: list[dict], name: str) -> int:
         if len(targets) > 0:
             places.append(TARGET_DTYPES.index(targets.dtype))
     return max(places)
+
+
+def report_bad_rows(batch: dict) -> list[int]:
+    """How many rows were dropped as bad, and how many as too long."""
+    bad_rows = batch.pop("bad_rows", ())
+    long_rows = batch.pop("long_rows", ())
+    for named in (*bad_rows, *long_rows):
+        logger.warning(f"dropped {named}")
+    return [len(bad_rows), len(long_rows)]
+
+
+class DroppedRows(TrainerCallback, ExportableState):
+    """How many rows were dropped since the run began, over all ranks: goes into checkpoints and comes back."""
+
+    def __init__(self):
+        self.bad_rows = 0
+        self.long_rows = 0
+
+    def state(self) -> dict:
+        # The names that transformers wants of what goes into a checkpoint's trainer_state.json.
+        return {"args": {}, "attributes": dict(vars(self))}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved_states = cast(dict[str, dict], state.stateful_callbacks)
+        saved = saved_states.get(type(self).__name__)
+        # None at a run's beginning.
+        if saved:
+            vars(self).update(saved["attributes"])

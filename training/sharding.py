@@ -1,7 +1,7 @@
 """FSDP2 for any model by one configuration, recipes/accelerate/fsdp2.yaml; its checkpoints are an unsharded run's."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard, cast
@@ -113,6 +113,18 @@ def takes_whole_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def gather_parameters(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Whole copies of weights, on CPUs, of which ZeRO-3 may leave each rank a part. All ranks call it together."""
+    gathered = nullcontext()
+    # DeepSpeed's mark of those.
+    if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        from deepspeed import zero  # pyright: ignore[reportMissingImports] (only its runs have it)
+
+        gathered = zero.GatheredParameters([*parameters.values()])
+    with gathered:
+        return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
 def gather_optimizer(optimizer: Optimizer) -> dict:
