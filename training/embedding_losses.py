@@ -7,35 +7,20 @@ are known before the step begins, so they are collected where the Trainer collec
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sized
+from typing import Any, cast
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
-from transformers.utils.import_utils import is_peft_available
 
-from .attach import AttachedPredictors, load_predictors, predictors_of, write_predictors
+from .attach import AttachedPredictors
 from .collator import PADDING_ROW, AttachedCollator, OlaVlmCollator
 from .losses import StepTargets, task_loss
 from .packing import PackedRows
-from .sharding import (
-    configure_fsdp2,
-    gather_optimizer,
-    gather_parameters,
-    load_optimizer,
-    original_class,
-    retie,
-    takes_whole_weights,
-)
-from .stages import upcast_trained
+from .saving import WholeCheckpoints, base_of
 from .words import word_ids_of
 
 logger = logging.get_logger(__name__)
@@ -45,24 +30,13 @@ logger = logging.get_logger(__name__)
 TARGET_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
 
 
-if TYPE_CHECKING:
-    Mixed = Trainer
-else:
-    # Mixed into a trainer's class.
-    Mixed = object
-
-
-class EmbeddingLosses(Mixed):
+class EmbeddingLosses(WholeCheckpoints):
     """Mixed into a trainer's class before it. The trainer's collator is ours; its `__init__` calls `prepare_weights`
-    and `set_tasks`, its `compute_loss` `add_embedding_losses` and `record_losses`. Checkpoints, those of sharded runs
-    too, hold the predictors, and are resumed exactly."""
+    and `set_tasks`, its `compute_loss` `add_embedding_losses` and `record_losses`."""
 
     # What transformers leaves open.
-    model: PreTrainedModel
     data_collator: OlaVlmCollator
     processing_class: ProcessorMixin
-    optimizer: Optimizer
-    lr_scheduler: LRScheduler
 
     # Bad rows met in training are dropped up to this share of the run's rows.
     max_bad_rows = 0.01
@@ -79,36 +53,6 @@ class EmbeddingLosses(Mixed):
         self._counts: dict[str, defaultdict[str, Any]] = {"train": defaultdict(int), "eval": defaultdict(int)}
         self._dropped = DroppedRows()
         self.add_callback(self._dropped)
-
-    def prepare_weights(self) -> None:
-        """After the trainer's own set-up, when it is known what trains: in mixed precision that becomes float32, and
-        FSDP2 gets the settings that depend on the model. ValueError for those of FSDP that aren't supported."""
-        # DeepSpeed keeps float32 copies of its own.
-        if (self.args.bf16 or self.args.fp16) and not self.is_deepspeed_enabled:
-            upcast_trained(self.model)
-        if self.is_fsdp_enabled:
-            assert self.accelerator.state.fsdp_plugin is not None
-            configure_fsdp2(self.accelerator.state.fsdp_plugin, self.model)
-
-    @property
-    def base_model(self) -> PreTrainedModel:
-        """The model that is trained, inside its adapters if it has some."""
-        return base_of(self.model)
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether adapters train: `lora_rank`'s, or others, which a program has put on the model."""
-        return self.base_model is not self.model
-
-    @property
-    def has_predictors_beside_adapters(self) -> bool:
-        """Whether predictors train beside adapters, whose file has no place for them."""
-        return self.has_adapters and len(self.tasks) > 0
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether weights may be spread over ranks: a checkpoint's are gathered, the model's own are shards."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def bad_rows(self) -> int:
@@ -157,31 +101,43 @@ class EmbeddingLosses(Mixed):
     def _attach_step_targets(self, batches: list[dict], device: torch.device) -> None:
         """Gives each micro-batch the contrastive columns of its step, its own first column and their number.
 
-        Columns are gathered in the type that the targets come in (the cache's): the loss makes float32 of them."""
-        # How many images each micro-batch has, the same for all tasks, and in sum on each rank.
+        Of two ranks with 3 images and 1 the columns are 4, and the second rank's image is column 3.
+        """
         names = [task["name"] for task in self.tasks]
+        # How many images each micro-batch has, the same for all tasks.
         sizes = [len(batch["targets"][names[0]]) for batch in batches]
-        # A rank without an image doesn't know the targets' type: it takes the others'.
-        own = [sum(sizes), *(_target_dtype(batches, name) for name in names)]
-        by_rank = self._gather(torch.tensor([own], device=device))
-        counts = by_rank[:, 0].tolist()
-        dtypes = [TARGET_DTYPES[place] for place in by_rank[:, 1:].amax(0).tolist()]
-
-        # Each task's columns (M, Q, E): the targets of all ranks and micro-batches, rank after rank.
+        counts, dtypes = self._agree_on_targets(batches, sum(sizes), device)
         columns = {}
-        for name, dtype in zip(names, dtypes, strict=True):
-            columns[name] = torch.cat([batch["targets"][name].to(device, dtype) for batch in batches])
-            if len(counts) > 1 and max(counts) > 0:
-                # Gathering takes equally many rows of each rank: padded, and what is padding left out again.
-                padded = self._gather(cast(torch.Tensor, self.accelerator.pad_across_processes(columns[name])))
-                parts = zip(padded.split(max(counts)), counts, strict=True)
-                columns[name] = torch.cat([rows[:count] for rows, count in parts])
-
+        for name in names:
+            own = torch.cat([batch["targets"][name].to(device, dtypes[name]) for batch in batches])
+            columns[name] = self._gather_columns(own, counts)
         # Where each micro-batch's own targets begin among them: the labels of the contrastive loss.
         offset = sum(counts[: self.accelerator.process_index])
         for batch, size in zip(batches, sizes, strict=True):
             batch["step_targets"] = {"columns": columns, "offset": offset, "num_images": sum(counts)}
             offset += size
+
+    def _agree_on_targets(
+        self, batches: list[dict], num_images: int, device: torch.device
+    ) -> tuple[list[int], dict[str, torch.dtype]]:
+        """How many images each rank has in this step, and in which type each task's targets are gathered: the one that
+        they come in (the cache's), of which the loss makes float32."""
+        names = [task["name"] for task in self.tasks]
+        # A rank without an image doesn't know the targets' types: it takes the others'. One call gathers all.
+        own = [num_images, *(_target_dtype(batches, name) for name in names)]
+        by_rank = self._gather(torch.tensor([own], device=device))
+        counts = by_rank[:, 0].tolist()
+        places = by_rank[:, 1:].amax(0).tolist()
+        return counts, {name: TARGET_DTYPES[place] for name, place in zip(names, places, strict=True)}
+
+    def _gather_columns(self, own: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """The targets (M, Q, E) of all ranks, which have `counts` of them, rank after rank."""
+        if len(counts) == 1 or max(counts) == 0:
+            return own
+        # Gathering takes equally many rows of each rank: padded, and what is padding left out again.
+        padded = self._gather(cast(torch.Tensor, self.accelerator.pad_across_processes(own)))
+        parts = zip(padded.split(max(counts)), counts, strict=True)
+        return torch.cat([rows[:count] for rows, count in parts])
 
     def add_embedding_losses(
         self, loss: torch.Tensor, outputs: Any, step: dict, targets: dict, parts: dict[str, torch.Tensor]
@@ -328,110 +284,6 @@ class EmbeddingLosses(Mixed):
         # transformers would group these, too, by the `input_ids` of each row, which the collator is yet to make.
         return SequentialSampler(eval_dataset)  # pyright: ignore[reportArgumentType] (rows have a length)
 
-    def train(self, *args, **kwargs):
-        if self.model_wrapped is self.model and self.model in self.accelerator._models:
-            # An evaluation before training marks the bare model as prepared: it would never be wrapped for DDP, and
-            # every rank would silently train on its own gradients.
-            self.accelerator._models.remove(self.model)
-            self.model._is_accelerate_prepared = False  # pyright: ignore[reportArgumentType] (a mark, no tensor)
-        return super().train(*args, **kwargs)
-
-    def _run_epoch(self, **kwargs):
-        if self.state.global_step >= self.state.max_steps:
-            # Killed after its last checkpoint, before it ended: transformers would train one more step.
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
-
-    def _save(self, output_dir=None, state_dict=None):
-        """`state_dict`: the gathered weights of a sharded run, which the first rank alone has."""
-        if output_dir is None:
-            output_dir = self.args.output_dir
-        if state_dict is not None:
-            retie(self.model, state_dict)
-        # An adapter's file has no place for them. All ranks gather them, whoever writes.
-        beside = {}
-        if self.has_predictors_beside_adapters:
-            beside = self._whole_predictors(state_dict)
-        with original_class(self.model):
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            write_predictors(beside, self.base_model.config, output_dir)
-
-    def _whole_predictors(self, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """Those of the model inside the adapters, by their names in it. A sharded model's own are shards: they come
-        from `state_dict`, the gathered weights, on the rank that has them."""
-        base = self.base_model
-        if not self.is_sharded:
-            return predictors_of(base.state_dict())
-        if state_dict == {}:
-            # Another rank's; or DeepSpeed was told to gather nothing, and transformers says where its weights are.
-            return {}
-        # "base_model.model" in a model with LoRA.
-        place = next(name for name, module in self.model.named_modules() if module is base)
-        weights = {name.removeprefix(f"{place}."): value for name, value in (state_dict or {}).items()}
-        own = predictors_of(weights)
-        if self.is_deepspeed_enabled:
-            # Beside adapters transformers has ZeRO-3 gather what trains, and no frozen query tables.
-            frozen = {name: value for name, value in base.named_parameters() if not value.requires_grad}
-            own.update(gather_parameters(predictors_of(frozen)))
-        return own
-
-    @contextmanager
-    def _reads_as_unsharded(self) -> Iterator[None]:
-        """A run that FSDP2 shards reads the files of an unsharded one, as it writes no others."""
-        is_fsdp_enabled = self.is_fsdp_enabled
-        # By this field transformers chooses how files are read.
-        self.is_fsdp_enabled = False
-        try:
-            with original_class(self.model), takes_whole_weights(self.model):
-                yield
-        finally:
-            self.is_fsdp_enabled = is_fsdp_enabled
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """A foreign model's checkpoint has its own names for weights, and the predictors in a file of their own."""
-        with self._reads_as_unsharded():
-            if isinstance(self.model, AttachedPredictors):
-                self.model.load_checkpoint(resume_from_checkpoint)
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-                if self.has_predictors_beside_adapters:
-                    load_predictors(self.base_model, resume_from_checkpoint)
-
-    def _load_best_model(self):
-        folder = self.state.best_model_checkpoint
-        assert folder is not None
-        if self.is_deepspeed_enabled:
-            # From files of its own, which hold all that trains, predictors, too.
-            super()._load_best_model()
-            return
-        with self._reads_as_unsharded():
-            if isinstance(self.model, AttachedPredictors):
-                self.model.load_checkpoint(folder)
-            else:
-                super()._load_best_model()
-                if self.has_predictors_beside_adapters:
-                    load_predictors(self.base_model, folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        """Of FSDP2, transformers would write the weights a second time, and states that no unsharded run can read."""
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        # All ranks take part in gathering; the first one alone writes.
-        optimizer_state = gather_optimizer(self.optimizer)
-        if self.args.should_save:
-            torch.save(optimizer_state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
 
 class InWholeBatches(Dataset):
     """The rows, and then as many that a batch leaves out as make whole batches of them all."""
@@ -447,16 +299,6 @@ class InWholeBatches(Dataset):
         if i < len(self.rows):
             return self.rows[i]
         return PADDING_ROW
-
-
-def base_of(model: Any) -> PreTrainedModel:
-    """The model inside a `PeftModel`; any other one is itself."""
-    if is_peft_available():
-        from peft import PeftModel
-
-        if isinstance(model, PeftModel):
-            return model.get_base_model()  # pyright: ignore[reportReturnType] (its stub says a module)
-    return model
 
 
 def check_collator(model: PreTrainedModel, collator: object) -> None:
