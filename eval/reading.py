@@ -4,9 +4,10 @@ A wrong reading is worse than none: a text that states no option, or several, is
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from string import ascii_uppercase
+
+from .cleaning import LABEL, LABEL_ONLY, WORDLIKE, final_answer, with_verdicts, without_markup
 
 
 def _any(words: str) -> str:
@@ -14,56 +15,6 @@ def _any(words: str) -> str:
     return rf"\b(?:{'|'.join(words.split())})\b".replace("_", r"\s+")
 
 
-# Reasoning ends here; gpt-oss's last channel is named after its special tokens, which decoding may drop.
-REASONING_ENDS = re.compile(
-    r"</[^\w<]*(?:\w+:)?(?:think\w*|thought\w*|reason\w*|reflection|scratchpad)\W?>|◁/think▷|\[/think\w*\]"
-    r"|<\|end_of_thought\|>|<unused95>"
-    r"|<\|?channel\|?>\s*final\s*<\|?message\|?>|assistantfinal",
-    re.IGNORECASE,
-)
-REASONING_BEGINS = re.compile(
-    r"<(?:\w+:)?(?:think\w*|thought\w*|reason\w*|reflection|scratchpad)>|◁think▷|\[think\w*\]"
-    r"|<\|begin_of_thought\|>|<unused94>",
-    re.IGNORECASE,
-)
-# What a model was told to put its answer into. The last one counts; one that the token limit cut is open.
-CONTAINERS = [
-    re.compile(
-        r"<((?:final_?)?(?:answer|ans|choice|option|output|solution|response|result|final))>(?P<content>.*?)(?:</\1>|$)",
-        re.IGNORECASE | re.DOTALL,
-    ),
-    re.compile(r"(?:\\|\b)(?:boxed|fbox)\s*\{(?P<content>(?:[^{}]|\{[^{}]*\})*)(?:\}|$)"),
-    re.compile(r"<\|begin_of_box\|>(?P<content>.*?)(?:<\|end_of_box\|>|$)", re.DOTALL),
-]
-# What may stand around or within a statement and says nothing: LaTeX, Markdown, HTML, quotation marks, special tokens;
-# but not an apostrophe within a word, as in "isn't". A period of "vs." ends no clause.
-MARKUP = re.compile(
-    r"\\(?:text|textbf|mathrm|mathbf|mathsf|bf|rm|boxed)\b|[*_`$#{}\"“”]"
-    r"|</?(?:b|i|u|p|em|strong|br|div|span|code|li|s|h\d)\s*/?>|<\|[^|<>]{0,40}\|>"
-    r"|</?(?:bos|eos|pad|(?:start|end)_of_(?:turn|utterance))>|(?<!\w)'|'(?!\w)|(?<=\bvs)\."
-)
-STRUCK_OUT = re.compile(r"~~[^~\n]*~~|<(del|strike)>[^<]*</\1>")
-
-# An option's letter as a label: "(B)", "[b]", "B"; a lower-case one only in brackets (it may be the article "a").
-# A letter beside one of these is part of a word or a number, such as "A4", "vitamin-C", "A's".
-WORDLIKE = "A-Za-zÀ-ÿ0-9_'-"
-LABEL = rf"(?:[(\[]\s*(?P<in_brackets>[A-Za-z])\s*[)\]]|(?<![{WORDLIKE}])(?P<bare>[A-Z])(?![+#{WORDLIKE}]))"
-# Without its names, which a pattern can have only once.
-LABEL_ONLY = re.sub(r"\?P<\w+>", "?:", LABEL)
-# Verdicts: "A: ✗", "A [x]" at the end of a line, "❌ A" and "- [x] B" at the beginning of one that has no other.
-TICK = r"[\u2611\u2705\u2713\u2714]\ufe0f?"
-CROSS = r"[\u2610\u2715-\u2718\u274c]\ufe0f?"
-CHECKED = rf"(?:{TICK}|[\[(][xX\u2713\u2714][\])])"
-UNCHECKED = rf"(?:{CROSS}|\[\s?\]|\(\s?\))"
-BEHIND = r"(?<=\S)[ \t:\u2013\u2014-]{0,3}"
-BEFORE = r"^[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]*)?"
-ONLY = rf"(?=\W*(?:[Oo]ption\s)?{LABEL_ONLY})(?!.*(?:{CHECKED}|{UNCHECKED}))(.+)$"
-VERDICTS = [
-    (re.compile(BEFORE + CHECKED + ONLY, re.MULTILINE), r"\1 is correct."),
-    (re.compile(BEFORE + UNCHECKED + ONLY, re.MULTILINE), r"\1 is wrong."),
-    (re.compile(rf"{BEHIND}(?:(?:{TICK})+|{CHECKED}(?=[ \t]*$))", re.MULTILINE), " is correct."),
-    (re.compile(rf"{BEHIND}(?:(?:{CROSS})+|{UNCHECKED}(?=[ \t]*$))", re.MULTILINE), " is wrong."),
-]
 # A speaker who changes their mind; what follows counts if it says anything of an option.
 RESTART = re.compile(
     r"\b(?:wait|correction|hold\s+on|scratch\s+that|on\s+second\s+thought|on\s+reflection)\b"
@@ -226,24 +177,6 @@ SENTENCE = re.compile(r"[^.!?\n。]+")
 UNDER_A_CONDITION = re.compile(_any("if when whenever otherwise else unless depends depending"), re.IGNORECASE)
 
 
-def final_answer(text: str) -> str:
-    """What of an output is the answer: without the reasoning before it, out of its tag or box. "" where the output
-    ends within its reasoning."""
-    ends = list(REASONING_ENDS.finditer(text))
-    if ends:
-        text = text[ends[-1].end() :]
-    # Reasoning that the token limit cut has no end: what stands behind its beginning is no answer.
-    begin = REASONING_BEGINS.search(text)
-    if begin:
-        text = text[: begin.start()]
-    # A box may be in a tag.
-    for container in CONTAINERS:
-        found = list(container.finditer(text))
-        if found:
-            text = found[-1]["content"]
-    return text.strip()
-
-
 def parse_choice(text: str, choices: Sequence[str]) -> str | None:
     """The option that an output states, as "(A)", or None when it states none or several.
 
@@ -256,12 +189,7 @@ def parse_choice(text: str, choices: Sequence[str]) -> str | None:
     option's words; then, if no letter was said, the only option whose words occur. Other letters are mentions: what
     "A is impossible" or "B is farther" say of an option isn't that it is chosen.
     """
-    # Words in place of signs, which the patterns of statements and of exclusions then find.
-    for mark, verdict in VERDICTS:
-        text = mark.sub(verdict, text)
-    # Letters of one kind: full-width ones and typographic quotes are written otherwise and mean the same.
-    plain = unicodedata.normalize("NFKC", final_answer(text)).replace("’", "'")  # noqa: RUF001 (it is what is replaced)
-    text = MARKUP.sub(" ", STRUCK_OUT.sub(" ", plain))
+    text = without_markup(final_answer(with_verdicts(text)))
     # What was said last counts, if it says anything of an option.
     for part in reversed(RESTART.split(text)):
         choice = _stated(part, choices)

@@ -15,8 +15,9 @@ from ..commands.running import command, tell
 from ..files.escapes import one_line, terminal
 from ..files.writing import write_json
 from .benchmarks import BENCHMARKS, MEAN_OF_TASKS, shown_name
+from .cleaning import final_answer
 from .multiple_choice import is_correct, is_letter_of
-from .reading import final_answer, parse_choice
+from .reading import parse_choice
 from .vqa import vqa_accuracy
 
 # Tasks whose rows are pairs or groups of questions: `scored_rows` adds them, and means over questions leave them out.

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from ola_vlm.eval.reading import final_answer, parse_choice
+from ola_vlm.eval.cleaning import final_answer
+from ola_vlm.eval.reading import parse_choice
 from ola_vlm.eval.scoring import SCORERS
 
 BOXES = ["The left box", "The right box", "Near", "Far"]
