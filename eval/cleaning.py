@@ -12,9 +12,13 @@ REASONING_ENDS = re.compile(
 )
 REASONING_BEGINS = re.compile(
     r"<(?:\w+:)?(?:think\w*|thought\w*|reason\w*|reflection|scratchpad)>|◁think▷|\[think\w*\]"
-    r"|<\|begin_of_thought\|>|<unused94>",
+    r"|<\|begin_of_thought\|>|<unused94>"
+    # gpt-oss's first channel, with its special tokens or without: "analysisThe user asks".
+    r"|<\|?channel\|?>\s*analysis|\A\s*analysis(?=\w)",
     re.IGNORECASE,
 )
+# A chat template may begin the thought: then it is the prompt's end, and the output has none of it.
+BEGUN_IN_PROMPT = re.compile(rf"(?:{REASONING_BEGINS.pattern})\Z", re.IGNORECASE)
 # What a model was told to put its answer into. The last one counts; one that the token limit cut is open.
 CONTAINERS = [
     re.compile(
@@ -53,6 +57,22 @@ VERDICTS = [
     (re.compile(rf"{BEHIND}(?:(?:{TICK})+|{CHECKED}(?=[ \t]*$))", re.MULTILINE), " is correct."),
     (re.compile(rf"{BEHIND}(?:(?:{CROSS})+|{UNCHECKED}(?=[ \t]*$))", re.MULTILINE), " is wrong."),
 ]
+
+
+def is_cut_thought(record: dict) -> bool:
+    """Whether an answered question's `"output"` ends within its reasoning, which it began or the end of its `"prompt"`
+    (if it is there): the token limit cut it before an answer."""
+    *before, rest = REASONING_ENDS.split(record["output"])
+    if REASONING_BEGINS.match(rest.lstrip()):
+        return True
+    return not before and BEGUN_IN_PROMPT.search(record.get("prompt", "").rstrip()) is not None
+
+
+def scored_output(record: dict) -> str:
+    """An answered question's `"output"` as scorers read it: "" if its reasoning was cut before an answer."""
+    if is_cut_thought(record):
+        return ""
+    return record["output"]
 
 
 def final_answer(text: str) -> str:

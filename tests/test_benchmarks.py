@@ -636,6 +636,7 @@ RUN = {"questions": 1, "benchmark": "mmstar", "variant": "paper", "data": "x", "
         ({"answer": [], "scoring": "vqa"}, "has no answer as"),
         ({"answer": ["a", 1], "scoring": "vqa"}, "has no answer as"),
         ({"generation": None}, "has no generation as"),
+        ({"prompt": ["?"]}, "has no prompt as"),
         ({"pair": [1]}, "has no pair as"),
         ({"group": "Q1"}, "has no group_source as"),
         ({"group": [1], "group_source": "height"}, "has no group as"),
@@ -719,6 +720,36 @@ def test_a_pair_counts_only_if_both_are_right():
 )
 def test_exact_and_option_scoring(how, output, answer, right):
     assert score_records([record(output, answer, how=how)], "realworldqa")["overall"]["score"] == right
+
+
+@pytest.mark.parametrize(
+    ("output", "is_cut", "right"),
+    [
+        ("Near", True, False),
+        ("The near one is", True, False),
+        ("It is far.</think>Near", False, True),
+        ("It is near.</think>\n\nFar", False, False),
+        ("It is near.</think>\n<think>Near", True, False),
+    ],
+)
+@pytest.mark.parametrize(
+    ("how", "answer", "choices"),
+    [("choice", "(A)", ["Near", "Far"]), ("exact", "near", []), ("vqa", ["near"] * 10, [])],
+)
+def test_a_thought_that_the_prompt_began_is_no_answer(output, is_cut, right, how, answer, choices, tmp_path, caplog):
+    prompt = "<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    line = record(output, answer, how=how, choices=choices, prompt=prompt)
+    line |= {"question": "Which?", "run": RUN, "generation": {}}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n")
+    results = scoring.write_results(tmp_path)
+    assert results["scores"]["overall"]["score"] == right
+    assert (results["unreadable_choices"] == 1) == (is_cut and how == "choice")
+    assert ("1 of 1 answers end within their reasoning" in caplog.text) == is_cut
+
+
+@pytest.mark.parametrize("prompt", ["assistant\n<think>\n\n</think>\n\n", "Which? I think", ""])
+def test_no_thought_is_begun_in_a_prompt_without_one(prompt):
+    assert score_records([record("(A)", prompt=prompt)], "realworldqa")["overall"]["score"] == 1
 
 
 def test_letters_are_read_where_the_options_are_not():

@@ -326,6 +326,8 @@ def test_what_only_names_letters(output):
 def test_free_answers_are_read_behind_the_reasoning():
     assert final_answer("<think>two? no</think> <answer>three</answer>") == "three"
     assert final_answer("<think>no end") == ""
+    assert final_answer("analysisThe left box is") == final_answer("<|channel|>analysis<|message|>Near") == ""
+    assert final_answer("Analysis of the picture: near") == "Analysis of the picture: near"
     assert SCORERS["exact"]({"output": "<think>no</think>\nYes.", "answer": "yes"})
     assert SCORERS["vqa"]({"output": "<think>cat</think>dog", "answer": ["dog"] * 10}) == 1
 
