@@ -62,7 +62,8 @@ TURN = re.compile(
         r"(?<!all\s)(?<!anything\s)(?<!everything\s)but however so therefore thus hence leaving leaves "
         "sondern mais sino"
     )
-    + r"|:\s(?=the\b|my\b|answer\b|so\b)"
+    # Behind "A: " its own words may follow: "A: the cat is not on the left".
+    + r"|:\s(?=(?:(?:the|my)\s+(?:\w+\s+){0,2})?(?:answer|choice|option|guess)\b|so\b)"
     + r"|(?=\b(?:not|rather\s+than|instead\s+of)\s+(?:option\s+|choice\s+)?\W?[A-Za-z]\b)",
     re.IGNORECASE,
 )
@@ -144,6 +145,14 @@ ABOUT_IT = _any("is was are were has looks seems appears")
 SAID_OF = re.compile(rf"{LABEL_ONLY}\s+{IS}\s+\w")
 LIKELY = rf"(?:more|most)\s+{_any('likely plausible probable appropriate suitable accurate')}"
 STATED_BEHIND = re.compile(rf"{LABEL}(?i:\s+{IS}\s+(?:{CLEARLY}\s+)*(?:{RIGHT}|answer\b|{LIKELY}))")
+# Behind a statement: why it is so, or what is said of the chosen option or another one; but no verdict on it.
+WHY = re.compile(_any("because since") + "|因为", re.IGNORECASE)
+SUBJECT = rf"(?:{_any('it this that there the option my we i')}|{LABEL_ONLY}\s+{IS})"
+ON_IT = r"(?:it|this|that)(?:'s|\s+is)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:answer|right)))\b"
+ADDED = re.compile(
+    rf"(?:\b(?:as|whereas|while|although|though)\s+|\s[\u2013\u2014-]\s+|:\s+)(?={SUBJECT})(?!{ON_IT})|\((?=not\b)",
+    re.IGNORECASE,
+)
 # What a clause may have besides the letter that it chooses: "So B", "I think it's B.", "Probably (B)". Other scripts'
 # words aren't known, but for those that exclude.
 LEADS = re.compile(
@@ -323,6 +332,8 @@ def _without_excluded(text: str) -> str:
                 if CONDITIONAL.search(before):
                     before = ""
                 part = before.ljust(len(part))
+            # Before exclusions are looked for: a reason may exclude the other options.
+            part = _without_reason(part)
             # Blanks of the same length: places in the text stay what they are.
             if is_question or EXCLUDES.search(part):
                 part = " " * len(part)
@@ -334,6 +345,21 @@ def _without_excluded(text: str) -> str:
         return "".join(parts)
 
     return CLAUSE.sub(kept, text)
+
+
+def _without_reason(part: str) -> str:
+    """A part of a clause with blanks for what is added to its statement: "B because A is not near", "The answer is B -
+    it's not left"."""
+    for pattern in (WHY, ADDED):
+        added = pattern.search(part)
+        if not added:
+            continue
+        before = part[: added.start()]
+        is_stated = STATED_BEFORE.search(before) or STATED_BEHIND.search(before)
+        # "A - it is not near" only says something of A.
+        if is_stated or (pattern is WHY and re.search(LABEL, before)):
+            part = before.ljust(len(part))
+    return part
 
 
 def _without_conditions(labels: str, text: str, offered: str) -> str:

@@ -135,6 +135,22 @@ STATED = {
         "Svaret är B",
         "Jawabannya adalah B",
         "Đáp án là B",
+        # Behind "A: " its own words.
+        "A is not right: the answer is B",
+        "A is not visible: my final answer is B",
+        "Not A: so B",
+        # What is added to a statement may exclude other options.
+        "The answer is B because A is not near.",
+        "B is correct because A is wrong",
+        "(B) because the left box is not near.",
+        "I choose B since the left box is not near.",
+        "The correct answer is (B) as the left box cannot be seen clearly.",
+        "The answer is B - it's not left",
+        "The answer is B — A is not plausible",
+        "The answer is B (not left)",
+        "B is correct while A is not near.",
+        "The answer is B although the left box is not far.",
+        "A - it is not near\nB - it is near",
     ],
     "(A)": [
         "A",
@@ -237,6 +253,19 @@ STATED = {
         "The answer to question A is unknown",
         "A, no",
         "C++",
+        # Behind "A: " its own words.
+        "Choice A: my view does not support it.",
+        # What is added to a statement may exclude other options.
+        "It is not B because A is near",
+        "A is wrong because B is right",
+        "A - it is not near",
+        "A — this is wrong",
+        "Option A as stated is not right",
+        "A while plausible is not near",
+        "B as well as A is not right",
+        "The answer is B - it's wrong",
+        "The answer is not B because it is far",
+        "Option A (not visible)",
     ],
 }
 
@@ -246,6 +275,23 @@ STATED = {
 )
 def test_the_stated_answer_counts(expected, output):
     assert parse_choice(output, BOXES) == expected
+
+
+# Options of other kinds: options, then the one that is stated, then texts.
+OF_OTHER_KINDS = [
+    # Behind "A: " its own words.
+    (["left", "right"], "(B)", ["A: the cat is not on the left\nB: the cat is on the right"]),
+    (["left", "right"], None, ["Option A: the cat is not on the left."]),
+    (["a sign", "no sign"], None, ["Option A: the sign is not visible. Option B: a sign is visible"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected", "output"),
+    [(choices, letter, text) for choices, letter, texts in OF_OTHER_KINDS for text in texts],
+)
+def test_options_of_other_kinds(choices, expected, output):
+    assert parse_choice(output, choices) == expected
 
 
 def test_an_article_is_no_answer():
