@@ -35,6 +35,8 @@ MARKUP = re.compile(
     r"|</?(?:b|i|u|p|em|strong|br|div|span|code|li|s|h\d)\s*/?>|<\|[^|<>]{0,40}\|>"
     r"|</?(?:bos|eos|pad|(?:start|end)_of_(?:turn|utterance))>|(?<!\w)'|'(?!\w)|(?<=\bvs)\."
 )
+# Written small, since its letters are no options.
+NOT_APPLICABLE = re.compile(r"\bN/A\b")
 STRUCK_OUT = re.compile(r"~~[^~\n]*~~|<(del|strike)>[^<]*</\1>")
 
 # An option's letter as a label: "(B)", "[b]", "B"; a lower-case one only in brackets (it may be the article "a").
@@ -103,4 +105,4 @@ def with_verdicts(text: str) -> str:
 def without_markup(text: str) -> str:
     # Letters of one kind: full-width ones and typographic quotes are written otherwise and mean the same.
     plain = unicodedata.normalize("NFKC", text).replace("’", "'")  # noqa: RUF001 (it is what is replaced)
-    return MARKUP.sub(" ", STRUCK_OUT.sub(" ", plain))
+    return NOT_APPLICABLE.sub("n/a", MARKUP.sub(" ", STRUCK_OUT.sub(" ", plain)))

@@ -153,6 +153,17 @@ ADDED = re.compile(
     rf"(?:\b(?:as|whereas|while|although|though)\s+|\s[\u2013\u2014-]\s+|:\s+)(?={SUBJECT})(?!{ON_IT})|\((?=not\b)",
     re.IGNORECASE,
 )
+# Options' words that don't name them: "You're right", "So far, I see two".
+IDIOMS = re.compile(
+    r"\byou(?:'re|\s+are)\s+(?:\w+ly\s+)?right\b(?!\s+of\b)|\bright\s+(?:now|away)\b|\ball\s+right\b"
+    r"|\bso\s+far,?\s+so\s+good\b|(?:^|(?<=[.!?]\s))so\s+far\b(?=\s*,)",
+    re.IGNORECASE | re.MULTILINE,
+)
+# "There is no image"; but "No, ...", "I'd say no.", "No it is far".
+OF_A_NOUN = re.compile(
+    rf"\bno\b(?![ \t]*(?:[^\w\s-]|-\s|\n|$))(?!\s+{_any('it he she they we i the there this that')})", re.IGNORECASE
+)
+NONE_OF = re.compile(r"\bnone\s+of\b[^.,;!?\n]*", re.IGNORECASE)
 # What a clause may have besides the letter that it chooses: "So B", "I think it's B.", "Probably (B)". Other scripts'
 # words aren't known, but for those that exclude.
 LEADS = re.compile(
@@ -257,6 +268,7 @@ def _stated(text: str, choices: Sequence[str]) -> str | None:
 
     # No letter at all: the only option whose words occur.
     # "The left one is far. The answer is the right one": what follows the word counts.
+    kept = _without_idioms(kept, choices)
     last = re.split(f"(?i:{ANSWER})", kept)[-1]
     for part in (last, kept):
         named = _only_option(part, choices)
@@ -360,6 +372,17 @@ def _without_reason(part: str) -> str:
         if is_stated or (pattern is WHY and re.search(LABEL, before)):
             part = before.ljust(len(part))
     return part
+
+
+def _without_idioms(text: str, choices: Sequence[str]) -> str:
+    """The text without options' words that don't name them: of "I have no idea" and "So far so good"."""
+    options = {_plain(choice) for choice in choices}
+    text = IDIOMS.sub(" ", text)
+    if "no" in options:
+        text = OF_A_NOUN.sub(" ", text)
+    if not any("none of" in option for option in options):
+        text = NONE_OF.sub(" ", text)
+    return text
 
 
 def _without_conditions(labels: str, text: str, offered: str) -> str:

@@ -283,6 +283,63 @@ OF_OTHER_KINDS = [
     (["left", "right"], "(B)", ["A: the cat is not on the left\nB: the cat is on the right"]),
     (["left", "right"], None, ["Option A: the cat is not on the left."]),
     (["a sign", "no sign"], None, ["Option A: the sign is not visible. Option B: a sign is visible"]),
+    # Refusals and idioms: an option's words in passing.
+    (
+        ["Yes", "No"],
+        None,
+        [
+            "I have no idea.",
+            "There is no way to tell from the image.",
+            "I'm sorry, there is no image.",
+            "As an AI, I have no access to images",
+            "There's no clear answer.",
+            "N/A",
+            "Answer: N/A",
+            "I see no-one",
+            "The answer is N/A.",
+        ],
+    ),
+    (["Above", "Below"], None, ["None of the above."]),
+    (
+        ["Above", "None of the above"],
+        "(B)",
+        ["None of the above.", "I think none of the above is right", "Answer: none of the above"],
+    ),
+    (["Yes", "No", "N/A"], "(C)", ["N/A", "The answer is N/A."]),
+    (["Near", "Far"], None, ["So far so good.", "So far, I can see two boxes"]),
+    (["Near", "Far"], "(B)", ["The box is so far away.", "It is so far."]),
+    (
+        ["left", "right"],
+        None,
+        ["You're right, I can't see it.", "You are absolutely right.", "I can't see it right now."],
+    ),
+    (["left", "right"], "(B)", ["It's right.", "You are right of it", "On the right."]),
+    (
+        ["Yes", "No"],
+        "(A)",
+        [
+            "Yes, there are no people in it.",
+            "Yes, there is no doubt.",
+            "Yes.\n\nThere is no car.",
+            "Yes it is.",
+            "Yes there are two people",
+        ],
+    ),
+    (
+        ["Yes", "No"],
+        "(B)",
+        [
+            "No.",
+            "No, there are people in it",
+            "no",
+            "The answer is no.",
+            "No it is far",
+            "I would say no",
+            "No - the box is far",
+            "No\nThere is a box.",
+            "There is a car: no",
+        ],
+    ),
 ]
 
 
