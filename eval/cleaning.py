@@ -102,7 +102,12 @@ def with_verdicts(text: str) -> str:
     return text
 
 
+def with_plain_minus(text: str) -> str:
+    """The text with a hyphen for U+2212, so that "-1" is one number however it is written."""
+    return text.replace("\u2212", "-")
+
+
 def without_markup(text: str) -> str:
     # Letters of one kind: full-width ones and typographic quotes are written otherwise and mean the same.
-    plain = unicodedata.normalize("NFKC", text).replace("’", "'")  # noqa: RUF001 (it is what is replaced)
+    plain = with_plain_minus(unicodedata.normalize("NFKC", text)).replace("’", "'")  # noqa: RUF001 (it is replaced)
     return NOT_APPLICABLE.sub("n/a", MARKUP.sub(" ", STRUCK_OUT.sub(" ", plain)))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-from .cleaning import LABEL, LABEL_ONLY, WORDLIKE, final_answer, with_verdicts, without_markup
+from .cleaning import LABEL, LABEL_ONLY, WORDLIKE, final_answer, with_plain_minus, with_verdicts, without_markup
 
 
 def _any(words: str) -> str:
@@ -209,13 +209,32 @@ def parse_choice(text: str, choices: Sequence[str]) -> str | None:
     option's words; then, if no letter was said, the only option whose words occur. Other letters are mentions: what
     "A is impossible" or "B is farther" say of an option isn't that it is chosen.
     """
+    # An option as it is given, whose signs or words would else be markup or a change of mind: "C++", "Wait".
+    same = _same_as(final_answer(text), choices)
+    if same is not None:
+        return f"({ascii_uppercase[same]})"
     text = without_markup(final_answer(with_verdicts(text)))
+    # Alike on both sides: "20 m²", "stop_sign".
+    choices = [without_markup(choice) for choice in choices]
     # What was said last counts, if it says anything of an option.
     for part in reversed(RESTART.split(text)):
         choice = _stated(part, choices)
         if choice is not None or _labels(part, len(choices)):
             return choice
     return None
+
+
+def _same_as(text: str, choices: Sequence[str]) -> int | None:
+    """The only option that the text equals but for case and a full stop; None for a letter, which is a label."""
+
+    def plain(text: str) -> str:
+        return with_plain_minus(text).strip().removesuffix(".").casefold()
+
+    said = plain(text)
+    same = [i for i, choice in enumerate(choices) if plain(choice) == said]
+    if len(same) != 1 or not said or re.fullmatch(r"[(\[]?[a-z][)\]]?", said):
+        return None
+    return same[0]
 
 
 def _labels(text: str, count: int) -> set[str]:

@@ -340,6 +340,21 @@ OF_OTHER_KINDS = [
             "There is a car: no",
         ],
     ),
+    # Options with signs that are markup elsewhere, and words that are a change of mind.
+    (["10 m", "20 m²"], "(B)", ["20 m²", "20 m².", "It is 20 m²."]),
+    (["O2", "CO₂"], "(B)", ["CO₂", "The gas is CO₂"]),
+    (["1", "½"], "(B)", ["½"]),
+    (["go_sign", "stop_sign"], "(B)", ["stop_sign", "It is a stop_sign."]),
+    (["x_0", "x_1"], "(B)", ["x_1"]),
+    (["Go", "Wait", "Wait for the pedestrian"], "(B)", ["Wait", "wait.", "Wait."]),
+    (["Go", "Wait", "Wait for the pedestrian"], "(C)", ["Wait for the pedestrian", "Wait for the pedestrian."]),
+    (["<", ">", "="], "(B)", [">"]),
+    (["C", "C++"], "(B)", ["C++"]),
+    (["3", "√3"], "(B)", ["√3"]),
+    (["3", "√3"], "(A)", ["3"]),
+    (["1", "-1"], "(B)", ["\u22121", "-1", "It is \u22121.", "It is -1"]),
+    (["1", "\u22121"], "(B)", ["-1", "\u22121"]),
+    (["B", "A"], "(A)", ["A"]),
 ]
 
 
