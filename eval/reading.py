@@ -38,7 +38,7 @@ SMALL_LETTER = re.compile(r"^(?:\W*(?i:option|choice)\s)?\W*([a-z])\W*$")
 LABELS_VERB = _any("is was are or and would must should can seems looks appears")
 TO_ANOTHER = r"(?:to|through|over|versus|than)\s+[A-Z]\b"
 IS_A_WORD = re.compile(
-    r"(?<!\w)(?<!\b[Oo]ption\s)(?<!\b[Cc]hoice\s)"
+    r"(?<!\w)(?<!\b[Oo]ption\s)(?<!\b[Cc]hoice\s)(?<!\b[Aa]nswer\s)"
     rf"[AI](?= +(?!{LABELS_VERB}|{TO_ANOTHER})[^\W\d_]{{2}})"
 )
 # An echo of how answers should look: "for example, if your answer is the option A, answer (A)". It ends where the
@@ -82,7 +82,9 @@ EXCLUDES = re.compile(
         r"not cannot never neither nor wrong incorrect false mistaken exclud\w+ eliminat\w+ reject\w* discard\w* "
         r"unlikely less_likely least worst second_best improbable implausible impossible invalid inaccurate "
         r"instead_of rather_than rul\w+_(?:it_)?out out_of_the_question "
-        r"(?:all|anything|everything)_but except other_than apart_from (?<!no\s)(?<!without\s)(?<!without\sa\s)doubt"
+        r"(?:all|anything|everything)_but except other_than apart_from (?<!no\s)(?<!without\s)(?<!without\sa\s)doubt "
+        r"(?:second|third|next|(?<!in\s)other|another|alternative|opposite|runner-up)(?:\s\w+)?\s"
+        r"(?:choice|answer|option|guess)"
     )
     + rf"|n't\b|不|错|误|排除|\bне\b|ليس|नहीं|では(?:な|あ)|아니|아닙|{LABEL_ONLY}\W{{1,3}}no\b|{OF_OTHERS}",  # noqa: RUF001 (other scripts' letters are meant)
     re.IGNORECASE,
@@ -101,11 +103,16 @@ ASKED = re.compile(rf"\W*(?:(?:so|is\s+it|maybe|perhaps|option|choice)\s+)?{LABE
 # Behind these stands why an option is chosen, or what another one is like.
 REASON = re.compile(_any("because since as whereas while although though unlike") + "|因为", re.IGNORECASE)
 
+# "Answer B refers to the right box". Without a blank, which `_any` would split it at.
+MENTION = (
+    r"\s+(?:(?:option|choice)\s+)?[(\[]?(?-i:[A-Z])\b[)\]]?[^\S\n]+"
+    r"(?!(?:so|because|since|as|with|for|due|based|given)\b)\w"
+)
 # "The answer is most likely option (B)": a word for the answer, then fillers only, then the letter.
 ANSWER = (
     _any(
-        # "Option A" alone is a mention.
-        "answers? ans "
+        # "Option A" alone is a mention, and "answer B" where words follow; but not "I answer B with ...".
+        rf"answers?(?!{MENTION}) (?:i|we|i'd|i'll|would|will)_answer ans "
         r"(?:option|choice|letter|decision|conclusion|verdict|selection)(?=\s*(?:is|was|would|should|must|seems|[:=]))"
         " choose chose pick picked select selected go_with going_with opt_for "
         r"vote respuesta réponse antwort risposta resposta ответ svaret? jawaban\w* cevap odpowied\w+ đáp_án"
@@ -335,6 +342,7 @@ def _without_own_words(text: str, choices: Sequence[str]) -> str:
         words = r"\W+".join(map(re.escape, _plain(choice).split()))
         if words:
             label = rf"[(\[]\s?{letter}\s?[)\]]\s?[:.,-]?|(?<![{WORDLIKE}]){letter}\s?[).:,\u2013-]"
+            label = rf"{label}|(?<=\b[Aa]nswer\s){letter}"
             own = rf"(?:{label})\s*(?i:{words})(?![\w'])"
             # A line that begins with an option goes on about it; "(D) is closest" would only mention D.
             text = re.sub(rf"(?m:^)([^\w\n]*?){own}\s+{ABOUT_IT}(?=\s+\w)", rf"\1({letter}):", text)

@@ -151,6 +151,13 @@ STATED = {
         "B is correct while A is not near.",
         "The answer is B although the left box is not far.",
         "A - it is not near\nB - it is near",
+        # What is said of another answer takes none back.
+        "Answer B.",
+        "Answer B",
+        "I would answer B.",
+        "Answer B is correct",
+        "The answer option B",
+        "Answer B because it is near.",
     ],
     "(A)": [
         "A",
@@ -163,6 +170,23 @@ STATED = {
         "I answer A.",
         "B... no, A.",
         "I assume the answer is A.",
+        # What is said of another answer takes none back.
+        "The answer is A. Answer B refers to the right box.",
+        "The correct answer is A. Answer B is farther.",
+        "The answer is A. The answer B would require the box to be near.",
+        "The answer is A. My second choice is B.",
+        "First choice: A. Second choice: B.",
+        "The answer is A. The other option is B.",
+        "The answer is A. The runner-up answer is B.",
+        "The answer is A. The next best answer is B.",
+        "The answer is A. An alternative answer is B.",
+        "The opposite answer is B. The answer is A.",
+        "Answer (A)",
+        "I answer A.",
+        "Answer A\nIt is near.",
+        "Answer A The left box",
+        "I answer A because it is near",
+        "I answer A with confidence.",
     ],
     None: [
         "",
@@ -266,6 +290,10 @@ STATED = {
         "The answer is B - it's wrong",
         "The answer is not B because it is far",
         "Option A (not visible)",
+        # What is said of another answer takes none back.
+        "Answer A describes the left box.",
+        "My second choice is B.",
+        "The answer A or B",
     ],
 }
 
