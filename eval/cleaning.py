@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+from .labels import LABEL_ONLY
+
 # Reasoning ends here; gpt-oss's last channel is named after its special tokens, which decoding may drop.
 REASONING_ENDS = re.compile(
     r"</[^\w<]*(?:\w+:)?(?:think\w*|thought\w*|reason\w*|reflection|scratchpad)\W?>|◁/think▷|\[/think\w*\]"
@@ -39,12 +41,6 @@ MARKUP = re.compile(
 NOT_APPLICABLE = re.compile(r"\bN/A\b")
 STRUCK_OUT = re.compile(r"~~[^~\n]*~~|<(del|strike)>[^<]*</\1>")
 
-# An option's letter as a label: "(B)", "[b]", "B"; a lower-case one only in brackets (it may be the article "a").
-# A letter beside one of these is part of a word or a number, such as "A4", "vitamin-C", "A's".
-WORDLIKE = "A-Za-zÀ-ÿ0-9_'-"
-LABEL = rf"(?:[(\[]\s*(?P<in_brackets>[A-Za-z])\s*[)\]]|(?<![{WORDLIKE}])(?P<bare>[A-Z])(?![+#{WORDLIKE}]))"
-# Without its names, which a pattern can have only once.
-LABEL_ONLY = re.sub(r"\?P<\w+>", "?:", LABEL)
 # Verdicts: "A: ✗", "A [x]" at the end of a line, "❌ A" and "- [x] B" at the beginning of one that has no other.
 TICK = r"[\u2611\u2705\u2713\u2714]\ufe0f?"
 CROSS = r"[\u2610\u2715-\u2718\u274c]\ufe0f?"

@@ -7,13 +7,9 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-from .cleaning import LABEL, LABEL_ONLY, WORDLIKE, final_answer, with_plain_minus, with_verdicts, without_markup
-
-
-def _any(words: str) -> str:
-    """A pattern of whole words; "must_be" has any white space for its underscore."""
-    return rf"\b(?:{'|'.join(words.split())})\b".replace("_", r"\s+")
-
+from .cleaning import final_answer, with_verdicts, without_markup
+from .labels import IS_A_WORD, LABEL, LABEL_ONLY, LABELS_VERB, any_of, labels_in, letter_of
+from .own_words import only_option, plain_words, same_as, without_idioms, without_own_words
 
 # A speaker who changes their mind; what follows counts if it says anything of an option.
 RESTART = re.compile(
@@ -34,13 +30,6 @@ TAKEN_BACK = re.compile(
 ALONE = re.compile(rf"^[^\w\n]*?{LABEL}[^\w\n]*$", re.MULTILINE)
 # The whole text is a small letter: "b", "b.", "option b".
 SMALL_LETTER = re.compile(r"^(?:\W*(?i:option|choice)\s)?\W*([a-z])\W*$")
-# "A ball", "I think": capital letters that are words. A label's own verb may follow ("A is right", "A or B").
-LABELS_VERB = _any("is was are or and would must should can seems looks appears")
-TO_ANOTHER = r"(?:to|through|over|versus|than)\s+[A-Z]\b"
-IS_A_WORD = re.compile(
-    r"(?<!\w)(?<!\b[Oo]ption\s)(?<!\b[Cc]hoice\s)(?<!\b[Aa]nswer\s)"
-    rf"[AI](?= +(?!{LABELS_VERB}|{TO_ANOTHER})[^\W\d_]{{2}})"
-)
 # An echo of how answers should look: "for example, if your answer is the option A, answer (A)". It ends where the
 # sentence goes on: "By cues such as size, the answer is B".
 GOES_ON = (
@@ -54,11 +43,11 @@ EXAMPLE = re.compile(
 # "A, B, C".
 LIST = re.compile(rf"{LABEL_ONLY}(?:\s*,\s*(?:and\s+|or\s+)?{LABEL_ONLY}){{2,}}")
 # Commas of numbers and of "A, C and D are wrong" end no clause; that of "If one looks, I can say" does.
-OF_A_LIST = rf"\s*(?:and\s+|or\s+)?(?!I\s+can\b){LABEL_ONLY}\s*(?:,|{_any('and or are were can')})"
+OF_A_LIST = rf"\s*(?:and\s+|or\s+)?(?!I\s+can\b){LABEL_ONLY}\s*(?:,|{any_of('and or are were can')})"
 CLAUSE = re.compile(rf"(?:[^.,;!?\n。]|(?<=\d)[.,](?=\d)|,(?={OF_A_LIST}))+")
 # Where a clause takes another direction: "Not A but B", "B and not A".
 TURN = re.compile(
-    _any(
+    any_of(
         r"(?<!all\s)(?<!anything\s)(?<!everything\s)but however so therefore thus hence leaving leaves "
         "sondern mais sino"
     )
@@ -78,7 +67,7 @@ OF_OTHERS = (
     r"|^\W*to\s+answer\b(?![^,]*:)"
 )
 EXCLUDES = re.compile(
-    _any(
+    any_of(
         r"not cannot never neither nor wrong incorrect false mistaken exclud\w+ eliminat\w+ reject\w* discard\w* "
         r"unlikely less_likely least worst second_best improbable implausible impossible invalid inaccurate "
         r"instead_of rather_than rul\w+_(?:it_)?out out_of_the_question "
@@ -95,13 +84,13 @@ SUPPOSED = re.compile(
     re.IGNORECASE,
 )
 # "A would be right if ...": neither side of the "if" is stated.
-CONDITIONAL = re.compile(_any("would could might"), re.IGNORECASE)
+CONDITIONAL = re.compile(any_of("would could might"), re.IGNORECASE)
 # A clause before "?" is a question only if it begins like one; "B, right?" states B.
 QUESTION = re.compile(r"\W*(?:is|was|are|could|would|can|should|might|does|do)\b[^?]*$", re.IGNORECASE)
 # "A?" is asked where another letter is said, too.
 ASKED = re.compile(rf"\W*(?:(?:so|is\s+it|maybe|perhaps|option|choice)\s+)?{LABEL_ONLY}\W*", re.IGNORECASE)
 # Behind these stands why an option is chosen, or what another one is like.
-REASON = re.compile(_any("because since as whereas while although though unlike") + "|因为", re.IGNORECASE)
+REASON = re.compile(any_of("because since as whereas while although though unlike") + "|因为", re.IGNORECASE)
 
 # "Answer B refers to the right box". Without a blank, which `_any` would split it at.
 MENTION = (
@@ -110,7 +99,7 @@ MENTION = (
 )
 # "The answer is most likely option (B)": a word for the answer, then fillers only, then the letter.
 ANSWER = (
-    _any(
+    any_of(
         # "Option A" alone is a mention, and "answer B" where words follow; but not "I answer B with ...".
         rf"answers?(?!{MENTION}) (?:i|we|i'd|i'll|would|will)_answer ans "
         r"(?:option|choice|letter|decision|conclusion|verdict|selection)(?=\s*(?:is|was|would|should|must|seems|[:=]))"
@@ -120,7 +109,7 @@ ANSWER = (
     + "|答案|答え|回答|正解|选择?|選択?|정답"
 )
 FILLER = (
-    _any(
+    any_of(
         "is was are be to would should must has seems? appears? likely actually most probably clearly definitely "
         "therefore thus then the an? my this that question for in here as follows given by final correct right best "
         "true only options? choices? letters? answers? es la le el est ist è é ser it die der das het antwoord bonne "
@@ -130,7 +119,7 @@ FILLER = (
     + r"|'s\b"
     + r"|是|为|為|は|은|는|应|該|该|[\s:=>→\-\u2013\u2014',(]"
 )
-CLEARLY = _any("the a my clearly definitely most_likely therefore thus actually really in_fact")
+CLEARLY = any_of("the a my clearly definitely most_likely therefore thus actually really in_fact")
 # "It's B", but not "if it is B".
 IT_IS = (
     r"(?<!if\s)(?<!whether\s)\bit(?:'s|\s(?:is|must\sbe|should\sbe|would\sbe|has\sto\sbe))\s"
@@ -142,40 +131,28 @@ STATED_BEFORE = re.compile(
     rf"|(?i:(?:{ANSWER})(?:{FILLER}){{0,30}}?|{IT_IS}|\b(?:think|guess)\s)(?P<small>(?<!\w)[a-z])(?=\W*(?:[.!\n]|$))"
 )
 # "B is the correct answer"; "B is right of C" is none.
-IS = _any("is was must_be would_be should_be seems looks appears_to_be")
+IS = any_of("is was must_be would_be should_be seems looks appears_to_be")
 RIGHT = (
-    _any("correct right true best only final")
+    any_of("correct right true best only final")
     + r"(?=\W*$|\s?[.,;:!)\n]|\s(?:answer|choice|option|match|fit)\b|\sone\s*(?:$|[.,;:!)\n]))"
     + r"|correct(?=\s(?:and|but)\b)"
 )
-ABOUT_IT = _any("is was are were has looks seems appears")
 SAID_OF = re.compile(rf"{LABEL_ONLY}\s+{IS}\s+\w")
-LIKELY = rf"(?:more|most)\s+{_any('likely plausible probable appropriate suitable accurate')}"
+LIKELY = rf"(?:more|most)\s+{any_of('likely plausible probable appropriate suitable accurate')}"
 STATED_BEHIND = re.compile(rf"{LABEL}(?i:\s+{IS}\s+(?:{CLEARLY}\s+)*(?:{RIGHT}|answer\b|{LIKELY}))")
 # Behind a statement: why it is so, or what is said of the chosen option or another one; but no verdict on it.
-WHY = re.compile(_any("because since") + "|因为", re.IGNORECASE)
-SUBJECT = rf"(?:{_any('it this that there the option my we i')}|{LABEL_ONLY}\s+{IS})"
+WHY = re.compile(any_of("because since") + "|因为", re.IGNORECASE)
+SUBJECT = rf"(?:{any_of('it this that there the option my we i')}|{LABEL_ONLY}\s+{IS})"
 ON_IT = r"(?:it|this|that)(?:'s|\s+is)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:answer|right)))\b"
 ADDED = re.compile(
     rf"(?:\b(?:as|whereas|while|although|though)\s+|\s[\u2013\u2014-]\s+|:\s+)(?={SUBJECT})(?!{ON_IT})|\((?=not\b)",
     re.IGNORECASE,
 )
-# Options' words that don't name them: "You're right", "So far, I see two".
-IDIOMS = re.compile(
-    r"\byou(?:'re|\s+are)\s+(?:\w+ly\s+)?right\b(?!\s+of\b)|\bright\s+(?:now|away)\b|\ball\s+right\b"
-    r"|\bso\s+far,?\s+so\s+good\b|(?:^|(?<=[.!?]\s))so\s+far\b(?=\s*,)",
-    re.IGNORECASE | re.MULTILINE,
-)
-# "There is no image"; but "No, ...", "I'd say no.", "No it is far".
-OF_A_NOUN = re.compile(
-    rf"\bno\b(?![ \t]*(?:[^\w\s-]|-\s|\n|$))(?!\s+{_any('it he she they we i the there this that')})", re.IGNORECASE
-)
-NONE_OF = re.compile(r"\bnone\s+of\b[^.,;!?\n]*", re.IGNORECASE)
 # What a clause may have besides the letter that it chooses: "So B", "I think it's B.", "Probably (B)". Other scripts'
 # words aren't known, but for those that exclude.
 LEADS = re.compile(
     r"(?!question)(?:"
-    + _any(
+    + any_of(
         "so i we that's you i'd i'll i'm we'd it's c'est think believe say guess mean conclude surely certainly maybe "
         "perhaps yes ok okay sondern mais sino"
     )
@@ -184,24 +161,24 @@ LEADS = re.compile(
 )
 WORD = re.compile(r"[A-Za-zÀ-ÿ][\w']*|\d+")
 # "B) The right box", "(B) 3", "B - three": before an option's words. "Verdict: B": behind a heading.
-TELLS = _any("vs has does looks says said mentions states claims describes shows means")
+TELLS = any_of("vs has does looks says said mentions states claims describes shows means")
 BEFORE_WORDS = re.compile(rf"^\W*?{LABEL}(?:\s*[):\u2013\u2014-]|(?<=[)\]]))(?!\s*(?:{LABELS_VERB}|{TELLS}))")
 BEHIND_HEADING = re.compile(rf"^\W*\w+(?:\s+\w+)?\s*:\W*?{LABEL}\W*$")
 # Behind a statement: "or B", "/ B", "and possibly (B)", "(B)", or a last "B" with nothing between.
 AND_ANOTHER = re.compile(
     # "B, and A is farther" doesn't choose A, too.
     rf"[\s)\]*.:]*(?!\s*(?:[,;]|and\b|,\s*and\b)\s*{LABEL_ONLY}\s+{IS})"
-    rf"(?:(?:[,/&+|;]|{_any('or and oder und ou et o y')}|或|和)\s*)+"
+    rf"(?:(?:[,/&+|;]|{any_of('or and oder und ou et o y')}|或|和)\s*)+"
     rf"(?:option|choice|possibly|maybe|perhaps|even)?\s*{LABEL}"
     r"|[)\]]?\s*[(\[]\s*(?P<next>[A-Za-z])\s*[)\]]|[.;]?\s+(?P<last>[A-Z])(?:\s+[A-Z])*\s*\.?\s*$"
 )
 # "A or" before "B is correct"; but not "Of A and B, B is correct".
 ANOTHER_AND = re.compile(
-    rf"(?:(?<!\band\s)(?<!\bor\s){LABEL_ONLY}\s*,|{LABEL_ONLY}\s*(?:[/&+]|{_any('or and oder und ou et o y')}))\s*$"
+    rf"(?:(?<!\band\s)(?<!\bor\s){LABEL_ONLY}\s*,|{LABEL_ONLY}\s*(?:[/&+]|{any_of('or and oder und ou et o y')}))\s*$"
 )
 SENTENCE_ENDS = re.compile(r"[.!?\n。]")
 SENTENCE = re.compile(r"[^.!?\n。]+")
-UNDER_A_CONDITION = re.compile(_any("if when whenever otherwise else unless depends depending"), re.IGNORECASE)
+UNDER_A_CONDITION = re.compile(any_of("if when whenever otherwise else unless depends depending"), re.IGNORECASE)
 
 
 def parse_choice(text: str, choices: Sequence[str]) -> str | None:
@@ -217,7 +194,7 @@ def parse_choice(text: str, choices: Sequence[str]) -> str | None:
     "A is impossible" or "B is farther" say of an option isn't that it is chosen.
     """
     # An option as it is given, whose signs or words would else be markup or a change of mind: "C++", "Wait".
-    same = _same_as(final_answer(text), choices)
+    same = same_as(final_answer(text), choices)
     if same is not None:
         return f"({ascii_uppercase[same]})"
     text = without_markup(final_answer(with_verdicts(text)))
@@ -226,36 +203,16 @@ def parse_choice(text: str, choices: Sequence[str]) -> str | None:
     # What was said last counts, if it says anything of an option.
     for part in reversed(RESTART.split(text)):
         choice = _stated(part, choices)
-        if choice is not None or _labels(part, len(choices)):
+        if choice is not None or labels_in(part, len(choices)):
             return choice
     return None
-
-
-def _same_as(text: str, choices: Sequence[str]) -> int | None:
-    """The only option that the text equals but for case and a full stop; None for a letter, which is a label."""
-
-    def plain(text: str) -> str:
-        return with_plain_minus(text).strip().removesuffix(".").casefold()
-
-    said = plain(text)
-    same = [i for i, choice in enumerate(choices) if plain(choice) == said]
-    if len(same) != 1 or not said or re.fullmatch(r"[(\[]?[a-z][)\]]?", said):
-        return None
-    return same[0]
-
-
-def _labels(text: str, count: int) -> set[str]:
-    """The letters of the first `count` options that occur as labels."""
-    # Letters that are words would be labels else: "A ball is closer" names no option A.
-    labels = IS_A_WORD.sub(" ", text)
-    return {_letter(match) for match in re.finditer(LABEL, labels)} & set(ascii_uppercase[:count])
 
 
 def _stated(text: str, choices: Sequence[str]) -> str | None:
     """`parse_choice` of a text without reasoning, markup and changes of mind."""
     # An option's own words, or a letter, and nothing else.
     offered = ascii_uppercase[: len(choices)]
-    whole = _only_option(text, choices, whole=True)
+    whole = only_option(text, choices, whole=True)
     if whole is not None:
         return f"({offered[whole]})"
     letter = SMALL_LETTER.search(text)
@@ -263,41 +220,41 @@ def _stated(text: str, choices: Sequence[str]) -> str | None:
         return f"({letter[1].upper()})"
 
     # A letter that is called the answer; of several the last one, by which the earlier are corrected.
-    text = _without_own_words(_with_sentences_apart(text, choices), choices)
+    text = without_own_words(_with_sentences_apart(text, choices), choices)
     text = TAKEN_BACK.sub(" ", EXAMPLE.sub(" ", text))
     # Commas of a list would end a clause: "Choose from A, B, C" would say C alone.
     kept = _without_excluded(LIST.sub(lambda match: match[0].replace(",", "&"), text))
     labels = IS_A_WORD.sub(" ", kept)
     statements = [*STATED_BEFORE.finditer(labels), *STATED_BEHIND.finditer(labels)]
-    stated = [match for match in sorted(statements, key=re.Match.end) if _letter(match) in offered]
+    stated = [match for match in sorted(statements, key=re.Match.end) if letter_of(match) in offered]
     if stated:
         last = stated[-1]
         # "A or B" chooses none.
         others = AND_ANOTHER.match(labels, _label_end(last))
-        if others and _letter(others) in offered:
+        if others and letter_of(others) in offered:
             return None
         is_second = last.re is STATED_BEHIND and ANOTHER_AND.search(labels, 0, last.start())
         if is_second or _is_one_of_several(text, stated):
             return None
-        return f"({_letter(last)})"
+        return f"({letter_of(last)})"
 
     # The only letter on a line of its own, or that is said alone.
-    on_a_line = {_letter(match) for match in ALONE.finditer(labels)} & set(offered)
+    on_a_line = {letter_of(match) for match in ALONE.finditer(labels)} & set(offered)
     letters = on_a_line or _said_alone(_without_conditions(labels, text, offered), choices)
     if len(letters) > 1:
         return None
     if letters:
         return f"({letters.pop()})"
     # Letters are mentioned, but none is chosen.
-    if _labels(text, len(choices)):
+    if labels_in(text, len(choices)):
         return None
 
     # No letter at all: the only option whose words occur.
     # "The left one is far. The answer is the right one": what follows the word counts.
-    kept = _without_idioms(kept, choices)
+    kept = without_idioms(kept, choices)
     last = re.split(f"(?i:{ANSWER})", kept)[-1]
     for part in (last, kept):
-        named = _only_option(part, choices)
+        named = only_option(part, choices)
         if named is not None:
             return f"({offered[named]})"
     return None
@@ -307,7 +264,7 @@ def _is_one_of_several(text: str, stated: list[re.Match]) -> bool:
     """Whether the last statement takes back none of the earlier ones, which state another letter: "maybe it's A, maybe
     it's B", "if it's left, the answer is A; if it's right, it's B"."""
     last = stated[-1]
-    earlier = [match for match in stated if _letter(match) != _letter(last)]
+    earlier = [match for match in stated if letter_of(match) != letter_of(last)]
     if not earlier:
         return False
     between = text[earlier[-1].end() : last.start()]
@@ -325,28 +282,13 @@ def _with_sentences_apart(text: str, choices: Sequence[str]) -> str:
     offered = ascii_uppercase[: len(choices)]
     # From the last one, so that places before it stay what they are.
     for statement in reversed(list(STATED_BEFORE.finditer(text))):
-        if _letter(statement) not in offered:
+        if letter_of(statement) not in offered:
             continue
-        words = r"\W+".join(map(re.escape, _plain(choices[offered.index(_letter(statement))]).split()))
+        words = r"\W+".join(map(re.escape, plain_words(choices[offered.index(letter_of(statement))]).split()))
         end = _label_end(statement)
         about_it = re.compile(rf"([)\]]?\.\s+)(?i:{words})(?=\s+\w)").match(text, end)
         if words and about_it:
             text = f"{text[:end]}{about_it[1]}It{text[about_it.end() :]}"
-    return text
-
-
-def _without_own_words(text: str, choices: Sequence[str]) -> str:
-    """The text without an option's words right behind its letter, which may sound like a verdict: "(C) None is
-    right", "B. No". "D. The sofa is closest" becomes "(D): closest"."""
-    for letter, choice in zip(ascii_uppercase, choices, strict=False):
-        words = r"\W+".join(map(re.escape, _plain(choice).split()))
-        if words:
-            label = rf"[(\[]\s?{letter}\s?[)\]]\s?[:.,-]?|(?<![{WORDLIKE}]){letter}\s?[).:,\u2013-]"
-            label = rf"{label}|(?<=\b[Aa]nswer\s){letter}"
-            own = rf"(?:{label})\s*(?i:{words})(?![\w'])"
-            # A line that begins with an option goes on about it; "(D) is closest" would only mention D.
-            text = re.sub(rf"(?m:^)([^\w\n]*?){own}\s+{ABOUT_IT}(?=\s+\w)", rf"\1({letter}):", text)
-            text = re.sub(own, f"({letter})", text)
     return text
 
 
@@ -401,23 +343,12 @@ def _without_reason(part: str) -> str:
     return part
 
 
-def _without_idioms(text: str, choices: Sequence[str]) -> str:
-    """The text without options' words that don't name them: of "I have no idea" and "So far so good"."""
-    options = {_plain(choice) for choice in choices}
-    text = IDIOMS.sub(" ", text)
-    if "no" in options:
-        text = OF_A_NOUN.sub(" ", text)
-    if not any("none of" in option for option in options):
-        text = NONE_OF.sub(" ", text)
-    return text
-
-
 def _without_conditions(labels: str, text: str, offered: str) -> str:
     """`labels` with blanks for the text's sentences that say several letters for several cases: "A if it's left, B if
     it's right"."""
     for sentence in SENTENCE.finditer(text):
         # Of those offered: "If I had to guess, I would say C" has but one.
-        letters = {_letter(match) for match in re.finditer(LABEL, sentence[0])} & set(offered)
+        letters = {letter_of(match) for match in re.finditer(LABEL, sentence[0])} & set(offered)
         if len(letters) > 1 and UNDER_A_CONDITION.search(sentence[0]):
             labels = labels[: sentence.start()].ljust(sentence.end()) + labels[sentence.end() :]
     return labels
@@ -429,55 +360,23 @@ def _said_alone(text: str, choices: Sequence[str]) -> set[str]:
     letters = set()
     for clause in CLAUSE.finditer(text):
         for part in TURN.split(clause[0]):
-            said = _labels(part, len(choices))
+            said = labels_in(part, len(choices))
             # "A is left" says something of A.
             if len(said) == 1 and not SAID_OF.search(part):
                 (letter,) = said
-                known = _plain(choices[ascii_uppercase.index(letter)]).split()
+                known = plain_words(choices[ascii_uppercase.index(letter)]).split()
                 words = WORD.findall(re.sub(LABEL, " ", part))
                 if all(LEADS.fullmatch(word) or word.lower() in known for word in words):
                     letters.add(letter)
     # Whole lines, whose words behind the letter may be many: "(B) The right box is farther away".
     for line in text.splitlines():
         match = BEFORE_WORDS.search(line) or BEHIND_HEADING.search(line)
-        if match and _labels(line, len(choices)) == {_letter(match)}:
-            letters.add(_letter(match))
+        if match and labels_in(line, len(choices)) == {letter_of(match)}:
+            letters.add(letter_of(match))
     return letters
-
-
-def _letter(match: re.Match) -> str:
-    return next(letter for letter in match.groupdict().values() if letter).upper()
 
 
 def _label_end(match: re.Match) -> int:
     """Where the letter of a statement ends."""
     # A letter has one of several groups; the pattern may go on behind it.
     return max(match.end(name) for name in match.groupdict() if match.group(name))
-
-
-def _only_option(text: str, choices: Sequence[str], whole: bool = False) -> int | None:
-    """The only option whose words occur in the text; with `whole`, that are the text, behind their letter or alone (if
-    they are more than a letter)."""
-    # Spaces make whole words: "1" is not named by "10".
-    words = f" {_plain(text)} "
-    options = [f" {_plain(choice)} " for choice in choices]
-    if whole:
-        # A text of one letter is a label ("A"), unless its option's letter stands before it ("(B) A").
-        alone = [i for i, option in enumerate(options) if option == words and len(option.strip()) > 1]
-        named = alone or [i for i, option in enumerate(options) if words == f" {ascii_uppercase[i].lower()}{option}"]
-    else:
-        named = [i for i, option in enumerate(options) if option.strip() and option in words]
-    # "left" is inside "far left": an option that another named option contains does not count.
-    longest = []
-    for i in named:
-        others = [options[j] for j in named if j != i]
-        if not any(options[i] in other for other in others):
-            longest.append(i)
-    if len(longest) != 1:
-        return None
-    return longest[0]
-
-
-def _plain(text: str) -> str:
-    # The look behind keeps a long line of dashes from being tried at each.
-    return " ".join(re.findall(r"(?<![.-])(?:[.-]*\w+)+", text.lower()))

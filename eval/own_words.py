@@ -1,0 +1,88 @@
+"""Options by their own words: which of them a text names, and their words behind their letters."""
+
+import re
+from collections.abc import Sequence
+from string import ascii_uppercase
+
+from .cleaning import with_plain_minus
+from .labels import WORDLIKE, any_of
+
+# Options' words that don't name them: "You're right", "So far, I see two".
+IDIOMS = re.compile(
+    r"\byou(?:'re|\s+are)\s+(?:\w+ly\s+)?right\b(?!\s+of\b)|\bright\s+(?:now|away)\b|\ball\s+right\b"
+    r"|\bso\s+far,?\s+so\s+good\b|(?:^|(?<=[.!?]\s))so\s+far\b(?=\s*,)",
+    re.IGNORECASE | re.MULTILINE,
+)
+# "There is no image"; but "No, ...", "I'd say no.", "No it is far".
+OF_A_NOUN = re.compile(
+    rf"\bno\b(?![ \t]*(?:[^\w\s-]|-\s|\n|$))(?!\s+{any_of('it he she they we i the there this that')})", re.IGNORECASE
+)
+NONE_OF = re.compile(r"\bnone\s+of\b[^.,;!?\n]*", re.IGNORECASE)
+ABOUT_IT = any_of("is was are were has looks seems appears")
+
+
+def same_as(text: str, choices: Sequence[str]) -> int | None:
+    """The only option that the text equals but for case and a full stop; None for a letter, which is a label."""
+
+    def plain(text: str) -> str:
+        return with_plain_minus(text).strip().removesuffix(".").casefold()
+
+    said = plain(text)
+    same = [i for i, choice in enumerate(choices) if plain(choice) == said]
+    if len(same) != 1 or not said or re.fullmatch(r"[(\[]?[a-z][)\]]?", said):
+        return None
+    return same[0]
+
+
+def without_own_words(text: str, choices: Sequence[str]) -> str:
+    """The text without an option's words right behind its letter, which may sound like a verdict: "(C) None is
+    right", "B. No". "D. The sofa is closest" becomes "(D): closest"."""
+    for letter, choice in zip(ascii_uppercase, choices, strict=False):
+        words = r"\W+".join(map(re.escape, plain_words(choice).split()))
+        if words:
+            label = rf"[(\[]\s?{letter}\s?[)\]]\s?[:.,-]?|(?<![{WORDLIKE}]){letter}\s?[).:,\u2013-]"
+            label = rf"{label}|(?<=\b[Aa]nswer\s){letter}"
+            own = rf"(?:{label})\s*(?i:{words})(?![\w'])"
+            # A line that begins with an option goes on about it; "(D) is closest" would only mention D.
+            text = re.sub(rf"(?m:^)([^\w\n]*?){own}\s+{ABOUT_IT}(?=\s+\w)", rf"\1({letter}):", text)
+            text = re.sub(own, f"({letter})", text)
+    return text
+
+
+def without_idioms(text: str, choices: Sequence[str]) -> str:
+    """The text without options' words that don't name them: of "I have no idea" and "So far so good"."""
+    options = {plain_words(choice) for choice in choices}
+    text = IDIOMS.sub(" ", text)
+    if "no" in options:
+        text = OF_A_NOUN.sub(" ", text)
+    if not any("none of" in option for option in options):
+        text = NONE_OF.sub(" ", text)
+    return text
+
+
+def only_option(text: str, choices: Sequence[str], whole: bool = False) -> int | None:
+    """The only option whose words occur in the text; with `whole`, that are the text, behind their letter or alone (if
+    they are more than a letter)."""
+    # Spaces make whole words: "1" is not named by "10".
+    words = f" {plain_words(text)} "
+    options = [f" {plain_words(choice)} " for choice in choices]
+    if whole:
+        # A text of one letter is a label ("A"), unless its option's letter stands before it ("(B) A").
+        alone = [i for i, option in enumerate(options) if option == words and len(option.strip()) > 1]
+        named = alone or [i for i, option in enumerate(options) if words == f" {ascii_uppercase[i].lower()}{option}"]
+    else:
+        named = [i for i, option in enumerate(options) if option.strip() and option in words]
+    # "left" is inside "far left": an option that another named option contains does not count.
+    longest = []
+    for i in named:
+        others = [options[j] for j in named if j != i]
+        if not any(options[i] in other for other in others):
+            longest.append(i)
+    if len(longest) != 1:
+        return None
+    return longest[0]
+
+
+def plain_words(text: str) -> str:
+    # The look behind keeps a long line of dashes from being tried at each.
+    return " ".join(re.findall(r"(?<![.-])(?:[.-]*\w+)+", text.lower()))
