@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 from .cleaning import with_plain_minus
-from .labels import WORDLIKE, any_of
+from .labels import LABEL_ONLY, WORDLIKE, any_of, labels_in
 
 # Options' words that don't name them: "You're right", "So far, I see two".
 IDIOMS = re.compile(
@@ -38,7 +38,7 @@ def without_own_words(text: str, choices: Sequence[str]) -> str:
     """The text without an option's words right behind its letter, which may sound like a verdict: "(C) None is
     right", "B. No". "D. The sofa is closest" becomes "(D): closest"."""
     for letter, choice in zip(ascii_uppercase, choices, strict=False):
-        words = r"\W+".join(map(re.escape, plain_words(choice).split()))
+        words = words_pattern(choice)
         if words:
             label = rf"[(\[]\s?{letter}\s?[)\]]\s?[:.,-]?|(?<![{WORDLIKE}]){letter}\s?[).:,\u2013-]"
             label = rf"{label}|(?<=\b[Aa]nswer\s){letter}"
@@ -47,6 +47,45 @@ def without_own_words(text: str, choices: Sequence[str]) -> str:
             text = re.sub(rf"(?m:^)([^\w\n]*?){own}\s+{ABOUT_IT}(?=\s+\w)", rf"\1({letter}):", text)
             text = re.sub(own, f"({letter})", text)
     return text
+
+
+def with_letters_for_words(text: str, choices: Sequence[str]) -> str:
+    """The text with an option's own letter in place of words that have a letter in them: with options ["Box B", "Box
+    A"], "The answer is Box B" becomes "The answer is (A)"."""
+    with_letters = _of_words_with_letters(choices)
+    if not with_letters:
+        return text
+    return re.sub(with_letters, lambda match: f"({ascii_uppercase[int(str(match.lastgroup)[1:])]})", text)
+
+
+def without_letters_of_words(text: str, choices: Sequence[str]) -> str:
+    """The text without the letters that belong to an option's words: within them ("Box B"), or in brackets behind them
+    ("the right box (B)")."""
+    with_letters = _of_words_with_letters(choices)
+    if with_letters:
+        text = re.sub(with_letters, " ", text)
+    for letter, choice in zip(ascii_uppercase, choices, strict=False):
+        words = words_pattern(choice)
+        if words:
+            behind = rf"\s*[(\[]\s*(?i:(?:option|choice|answer)\s+)?{letter}\s*[)\]]"
+            text = re.sub(rf"(?<![\w'-])((?i:{words})){behind}", r"\1", text)
+    return text
+
+
+def _of_words_with_letters(choices: Sequence[str]) -> str:
+    """A pattern of the options whose words have a label among them, each a group named after its number; "" if there
+    are none."""
+    words = [words_pattern(choice) for choice in choices]
+    # A letter alone is a label, and of two options of the same words these don't say which.
+    of_several = [i for i, choice in enumerate(choices) if len(plain_words(choice)) > 1 and words.count(words[i]) == 1]
+    with_letters = [i for i in of_several if labels_in(choices[i], len(choices))]
+    if not with_letters:
+        return ""
+    # The longest first: one may begin as another does.
+    with_letters.sort(key=lambda i: len(words[i]), reverse=True)
+    groups = "|".join(f"(?P<n{i}>{words[i]})" for i in with_letters)
+    # What it is compared with is no label, either: "B is closer to us than A".
+    return rf"(?<![\w'-])(?i:{groups})(?![\w'-])(?:\s+(?:\w+\s+){{0,3}}?than\s+(?:\w+\s+){{0,2}}?{LABEL_ONLY})?"
 
 
 def without_idioms(text: str, choices: Sequence[str]) -> str:
@@ -81,6 +120,11 @@ def only_option(text: str, choices: Sequence[str], whole: bool = False) -> int |
     if len(longest) != 1:
         return None
     return longest[0]
+
+
+def words_pattern(choice: str) -> str:
+    """Of an option's words with anything else between them; "" if it has none."""
+    return r"\W+".join(map(re.escape, plain_words(choice).split()))
 
 
 def plain_words(text: str) -> str:

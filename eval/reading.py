@@ -9,7 +9,16 @@ from string import ascii_uppercase
 
 from .cleaning import final_answer, with_verdicts, without_markup
 from .labels import IS_A_WORD, LABEL, LABEL_ONLY, LABELS_VERB, any_of, labels_in, letter_of
-from .own_words import only_option, plain_words, same_as, without_idioms, without_own_words
+from .own_words import (
+    only_option,
+    plain_words,
+    same_as,
+    with_letters_for_words,
+    without_idioms,
+    without_letters_of_words,
+    without_own_words,
+    words_pattern,
+)
 
 # A speaker who changes their mind; what follows counts if it says anything of an option.
 RESTART = re.compile(
@@ -221,7 +230,8 @@ def _stated(text: str, choices: Sequence[str]) -> str | None:
 
     # A letter that is called the answer; of several the last one, by which the earlier are corrected.
     text = without_own_words(_with_sentences_apart(text, choices), choices)
-    text = TAKEN_BACK.sub(" ", EXAMPLE.sub(" ", text))
+    as_said = TAKEN_BACK.sub(" ", EXAMPLE.sub(" ", text))
+    text = with_letters_for_words(as_said, choices)
     # Commas of a list would end a clause: "Choose from A, B, C" would say C alone.
     kept = _without_excluded(LIST.sub(lambda match: match[0].replace(",", "&"), text))
     labels = IS_A_WORD.sub(" ", kept)
@@ -246,12 +256,12 @@ def _stated(text: str, choices: Sequence[str]) -> str | None:
     if letters:
         return f"({letters.pop()})"
     # Letters are mentioned, but none is chosen.
-    if labels_in(text, len(choices)):
+    if labels_in(without_letters_of_words(as_said, choices), len(choices)):
         return None
 
     # No letter at all: the only option whose words occur.
     # "The left one is far. The answer is the right one": what follows the word counts.
-    kept = without_idioms(kept, choices)
+    kept = without_idioms(_without_excluded(as_said), choices)
     last = re.split(f"(?i:{ANSWER})", kept)[-1]
     for part in (last, kept):
         named = only_option(part, choices)
@@ -284,7 +294,7 @@ def _with_sentences_apart(text: str, choices: Sequence[str]) -> str:
     for statement in reversed(list(STATED_BEFORE.finditer(text))):
         if letter_of(statement) not in offered:
             continue
-        words = r"\W+".join(map(re.escape, plain_words(choices[offered.index(letter_of(statement))]).split()))
+        words = words_pattern(choices[offered.index(letter_of(statement))])
         end = _label_end(statement)
         about_it = re.compile(rf"([)\]]?\.\s+)(?i:{words})(?=\s+\w)").match(text, end)
         if words and about_it:
@@ -364,7 +374,9 @@ def _said_alone(text: str, choices: Sequence[str]) -> set[str]:
             # "A is left" says something of A.
             if len(said) == 1 and not SAID_OF.search(part):
                 (letter,) = said
-                known = plain_words(choices[ascii_uppercase.index(letter)]).split()
+                choice = choices[ascii_uppercase.index(letter)]
+                # Of another option's letter they say nothing: ["Box B", "Box A"].
+                known = [] if labels_in(choice, len(choices)) else plain_words(choice).split()
                 words = WORD.findall(re.sub(LABEL, " ", part))
                 if all(LEADS.fullmatch(word) or word.lower() in known for word in words):
                     letters.add(letter)

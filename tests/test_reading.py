@@ -158,6 +158,10 @@ STATED = {
         "Answer B is correct",
         "The answer option B",
         "Answer B because it is near.",
+        # Letters behind an option's own words.
+        "So the closest is the right box **(B)**.",
+        "The right box (option B) is closest.",
+        "The answer is the right box (B).",
     ],
     "(A)": [
         "A",
@@ -294,6 +298,10 @@ STATED = {
         "Answer A describes the left box.",
         "My second choice is B.",
         "The answer A or B",
+        # Letters behind an option's own words.
+        "Option A mentions the left box",
+        "The left box (A) or the right box (B)",
+        "The right box (A) is near",
     ],
 }
 
@@ -383,6 +391,47 @@ OF_OTHER_KINDS = [
     (["1", "-1"], "(B)", ["\u22121", "-1", "It is \u22121.", "It is -1"]),
     (["1", "\u22121"], "(B)", ["-1", "\u22121"]),
     (["B", "A"], "(A)", ["A"]),
+    # Options whose words have letters in them.
+    (
+        ["neither; their concentrations are the same", "Solution A", "Solution B"],
+        "(C)",
+        ["The answer is Solution B.", "Answer: Solution B", "Solution B"],
+    ),
+    (
+        ["neither; their concentrations are the same", "Solution A", "Solution B"],
+        "(B)",
+        ["The answer is Solution A.", "Answer: B", "The answer is (B) Solution A", "Solution A is denser."],
+    ),
+    (
+        ["neither; their concentrations are the same", "Solution A", "Solution B"],
+        None,
+        ["The answer is not Solution A.", "Solution A or Solution B", "Solution C"],
+    ),
+    (["Box B", "Box A"], "(A)", ["Answer: Box B", "The answer is Box B.", "Answer: A", "Box B is nearer."]),
+    (
+        ["A is closer", "B is closer"],
+        "(B)",
+        [
+            "B is closer to the camera.",
+            "Point B is closer to the camera.",
+            "The answer is B is closer.",
+            "B is closer than A.",
+            "B is closer to the camera than A.",
+            "Point B is closer to us than point A.",
+        ],
+    ),
+    (
+        ["A is darker", "B is darker", "About the same"],
+        "(B)",
+        ["B is darker than A.", "B is darker.", "Point B is darker than point A."],
+    ),
+    (
+        ["A is darker", "B is darker", "About the same"],
+        None,
+        ["B is not darker than A.", "A is darker or B is darker"],
+    ),
+    (["Point A", "Point B", "Point C", "Point D"], "(B)", ["The corresponding point is Point B."]),
+    (["A", "B", "Both A and B"], "(C)", ["Both A and B are correct", "The answer is both A and B."]),
 ]
 
 
