@@ -33,10 +33,12 @@ CONTAINERS = [
 # What may stand around or within a statement and says nothing: LaTeX, Markdown, HTML, quotation marks, special tokens;
 # but not an apostrophe within a word, as in "isn't". A period of "vs." ends no clause.
 MARKUP = re.compile(
-    r"\\(?:text|textbf|mathrm|mathbf|mathsf|bf|rm|boxed)\b|[*_`$#{}\"“”]"
+    r"\\(?:text\w*|math\w+|operatorname|bf|rm|it|tt|sf|quad|boxed)\b|[*_`$#{}\"“”]"
     r"|</?(?:b|i|u|p|em|strong|br|div|span|code|li|s|h\d)\s*/?>|<\|[^|<>]{0,40}\|>"
     r"|</?(?:bos|eos|pad|(?:start|end)_of_(?:turn|utterance))>|(?<!\w)'|'(?!\w)|(?<=\bvs)\."
 )
+# "Option b": a small letter that is no article; written large, as other labels are.
+SMALL_OPTION = re.compile(r"(\b(?i:option|choice)\s)([b-hj-z])\b(?!')")
 # Written small, since its letters are no options.
 NOT_APPLICABLE = re.compile(r"\bN/A\b")
 STRUCK_OUT = re.compile(r"~~[^~\n]*~~|<(del|strike)>[^<]*</\1>")
@@ -106,4 +108,5 @@ def with_plain_minus(text: str) -> str:
 def without_markup(text: str) -> str:
     # Letters of one kind: full-width ones and typographic quotes are written otherwise and mean the same.
     plain = with_plain_minus(unicodedata.normalize("NFKC", text)).replace("’", "'")  # noqa: RUF001 (it is replaced)
-    return NOT_APPLICABLE.sub("n/a", MARKUP.sub(" ", STRUCK_OUT.sub(" ", plain)))
+    plain = NOT_APPLICABLE.sub("n/a", MARKUP.sub(" ", STRUCK_OUT.sub(" ", plain)))
+    return SMALL_OPTION.sub(lambda match: match[1] + match[2].upper(), plain)

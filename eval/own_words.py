@@ -6,7 +6,12 @@ from string import ascii_uppercase
 
 from .cleaning import with_plain_minus
 from .labels import LABEL_ONLY, WORDLIKE, any_of, labels_in
+from .vqa import NUMBERS
 
+# Scripts that put no spaces between words: Chinese, Japanese, Thai. One letter is part of too many words.
+WITHOUT_SPACES = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]{2,}")
+# Vowels and tones above and below letters, which `\w` leaves out.
+THAI_MARKS = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
 # Options' words that don't name them: "You're right", "So far, I see two".
 IDIOMS = re.compile(
     r"\byou(?:'re|\s+are)\s+(?:\w+ly\s+)?right\b(?!\s+of\b)|\bright\s+(?:now|away)\b|\ball\s+right\b"
@@ -15,7 +20,8 @@ IDIOMS = re.compile(
 )
 # "There is no image"; but "No, ...", "I'd say no.", "No it is far".
 OF_A_NOUN = re.compile(
-    rf"\bno\b(?![ \t]*(?:[^\w\s-]|-\s|\n|$))(?!\s+{any_of('it he she they we i the there this that')})", re.IGNORECASE
+    rf"\bno\b(?![ \t]*(?:[^\w\s-]|-\s|\n|$))(?!\s+{any_of('it he she they we i the there this that')})|没有(?=\w)",
+    re.IGNORECASE,
 )
 NONE_OF = re.compile(r"\bnone\s+of\b[^.,;!?\n]*", re.IGNORECASE)
 ABOUT_IT = any_of("is was are were has looks seems appears")
@@ -92,7 +98,7 @@ def without_idioms(text: str, choices: Sequence[str]) -> str:
     """The text without options' words that don't name them: of "I have no idea" and "So far so good"."""
     options = {plain_words(choice) for choice in choices}
     text = IDIOMS.sub(" ", text)
-    if "no" in options:
+    if options & {"no", "没有"}:
         text = OF_A_NOUN.sub(" ", text)
     if not any("none of" in option for option in options):
         text = NONE_OF.sub(" ", text)
@@ -109,7 +115,10 @@ def only_option(text: str, choices: Sequence[str], whole: bool = False) -> int |
         # A text of one letter is a label ("A"), unless its option's letter stands before it ("(B) A").
         alone = [i for i, option in enumerate(options) if option == words and len(option.strip()) > 1]
         named = alone or [i for i, option in enumerate(options) if words == f" {ascii_uppercase[i].lower()}{option}"]
+        # "two" for the option "2".
+        named = named or [i for i, option in enumerate(options) if _in_digits(option) == _in_digits(words) != ""]
     else:
+        options = [option.strip() if WITHOUT_SPACES.fullmatch(option.strip()) else option for option in options]
         named = [i for i, option in enumerate(options) if option.strip() and option in words]
     # "left" is inside "far left": an option that another named option contains does not count.
     longest = []
@@ -122,6 +131,14 @@ def only_option(text: str, choices: Sequence[str], whole: bool = False) -> int |
     return longest[0]
 
 
+def _in_digits(words: str) -> str:
+    """A number word as its digits; "" for anything else."""
+    number = words.strip()
+    if number in NUMBERS.split():
+        return str(NUMBERS.split().index(number))
+    return number if number.isdecimal() else ""
+
+
 def words_pattern(choice: str) -> str:
     """Of an option's words with anything else between them; "" if it has none."""
     return r"\W+".join(map(re.escape, plain_words(choice).split()))
@@ -129,4 +146,4 @@ def words_pattern(choice: str) -> str:
 
 def plain_words(text: str) -> str:
     # The look behind keeps a long line of dashes from being tried at each.
-    return " ".join(re.findall(r"(?<![.-])(?:[.-]*\w+)+", text.lower()))
+    return " ".join(re.findall(rf"(?<![.-])(?:[.-]*[\w{THAI_MARKS}]+)+", text.lower()))

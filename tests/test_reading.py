@@ -162,6 +162,17 @@ STATED = {
         "So the closest is the right box **(B)**.",
         "The right box (option B) is closest.",
         "The answer is the right box (B).",
+        # More writings of a letter.
+        "\\boxed{\\textit{B}}",
+        "\\boxed{\\textrm{B}}",
+        "\\boxed{\\texttt{B}}",
+        "\\boxed{\\mathit{B}}",
+        "\\boxed{\\operatorname{B}}",
+        "\\boxed{\\quad B}",
+        "$\\textsf{B}$",
+        "option b is correct",
+        "the answer is b because it is nearer",
+        "Option b, since it is near",
     ],
     "(A)": [
         "A",
@@ -302,6 +313,9 @@ STATED = {
         "Option A mentions the left box",
         "The left box (A) or the right box (B)",
         "The right box (A) is near",
+        # More writings of a letter.
+        "option b is wrong",
+        "option b is farther",
     ],
 }
 
@@ -432,6 +446,18 @@ OF_OTHER_KINDS = [
     ),
     (["Point A", "Point B", "Point C", "Point D"], "(B)", ["The corresponding point is Point B."]),
     (["A", "B", "Both A and B"], "(C)", ["Both A and B are correct", "The answer is both A and B."]),
+    # Other scripts and number words.
+    (["左边", "右边"], "(A)", ["物体在左边。", "答案是左边", "在左边", "不是右边，是左边"]),  # noqa: RUF001 (Chinese marks)
+    (["左边", "右边"], None, ["不在左边", "左边或右边"]),
+    (["ซ้าย", "ขวา"], "(A)", ["อยู่ทางซ้าย"]),
+    (["ひだり", "みぎ"], "(B)", ["ものはみぎにあります"]),
+    (["是", "不是"], "(B)", ["不是"]),
+    (["是", "不是"], "(A)", ["是"]),
+    (["有人", "没有"], None, ["没有图像", "我没有办法回答"]),
+    (["有人", "没有"], "(B)", ["没有。", "图中没有。"]),
+    (["0", "1", "2", "3"], "(C)", ["two", "Two.", "**Two**"]),
+    (["zero", "one", "two"], "(C)", ["2"]),
+    (["0", "1", "2", "3"], None, ["one of the boxes", "no one"]),
 ]
 
 
