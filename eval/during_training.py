@@ -5,6 +5,7 @@ keeps the run's numbers (`report_to`).
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from transformers import TrainerCallback
@@ -15,6 +16,7 @@ from ..files.escapes import markdown
 from ..files.strangers import inside
 from ..files.writing import write_whole
 from ..inference.generate import generate_answers
+from ..targets.images import open_image
 from ..training.arguments import OlaVlmArguments
 from .multiple_choice import is_letter_of, score
 
@@ -39,6 +41,8 @@ def read_questions(path: str | Path, image_folder: str | Path) -> list[dict]:
     # Before training begins: a run of days would otherwise end at its first evaluation.
     if not isinstance(questions, list) or not questions:
         raise ValueError(f'{path} has no questions: give a list of {{"question", "image"}}')
+    # Several questions may be about one image.
+    opened = set()
     for number, question in enumerate(questions):
         if not isinstance(question, dict) or not {"question", "image"} <= question.keys():
             raise ValueError(f'{path}, question {number}: give each a "question" and an "image"')
@@ -52,6 +56,12 @@ def read_questions(path: str | Path, image_folder: str | Path) -> list[dict]:
             raise ValueError(f"{path}, question {number}: its image: {error}") from error
         if not image.is_file():
             raise ValueError(f"{path}, question {number}: there is no image {image}")
+        if image not in opened:
+            try:
+                open_image(image)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{path}, question {number}: its image can't be opened: {error}") from error
+            opened.add(image)
     return questions
 
 
@@ -61,6 +71,8 @@ def _check_choices(question: dict, place: str) -> None:
     choices = question["choices"]
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"{place}: its choices are {choices!r:.80}, they must be a list of texts")
+    if len(choices) > len(ascii_uppercase):
+        raise ValueError(f"{place}: it has {len(choices)} choices: give at most 26, as each needs a letter")
     # Only letters are compared with: the option's words would count as wrong whatever the model says.
     if "answer" in question and not is_letter_of(question["answer"], choices):
         what = f"its answer {question['answer']!r:.80} is the letter of none of its {len(choices)} choices"

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+from .cleaning import scored_output
 from .reading import parse_choice
 
 
@@ -19,7 +20,7 @@ def is_letter_of(answer: str, choices: Sequence[str]) -> bool:
 def is_correct(record: dict) -> bool:
     """Whether an answered question's `"output"` names its `"answer"` ("(A)" or "a"); an unreadable output is wrong."""
     # None, for an output that names no option or several, equals no answer.
-    return parse_choice(record["output"], record["choices"]) == f"({record['answer'].strip('()').upper()})"
+    return parse_choice(scored_output(record), record["choices"]) == f"({record['answer'].strip('()').upper()})"
 
 
 def score(records: Sequence[dict]) -> dict[str, float]:

@@ -148,7 +148,8 @@ def _spelling(header: str) -> str:
     return re.sub(r"[\W_]", "", str(header).lower()).replace("l", "i").replace("1", "i")
 
 
-def _parse_list(text: str):
+def written_list(text: str) -> list | tuple | dict | None:
+    """What a text is if it is a list or an object, in JSON or in Python; else None."""
     # JSON has double quotes; a list that Python wrote into a CSV has single ones. Neither runs anything.
     for parse in (json.loads, ast.literal_eval):
         try:
@@ -157,6 +158,13 @@ def _parse_list(text: str):
             continue
         if isinstance(value, (list, tuple, dict)):
             return value
+    return None
+
+
+def _parse_list(text: str):
+    value = written_list(text)
+    if value is not None:
+        return value
     return read_options(text) or [line.strip() for line in text.split("\n") if line.strip()]
 
 
@@ -236,15 +244,21 @@ def _text_rows(file: Path) -> list[Row]:
         if delimiter not in header and ";" in header:
             delimiter = ";"
         rows = []
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        names = [name for name in reader.fieldnames or () if name]
-        if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise ValueError(f"{file} has several columns {', '.join(map(repr, repeated))}: keep one of each name")
-        # DictReader puts fields beyond the header's under None.
-        for number, values in enumerate(reader, start=1):
-            if None in values:
-                raise ValueError(f"{file}, row {number}: it has more fields than the header: quote those with a comma")
-            rows.append(Row(values, file, number))
+        # Strict, since a quotation mark that stays open would take the rows below it into its cell.
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            names = [name for name in reader.fieldnames or () if name]
+            if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise ValueError(f"{file} has several columns {', '.join(map(repr, repeated))}: keep one of each name")
+            # DictReader puts fields beyond the header's under None.
+            for number, values in enumerate(reader, start=1):
+                if None in values:
+                    what = "it has more fields than the header: quote those with a comma"
+                    raise ValueError(f"{file}, row {number}: {what}")
+                rows.append(Row(values, file, number))
+        except csv.Error as error:
+            what = f"{error}: put quotation marks around the whole cell, and double those within it"
+            raise ValueError(f"{file}, row {len(rows) + 1}: {what}") from error
         return rows
     text = _text(file)
     if file.suffix == ".json":

@@ -4,66 +4,22 @@ A wrong reading is worse than none: a text that states no option, or several, is
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-
-def _any(words: str) -> str:
-    """A pattern of whole words; "must_be" has any white space for its underscore."""
-    return rf"\b(?:{'|'.join(words.split())})\b".replace("_", r"\s+")
-
-
-# Reasoning ends here; gpt-oss's last channel is named after its special tokens, which decoding may drop.
-REASONING_ENDS = re.compile(
-    r"</[^\w<]*(?:\w+:)?(?:think\w*|thought\w*|reason\w*|reflection|scratchpad)\W?>|◁/think▷|\[/think\w*\]"
-    r"|<\|end_of_thought\|>|<unused95>"
-    r"|<\|?channel\|?>\s*final\s*<\|?message\|?>|assistantfinal",
-    re.IGNORECASE,
+from .cleaning import final_answer, with_verdicts, without_markup
+from .labels import IS_A_WORD, LABEL, LABEL_ONLY, LABELS_VERB, any_of, labels_in, letter_of
+from .own_words import (
+    only_option,
+    plain_words,
+    same_as,
+    with_letters_for_words,
+    without_idioms,
+    without_letters_of_words,
+    without_own_words,
+    words_pattern,
 )
-REASONING_BEGINS = re.compile(
-    r"<(?:\w+:)?(?:think\w*|thought\w*|reason\w*|reflection|scratchpad)>|◁think▷|\[think\w*\]"
-    r"|<\|begin_of_thought\|>|<unused94>",
-    re.IGNORECASE,
-)
-# What a model was told to put its answer into. The last one counts; one that the token limit cut is open.
-CONTAINERS = [
-    re.compile(
-        r"<((?:final_?)?(?:answer|ans|choice|option|output|solution|response|result|final))>(?P<content>.*?)(?:</\1>|$)",
-        re.IGNORECASE | re.DOTALL,
-    ),
-    re.compile(r"(?:\\|\b)(?:boxed|fbox)\s*\{(?P<content>(?:[^{}]|\{[^{}]*\})*)(?:\}|$)"),
-    re.compile(r"<\|begin_of_box\|>(?P<content>.*?)(?:<\|end_of_box\|>|$)", re.DOTALL),
-]
-# What may stand around or within a statement and says nothing: LaTeX, Markdown, HTML, quotation marks, special tokens;
-# but not an apostrophe within a word, as in "isn't". A period of "vs." ends no clause.
-MARKUP = re.compile(
-    r"\\(?:text|textbf|mathrm|mathbf|mathsf|bf|rm|boxed)\b|[*_`$#{}\"“”]"
-    r"|</?(?:b|i|u|p|em|strong|br|div|span|code|li|s|h\d)\s*/?>|<\|[^|<>]{0,40}\|>"
-    r"|</?(?:bos|eos|pad|(?:start|end)_of_(?:turn|utterance))>|(?<!\w)'|'(?!\w)|(?<=\bvs)\."
-)
-STRUCK_OUT = re.compile(r"~~[^~\n]*~~|<(del|strike)>[^<]*</\1>")
 
-# An option's letter as a label: "(B)", "[b]", "B"; a lower-case one only in brackets (it may be the article "a").
-# A letter beside one of these is part of a word or a number, such as "A4", "vitamin-C", "A's".
-WORDLIKE = "A-Za-zÀ-ÿ0-9_'-"
-LABEL = rf"(?:[(\[]\s*(?P<in_brackets>[A-Za-z])\s*[)\]]|(?<![{WORDLIKE}])(?P<bare>[A-Z])(?![+#{WORDLIKE}]))"
-# Without its names, which a pattern can have only once.
-LABEL_ONLY = re.sub(r"\?P<\w+>", "?:", LABEL)
-# Verdicts: "A: ✗", "A [x]" at the end of a line, "❌ A" and "- [x] B" at the beginning of one that has no other.
-TICK = r"[\u2611\u2705\u2713\u2714]\ufe0f?"
-CROSS = r"[\u2610\u2715-\u2718\u274c]\ufe0f?"
-CHECKED = rf"(?:{TICK}|[\[(][xX\u2713\u2714][\])])"
-UNCHECKED = rf"(?:{CROSS}|\[\s?\]|\(\s?\))"
-BEHIND = r"(?<=\S)[ \t:\u2013\u2014-]{0,3}"
-BEFORE = r"^[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]*)?"
-ONLY = rf"(?=\W*(?:[Oo]ption\s)?{LABEL_ONLY})(?!.*(?:{CHECKED}|{UNCHECKED}))(.+)$"
-VERDICTS = [
-    (re.compile(BEFORE + CHECKED + ONLY, re.MULTILINE), r"\1 is correct."),
-    (re.compile(BEFORE + UNCHECKED + ONLY, re.MULTILINE), r"\1 is wrong."),
-    (re.compile(rf"{BEHIND}(?:(?:{TICK})+|{CHECKED}(?=[ \t]*$))", re.MULTILINE), " is correct."),
-    (re.compile(rf"{BEHIND}(?:(?:{CROSS})+|{UNCHECKED}(?=[ \t]*$))", re.MULTILINE), " is wrong."),
-]
 # A speaker who changes their mind; what follows counts if it says anything of an option.
 RESTART = re.compile(
     r"\b(?:wait|correction|hold\s+on|scratch\s+that|on\s+second\s+thought|on\s+reflection)\b"
@@ -83,13 +39,6 @@ TAKEN_BACK = re.compile(
 ALONE = re.compile(rf"^[^\w\n]*?{LABEL}[^\w\n]*$", re.MULTILINE)
 # The whole text is a small letter: "b", "b.", "option b".
 SMALL_LETTER = re.compile(r"^(?:\W*(?i:option|choice)\s)?\W*([a-z])\W*$")
-# "A ball", "I think": capital letters that are words. A label's own verb may follow ("A is right", "A or B").
-LABELS_VERB = _any("is was are or and would must should can seems looks appears")
-TO_ANOTHER = r"(?:to|through|over|versus|than)\s+[A-Z]\b"
-IS_A_WORD = re.compile(
-    r"(?<!\w)(?<!\b[Oo]ption\s)(?<!\b[Cc]hoice\s)"
-    rf"[AI](?= +(?!{LABELS_VERB}|{TO_ANOTHER})[^\W\d_]{{2}})"
-)
 # An echo of how answers should look: "for example, if your answer is the option A, answer (A)". It ends where the
 # sentence goes on: "By cues such as size, the answer is B".
 GOES_ON = (
@@ -103,15 +52,16 @@ EXAMPLE = re.compile(
 # "A, B, C".
 LIST = re.compile(rf"{LABEL_ONLY}(?:\s*,\s*(?:and\s+|or\s+)?{LABEL_ONLY}){{2,}}")
 # Commas of numbers and of "A, C and D are wrong" end no clause; that of "If one looks, I can say" does.
-OF_A_LIST = rf"\s*(?:and\s+|or\s+)?(?!I\s+can\b){LABEL_ONLY}\s*(?:,|{_any('and or are were can')})"
+OF_A_LIST = rf"\s*(?:and\s+|or\s+)?(?!I\s+can\b){LABEL_ONLY}\s*(?:,|{any_of('and or are were can')})"
 CLAUSE = re.compile(rf"(?:[^.,;!?\n。]|(?<=\d)[.,](?=\d)|,(?={OF_A_LIST}))+")
 # Where a clause takes another direction: "Not A but B", "B and not A".
 TURN = re.compile(
-    _any(
+    any_of(
         r"(?<!all\s)(?<!anything\s)(?<!everything\s)but however so therefore thus hence leaving leaves "
         "sondern mais sino"
     )
-    + r"|:\s(?=the\b|my\b|answer\b|so\b)"
+    # Behind "A: " its own words may follow: "A: the cat is not on the left".
+    + r"|:\s(?=(?:(?:the|my)\s+(?:\w+\s+){0,2})?(?:answer|choice|option|guess)\b|so\b)"
     + r"|(?=\b(?:not|rather\s+than|instead\s+of)\s+(?:option\s+|choice\s+)?\W?[A-Za-z]\b)",
     re.IGNORECASE,
 )
@@ -126,11 +76,13 @@ OF_OTHERS = (
     r"|^\W*to\s+answer\b(?![^,]*:)"
 )
 EXCLUDES = re.compile(
-    _any(
+    any_of(
         r"not cannot never neither nor wrong incorrect false mistaken exclud\w+ eliminat\w+ reject\w* discard\w* "
         r"unlikely less_likely least worst second_best improbable implausible impossible invalid inaccurate "
         r"instead_of rather_than rul\w+_(?:it_)?out out_of_the_question "
-        r"(?:all|anything|everything)_but except other_than apart_from (?<!no\s)(?<!without\s)(?<!without\sa\s)doubt"
+        r"(?:all|anything|everything)_but except other_than apart_from (?<!no\s)(?<!without\s)(?<!without\sa\s)doubt "
+        r"(?:second|third|next|(?<!in\s)other|another|alternative|opposite|runner-up)(?:\s\w+)?\s"
+        r"(?:choice|answer|option|guess)"
     )
     + rf"|n't\b|不|错|误|排除|\bне\b|ليس|नहीं|では(?:な|あ)|아니|아닙|{LABEL_ONLY}\W{{1,3}}no\b|{OF_OTHERS}",  # noqa: RUF001 (other scripts' letters are meant)
     re.IGNORECASE,
@@ -141,19 +93,24 @@ SUPPOSED = re.compile(
     re.IGNORECASE,
 )
 # "A would be right if ...": neither side of the "if" is stated.
-CONDITIONAL = re.compile(_any("would could might"), re.IGNORECASE)
+CONDITIONAL = re.compile(any_of("would could might"), re.IGNORECASE)
 # A clause before "?" is a question only if it begins like one; "B, right?" states B.
 QUESTION = re.compile(r"\W*(?:is|was|are|could|would|can|should|might|does|do)\b[^?]*$", re.IGNORECASE)
 # "A?" is asked where another letter is said, too.
 ASKED = re.compile(rf"\W*(?:(?:so|is\s+it|maybe|perhaps|option|choice)\s+)?{LABEL_ONLY}\W*", re.IGNORECASE)
 # Behind these stands why an option is chosen, or what another one is like.
-REASON = re.compile(_any("because since as whereas while although though unlike") + "|因为", re.IGNORECASE)
+REASON = re.compile(any_of("because since as whereas while although though unlike") + "|因为", re.IGNORECASE)
 
+# "Answer B refers to the right box". Without a blank, which `_any` would split it at.
+MENTION = (
+    r"\s+(?:(?:option|choice)\s+)?[(\[]?(?-i:[A-Z])\b[)\]]?[^\S\n]+"
+    r"(?!(?:so|because|since|as|with|for|due|based|given)\b)\w"
+)
 # "The answer is most likely option (B)": a word for the answer, then fillers only, then the letter.
 ANSWER = (
-    _any(
-        # "Option A" alone is a mention.
-        "answers? ans "
+    any_of(
+        # "Option A" alone is a mention, and "answer B" where words follow; but not "I answer B with ...".
+        rf"answers?(?!{MENTION}) (?:i|we|i'd|i'll|would|will)_answer ans "
         r"(?:option|choice|letter|decision|conclusion|verdict|selection)(?=\s*(?:is|was|would|should|must|seems|[:=]))"
         " choose chose pick picked select selected go_with going_with opt_for "
         r"vote respuesta réponse antwort risposta resposta ответ svaret? jawaban\w* cevap odpowied\w+ đáp_án"
@@ -161,7 +118,7 @@ ANSWER = (
     + "|答案|答え|回答|正解|选择?|選択?|정답"
 )
 FILLER = (
-    _any(
+    any_of(
         "is was are be to would should must has seems? appears? likely actually most probably clearly definitely "
         "therefore thus then the an? my this that question for in here as follows given by final correct right best "
         "true only options? choices? letters? answers? es la le el est ist è é ser it die der das het antwoord bonne "
@@ -171,7 +128,7 @@ FILLER = (
     + r"|'s\b"
     + r"|是|为|為|は|은|는|应|該|该|[\s:=>→\-\u2013\u2014',(]"
 )
-CLEARLY = _any("the a my clearly definitely most_likely therefore thus actually really in_fact")
+CLEARLY = any_of("the a my clearly definitely most_likely therefore thus actually really in_fact")
 # "It's B", but not "if it is B".
 IT_IS = (
     r"(?<!if\s)(?<!whether\s)\bit(?:'s|\s(?:is|must\sbe|should\sbe|would\sbe|has\sto\sbe))\s"
@@ -183,21 +140,28 @@ STATED_BEFORE = re.compile(
     rf"|(?i:(?:{ANSWER})(?:{FILLER}){{0,30}}?|{IT_IS}|\b(?:think|guess)\s)(?P<small>(?<!\w)[a-z])(?=\W*(?:[.!\n]|$))"
 )
 # "B is the correct answer"; "B is right of C" is none.
-IS = _any("is was must_be would_be should_be seems looks appears_to_be")
+IS = any_of("is was must_be would_be should_be seems looks appears_to_be")
 RIGHT = (
-    _any("correct right true best only final")
+    any_of("correct right true best only final")
     + r"(?=\W*$|\s?[.,;:!)\n]|\s(?:answer|choice|option|match|fit)\b|\sone\s*(?:$|[.,;:!)\n]))"
     + r"|correct(?=\s(?:and|but)\b)"
 )
-ABOUT_IT = _any("is was are were has looks seems appears")
 SAID_OF = re.compile(rf"{LABEL_ONLY}\s+{IS}\s+\w")
-LIKELY = rf"(?:more|most)\s+{_any('likely plausible probable appropriate suitable accurate')}"
+LIKELY = rf"(?:more|most)\s+{any_of('likely plausible probable appropriate suitable accurate')}"
 STATED_BEHIND = re.compile(rf"{LABEL}(?i:\s+{IS}\s+(?:{CLEARLY}\s+)*(?:{RIGHT}|answer\b|{LIKELY}))")
+# Behind a statement: why it is so, or what is said of the chosen option or another one; but no verdict on it.
+WHY = re.compile(any_of("because since") + "|因为", re.IGNORECASE)
+SUBJECT = rf"(?:{any_of('it this that there the option my we i')}|{LABEL_ONLY}\s+{IS})"
+ON_IT = r"(?:it|this|that)(?:'s|\s+is)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:answer|right)))\b"
+ADDED = re.compile(
+    rf"(?:\b(?:as|whereas|while|although|though)\s+|\s[\u2013\u2014-]\s+|:\s+)(?={SUBJECT})(?!{ON_IT})|\((?=not\b)",
+    re.IGNORECASE,
+)
 # What a clause may have besides the letter that it chooses: "So B", "I think it's B.", "Probably (B)". Other scripts'
 # words aren't known, but for those that exclude.
 LEADS = re.compile(
     r"(?!question)(?:"
-    + _any(
+    + any_of(
         "so i we that's you i'd i'll i'm we'd it's c'est think believe say guess mean conclude surely certainly maybe "
         "perhaps yes ok okay sondern mais sino"
     )
@@ -206,42 +170,24 @@ LEADS = re.compile(
 )
 WORD = re.compile(r"[A-Za-zÀ-ÿ][\w']*|\d+")
 # "B) The right box", "(B) 3", "B - three": before an option's words. "Verdict: B": behind a heading.
-TELLS = _any("vs has does looks says said mentions states claims describes shows means")
+TELLS = any_of("vs has does looks says said mentions states claims describes shows means")
 BEFORE_WORDS = re.compile(rf"^\W*?{LABEL}(?:\s*[):\u2013\u2014-]|(?<=[)\]]))(?!\s*(?:{LABELS_VERB}|{TELLS}))")
 BEHIND_HEADING = re.compile(rf"^\W*\w+(?:\s+\w+)?\s*:\W*?{LABEL}\W*$")
 # Behind a statement: "or B", "/ B", "and possibly (B)", "(B)", or a last "B" with nothing between.
 AND_ANOTHER = re.compile(
     # "B, and A is farther" doesn't choose A, too.
     rf"[\s)\]*.:]*(?!\s*(?:[,;]|and\b|,\s*and\b)\s*{LABEL_ONLY}\s+{IS})"
-    rf"(?:(?:[,/&+|;]|{_any('or and oder und ou et o y')}|或|和)\s*)+"
+    rf"(?:(?:[,/&+|;]|{any_of('or and oder und ou et o y')}|或|和)\s*)+"
     rf"(?:option|choice|possibly|maybe|perhaps|even)?\s*{LABEL}"
     r"|[)\]]?\s*[(\[]\s*(?P<next>[A-Za-z])\s*[)\]]|[.;]?\s+(?P<last>[A-Z])(?:\s+[A-Z])*\s*\.?\s*$"
 )
 # "A or" before "B is correct"; but not "Of A and B, B is correct".
 ANOTHER_AND = re.compile(
-    rf"(?:(?<!\band\s)(?<!\bor\s){LABEL_ONLY}\s*,|{LABEL_ONLY}\s*(?:[/&+]|{_any('or and oder und ou et o y')}))\s*$"
+    rf"(?:(?<!\band\s)(?<!\bor\s){LABEL_ONLY}\s*,|{LABEL_ONLY}\s*(?:[/&+]|{any_of('or and oder und ou et o y')}))\s*$"
 )
 SENTENCE_ENDS = re.compile(r"[.!?\n。]")
 SENTENCE = re.compile(r"[^.!?\n。]+")
-UNDER_A_CONDITION = re.compile(_any("if when whenever otherwise else unless depends depending"), re.IGNORECASE)
-
-
-def final_answer(text: str) -> str:
-    """What of an output is the answer: without the reasoning before it, out of its tag or box. "" where the output
-    ends within its reasoning."""
-    ends = list(REASONING_ENDS.finditer(text))
-    if ends:
-        text = text[ends[-1].end() :]
-    # Reasoning that the token limit cut has no end: what stands behind its beginning is no answer.
-    begin = REASONING_BEGINS.search(text)
-    if begin:
-        text = text[: begin.start()]
-    # A box may be in a tag.
-    for container in CONTAINERS:
-        found = list(container.finditer(text))
-        if found:
-            text = found[-1]["content"]
-    return text.strip()
+UNDER_A_CONDITION = re.compile(any_of("if when whenever otherwise else unless depends depending"), re.IGNORECASE)
 
 
 def parse_choice(text: str, choices: Sequence[str]) -> str | None:
@@ -256,32 +202,26 @@ def parse_choice(text: str, choices: Sequence[str]) -> str | None:
     option's words; then, if no letter was said, the only option whose words occur. Other letters are mentions: what
     "A is impossible" or "B is farther" say of an option isn't that it is chosen.
     """
-    # Words in place of signs, which the patterns of statements and of exclusions then find.
-    for mark, verdict in VERDICTS:
-        text = mark.sub(verdict, text)
-    # Letters of one kind: full-width ones and typographic quotes are written otherwise and mean the same.
-    plain = unicodedata.normalize("NFKC", final_answer(text)).replace("’", "'")  # noqa: RUF001 (it is what is replaced)
-    text = MARKUP.sub(" ", STRUCK_OUT.sub(" ", plain))
+    # An option as it is given, whose signs or words would else be markup or a change of mind: "C++", "Wait".
+    same = same_as(final_answer(text), choices)
+    if same is not None:
+        return f"({ascii_uppercase[same]})"
+    text = without_markup(final_answer(with_verdicts(text)))
+    # Alike on both sides: "20 m²", "stop_sign".
+    choices = [without_markup(choice) for choice in choices]
     # What was said last counts, if it says anything of an option.
     for part in reversed(RESTART.split(text)):
         choice = _stated(part, choices)
-        if choice is not None or _labels(part, len(choices)):
+        if choice is not None or labels_in(part, len(choices)):
             return choice
     return None
-
-
-def _labels(text: str, count: int) -> set[str]:
-    """The letters of the first `count` options that occur as labels."""
-    # Letters that are words would be labels else: "A ball is closer" names no option A.
-    labels = IS_A_WORD.sub(" ", text)
-    return {_letter(match) for match in re.finditer(LABEL, labels)} & set(ascii_uppercase[:count])
 
 
 def _stated(text: str, choices: Sequence[str]) -> str | None:
     """`parse_choice` of a text without reasoning, markup and changes of mind."""
     # An option's own words, or a letter, and nothing else.
     offered = ascii_uppercase[: len(choices)]
-    whole = _only_option(text, choices, whole=True)
+    whole = only_option(text, choices, whole=True)
     if whole is not None:
         return f"({offered[whole]})"
     letter = SMALL_LETTER.search(text)
@@ -289,40 +229,42 @@ def _stated(text: str, choices: Sequence[str]) -> str | None:
         return f"({letter[1].upper()})"
 
     # A letter that is called the answer; of several the last one, by which the earlier are corrected.
-    text = _without_own_words(_with_sentences_apart(text, choices), choices)
-    text = TAKEN_BACK.sub(" ", EXAMPLE.sub(" ", text))
+    text = without_own_words(_with_sentences_apart(text, choices), choices)
+    as_said = TAKEN_BACK.sub(" ", EXAMPLE.sub(" ", text))
+    text = with_letters_for_words(as_said, choices)
     # Commas of a list would end a clause: "Choose from A, B, C" would say C alone.
     kept = _without_excluded(LIST.sub(lambda match: match[0].replace(",", "&"), text))
     labels = IS_A_WORD.sub(" ", kept)
     statements = [*STATED_BEFORE.finditer(labels), *STATED_BEHIND.finditer(labels)]
-    stated = [match for match in sorted(statements, key=re.Match.end) if _letter(match) in offered]
+    stated = [match for match in sorted(statements, key=re.Match.end) if letter_of(match) in offered]
     if stated:
         last = stated[-1]
         # "A or B" chooses none.
         others = AND_ANOTHER.match(labels, _label_end(last))
-        if others and _letter(others) in offered:
+        if others and letter_of(others) in offered:
             return None
         is_second = last.re is STATED_BEHIND and ANOTHER_AND.search(labels, 0, last.start())
         if is_second or _is_one_of_several(text, stated):
             return None
-        return f"({_letter(last)})"
+        return f"({letter_of(last)})"
 
     # The only letter on a line of its own, or that is said alone.
-    on_a_line = {_letter(match) for match in ALONE.finditer(labels)} & set(offered)
+    on_a_line = {letter_of(match) for match in ALONE.finditer(labels)} & set(offered)
     letters = on_a_line or _said_alone(_without_conditions(labels, text, offered), choices)
     if len(letters) > 1:
         return None
     if letters:
         return f"({letters.pop()})"
     # Letters are mentioned, but none is chosen.
-    if _labels(text, len(choices)):
+    if labels_in(without_letters_of_words(as_said, choices), len(choices)):
         return None
 
     # No letter at all: the only option whose words occur.
     # "The left one is far. The answer is the right one": what follows the word counts.
+    kept = without_idioms(_without_excluded(as_said), choices)
     last = re.split(f"(?i:{ANSWER})", kept)[-1]
     for part in (last, kept):
-        named = _only_option(part, choices)
+        named = only_option(part, choices)
         if named is not None:
             return f"({offered[named]})"
     return None
@@ -332,7 +274,7 @@ def _is_one_of_several(text: str, stated: list[re.Match]) -> bool:
     """Whether the last statement takes back none of the earlier ones, which state another letter: "maybe it's A, maybe
     it's B", "if it's left, the answer is A; if it's right, it's B"."""
     last = stated[-1]
-    earlier = [match for match in stated if _letter(match) != _letter(last)]
+    earlier = [match for match in stated if letter_of(match) != letter_of(last)]
     if not earlier:
         return False
     between = text[earlier[-1].end() : last.start()]
@@ -350,27 +292,13 @@ def _with_sentences_apart(text: str, choices: Sequence[str]) -> str:
     offered = ascii_uppercase[: len(choices)]
     # From the last one, so that places before it stay what they are.
     for statement in reversed(list(STATED_BEFORE.finditer(text))):
-        if _letter(statement) not in offered:
+        if letter_of(statement) not in offered:
             continue
-        words = r"\W+".join(map(re.escape, _plain(choices[offered.index(_letter(statement))]).split()))
+        words = words_pattern(choices[offered.index(letter_of(statement))])
         end = _label_end(statement)
         about_it = re.compile(rf"([)\]]?\.\s+)(?i:{words})(?=\s+\w)").match(text, end)
         if words and about_it:
             text = f"{text[:end]}{about_it[1]}It{text[about_it.end() :]}"
-    return text
-
-
-def _without_own_words(text: str, choices: Sequence[str]) -> str:
-    """The text without an option's words right behind its letter, which may sound like a verdict: "(C) None is
-    right", "B. No". "D. The sofa is closest" becomes "(D): closest"."""
-    for letter, choice in zip(ascii_uppercase, choices, strict=False):
-        words = r"\W+".join(map(re.escape, _plain(choice).split()))
-        if words:
-            label = rf"[(\[]\s?{letter}\s?[)\]]\s?[:.,-]?|(?<![{WORDLIKE}]){letter}\s?[).:,\u2013-]"
-            own = rf"(?:{label})\s*(?i:{words})(?![\w'])"
-            # A line that begins with an option goes on about it; "(D) is closest" would only mention D.
-            text = re.sub(rf"(?m:^)([^\w\n]*?){own}\s+{ABOUT_IT}(?=\s+\w)", rf"\1({letter}):", text)
-            text = re.sub(own, f"({letter})", text)
     return text
 
 
@@ -395,6 +323,8 @@ def _without_excluded(text: str) -> str:
                 if CONDITIONAL.search(before):
                     before = ""
                 part = before.ljust(len(part))
+            # Before exclusions are looked for: a reason may exclude the other options.
+            part = _without_reason(part)
             # Blanks of the same length: places in the text stay what they are.
             if is_question or EXCLUDES.search(part):
                 part = " " * len(part)
@@ -408,12 +338,27 @@ def _without_excluded(text: str) -> str:
     return CLAUSE.sub(kept, text)
 
 
+def _without_reason(part: str) -> str:
+    """A part of a clause with blanks for what is added to its statement: "B because A is not near", "The answer is B -
+    it's not left"."""
+    for pattern in (WHY, ADDED):
+        added = pattern.search(part)
+        if not added:
+            continue
+        before = part[: added.start()]
+        is_stated = STATED_BEFORE.search(before) or STATED_BEHIND.search(before)
+        # "A - it is not near" only says something of A.
+        if is_stated or (pattern is WHY and re.search(LABEL, before)):
+            part = before.ljust(len(part))
+    return part
+
+
 def _without_conditions(labels: str, text: str, offered: str) -> str:
     """`labels` with blanks for the text's sentences that say several letters for several cases: "A if it's left, B if
     it's right"."""
     for sentence in SENTENCE.finditer(text):
         # Of those offered: "If I had to guess, I would say C" has but one.
-        letters = {_letter(match) for match in re.finditer(LABEL, sentence[0])} & set(offered)
+        letters = {letter_of(match) for match in re.finditer(LABEL, sentence[0])} & set(offered)
         if len(letters) > 1 and UNDER_A_CONDITION.search(sentence[0]):
             labels = labels[: sentence.start()].ljust(sentence.end()) + labels[sentence.end() :]
     return labels
@@ -425,55 +370,25 @@ def _said_alone(text: str, choices: Sequence[str]) -> set[str]:
     letters = set()
     for clause in CLAUSE.finditer(text):
         for part in TURN.split(clause[0]):
-            said = _labels(part, len(choices))
+            said = labels_in(part, len(choices))
             # "A is left" says something of A.
             if len(said) == 1 and not SAID_OF.search(part):
                 (letter,) = said
-                known = _plain(choices[ascii_uppercase.index(letter)]).split()
+                choice = choices[ascii_uppercase.index(letter)]
+                # Of another option's letter they say nothing: ["Box B", "Box A"].
+                known = [] if labels_in(choice, len(choices)) else plain_words(choice).split()
                 words = WORD.findall(re.sub(LABEL, " ", part))
                 if all(LEADS.fullmatch(word) or word.lower() in known for word in words):
                     letters.add(letter)
     # Whole lines, whose words behind the letter may be many: "(B) The right box is farther away".
     for line in text.splitlines():
         match = BEFORE_WORDS.search(line) or BEHIND_HEADING.search(line)
-        if match and _labels(line, len(choices)) == {_letter(match)}:
-            letters.add(_letter(match))
+        if match and labels_in(line, len(choices)) == {letter_of(match)}:
+            letters.add(letter_of(match))
     return letters
-
-
-def _letter(match: re.Match) -> str:
-    return next(letter for letter in match.groupdict().values() if letter).upper()
 
 
 def _label_end(match: re.Match) -> int:
     """Where the letter of a statement ends."""
     # A letter has one of several groups; the pattern may go on behind it.
     return max(match.end(name) for name in match.groupdict() if match.group(name))
-
-
-def _only_option(text: str, choices: Sequence[str], whole: bool = False) -> int | None:
-    """The only option whose words occur in the text; with `whole`, that are the text, behind their letter or alone (if
-    they are more than a letter)."""
-    # Spaces make whole words: "1" is not named by "10".
-    words = f" {_plain(text)} "
-    options = [f" {_plain(choice)} " for choice in choices]
-    if whole:
-        # A text of one letter is a label ("A"), unless its option's letter stands before it ("(B) A").
-        alone = [i for i, option in enumerate(options) if option == words and len(option.strip()) > 1]
-        named = alone or [i for i, option in enumerate(options) if words == f" {ascii_uppercase[i].lower()}{option}"]
-    else:
-        named = [i for i, option in enumerate(options) if option.strip() and option in words]
-    # "left" is inside "far left": an option that another named option contains does not count.
-    longest = []
-    for i in named:
-        others = [options[j] for j in named if j != i]
-        if not any(options[i] in other for other in others):
-            longest.append(i)
-    if len(longest) != 1:
-        return None
-    return longest[0]
-
-
-def _plain(text: str) -> str:
-    # The look behind keeps a long line of dashes from being tried at each.
-    return " ".join(re.findall(r"(?<![.-])(?:[.-]*\w+)+", text.lower()))

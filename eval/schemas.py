@@ -1,10 +1,11 @@
 """Each benchmark's rows as questions (`benchmarks`): its columns' names, its forms of options and answers."""
 
 import re
+from collections.abc import Sequence
 from string import ascii_uppercase
 
 from ..inference.questions import read_options
-from .question_files import Row
+from .question_files import Row, written_list
 
 
 def cvbench(row: Row) -> dict:
@@ -159,22 +160,63 @@ def vstar(row: Row) -> dict:
     }
 
 
+# "option_a", "Option 1", "opt1".
+OPTION_COLUMN = re.compile(r"(?:opt|option|choice)[_ -]?(?:(?P<number>\d{1,2})|[A-Za-z])", re.IGNORECASE)
+
+
 def _options_in_columns(row: Row) -> tuple[str | None, Row]:
-    """For a row whose options have a column each ("A", "B" or "option_a", "option_b"): the name of a column that lists
-    them, and the row with it; else None and the row."""
-    for form in ("{}", "option_{}", "choice_{}"):
+    """For a row whose options have a column each ("A", "B" or "option_a", "option_b" or "option1", "option2"): the
+    name of a column that lists them, and the row with it; else None and the row. ValueError for columns that are
+    called so and aren't all there."""
+    for form in ("{}", "option_{}", "choice_{}", "opt_{}"):
         filled = [letter for letter in ascii_uppercase if row.get(form.format(letter)) is not None]
         if filled[:2] == ["A", "B"]:
             options = {letter: row.get(form.format(letter)) for letter in filled}
             return "choices", Row({**row.values, "choices": options}, row.file, row.number)
+    # By their headers as they are: to `Row.get` "option_1" is another spelling of "option_i".
+    matches = {column: OPTION_COLUMN.fullmatch(str(column).strip()) for column in row.values}
+    filled = [column for column, match in matches.items() if match and row.get(column) is not None]
+    numbered = {
+        int(match["number"]): row.get(column) for column, match in matches.items() if match and match["number"]
+    }
+    numbers = sorted(number for number, option in numbered.items() if option is not None)
+    # From 1 or from 0, without a gap.
+    if len(numbers) > 1 and numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        options = [numbered[number] for number in numbers]
+        return "choices", Row({**row.values, "choices": options}, row.file, row.number)
+    if filled:
+        raise row.problem(filled[0], "looks like an option: give two or more, option_a, option_b, ... without a gap")
     return None, row
+
+
+def _are_listed(choices: Sequence[str], in_question: Sequence[str]) -> bool:
+    """Whether what looks like options in a question are its options, and not points (A) and (B) that it mentions: the
+    words are the same, but for punctuation, an "or", and what the question says behind the last one."""
+    if len(choices) != len(in_question):
+        return False
+    for number, (choice, listed) in enumerate(zip(choices, in_question, strict=True), start=1):
+        words = _words(choice)
+        listed_words = _words(listed)
+        if number == len(choices):
+            listed_words = listed_words[: len(words)]
+        elif listed_words[len(words) :] == ["or"]:
+            listed_words.pop()
+        if words != listed_words:
+            return False
+    return True
+
+
+def _words(text: str) -> list[str]:
+    # Options may be signs alone: "<", ">".
+    return re.findall(r"\w+", text.casefold()) or text.split()
 
 
 TURNS = "must hold a turn from human and one from gpt, each with a value, which is a text"
 
 
 def your_own(row: Row) -> dict:
-    """The miniature's form (question, choices, answer) or LLaVA's (conversations: the first question, its answer)."""
+    """The miniature's form (question, choices, answer), VLMEvalKit's (with a hint, options in columns) or LLaVA's
+    (conversations: the first question, its answer)."""
     turns = row.get("conversations")
     if turns:
         try:
@@ -200,11 +242,11 @@ def your_own(row: Row) -> dict:
     question = str(question).replace("<image>", "").strip()
     in_question = read_options(question)
     column = next((name for name in ("choices", "options") if row.get(name) is not None), None)
-    if column is None and not in_question:
+    if column is None:
         column, row = _options_in_columns(row)
     choices = in_question if column is None else row.choices(column)
-    # The question doesn't list its options (or other ones than there are): they are written below it.
-    if len(in_question) != len(choices):
+    # The question doesn't list its options, or other ones than there are: they are written below it.
+    if not _are_listed(choices, in_question):
         lines = (f"({letter}) {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
         question = "\n".join([question, *lines])
     if choices:
@@ -215,6 +257,13 @@ def your_own(row: Row) -> dict:
                 raise
             # A free answer to a text that happens to look like options.
             choices = []
+    # A list that a CSV has as text.
+    listed = written_list(str(answer))
+    if not choices and isinstance(listed, list) and any(isinstance(text, str) for text in listed):
+        raise row.problem("answer", f"holds {str(answer)[:80]!r}: no answer equals a list, give one text")
+    # VLMEvalKit's column of what one has to know for the question.
+    if row.get("hint") is not None:
+        question = f"Hint: {row.text('hint')}\n{question}"
     return {
         "id": row.name("id", "question_id", "idx"),
         "task": str(row.get("task", "category") or "all"),

@@ -4,6 +4,7 @@ The benchmark's headline numbers, then every task's and source's, each with its 
 """
 
 import json
+import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,12 @@ from ..commands.running import command, tell
 from ..files.escapes import one_line, terminal
 from ..files.writing import write_json
 from .benchmarks import BENCHMARKS, MEAN_OF_TASKS, shown_name
+from .cleaning import final_answer, is_cut_thought, scored_output
 from .multiple_choice import is_correct, is_letter_of
-from .reading import final_answer, parse_choice
+from .reading import parse_choice
 from .vqa import vqa_accuracy
+
+logger = logging.getLogger(__name__)
 
 # Tasks whose rows are pairs or groups of questions: `scored_rows` adds them, and means over questions leave them out.
 OF_QUESTIONS = ("pair", "all variants")
@@ -30,8 +34,8 @@ def _plain(text: str) -> str:
 # A question's "scoring" -> its score, 0 to 1.
 SCORERS = {
     "choice": is_correct,
-    "exact": lambda record: _plain(final_answer(record["output"])) == _plain(record["answer"]),
-    "vqa": lambda record: vqa_accuracy(final_answer(record["output"]), record["answer"]),
+    "exact": lambda record: _plain(final_answer(scored_output(record))) == _plain(record["answer"]),
+    "vqa": lambda record: vqa_accuracy(final_answer(scored_output(record)), record["answer"]),
 }
 
 
@@ -144,6 +148,9 @@ def _check_answer(record: dict, path: Path) -> None:
         wrong.append("scoring")
     if not {"choices", "scoring"} & set(wrong) and not _is_answer(record.get("answer"), record):
         wrong.append("answer")
+    # It may begin a thought. Questions that were answered elsewhere have none.
+    if not isinstance(record.get("prompt", ""), str):
+        wrong.append("prompt")
     # MMVP's pairs have numbers, 3DSRBench's groups names.
     if "pair" in record and not isinstance(record["pair"], (int, str)):
         wrong.append("pair")
@@ -209,7 +216,13 @@ def write_results(path: str | Path) -> dict:
     # Free answers can't name an option: without questions that have some there is nothing to be counted.
     unread = None
     if choices:
-        unread = sum(parse_choice(record["output"], record["choices"]) is None for record in answered)
+        unread = sum(parse_choice(scored_output(record), record["choices"]) is None for record in answered)
+    cut = sum(map(is_cut_thought, records))
+    if cut:
+        logger.warning(
+            f"{cut} of {len(records)} answers end within their reasoning, which counts as wrong: evaluate anew with a "
+            "larger --max_new_tokens"
+        )
     run = records[0]["run"]
     scores = score_records(records, run["benchmark"])
     results = {

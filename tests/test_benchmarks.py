@@ -322,7 +322,15 @@ def test_your_own_questions(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "header", ["image,question,A,B,C,answer", "images;question;Option A;Option B;Option C;answer"]
+    "header",
+    [
+        "image,question,A,B,C,answer",
+        "images;question;Option A;Option B;Option C;answer",
+        "image,question,option1,option2,option3,answer",
+        "image,question,Choice 0,Choice 1,Choice 2,answer",
+        "image,question,opt_1,opt_2,opt_3,answer",
+        "image,question,opt_a,opt_b,opt_c,answer",
+    ],
 )
 def test_options_have_columns_of_their_own(header, tmp_path):
     row = "0.png,which ?,red,blue,,B".replace(",", header[len(header.split("question")[0]) - 1])
@@ -330,6 +338,51 @@ def test_options_have_columns_of_their_own(header, tmp_path):
     ((question,), read_image) = load_questions(str(tmp_path / "mine.csv"), tmp_path)
     assert question["question"] == "which ?\n(A) red\n(B) blue" and question["answer"] == "(B)"
     assert read_image(question) == tmp_path / "0.png"
+
+
+@pytest.mark.parametrize(
+    ("question", "choices", "is_listed"),
+    [
+        ("Points (A) and (B) are marked. Which is closer?", ["left one", "right one"], False),
+        ("A. Smith and B. Jones stand side by side. Who is left?", ["Smith", "Jones"], False),
+        ("Which ? (A) Red, (B) blue.", ["red", "blue"], True),
+        ("Is it A. red or B. blue?", ["red", "blue"], True),
+        ("Which ?\nA. red\nB. blue\nAnswer with a letter.", ["red", "blue"], True),
+        ("Which ? (A) red (B) blue Answer with a letter.", ["red", "blue"], True),
+        ("Which ? (A) < (B) >", ["<", ">"], True),
+        ("Which ? (A) > (B) <", ["<", ">"], False),
+        ("Which ? (A) red (B) blue (C) pink", ["red", "blue"], False),
+    ],
+)
+def test_options_are_shown_unless_the_question_lists_them(question, choices, is_listed, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps([OF_MINE | {"question": question, "choices": choices}]))
+    ((read,), _) = load_questions(str(tmp_path / "mine.json"), tmp_path)
+    shown = f"{question}\n(A) {choices[0]}\n(B) {choices[1]}"
+    assert read["question"] == (question if is_listed else shown)
+
+
+def test_numbered_options_are_in_the_order_of_their_numbers(tmp_path):
+    columns = {"option_2": "blue", "option_10": "pink", "option_1": "red"}
+    columns |= {f"option_{number}": str(number) for number in range(3, 10)}
+    row = {"image": "0.png", "question": "Points (A) and (B): which ?", "answer": "J", **columns}
+    (tmp_path / "mine.json").write_text(json.dumps([row]))
+    ((question,), _) = load_questions(str(tmp_path / "mine.json"), tmp_path)
+    assert question["choices"] == ["red", "blue", *map(str, range(3, 10)), "pink"] and question["answer"] == "(J)"
+    assert question["scoring"] == "choice"
+
+
+def test_a_hint_is_shown_before_its_question(tmp_path):
+    lines = "image\thint\tquestion\tA\tB\tanswer\n0.png\tA. Red is warm.\twhich ?\tred\tblue\tA\n"
+    (tmp_path / "mine.tsv").write_text(lines + "0.png\t\twhich ?\tred\tblue\tA\n")
+    ((first, second), _) = load_questions(str(tmp_path / "mine.tsv"), tmp_path)
+    assert first["question"] == "Hint: A. Red is warm.\nwhich ?\n(A) red\n(B) blue"
+    assert second["question"] == "which ?\n(A) red\n(B) blue"
+
+
+def test_a_quotation_mark_within_a_cell_is_read_as_it_is(tmp_path):
+    (tmp_path / "mine.tsv").write_text('image\tquestion\tanswer\n0.png\twho says "hi" ?\t5"\n')
+    ((question,), _) = load_questions(str(tmp_path / "mine.tsv"), tmp_path)
+    assert question["question"] == 'who says "hi" ?' and question["answer"] == '5"'
 
 
 @pytest.mark.parametrize("value", [None, 5, ["Red."]])
@@ -389,6 +442,10 @@ OF_MINE = {"image": "0.png", "question": "which ?", "choices": ["red", "blue"], 
         ({"answer": float("nan")}, "column 'answer' is missing"),
         ({"answer": ["red", "blue"], "choices": None}, "column 'answer' holds \"['red', 'blue']\": it must be a text"),
         ({"question": {"en": "which ?"}}, "it must be a text"),
+        ({"answer": "['red', 'maroon']", "choices": None}, "no answer equals a list, give one text"),
+        ({"choices": None, "option_b": "red", "option_c": "blue"}, "column 'option_b' looks like an option: give two"),
+        ({"choices": None, "option1": "red", "option3": "blue"}, "column 'option1' looks like an option: give two"),
+        ({"hint": ["warm"]}, "column 'hint' holds \"['warm']\": it must be a text"),
         ({"answer": 1}, "none of the 2 options: give its letter or words"),
         ({"choices": ["b", "a"], "answer": "a"}, "one option's letter and another's words"),
         ({"image": "../0.png"}, "its image: '../0.png' lies outside"),
@@ -406,6 +463,8 @@ def test_what_is_wrong_with_a_question_is_said_with_its_place(tmp_path, changes,
     ("name", "content", "match"),
     [
         ("mine.csv", b"question,answer\nwhich ?,a,b\n", "row 1: it has more fields than the header"),
+        ("mine.tsv", b'question\tanswer\nhow ?\ta\n"which ?\ta\nwhat ?\tb\n', "row 2: unexpected end of data"),
+        ("mine.csv", b'question,answer\n"red" what ?,a\n', "row 1: .* quotation marks around the whole cell"),
         ("mine.csv", b"question,answer,question\nwhich ?,a,what ?\n", "has several columns 'question'"),
         ("mine.csv", "question,answer\ncafé ?,3\n".encode("latin-1"), "is no text in UTF-8"),
         ("mine.json", "[]".encode("utf-16"), "is no text in UTF-8"),
@@ -636,6 +695,7 @@ RUN = {"questions": 1, "benchmark": "mmstar", "variant": "paper", "data": "x", "
         ({"answer": [], "scoring": "vqa"}, "has no answer as"),
         ({"answer": ["a", 1], "scoring": "vqa"}, "has no answer as"),
         ({"generation": None}, "has no generation as"),
+        ({"prompt": ["?"]}, "has no prompt as"),
         ({"pair": [1]}, "has no pair as"),
         ({"group": "Q1"}, "has no group_source as"),
         ({"group": [1], "group_source": "height"}, "has no group as"),
@@ -719,6 +779,36 @@ def test_a_pair_counts_only_if_both_are_right():
 )
 def test_exact_and_option_scoring(how, output, answer, right):
     assert score_records([record(output, answer, how=how)], "realworldqa")["overall"]["score"] == right
+
+
+@pytest.mark.parametrize(
+    ("output", "is_cut", "right"),
+    [
+        ("Near", True, False),
+        ("The near one is", True, False),
+        ("It is far.</think>Near", False, True),
+        ("It is near.</think>\n\nFar", False, False),
+        ("It is near.</think>\n<think>Near", True, False),
+    ],
+)
+@pytest.mark.parametrize(
+    ("how", "answer", "choices"),
+    [("choice", "(A)", ["Near", "Far"]), ("exact", "near", []), ("vqa", ["near"] * 10, [])],
+)
+def test_a_thought_that_the_prompt_began_is_no_answer(output, is_cut, right, how, answer, choices, tmp_path, caplog):
+    prompt = "<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    line = record(output, answer, how=how, choices=choices, prompt=prompt)
+    line |= {"question": "Which?", "run": RUN, "generation": {}}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n")
+    results = scoring.write_results(tmp_path)
+    assert results["scores"]["overall"]["score"] == right
+    assert (results["unreadable_choices"] == 1) == (is_cut and how == "choice")
+    assert ("1 of 1 answers end within their reasoning" in caplog.text) == is_cut
+
+
+@pytest.mark.parametrize("prompt", ["assistant\n<think>\n\n</think>\n\n", "Which? I think", ""])
+def test_no_thought_is_begun_in_a_prompt_without_one(prompt):
+    assert score_records([record("(A)", prompt=prompt)], "realworldqa")["overall"]["score"] == 1
 
 
 def test_letters_are_read_where_the_options_are_not():

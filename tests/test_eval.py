@@ -167,10 +167,15 @@ def test_an_empty_answer_is_wrong_and_takes_nothing_from_its_neighbor():
         ({"choices": ["red", 2]}, "they must be a list of texts"),
         ({"answer": "blue"}, r"its answer 'blue' is the letter of none of its 2 choices: give it as \"\(A\)\""),
         ({"answer": "(C)"}, "is the letter of none of its 2 choices"),
+        ({"choices": [str(n) for n in range(27)], "answer": "(A)"}, "it has 27 choices: give at most 26"),
+        ({"image": "damaged.png"}, "its image can't be opened: .*damaged.png"),
     ],
 )
 def test_a_runs_questions_are_looked_at_before_it_begins(tmp_path, changes, match):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    random_image(0).save(tmp_path / "whole.png")
+    picture = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "damaged.png").write_bytes(picture[: len(picture) // 2])
     question = {"question": "which ?", "image": "0.png", "choices": ["red", "blue"], "answer": "(b)"}
     file = tmp_path / "questions.json"
     file.write_text(json.dumps([question, {"question": "what ?", "image": "0.png"}]))

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from ola_vlm.eval.reading import final_answer, parse_choice
+from ola_vlm.eval.cleaning import final_answer
+from ola_vlm.eval.reading import parse_choice
 from ola_vlm.eval.scoring import SCORERS
 
 BOXES = ["The left box", "The right box", "Near", "Far"]
@@ -134,6 +135,44 @@ STATED = {
         "Svaret är B",
         "Jawabannya adalah B",
         "Đáp án là B",
+        # Behind "A: " its own words.
+        "A is not right: the answer is B",
+        "A is not visible: my final answer is B",
+        "Not A: so B",
+        # What is added to a statement may exclude other options.
+        "The answer is B because A is not near.",
+        "B is correct because A is wrong",
+        "(B) because the left box is not near.",
+        "I choose B since the left box is not near.",
+        "The correct answer is (B) as the left box cannot be seen clearly.",
+        "The answer is B - it's not left",
+        "The answer is B — A is not plausible",
+        "The answer is B (not left)",
+        "B is correct while A is not near.",
+        "The answer is B although the left box is not far.",
+        "A - it is not near\nB - it is near",
+        # What is said of another answer takes none back.
+        "Answer B.",
+        "Answer B",
+        "I would answer B.",
+        "Answer B is correct",
+        "The answer option B",
+        "Answer B because it is near.",
+        # Letters behind an option's own words.
+        "So the closest is the right box **(B)**.",
+        "The right box (option B) is closest.",
+        "The answer is the right box (B).",
+        # More writings of a letter.
+        "\\boxed{\\textit{B}}",
+        "\\boxed{\\textrm{B}}",
+        "\\boxed{\\texttt{B}}",
+        "\\boxed{\\mathit{B}}",
+        "\\boxed{\\operatorname{B}}",
+        "\\boxed{\\quad B}",
+        "$\\textsf{B}$",
+        "option b is correct",
+        "the answer is b because it is nearer",
+        "Option b, since it is near",
     ],
     "(A)": [
         "A",
@@ -146,6 +185,23 @@ STATED = {
         "I answer A.",
         "B... no, A.",
         "I assume the answer is A.",
+        # What is said of another answer takes none back.
+        "The answer is A. Answer B refers to the right box.",
+        "The correct answer is A. Answer B is farther.",
+        "The answer is A. The answer B would require the box to be near.",
+        "The answer is A. My second choice is B.",
+        "First choice: A. Second choice: B.",
+        "The answer is A. The other option is B.",
+        "The answer is A. The runner-up answer is B.",
+        "The answer is A. The next best answer is B.",
+        "The answer is A. An alternative answer is B.",
+        "The opposite answer is B. The answer is A.",
+        "Answer (A)",
+        "I answer A.",
+        "Answer A\nIt is near.",
+        "Answer A The left box",
+        "I answer A because it is near",
+        "I answer A with confidence.",
     ],
     None: [
         "",
@@ -236,6 +292,30 @@ STATED = {
         "The answer to question A is unknown",
         "A, no",
         "C++",
+        # Behind "A: " its own words.
+        "Choice A: my view does not support it.",
+        # What is added to a statement may exclude other options.
+        "It is not B because A is near",
+        "A is wrong because B is right",
+        "A - it is not near",
+        "A — this is wrong",
+        "Option A as stated is not right",
+        "A while plausible is not near",
+        "B as well as A is not right",
+        "The answer is B - it's wrong",
+        "The answer is not B because it is far",
+        "Option A (not visible)",
+        # What is said of another answer takes none back.
+        "Answer A describes the left box.",
+        "My second choice is B.",
+        "The answer A or B",
+        # Letters behind an option's own words.
+        "Option A mentions the left box",
+        "The left box (A) or the right box (B)",
+        "The right box (A) is near",
+        # More writings of a letter.
+        "option b is wrong",
+        "option b is farther",
     ],
 }
 
@@ -245,6 +325,148 @@ STATED = {
 )
 def test_the_stated_answer_counts(expected, output):
     assert parse_choice(output, BOXES) == expected
+
+
+# Options of other kinds: options, then the one that is stated, then texts.
+OF_OTHER_KINDS = [
+    # Behind "A: " its own words.
+    (["left", "right"], "(B)", ["A: the cat is not on the left\nB: the cat is on the right"]),
+    (["left", "right"], None, ["Option A: the cat is not on the left."]),
+    (["a sign", "no sign"], None, ["Option A: the sign is not visible. Option B: a sign is visible"]),
+    # Refusals and idioms: an option's words in passing.
+    (
+        ["Yes", "No"],
+        None,
+        [
+            "I have no idea.",
+            "There is no way to tell from the image.",
+            "I'm sorry, there is no image.",
+            "As an AI, I have no access to images",
+            "There's no clear answer.",
+            "N/A",
+            "Answer: N/A",
+            "I see no-one",
+            "The answer is N/A.",
+        ],
+    ),
+    (["Above", "Below"], None, ["None of the above."]),
+    (
+        ["Above", "None of the above"],
+        "(B)",
+        ["None of the above.", "I think none of the above is right", "Answer: none of the above"],
+    ),
+    (["Yes", "No", "N/A"], "(C)", ["N/A", "The answer is N/A."]),
+    (["Near", "Far"], None, ["So far so good.", "So far, I can see two boxes"]),
+    (["Near", "Far"], "(B)", ["The box is so far away.", "It is so far."]),
+    (
+        ["left", "right"],
+        None,
+        ["You're right, I can't see it.", "You are absolutely right.", "I can't see it right now."],
+    ),
+    (["left", "right"], "(B)", ["It's right.", "You are right of it", "On the right."]),
+    (
+        ["Yes", "No"],
+        "(A)",
+        [
+            "Yes, there are no people in it.",
+            "Yes, there is no doubt.",
+            "Yes.\n\nThere is no car.",
+            "Yes it is.",
+            "Yes there are two people",
+        ],
+    ),
+    (
+        ["Yes", "No"],
+        "(B)",
+        [
+            "No.",
+            "No, there are people in it",
+            "no",
+            "The answer is no.",
+            "No it is far",
+            "I would say no",
+            "No - the box is far",
+            "No\nThere is a box.",
+            "There is a car: no",
+        ],
+    ),
+    # Options with signs that are markup elsewhere, and words that are a change of mind.
+    (["10 m", "20 m²"], "(B)", ["20 m²", "20 m².", "It is 20 m²."]),
+    (["O2", "CO₂"], "(B)", ["CO₂", "The gas is CO₂"]),
+    (["1", "½"], "(B)", ["½"]),
+    (["go_sign", "stop_sign"], "(B)", ["stop_sign", "It is a stop_sign."]),
+    (["x_0", "x_1"], "(B)", ["x_1"]),
+    (["Go", "Wait", "Wait for the pedestrian"], "(B)", ["Wait", "wait.", "Wait."]),
+    (["Go", "Wait", "Wait for the pedestrian"], "(C)", ["Wait for the pedestrian", "Wait for the pedestrian."]),
+    (["<", ">", "="], "(B)", [">"]),
+    (["C", "C++"], "(B)", ["C++"]),
+    (["3", "√3"], "(B)", ["√3"]),
+    (["3", "√3"], "(A)", ["3"]),
+    (["1", "-1"], "(B)", ["\u22121", "-1", "It is \u22121.", "It is -1"]),
+    (["1", "\u22121"], "(B)", ["-1", "\u22121"]),
+    (["B", "A"], "(A)", ["A"]),
+    # Options whose words have letters in them.
+    (
+        ["neither; their concentrations are the same", "Solution A", "Solution B"],
+        "(C)",
+        ["The answer is Solution B.", "Answer: Solution B", "Solution B"],
+    ),
+    (
+        ["neither; their concentrations are the same", "Solution A", "Solution B"],
+        "(B)",
+        ["The answer is Solution A.", "Answer: B", "The answer is (B) Solution A", "Solution A is denser."],
+    ),
+    (
+        ["neither; their concentrations are the same", "Solution A", "Solution B"],
+        None,
+        ["The answer is not Solution A.", "Solution A or Solution B", "Solution C"],
+    ),
+    (["Box B", "Box A"], "(A)", ["Answer: Box B", "The answer is Box B.", "Answer: A", "Box B is nearer."]),
+    (
+        ["A is closer", "B is closer"],
+        "(B)",
+        [
+            "B is closer to the camera.",
+            "Point B is closer to the camera.",
+            "The answer is B is closer.",
+            "B is closer than A.",
+            "B is closer to the camera than A.",
+            "Point B is closer to us than point A.",
+        ],
+    ),
+    (
+        ["A is darker", "B is darker", "About the same"],
+        "(B)",
+        ["B is darker than A.", "B is darker.", "Point B is darker than point A."],
+    ),
+    (
+        ["A is darker", "B is darker", "About the same"],
+        None,
+        ["B is not darker than A.", "A is darker or B is darker"],
+    ),
+    (["Point A", "Point B", "Point C", "Point D"], "(B)", ["The corresponding point is Point B."]),
+    (["A", "B", "Both A and B"], "(C)", ["Both A and B are correct", "The answer is both A and B."]),
+    # Other scripts and number words.
+    (["左边", "右边"], "(A)", ["物体在左边。", "答案是左边", "在左边", "不是右边，是左边"]),  # noqa: RUF001 (Chinese marks)
+    (["左边", "右边"], None, ["不在左边", "左边或右边"]),
+    (["ซ้าย", "ขวา"], "(A)", ["อยู่ทางซ้าย"]),
+    (["ひだり", "みぎ"], "(B)", ["ものはみぎにあります"]),
+    (["是", "不是"], "(B)", ["不是"]),
+    (["是", "不是"], "(A)", ["是"]),
+    (["有人", "没有"], None, ["没有图像", "我没有办法回答"]),
+    (["有人", "没有"], "(B)", ["没有。", "图中没有。"]),
+    (["0", "1", "2", "3"], "(C)", ["two", "Two.", "**Two**"]),
+    (["zero", "one", "two"], "(C)", ["2"]),
+    (["0", "1", "2", "3"], None, ["one of the boxes", "no one"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected", "output"),
+    [(choices, letter, text) for choices, letter, texts in OF_OTHER_KINDS for text in texts],
+)
+def test_options_of_other_kinds(choices, expected, output):
+    assert parse_choice(output, choices) == expected
 
 
 def test_an_article_is_no_answer():
@@ -325,6 +547,8 @@ def test_what_only_names_letters(output):
 def test_free_answers_are_read_behind_the_reasoning():
     assert final_answer("<think>two? no</think> <answer>three</answer>") == "three"
     assert final_answer("<think>no end") == ""
+    assert final_answer("analysisThe left box is") == final_answer("<|channel|>analysis<|message|>Near") == ""
+    assert final_answer("Analysis of the picture: near") == "Analysis of the picture: near"
     assert SCORERS["exact"]({"output": "<think>no</think>\nYes.", "answer": "yes"})
     assert SCORERS["vqa"]({"output": "<think>cat</think>dog", "answer": ["dog"] * 10}) == 1
 
