@@ -231,7 +231,7 @@ def resize_grid(cells_VE: Tensor, length: int, name: str) -> Tensor:
     target_side = math.isqrt(length)
     if side**2 != count or target_side**2 != length:
         sizes = f"an image has {count} tokens, its target {length} positions, and not both are squares"
-        remedy = f"give square images (image_square) without tiles, or, if all have {count}, set target_length to it"
+        remedy = f"give square images (image_square), no tiles; or, if all are as long, set target_length to {count}"
         raise ValueError(f"task {name!r}: {sizes}: {remedy}")
     # (V, E) -> (E, side, side) -> (E, target_side, target_side) -> (Q, E)
     maps_EV = cells_VE.T.unflatten(1, (side, side))
