@@ -3,6 +3,7 @@
 A wrong reading is worse than none: a text that states no option, or several, is read as None. docs/evaluation.md.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from string import ascii_uppercase
@@ -303,39 +304,60 @@ def _with_sentences_apart(text: str, choices: Sequence[str]) -> str:
 
 
 def _without_excluded(text: str) -> str:
-    """The text with blanks for clauses that exclude an option ("A is wrong", "not (A)") and for the reasons behind a
-    statement ("B, because A is far")."""
+    """The text with blanks for clauses that exclude an option ("A is wrong", "not (A)"), ask or suppose, and for the
+    reasons behind a statement ("B, because A is far"): places in the text stay what they are."""
 
     def kept(clause: re.Match) -> str:
+        is_before_mark = text.startswith("?", clause.end())
+        others = text[: clause.start()] + text[clause.end() :]
         parts = []
-        start = 0
-        ends = [turn.start() for turn in TURN.finditer(clause[0])]
-        for end in [*ends, len(clause[0])]:
-            part = clause[0][start:end]
-            is_question = False
-            if text.startswith("?", clause.end()):
-                others = text[: clause.start()] + text[clause.end() :]
-                is_question = QUESTION.match(part) or (ASKED.fullmatch(part) and re.search(LABEL, others))
-            # What is stated under a condition is stated, but for "A would be right if ...".
-            supposed = SUPPOSED.search(part)
-            if supposed:
-                before = part[: supposed.start()]
-                if CONDITIONAL.search(before):
-                    before = ""
-                part = before.ljust(len(part))
+        for part in _parts_at_turns(clause[0]):
+            if is_before_mark and _is_question(part, others):
+                parts.append(" " * len(part))
+                continue
             # Before exclusions are looked for: a reason may exclude the other options.
-            part = _without_reason(part)
-            # Blanks of the same length: places in the text stay what they are.
-            if is_question or EXCLUDES.search(part):
+            part = _without_reason(_without_supposition(part))
+            if EXCLUDES.search(part):
                 part = " " * len(part)
-            reason = REASON.search(part)
-            if reason and (re.search(LABEL, part[: reason.start()]) or not part[: reason.start()].strip()):
-                part = part[: reason.start()].ljust(len(part))
-            parts.append(part)
-            start = end
+            parts.append(_without_comparison(part))
         return "".join(parts)
 
     return CLAUSE.sub(kept, text)
+
+
+def _parts_at_turns(clause: str) -> list[str]:
+    """ "Not A but B" -> "Not A ", "but B"."""
+    places = [0, *(turn.start() for turn in TURN.finditer(clause)), len(clause)]
+    return [clause[start:end] for start, end in itertools.pairwise(places)]
+
+
+def _is_question(part: str, others: str) -> bool:
+    """Whether what stands before a "?" asks: "Is it A?"; "A?" does, where a letter is said among the `others`."""
+    if QUESTION.match(part):
+        return True
+    return ASKED.fullmatch(part) is not None and re.search(LABEL, others) is not None
+
+
+def _without_supposition(part: str) -> str:
+    """What is stated under a condition is stated, but for "A would be right if ..."."""
+    supposed = SUPPOSED.search(part)
+    if not supposed:
+        return part
+    before = part[: supposed.start()]
+    if CONDITIONAL.search(before):
+        before = ""
+    return before.ljust(len(part))
+
+
+def _without_comparison(part: str) -> str:
+    """Behind a label, or at the beginning, blanks for what another option is like: "B, whereas A is far"."""
+    reason = REASON.search(part)
+    if not reason:
+        return part
+    before = part[: reason.start()]
+    if before.strip() and not re.search(LABEL, before):
+        return part
+    return before.ljust(len(part))
 
 
 def _without_reason(part: str) -> str:
