@@ -20,7 +20,7 @@ IDIOMS = re.compile(
 )
 # "There is no image"; but "No, ...", "I'd say no.", "No it is far".
 OF_A_NOUN = re.compile(
-    rf"\bno\b(?![ \t]*(?:[^\w\s-]|-\s|\n|$))(?!\s+{any_of('it he she they we i the there this that')})|没有(?=\w)",
+    rf"\bno\b(?![ \t]*(?:[^\w\s-]|-\s|\n|$))(?!\s+{any_of('is it he she they we i the there this that')})|没有(?=\w)",
     re.IGNORECASE,
 )
 NONE_OF = re.compile(r"\bnone\s+of\b[^.,;!?\n]*", re.IGNORECASE)

@@ -139,15 +139,8 @@ def _check_answer(record: dict, path: Path) -> None:
     """ValueError for a record that can't be scored."""
     wrong = [name for name, kind in ANSWER_FIELDS.items() if not isinstance(record.get(name), kind)]
     # A wrong field is looked into no further.
-    if "choices" not in wrong:
-        are_texts = all(isinstance(choice, str) for choice in record["choices"])
-        # More than have a letter are none of ours.
-        if not are_texts or len(record["choices"]) > len(ascii_uppercase):
-            wrong.append("choices")
-    if "scoring" not in wrong and record["scoring"] not in SCORERS:
-        wrong.append("scoring")
-    if not {"choices", "scoring"} & set(wrong) and not _is_answer(record.get("answer"), record):
-        wrong.append("answer")
+    if not {"choices", "scoring"} & set(wrong):
+        wrong += unscorable(record)
     # It may begin a thought. Questions that were answered elsewhere have none.
     if not isinstance(record.get("prompt", ""), str):
         wrong.append("prompt")
@@ -160,6 +153,21 @@ def _check_answer(record: dict, path: Path) -> None:
     if wrong:
         what = f"question {one_line(record.get('id'))[:80]} has no {', '.join(wrong)} as `ola-vlm eval` writes it"
         raise ValueError(f"{path}: {what}")
+
+
+def unscorable(record: dict) -> list[str]:
+    """The fields, of "choices" (a list), "scoring" (a text) and "answer", for which it can't be scored; if the first
+    two are among them, the answer is not looked at."""
+    wrong = []
+    are_texts = all(isinstance(choice, str) for choice in record["choices"])
+    # More than have a letter are none of ours.
+    if not are_texts or len(record["choices"]) > len(ascii_uppercase):
+        wrong.append("choices")
+    if record["scoring"] not in SCORERS:
+        wrong.append("scoring")
+    if not wrong and not _is_answer(record.get("answer"), record):
+        wrong.append("answer")
+    return wrong
 
 
 def _is_answer(answer: object, record: dict) -> bool:

@@ -858,17 +858,49 @@ def test_vqa_accuracy_leaves_one_out(matches, accuracy):
 def test_a_metric_of_evaluate_gives_the_same_scores(folders, checkpoint, tmp_path, monkeypatch):
     evaluate = pytest.importorskip("evaluate")
     monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    for name in ("mmvp", "okvqa"):
+    for name in ("mmvp", "okvqa", "3dsrbench"):
         records = ask(checkpoint, name, folders[name], tmp_path / name)
         references = [
             {"answers": [r["answer"]] if isinstance(r["answer"], str) else r["answer"], "pair": r.get("pair", -1)}
-            | {field: r[field] for field in ("choices", "task", "source", "scoring")}
+            | {field: r[field] for field in ("choices", "task", "scoring")}
+            | {"source": r["source"] or ""}
+            | {field: r[field] for field in ("group", "group_source") if field in r}
             for r in records
         ]
         metric = evaluate.load(str(TESTS.parent / "eval" / "answer_score"), name, cache_dir=str(tmp_path / "cache"))
         found = metric.compute(predictions=[r["output"] for r in records], references=references)
         for what, one in score_records(records, name).items():
             assert found[what] == one["score"] and found[f"{what}/standard_error"] == one["standard_error"]
+        assert "overall" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"answers": ["C"]}, "reference 1 can't be scored by its answer 'C'"),
+        ({"answers": ["near"]}, "reference 1 can't be scored by its answer 'near'"),
+        ({"answers": []}, r"reference 1 can't be scored by its answer \[\]"),
+        ({"answers": ["A", "B"]}, r"reference 1 can't be scored by its answer \['A', 'B'\]"),
+        ({"scoring": "letters"}, "reference 1 can't be scored by its scoring 'letters'"),
+        ({"choices": ["x"] * 27}, r"reference 1 can't be scored by its choices \['x'"),
+        ({"group": "Q1"}, "reference 1 has answers, .*group: give it answers, .*pair"),
+    ],
+)
+def test_a_metrics_references_are_looked_at_as_answers_are(changes, match, tmp_path, monkeypatch):
+    evaluate = pytest.importorskip("evaluate")
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    metric = evaluate.load(str(TESTS.parent / "eval" / "answer_score"), "mmvp", cache_dir=str(tmp_path / "cache"))
+    reference = {
+        "answers": ["A"],
+        "choices": ["near", "far"],
+        "task": "question",
+        "source": "MMVP",
+        "scoring": "choice",
+    }
+    reference["pair"] = 1
+    assert metric.compute(predictions=["A", "B"], references=[reference] * 2)["questions"] == 0.5
+    with pytest.raises(ValueError, match=match):
+        metric.compute(predictions=["A", "B"], references=[reference, reference | changes])
 
 
 # Depth, masks, images -----------------------------------------------------------------------------------------------

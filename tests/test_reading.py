@@ -383,6 +383,7 @@ OF_OTHER_KINDS = [
             "No, there are people in it",
             "no",
             "The answer is no.",
+            "Looking at the image, No is the answer.",
             "No it is far",
             "I would say no",
             "No - the box is far",
