@@ -568,7 +568,7 @@ def main(args: Namespace) -> None:
     # The reference's probing runs save the whole frozen model with the probes in it.
     if "probe_mode" in read_json_object(folder / "config.json"):
         # A run of the reference has probes of one task, and so has a folder of ours.
-        if (args.out / "probes.safetensors").exists():
+        if (Path(args.out) / "probes.safetensors").exists():
             raise ValueError(f"{args.out} has probes already: choose another folder for each")
         probes, report = convert_probes(folder)
         print(terminal(report))

@@ -111,7 +111,7 @@ DAMAGES = {
     "bin cut": (lambda folder: cut(to_bin(folder)), r"pytorch_model\.bin: it is damaged"),
     "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text(LFS), r"tokenizer\.json is a Git LFS pointer"),
     "no tokenizer's file": (
-        lambda folder: (folder / "tokenizer.json").write_text('{"error": "not found"}'),
+        lambda folder: change_json(folder / "tokenizer.json", model={"type": "of a later version"}),
         r"has a tokenizer\.json that can't be read \(.*fetch it again, or update tokenizers",
     ),
     "special tokens": (

@@ -564,7 +564,7 @@ def test_the_share_of_bad_rows_is_one_of_rows(make_model, tmp_path):
     packed = packed_rows_of(processor, random_rows(16, IMAGES), 300)
     trainer = make_trainer(model, processor, tmp_path, rows=packed, max_steps=1, per_device_train_batch_size=1)
     trainer.state = SimpleNamespace(max_steps=1, global_step=0)
-    trainer.args.max_bad_rows = 0.5
+    trainer.max_bad_rows = 0.5
     assert packed.rows_per_sequence > 4
     trainer._count_bad_rows([{"bad_rows": ["row 1"], "long_rows": []}], torch.device("cpu"))  # 1 of more than 4
     assert trainer.bad_rows == 1
