@@ -20,7 +20,7 @@ def rows_to_evaluate() -> Dataset:
         question = [{"type": "image"}, {"type": "text", "text": "what is this ?"}]
         answer = [{"type": "text", "text": " ".join(["red"] * length)}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        rows.append({"images": [random_image(i)], "messages": messages})
+        rows.append({"id": f"row-{i}", "images": [random_image(i)], "messages": messages})
     return Dataset.from_list(rows)
 
 
