@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
+from safetensors.torch import load_file
 from test_attach import IMAGES, make, make_collator, make_rows
 from training_helpers import Interrupt, losses, weights
 from transformers import TrainerCallback
@@ -233,17 +234,30 @@ def test_weights_in_16_bits_train_in_float32(adapters, tmp_path):
     assert 0 < metrics["eval_loss"] < float("inf")
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
-    """The folder with what each of two ranks saved."""
-    out = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(TESTS / "sft_worker.py"), str(out)]
+def launch(launcher: list[str], out: Path, *options: str) -> Path:
+    """Two ranks of sft_worker.py, which write to `out`."""
+    command = [sys.executable, "-m", *launcher, str(TESTS / "sft_worker.py"), str(out), *options]
     paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """The folder with what each of two ranks saved."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return launch(launcher, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    """The folder of models and losses of two ranks, by the configuration that is shipped; in fp32."""
+    config = TESTS.parent / "recipes" / "accelerate" / "fsdp2.yaml"
+    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    launcher += ["--mixed_precision", "no", "--main_process_port", "0"]
+    return launch(launcher, tmp_path_factory.mktemp("sharded"), "--sharded")
 
 
 @with_and_without_adapters
@@ -263,6 +277,39 @@ def test_two_processes_equal_one(two_processes, adapters, tmp_path):
     for name, value in one["weights"].items():
         for rank in ranks:
             torch.testing.assert_close(rank["weights"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.slow
+@with_and_without_adapters
+def test_sharded_by_fsdp2_it_writes_what_one_process_writes(sharded, adapters, tmp_path):
+    from sft_worker import run_sharded
+
+    run_sharded(tmp_path, ranks=1, adapters=adapters)
+    one = torch.load(tmp_path / f"1-{adapters}.pt")
+    two = torch.load(sharded / f"2-{adapters}.pt")
+    assert two["evaluated"] == pytest.approx(one["evaluated"], rel=1e-4, abs=1e-5)
+    assert len(one["losses"]) == len(two["losses"]) == 3
+    for step, expected in zip(two["losses"], one["losses"], strict=True):
+        assert step == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+    folder = sharded / f"2-{adapters}"
+    expected_folder = tmp_path / f"1-{adapters}"
+    assert {path.name for path in folder.iterdir()} == {path.name for path in expected_folder.iterdir()}
+    expected = saved_weights(expected_folder)
+    saved = saved_weights(folder)
+    resumed = saved_weights(sharded / f"2-{adapters}-resumed")
+    assert expected.keys() == saved.keys() == resumed.keys()
+    assert any(name.startswith("predictors.") for name in saved)
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        assert resumed[name].equal(saved[name]), name
 
 
 def text_rows(number: int) -> list[dict]:

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from test_remote_code import run_without_the_package
 from torch import nn
 
 from ola_vlm.convert.push import find_files
+from ola_vlm.training.attach import predictors_of
 from ola_vlm.training.sharding import block_classes, configure_fsdp2
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +153,49 @@ def test_settings_whose_checkpoints_are_no_models_are_refused(parts, version, st
     plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=state_dict)
     with pytest.raises(ValueError, match=f"fsdp_version {version} with {state_dict} is not supported: take recipes/"):
         configure_fsdp2(plugin, nn.Linear(1, 1))
+
+
+class ZeroShards:
+    """Stands in for `deepspeed.zero`: weights marked by `ds_id` are empty but while they are gathered."""
+
+    def __init__(self):
+        self.whole = {}
+
+    def spread(self, parameter: nn.Parameter) -> None:
+        self.whole[id(parameter)] = parameter.data
+        parameter.data = torch.empty(0)
+        parameter.ds_id = len(self.whole)
+
+    @contextmanager
+    def GatheredParameters(self, parameters):
+        for parameter in parameters:
+            parameter.data = self.whole[id(parameter)]
+        yield
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+
+
+def test_predictors_beside_adapters_are_gathered_from_zero3(parts, tmp_path, monkeypatch):
+    """As transformers saves there: what trains is gathered, frozen query tables are not. (DeepSpeed itself compiles
+    an operator first: benchmarks/zero.py.)"""
+    trainer = prepare("predicting_adapters", parts, tmp_path, ranks=1)
+    trainer.is_deepspeed_enabled = True
+    expected = {name: value.clone() for name, value in predictors_of(trainer.base_model.state_dict()).items()}
+    assert any(name.startswith("queries.") for name in expected)
+    gathered = {}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            gathered[name] = parameter.detach().clone()
+    zero = ZeroShards()
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    for parameter in trainer.base_model.parameters():
+        zero.spread(parameter)
+
+    trainer._save(str(tmp_path), gathered)
+    saved = load_file(tmp_path / "predictors.safetensors")
+    assert saved.keys() == expected.keys()
+    for name, value in expected.items():
+        assert saved[name].equal(value), name
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from .attach import AttachedPredictors, load_predictors, predictors_of, write_pr
 from .sharding import (
     configure_fsdp2,
     gather_optimizer,
-    gather_parameters,
+    gather_whole,
     load_optimizer,
     original_class,
     retie,
@@ -101,6 +101,8 @@ class WholeCheckpoints(Mixed):
         with original_class(self.model):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
+            # TRL's arguments name a folder if the program doesn't.
+            assert output_dir is not None
             write_predictors(beside, self.base_model.config, output_dir)
 
     def _whole_predictors(self, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
@@ -118,8 +120,11 @@ class WholeCheckpoints(Mixed):
         own = predictors_of(weights)
         if self.is_deepspeed_enabled:
             # Beside adapters transformers has ZeRO-3 gather what trains, and no frozen query tables.
-            frozen = {name: value for name, value in base.named_parameters() if not value.requires_grad}
-            own.update(gather_parameters(predictors_of(frozen)))
+            frozen: dict[str, torch.Tensor] = {}
+            for name, parameter in base.named_parameters():
+                if not parameter.requires_grad:
+                    frozen[name] = parameter
+            own.update(gather_whole(predictors_of(frozen)))
         return own
 
     @contextmanager

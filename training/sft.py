@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import datasets
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from .attach import AttachedPredictors, image_layout
@@ -81,9 +81,10 @@ class AttachedSFTTrainer(EmbeddingLosses, SFTTrainer):
             rows = data.decode(enable=False)
             return rows.map(partial(read_row, image_folder=self.image_folder), with_indices=True)
         # A transform of the user's own makes of images what it likes.
-        if isinstance(data, datasets.Dataset) and data.format["type"] is None:
+        is_plain = isinstance(data, datasets.Dataset) and data.format["type"] is None
+        if is_plain:
             data = UndecodedRows(data)
-        return Rows(data, self.image_folder)
+        return Rows(cast(Any, data), self.image_folder)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -93,6 +94,8 @@ class AttachedSFTTrainer(EmbeddingLosses, SFTTrainer):
         if num_items_in_batch is None:
             # Nor does TRL count tokens there: each rank would divide by its own.
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        # The model takes it, and there are labels.
+        assert num_items_in_batch is not None
 
         # What is for the embedding losses and the log, and no argument of the model's forward.
         step = inputs.pop("step_targets")
@@ -173,4 +176,4 @@ class UndecodedRows(Sequence):
         return len(self.tables)
 
     def __getitem__(self, index: int) -> dict:
-        return self.tables[index].to_pylist()[0]
+        return cast(Any, self.tables[index]).to_pylist()[0]

@@ -115,7 +115,7 @@ def takes_whole_weights(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def gather_parameters(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def gather_whole(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole copies of weights, on CPUs, of which ZeRO-3 may leave each rank a part. All ranks call it together."""
     gathered = nullcontext()
     # DeepSpeed's mark of those.
