@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -368,7 +368,7 @@ def read_language_model(name: str, dtype: torch.dtype | None) -> tuple[PreTraine
     to `dtype`."""
     with loading_from(name):
         stored = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
-    return load_whole(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=False), stored
+    return load_whole(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=False), cast(Any, stored)
 
 
 def features_read(vision_config: PreTrainedConfig, class_tokens: int) -> dict:

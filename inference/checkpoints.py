@@ -252,7 +252,7 @@ def read_adapter(adapter: str, base: str, trust_remote_code: bool, llava_as_ours
     tables = ("embed_tokens", "lm_head")
     unused = sorted(name for name in written - needed if not any(table in name for table in tables))
     if unused:
-        what = f"{adapter} has weights that its {ADAPTER} doesn't name, {one_line(', '.join(unused[:5]))}"
+        what = f"{adapter} has weights that its {ADAPTER} doesn't name, {', '.join(unused[:5])}"
         remedy = f"name them there (target_modules, modules_to_save), or take the {ADAPTER} that was saved with them"
         raise ValueError(f"{what}: {remedy}")
 
