@@ -1,5 +1,6 @@
 # make miniature   the study: trains LLaVA-1.5, OLA-VLM and words in miniature, probes them, writes runs/miniature/
-#                  (ARGS="--seeds 3" passes options on: `.venv/bin/ola-vlm miniature --help` lists them)
+#                  (ARGS="--seeds 3" passes options on: `.venv/bin/ola-vlm miniature --help` lists them;
+#                  ARGS=--resume goes on after an interruption)
 # make smollm2     a real language model on photographs and scenes, about 80 minutes on a core; writes runs/smollm2/
 #                  (ARGS="--methods llava words": those instead of OLA-VLM)
 # make install     the environment alone

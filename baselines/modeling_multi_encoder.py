@@ -186,7 +186,7 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         rows = config.text_config.vocab_size
         self.suppressed_token_ids = [config.image_token_id, *range(rows - config.vocab_padding, rows)]
-        self.generation_config.suppress_tokens = self.suppressed_token_ids
+        self.generation_config.suppress_tokens = list(self.suppressed_token_ids)
         self.post_init()
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
@@ -233,13 +233,17 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
     ):
         """LLaVA's, never emitting `suppressed_token_ids`, even with a generation config that came without ours."""
+        # What the given configuration bans, or else the model's own, is banned, too.
+        banned = self.generation_config.suppress_tokens or []
+        if generation_config is not None and generation_config.suppress_tokens is not None:
+            banned = generation_config.suppress_tokens
+        suppressed = sorted({*banned, *self.suppressed_token_ids})
         if generation_config is None:
-            kwargs.setdefault("suppress_tokens", self.suppressed_token_ids)
+            kwargs.setdefault("suppress_tokens", suppressed)
         elif "suppress_tokens" not in kwargs:
             # As an argument beside a generation config, transformers would warn of it.
             generation_config = copy.deepcopy(generation_config)
-            suppressed = {*(generation_config.suppress_tokens or []), *self.suppressed_token_ids}
-            generation_config.suppress_tokens = sorted(suppressed)
+            generation_config.suppress_tokens = suppressed
         return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (GenerationMixin's, by another base)
 
 

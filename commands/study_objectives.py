@@ -59,5 +59,12 @@ def parser() -> Parser:
     # What else a run can be for.
     parser.add_argument("--report", action="store_true", help="only report the stage's results that are in --out")
     parser.add_argument("--pack", type=Path, metavar="DIR", help="also put the results there, a small file an arm")
+    parser.add_argument(
+        "--longer",
+        type=count,
+        default=1,
+        metavar="N",
+        help="N times fine-tuning's steps and no early end, in an --out of its own: beyond the protocol",
+    )
     parser.add_argument("--shrunk", action="store_true", help="2 steps on a few scenes: checks the chain only")
     return parser

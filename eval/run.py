@@ -21,6 +21,7 @@ from ..files.escapes import terminal
 from ..files.writing import check_is_of, only_one, whole_file
 from ..inference.checkpoints import load_checkpoint, processes, weights_state
 from ..inference.generate import generate_answers
+from ..targets.images import open_image
 from .benchmarks import evenly, find_benchmark, find_variant, load_questions, locate
 from .scoring import table, write_results
 
@@ -38,6 +39,28 @@ def _read_lines(out: Path) -> Iterator[dict]:
                     continue
                 if isinstance(record.get("id"), str) and isinstance(record.get("run"), dict):
                     yield record
+
+
+def is_unanswered(record: dict | None) -> bool:
+    """Whether there is no answer, or one that stands for an image that couldn't be opened (`count_unreadable`)."""
+    return record is None or "unanswered" in record
+
+
+def _has_image(question: dict, read_image: Callable) -> bool:
+    try:
+        open_image(read_image(question))
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _by_question(out: Path) -> dict[str, dict]:
+    """What is there of each question: its answer, else that it could not be asked."""
+    found = {}
+    for record in _read_lines(out):
+        if is_unanswered(found.get(record["id"])):
+            found[record["id"]] = record
+    return found
 
 
 def answer(
@@ -58,7 +81,7 @@ def answer(
     """
     state = processes()
     out.mkdir(parents=True, exist_ok=True)
-    done = {record["id"]: record for record in _read_lines(out)}
+    done = _by_question(out)
     # Answers of another model or prompt are never mixed in: all that makes them is compared.
     for record in done.values():
         if record["run"] != run:
@@ -68,7 +91,12 @@ def answer(
     order = sorted(questions, key=lambda question: len(question["question"]))
     share = order[state.process_index :: state.num_processes]
     # The share is taken of all questions: processes that see others' new answers still divide them alike.
-    todo = [question for question in share if question["id"] not in done]
+    todo = []
+    for question in share:
+        record = done.get(question["id"])
+        # One that had no image is asked again where its file has been mended since.
+        if record is None or (is_unanswered(record) and _has_image(question, read_image)):
+            todo.append(question)
     if todo:
         model, processor = load()
         greedy = {"do_sample": False, "max_new_tokens": run["max_new_tokens"]}
@@ -106,8 +134,12 @@ def answer(
     # The first process joins what all have written, in the questions' order.
     state.wait_for_everyone()
     if state.is_main_process:
-        done = {record["id"]: record for record in _read_lines(out)}
-        left = [question["id"] for question in questions if question["id"] not in done]
+        done = _by_question(out)
+        left = []
+        for question in questions:
+            record = done.get(question["id"])
+            if record is None or (is_unanswered(record) and not count_unreadable):
+                left.append(question["id"])
         if left:
             named = ", ".join(left[:5]) + ", ..." * (len(left) > 5)
             remedy = "mend the files and run this again, or add --count_unreadable to count them as wrong"

@@ -20,7 +20,7 @@ from .report import ALPHA, table
 FIGURE = "accuracy.png"
 TASKS_FIGURE = "accuracy_by_task.png"
 PROBES_FIGURE = "probes_and_answers.png"
-PLACEMENT_FIGURE = "placement.png"
+ALONG_FIGURE = "along_finetuning.png"
 # An arm and its control share a color; controls are dashed.
 COLORS = {
     "llava": "#222222",
@@ -42,7 +42,7 @@ def write_report(folder: Path, numbers: dict) -> str:
     write_whole(folder / "report.json", numbers_text(numbers))
     draw(folder / FIGURE, {"mean of the tasks": numbers["accuracy"]}, columns=1)
     draw(folder / TASKS_FIGURE, numbers["by_task"], columns=2)
-    draw_placement(folder / PLACEMENT_FIGURE, numbers["placement_along"])
+    draw_along(folder / ALONG_FIGURE, numbers["along"])
     if numbers["probes"]:
         draw_probes(folder / PROBES_FIGURE, numbers["probes"])
     text = report_text(numbers)
@@ -72,7 +72,9 @@ def report_lines(numbers: dict) -> list[str]:
         lines += labels_lines(numbers["labels"])
     lines += ["", "## Where projected tokens lie (norm, largest cosine to a word's embedding)", ""]
     lines += placement_lines(numbers["placement"])
-    lines += ["", f"![where projected tokens lie along fine-tuning]({PLACEMENT_FIGURE})"]
+    lines += ["", f"![answers, and where projected tokens lie, along fine-tuning]({ALONG_FIGURE})"]
+    lines += ["", "## When the best step of a fine-tuning came (mean of the most steps; seeds with the last one)", ""]
+    lines += best_step_lines(numbers["best_steps"])
     lines += ["", "## What validation answers lose when something is taken away (points, 95% interval)", ""]
     lines += changes_lines(numbers["changes"])
     if numbers["probes"]:
@@ -214,6 +216,21 @@ def placement_lines(placed: Mapping[str, Mapping[int, dict]]) -> list[str]:
     return table(["arm", *map(str, budgets), "norm of an embedding"], rows)
 
 
+def best_step_lines(found: Mapping[str, Mapping[int, dict]]) -> list[str]:
+    budgets = budgets_in(found)
+    rows = []
+    for arm, cells in found.items():
+        row = [arm]
+        for budget in budgets:
+            text = "-"
+            if budget in cells:
+                cell = cells[budget]
+                text = f"{cell['mean']:.0f} of {cell['most']} ({cell['last']} of {cell['n']})"
+            row.append(text)
+        rows.append(row)
+    return table(["arm", *map(str, budgets)], rows)
+
+
 def changes_lines(rows: list[dict]) -> list[str]:
     # Those that some arm has: without task tokens there are none to be changed.
     known = set().union(*rows)
@@ -339,23 +356,25 @@ def line_style(arm: str) -> dict:
 
 
 @rc_context(STYLE)
-def draw_placement(path: Path, along: Mapping[str, list[dict]]) -> None:
-    """How long projected tokens are, in embeddings' norms, and how near to a word's embedding: after pre-training
-    (step 0) and while an arm is fine-tuned on the most labels."""
-    figure = Figure(figsize=(12, 5.0), layout="constrained")
-    norms, cosines = figure.subplots(1, 2)
+def draw_along(path: Path, along: Mapping[str, list[dict]]) -> None:
+    """Answers to the validation questions, how long projected tokens are, in embeddings' norms, and how near to a
+    word's embedding: after pre-training (step 0) and while an arm is fine-tuned on the most labels."""
+    figure = Figure(figsize=(15, 5.6), layout="constrained")
+    answered, norms, cosines = figure.subplots(1, 3)
     for arm, points in along.items():
+        style = {"markersize": 4, **line_style(arm)}
         steps = [point["step"] for point in points]
+        answered.plot(steps, [point["validation"] for point in points], label=arm_label(arm), **style)
         # In units of an embedding's mean length: 1 is as long as a word.
-        lengths = [point["token_norm"] / point["embedding_norm"] for point in points]
-        norms.plot(steps, lengths, markersize=4, label=arm_label(arm), **line_style(arm))
-        cosines.plot(steps, [point["largest_cosine"] for point in points], markersize=4, **line_style(arm))
-    norms.axhline(1, color="black", linestyle=":", linewidth=1, label="as long as a word")
-    norms.set(title="length of a projected token", ylabel="in mean norms of an embedding")
+        norms.plot(steps, [point["token_norm"] / point["embedding_norm"] for point in points], **style)
+        cosines.plot(steps, [point["largest_cosine"] for point in points], **style)
+    norms.axhline(1, color="black", linestyle=":", linewidth=1)
+    answered.set(title="answers", ylabel="accuracy on validation questions (%)")
+    norms.set(title="length of a projected token (dotted: a word's)", ylabel="in mean norms of an embedding")
     cosines.set(title="nearness to a word", ylabel="largest cosine to an embedding")
-    for axis in (norms, cosines):
+    for axis in (answered, norms, cosines):
         axis.set_xlabel("steps of fine-tuning (0: right after pre-training)")
-    figure.legend(*norms.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.legend(*answered.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     save_figure(figure, path, dpi=130)
 
 

@@ -24,7 +24,7 @@ Key = tuple[str, int, int]
 
 def read_results(folder: Path) -> dict[Key, dict]:
     """All confirming results of a study's folder, or of one with packed files. ValueError if there is none, or if they
-    are of different data, components or versions."""
+    are of different data, components or versions, or those of one budget of different steps (`--longer`)."""
     # As the study leaves them, and as they are kept in the repository.
     found = [read_object(file) for file in sorted(folder.glob("results/confirm/*/*.json"))]
     for file in sorted(folder.glob("*.jsonl")):
@@ -40,6 +40,12 @@ def read_results(folder: Path) -> dict[Key, dict]:
         values = {str(result["identity"].get(name)) for result in results.values()}
         if len(values) > 1:
             raise ValueError(f"{folder} mixes results of different {name}: {', '.join(sorted(values))}")
+    for budget in budgets_of(results):
+        steps = {most_steps(result) for (_, _, one), result in results.items() if one == budget}
+        if len(steps) > 1:
+            named = " and ".join(map(str, sorted(steps, key=str)))
+            mixed = f"{folder} mixes fine-tunings of {named} steps on {budget} scenes"
+            raise ValueError(f"{mixed}: give each its own --out")
     # In the order of the design; an arm that it no longer has is left out.
     order = list(design.ARMS)
     known = {key: result for key, result in results.items() if key[0] in order}
@@ -231,10 +237,14 @@ def chosen_point(result: dict) -> dict:
     return chosen
 
 
+def seen_at(point: dict) -> dict[str, float]:
+    """Where projected tokens lie at an evaluation, and what it found on the validation questions (%)."""
+    return {**point["placement"], "validation": 100 * point["accuracy"]["average"]}
+
+
 def placement(result: dict) -> dict[str, float]:
     """At the chosen step."""
-    chosen = chosen_point(result)
-    return {**chosen["placement"], "validation": 100 * chosen["accuracy"]["average"]}
+    return seen_at(chosen_point(result))
 
 
 def changes_table(results: Mapping[Key, dict]) -> list[dict]:
@@ -339,9 +349,10 @@ def probes_and_answers(results: Mapping[Key, dict]) -> list[dict]:
     return rows
 
 
-def placement_along(results: Mapping[Key, dict]) -> dict[str, list[dict]]:
-    """{arm: [{step, token_norm, largest_cosine, embedding_norm, n}]}: where projected tokens lie while an arm is
-    fine-tuned on the most labels; step 0 is the end of pre-training. Means over the seeds that reached a step."""
+def along_finetuning(results: Mapping[Key, dict]) -> dict[str, list[dict]]:
+    """{arm: [{step, validation, token_norm, largest_cosine, embedding_norm, n}]}: answers to the validation questions
+    (%), and where projected tokens lie, while an arm is fine-tuned on the most labels; step 0 is the end of
+    pre-training. Means over the seeds that reached a step."""
     largest = budgets_of(results)[-1]
     found = {}
     for arm in arms_of(results):
@@ -355,12 +366,32 @@ def placement_along(results: Mapping[Key, dict]) -> dict[str, list[dict]]:
                 step = 0
                 if budget == largest:
                     step = point["step"]
-                by_step.setdefault(step, []).append(point["placement"])
+                by_step.setdefault(step, []).append(seen_at(point))
         along = []
         for step, places in sorted(by_step.items()):
             along.append({"step": step, "n": len(places), **means_by_name(places)})
         found[arm] = along
     return found
+
+
+def best_steps(results: Mapping[Key, dict]) -> dict[str, dict[int, dict]]:
+    """{arm: {budget: {mean, most, last, n}}}: the mean best step of fine-tuning, the most steps that it could have,
+    and how many of its n seeds were best at the last one: these may not have come to their end."""
+    found = {}
+    for arm in arms_of(results):
+        found[arm] = {}
+        for budget in budgets_of(results):
+            steps = list(per_seed(results, arm, budget, lambda result: result["chosen_step"]).values())
+            # Right after pre-training there is no step to choose.
+            most = [value for value in per_seed(results, arm, budget, most_steps).values() if value]
+            if most:
+                last = sum(step == most[0] for step in steps)
+                found[arm][budget] = {"mean": float(np.mean(steps)), "most": most[0], "last": last, "n": len(steps)}
+    return found
+
+
+def most_steps(result: dict) -> int | None:
+    return result["identity"].get("finetune.max_steps")
 
 
 def means_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -407,7 +438,8 @@ def collect(results: Mapping[Key, dict]) -> dict:
         "labels": labels_table(table),
         "placement": placed,
         "changes": changes_table(results),
-        "placement_along": placement_along(results),
+        "along": along_finetuning(results),
+        "best_steps": best_steps(results),
         "probes": probes_and_answers(results),
         "costs": cost_table(results),
     }

@@ -55,7 +55,7 @@ SHRUNK = {
     },
 }
 
-PACKED = """Results of the confirming runs (../STUDY.md), a file an arm and a line a trial and budget; in tuning/ those
+PACKED = """Results of confirming runs (docs/STUDY.md), a file an arm and a line a trial and budget; in tuning/ those
 that settings.json was chosen from.
 
 `ola-vlm study objectives --report --out docs/study` makes table and figures again.
@@ -243,9 +243,20 @@ def run_stage(args, root: Path, size: dict, report: Callable[[], str]) -> None:
         study.run("confirm", trials, args.budgets, report)
 
 
+def longer(size: dict, times: int) -> dict:
+    """The size with so many times the steps of each fine-tuning, none of which ends early: what is not learned then
+    is not a matter of steps."""
+    scale = size["scale"]
+    steps = {budget: times * number for budget, number in scale["finetune_steps"].items()}
+    # With as much patience as there are evaluations, the last one is always reached.
+    return {**size, "scale": {**scale, "finetune_steps": steps, "patience": scale["evaluations"]}}
+
+
 def complete(args: Namespace, size: dict) -> None:
-    """Fills in the stage's own seeds and budgets. ValueError for budgets that there aren't, and for seeds of tuning
-    that should confirm."""
+    """Fills in the stage's own seeds and budgets. ValueError for budgets that there aren't, for seeds of tuning that
+    should confirm, and for tuning with more steps than the confirming runs have."""
+    if args.longer > 1 and args.stage == "tune":
+        raise ValueError("--longer goes with --stage confirm: settings are those of the protocol's steps")
     # 0 is the model right after pre-training.
     possible = [0, *map(int, size["scale"]["finetune_steps"])]
     if args.budgets is not None and not set(args.budgets) <= set(possible):
@@ -269,6 +280,8 @@ def main(args: Namespace) -> None:
     size = FULL
     if args.shrunk:
         size = SHRUNK
+    if args.longer > 1:
+        size = longer(size, args.longer)
     root = args.out.resolve()
     complete(args, size)
 

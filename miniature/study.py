@@ -60,6 +60,10 @@ for _fusion in recipe.FUSIONS:
     PAIRS += [("llava", _fusion), (_fusion, "ola_vlm")]
 
 
+# What `prepare` writes; data and targets are also left by `ola-vlm data miniature` and `ola-vlm targets`.
+PREPARED = ("data", "targets", "settings.json", "seconds.json", "world.png")
+
+
 def fill_targets(root: Path, probe_splits: dict[str, int]) -> None:
     """Every target that the trials will read, computed once: all training images, and the probes' held-out ones."""
     probed = probe_paths(root, probe_splits)
@@ -270,8 +274,12 @@ def main(args: Namespace) -> dict:
     # Each once.
     args.methods = list(dict.fromkeys(args.methods))
     root = args.out.resolve()
-    if root.exists() and any(root.iterdir()) and not args.resume:
-        raise ValueError(f"{args.out} is not empty: add --resume to go on with it, or choose another --out")
+    if root.exists() and not args.resume:
+        # The world and its targets, which other commands leave there, are checked and used: nothing else is.
+        others = sorted(path.name for path in root.iterdir() if path.name not in PREPARED)
+        if others:
+            has = f"{args.out} has {others[0]} in it"
+            raise ValueError(f"{has}: add --resume to go on with an earlier run, or choose another --out")
     size = FULL
     if args.shrunk:
         size = SHRUNK

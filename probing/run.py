@@ -5,11 +5,12 @@ features of the recipe's teachers, on images that were held out.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,22 @@ class Images(Sequence):
         return self.get(self.indices[i])
 
 
+class ImagesOfRows:
+    """(Row, number of the image in it) -> the image. A class of its own: a loader's workers get a copy, where they
+    are started anew, and of a function within a function there is none."""
+
+    def __init__(self, rows: Rows):
+        self.source = rows.source
+        self.image_folder = rows.image_folder
+
+    def images(self, row: int) -> list:
+        return row_images(self.source[row], self.image_folder)
+
+    def __call__(self, index: np.ndarray):
+        row, number = index
+        return self.images(int(row))[number]
+
+
 def find_images(name: str, args: OlaVlmArguments) -> Images:
     """The image files of a folder and those below it, else what the rows of a data set hold (`training.rows`), with
     words or without; each file once. ValueError if there are none."""
@@ -80,22 +97,17 @@ def find_images(name: str, args: OlaVlmArguments) -> Images:
         raise ValueError(f"{name} has no images ({', '.join(sorted(IMAGE_ENDINGS))}) and no rows: {error}") from error
 
     assert isinstance(rows, Rows)  # no stream
-    source = rows.source
-    image_folder = rows.image_folder
-
-    def images_of(row: int) -> list:
-        return row_images(source[row], image_folder)
-
+    of_rows = ImagesOfRows(rows)
     # A file, or an image that lies in a row -> (row, number of the image in it).
     indices = {}
-    for row in range(len(source)):
-        for number, image in enumerate(images_of(row)):
+    for row in range(len(rows.source)):
+        for number, image in enumerate(of_rows.images(row)):
             key = image if isinstance(image, str) else (row, number)
             indices[key] = (row, number)
     if not indices:
         raise ValueError(f"the rows of {name} have no images")
     # Row and number are kept, not the picture: it is read from its row when its batch comes.
-    return Images(lambda index: images_of(int(index[0]))[index[1]], np.array(list(indices.values())))
+    return Images(of_rows, np.array(list(indices.values())))
 
 
 def split(count: int, seed: int, has_test: bool) -> dict[str, np.ndarray]:
@@ -222,7 +234,8 @@ def prepare(options: Namespace, args: OlaVlmArguments) -> ProbeRun:
     split(len(images), args.seed, has_test)
 
     # Does it fit to what OUT has?
-    settings = make_settings(options, args, tasks, [*images, *(test_images or [])])
+    # One after the other: of a data set each is read from its row, and all would not fit into memory.
+    settings = make_settings(options, args, tasks, itertools.chain(images, test_images or []))
     models = find_models(options)
     for model in models:
         check_weights(options.out, model)
@@ -283,7 +296,7 @@ def teachers_of(tasks: list[dict], args: OlaVlmArguments) -> dict[str, dict]:
     return {task["name"]: given[task["name"]] for task in tasks}
 
 
-def make_settings(options: Namespace, args: OlaVlmArguments, tasks: list[dict], images: list) -> dict:
+def make_settings(options: Namespace, args: OlaVlmArguments, tasks: list[dict], images: Iterable) -> dict:
     # Of files their names: gigabytes of pictures would be read for it.
     digest = hashlib.blake2b(digest_size=8)
     for image in images:

@@ -53,18 +53,40 @@ def _without_volatile(fields: dict) -> dict:
 
 
 def read_preprocessing(path, **where) -> tuple[int, list[float], list[float]]:
-    """Side in pixels of what the model sees, mean and standard deviation, from its preprocessor_config.json."""
+    """Side in pixels of what the model sees, mean and standard deviation of values from 0 to 1, from its
+    preprocessor_config.json. ValueError if that lacks them, or asks for what `LlavaImageProcessor` can't do."""
     with loading_from(path, weights=False):
         values, _ = ImageProcessingMixin.get_image_processor_dict(path, **where)
+    if values.get("do_flip_channel_order"):
+        raise ValueError(f"{path}: its image processor turns RGB into BGR, which isn't done here: take another model")
     # What the model sees is the crop, if there is one; `size` is then the shorter side before it.
     size = (values.get("do_center_crop") and values.get("crop_size")) or values.get("size")
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")
-    found = {"size": size, "image_mean": values.get("image_mean"), "image_std": values.get("image_std")}
+    mean, std = values.get("image_mean"), values.get("image_std")
+    if values.get("do_normalize") is False:
+        mean, std = [0.0] * 3, [1.0] * 3
+    found = {"size": size, "image_mean": mean, "image_std": std}
     missing = [name for name, value in found.items() if not value]
     if missing:
         raise ValueError(f"{path}: the image processor's configuration lacks {missing}: add them there")
+    # What mean and deviation are in units of: 255 where pixels stay from 0 to 255.
+    unit = 255 * _rescale_factor(values)
+    if unit != 1:
+        for name in ("image_mean", "image_std"):
+            found[name] = [value / unit for value in found[name]]
     return tuple(found.values())
+
+
+def _rescale_factor(values: dict) -> float:
+    """What a pixel, 0 to 255, is multiplied by before the mean is subtracted."""
+    if values.get("do_rescale") is False:
+        return 1.0
+    factor = values.get("rescale_factor")
+    # As 0.00392..., written with more or fewer digits.
+    if factor is None or math.isclose(255 * factor, 1, rel_tol=1e-4):
+        return 1 / 255
+    return factor
 
 
 # Where a vision encoder's weights are in a LLaVA-like model.

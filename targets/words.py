@@ -28,8 +28,9 @@ from .loading import loading_from
 logger = logging.getLogger(__name__)
 
 DEPTH_WORDS = ("very close", "close", "halfway", "far", "very far")
-# Depth models by their type: whether what they predict is larger where it is closer.
-LARGER_IS_CLOSER = {"depth_anything": True, "dpt": True, "glpn": False, "zoedepth": False}
+# Depth models by their type: whether what they predict is larger where it is closer. Of Depth-Anything and DPT the
+# configuration tells (`_larger_is_closer`).
+LARGER_IS_CLOSER = {"glpn": False, "zoedepth": False}
 # "the task is semantic" by the tokenizer of all published OneFormers, which is CLIP's.
 CLIP_TASK_IDS = (49406, 518, 10549, 533, 29119, 1550, 49407)
 # What data sets append to a class's name that no speaker would: COCO has "tree-merged" and "wall-other-merged".
@@ -39,8 +40,8 @@ UNNAMED = re.compile(r"LABEL_\d+")
 
 
 def storage_of(words: Sequence[str]) -> str:
-    """The numeric type in the cache that holds the words' numbers."""
-    if len(words) <= 256:
+    """The numeric type in the cache that holds the words' numbers, and the one behind the last word's: none."""
+    if len(words) < 256:
         return "uint8"
     return "int16"
 
@@ -55,10 +56,25 @@ def speakable(label: str) -> str:
     return " ".join(words)
 
 
-def class_words(path, config: PreTrainedConfig, given: Sequence[str] | Mapping[str, str] | None) -> list[str]:
-    """A word for each class: `given`, a list, or changes by a class's name; by default the names as they are said."""
+def class_words(
+    path, config: PreTrainedConfig, given: Sequence[str | None] | Mapping[str, str | None] | None
+) -> list[str | None]:
+    """A word for each class: `given`, a list, or changes by a class's name; by default the names as they are said.
+    None for a class of which nothing is to be said, such as a background. ValueError for what can't be said."""
     names = cast(dict[int, str], config.id2label)
     labels = [names[i] for i in range(len(names))]
+    words = _given_class_words(path, labels, given)
+    for label, word in zip(labels, words, strict=True):
+        if word is not None and not (isinstance(word, str) and word.strip()):
+            raise ValueError(f"{path}: class {label!r} has the word {word!r}: give text, or null to say nothing of it")
+    if not any(words):
+        raise ValueError(f"{path}: none of its classes has a word: give its teacher some")
+    return words
+
+
+def _given_class_words(
+    path, labels: list[str], given: Sequence[str | None] | Mapping[str, str | None] | None
+) -> list[str | None]:
     if isinstance(given, Sequence):
         if len(given) != len(labels):
             raise ValueError(f"{path}: {len(given)} words for {len(labels)} classes: give one for each, or a dict")
@@ -109,7 +125,8 @@ class ClassWordsEncoder(WordsEncoder):
     """The word of the class that most of a patch's pixels have, by any semantic or universal segmentation model of
     transformers; OneFormer decodes with its own features.
 
-    `words` (`class_words`): classes with the same word count together. `task_inputs`: OneFormer's.
+    `words` (`class_words`): classes with the same word count together; where most pixels have a class without a word,
+    the patch's number is the one behind the last word's. `task_inputs`: OneFormer's.
     """
 
     name = "class_words"
@@ -118,9 +135,10 @@ class ClassWordsEncoder(WordsEncoder):
         super().__init__(model, 1, size, grid, image_mean, image_std, **options)
         self.segmenter = segmenter
         # Classes with the same word share its number.
-        self._know_words(list(dict.fromkeys(words)))
-        # (classes,): the number of each class's word.
-        self.word_of_class = torch.tensor([self.words.index(word) for word in words])
+        self._know_words(_different_words(words))
+        # (classes,): the number of each class's word, of those without one that behind the last.
+        none = len(self.words)
+        self.word_of_class = torch.tensor([none if word is None else self.words.index(word) for word in words])
         self.view["word_of_class"] = self.word_of_class.tolist()
         # OneFormer's alone: its class scores depend on them.
         self.task_inputs: list[int] | None = None
@@ -133,7 +151,7 @@ class ClassWordsEncoder(WordsEncoder):
     @classmethod
     def list_words(cls, path, words=None, revision="main", **options) -> list[str]:
         code = options.get("trust_remote_code", False)
-        return list(dict.fromkeys(class_words(path, read_config(path, revision, code), words)))
+        return _different_words(class_words(path, read_config(path, revision, code), words))
 
     @classmethod
     def _open(
@@ -169,13 +187,13 @@ class ClassWordsEncoder(WordsEncoder):
             stages = list(self.model.model.pixel_level_module.encoder(pixels).feature_maps)
             return self.segmenter.class_scores(stages)
         output = self.model(pixels)
-        # Semantic segmentation gives scores of pixels; universal segmentation those of masks.
+        # Semantic segmentation gives scores of pixels; universal segmentation those of masks, which DETR, the first of
+        # it, calls by names of its own.
+        if "pred_masks" in output:
+            return _scores_of_masks(output.logits, output.pred_masks)
         if "logits" in output:
             return output.logits
-        # As these models' image processors: without the null class, masks weighted by their queries' classes.
-        classes = output.class_queries_logits.float().softmax(-1)[..., :-1]
-        masks = output.masks_queries_logits.float().sigmoid()
-        return torch.einsum("nqc,nqhw->nchw", classes, masks)
+        return _scores_of_masks(output.class_queries_logits, output.masks_queries_logits)
 
     def _features(self, pixels):
         # An image at a time: the scores of all classes at the picture's size are large.
@@ -187,12 +205,24 @@ class ClassWordsEncoder(WordsEncoder):
         # (classes, h, w) -> (1, classes, S, S) -> each pixel's word (S, S).
         scores = F.interpolate(scores_CHW[None].float(), size=self.size, mode="bilinear", align_corners=False)
         words_SS = self.word_of_class.to(scores.device)[scores[0].argmax(0)]
-        # Each pixel's patch; then one number for patch and word together, of which a single histogram is made.
+        # Each pixel's patch; then one number for patch and word together, of which a single histogram is made. No word
+        # is one of the numbers.
         cell_S = torch.arange(self.size, device=scores.device) * self.grid // self.size
         cell_SS = cell_S[:, None] * self.grid + cell_S
-        count = self.target_length * len(self.words)
-        counts = torch.bincount((cell_SS * len(self.words) + words_SS).flatten(), minlength=count)
-        return counts.view(self.target_length, len(self.words)).argmax(1)
+        numbers = len(self.words) + 1
+        counts = torch.bincount((cell_SS * numbers + words_SS).flatten(), minlength=self.target_length * numbers)
+        return counts.view(self.target_length, numbers).argmax(1)
+
+
+def _different_words(words: Sequence[str | None]) -> list[str]:
+    return list(dict.fromkeys(word for word in words if word is not None))
+
+
+def _scores_of_masks(logits_NQC: Tensor, masks_NQHW: Tensor) -> Tensor:
+    """(N, classes, h, w), as these models' image processors do it: without the null class, the last one, masks
+    weighted by their queries' classes."""
+    classes_NQC = logits_NQC.float().softmax(-1)[..., :-1]
+    return torch.einsum("nqc,nqhw->nchw", classes_NQC, masks_NQHW.float().sigmoid())
 
 
 class DepthWordsEncoder(WordsEncoder):
@@ -291,6 +321,9 @@ def _larger_is_closer(path, config: PreTrainedConfig) -> bool:
     if config.model_type == "depth_anything":
         # The relative ones predict inverse depth, the metric ones a distance.
         return config.depth_estimation_type == "relative"
+    if config.model_type == "dpt" and not config.add_projection:
+        # MiDaS's predict inverse depth. Those with a projection are DINOv2's heads, which predict meters.
+        return True
     if config.model_type not in LARGER_IS_CLOSER:
         need = "true if what it predicts is larger where it is closer, else false"
         raise ValueError(f"{path} is a {config.model_type}: give its teacher larger_is_closer, {need}")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from claimed_gpu import ClaimedGpu, move, on_gpu
@@ -97,6 +98,16 @@ def run_ranks(out: Path, ranks: int):
     trainer.train()
     if trainer.args.should_save:
         torch.save({"losses": losses(trainer), "weights": weights(model)}, out / f"{ranks}.pt")
+
+
+def test_what_is_predicted_of_a_row_is_its_logits(tmp_path):
+    """Also of a model whose own configuration knows nothing of predictors: metrics get these alone."""
+    model, processor = make("qwen2_5_vl")
+    apply_stage(model, "pretrain")
+    trainer = make_trainer(model, processor, tmp_path)
+    predicted = trainer.predict(make_rows([1, 0, 2], seed=1))
+    assert isinstance(predicted.predictions, np.ndarray) and predicted.predictions.ndim == 3
+    assert predicted.predictions.shape[:2] == predicted.label_ids.shape and predicted.predictions.shape[0] == 3
 
 
 @every_family

@@ -583,6 +583,15 @@ def test_an_image_that_cannot_be_opened_never_ends_a_long_run(checkpoint, tmp_pa
     assert results["unanswered"] == ["3", "4"]
     asked = [r for r in records if r["scoring"] == "choice" and "unanswered" not in r]
     assert results["unreadable_choices"] == sum(parse_choice(r["output"], r["choices"]) is None for r in asked)
+    # One file is mended: its question is asked, and the other one is no answer without the flag.
+    before = read_answers(tmp_path / "out")[:3]
+    scenes()[0][1].save(tmp_path / "1.png")
+    with pytest.raises(SystemExit, match=r"1 questions have no image that can be opened \(4\): mend the files"):
+        run.main(arguments)
+    run.main([*arguments, "--count_unreadable"])
+    records = read_answers(tmp_path / "out")
+    assert [record["id"] for record in records if "unanswered" in record] == ["4"]
+    assert records[3]["id"] == "3" and records[3]["prompt"] and records[:3] == before
 
 
 def test_results_of_ones_own_questions_say_only_what_applies(checkpoint, tmp_path, capsys):

@@ -14,6 +14,7 @@ import torch
 from conftest import random_image, random_rows, tiny_tasks
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DataLoader
 from training_helpers import llava_sample
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -59,6 +60,19 @@ def conversation(turns, image=True):
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": " what is this ?"}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": "the red cube"}]})
     return messages
+
+
+def test_a_loaders_workers_get_no_teacher(processor):
+    """Its targets are computed here, where its GPU is; a worker that is started anew would get a copy of it."""
+    task = tiny_tasks()[0]
+    # A function within a function: there is no copy of it.
+    sources = {task["name"]: fingerprint_target(task)}
+    later = OlaVlmCollator(processor, sources, [task], targets_later=True)
+    rows = random_rows(4)
+    (batch,) = DataLoader(rows, 4, num_workers=1, collate_fn=later, multiprocessing_context="spawn")
+    assert batch["input_ids"].equal(later(rows)["input_ids"]) and "targets" not in batch
+    # Here they are all there.
+    assert len(later.add_targets(batch)["targets"][task["name"]]) == len(batch["pixel_values"]) > 0
 
 
 def test_ids_are_those_of_the_processor(collator, processor):

@@ -31,9 +31,14 @@ def test_a_tensor_made_without_a_device_is_noticed():
                 mixed()
 
 
+# A task whose targets are words, which the model looks up, beside the paper's.
+WORDS = {"name": "words", "predictor": "none", "target": "words", "layers": [0], "target_length": 16, "loss": "mse"}
+
+
+@pytest.mark.parametrize("tasks", [None, [WORDS], [{**WORDS, "loss": "moments"}]], ids=["paper", "words", "moments"])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_forward_losses_and_backward(make_model, tmp_path, stage):
-    model, processor = make_model()
+def test_forward_losses_and_backward(make_model, tmp_path, stage, tasks):
+    model, processor = make_model(tasks)
     trainer = make_trainer(model, processor, tmp_path, stage=stage)
     batches = [trainer.data_collator(ROWS), trainer.data_collator(random_rows(2, 0))]  # the second one has no image
     exact = [trainer.compute_loss(model.train(), dict(batch)).item() for batch in batches]

@@ -141,6 +141,27 @@ def test_checkpoints_load_as_remote_code(run, method):
     assert not set(generated[0, inputs["input_ids"].shape[1] :].tolist()) & set(model.suppressed_token_ids)
 
 
+def test_it_goes_on_from_the_world_that_other_commands_left(tmp_path, monkeypatch):
+    """`ola-vlm data miniature` and `ola-vlm targets` need no --resume after them; whatever else is there needs it."""
+
+    class Prepares(Exception):
+        pass
+
+    def prepare(root, size, settings):
+        raise Prepares
+
+    monkeypatch.setattr(study, "prepare", prepare)
+    for name in ("data", "targets"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(Prepares):
+        study.main(["--out", str(tmp_path)])
+    (tmp_path / "llava").mkdir()
+    with pytest.raises(SystemExit, match="has llava in it: add --resume"):
+        study.main(["--out", str(tmp_path)])
+    with pytest.raises(Prepares):
+        study.main(["--out", str(tmp_path), "--resume"])
+
+
 @pytest.mark.slow
 def test_resume_does_nothing_twice_and_a_used_folder_is_refused(run):
     out, results = run
@@ -148,7 +169,7 @@ def test_resume_does_nothing_twice_and_a_used_folder_is_refused(run):
     again = study.main(["--shrunk", "--out", str(out), "--resume", *ALL])
     assert again["methods"] == results["methods"]
     assert (out / "ola_vlm" / "seed0" / "result.json").stat().st_mtime_ns == stamp
-    with pytest.raises(SystemExit, match="is not empty: add --resume"):
+    with pytest.raises(SystemExit, match="has llava in it: add --resume"):
         study.main(["--shrunk", "--out", str(out)])
     with pytest.raises(SystemExit, match="begun with shrunk True"):
         study.main(["--out", str(out), "--resume"])

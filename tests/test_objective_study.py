@@ -746,7 +746,8 @@ def test_report_says_what_is_shown_and_what_is_excluded(tmp_path):
     assert change["permuted_patches"][0] == pytest.approx(5)
     assert {row["target"] for row in numbers["probes"]} == {"depth"}
     assert all(row["r"] > 0.9 for row in numbers["probes"])
-    for name in ("accuracy.png", "accuracy_by_task.png", "probes_and_answers.png", "placement.png", "report.json"):
+    figures = ("accuracy.png", "accuracy_by_task.png", "probes_and_answers.png", "along_finetuning.png")
+    for name in (*figures, "report.json"):
         assert (tmp_path / name).stat().st_size > 1000
 
 
@@ -861,12 +862,14 @@ def test_lengths_of_tokens_are_in_those_of_a_word(monkeypatch):
     drawn = []
     for module in (objective_report, placement):
         monkeypatch.setattr(module, "save_figure", lambda figure, *place, **options: drawn.append(figure))
-    looks = [{"step": 0, "token_norm": 6.0, "embedding_norm": 1.5, "largest_cosine": 0.3}]
-    objective_report.draw_placement(Path("placement.png"), {"llava": looks})
+    looks = [{"step": 0, "token_norm": 6.0, "embedding_norm": 1.5, "largest_cosine": 0.3, "validation": 61.0}]
+    objective_report.draw_along(Path("along.png"), {"llava": looks})
     placement.draw(Path("placement.png"), [{"learning_rate": 1e-3, "start": 1.0, "along": looks}])
     for figure in drawn:
-        lengths, cosines = (axis.get_lines()[0].get_ydata()[0] for axis in figure.axes)
+        # The study's figure has the answers in front of them.
+        lengths, cosines = (axis.get_lines()[0].get_ydata()[0] for axis in figure.axes[-2:])
         assert (lengths, cosines) == (4, 0.3)
+    assert drawn[0].axes[0].get_lines()[0].get_ydata()[0] == 61
 
 
 def test_the_correlation_is_one_over_the_arms_means():
@@ -896,20 +899,57 @@ def test_probes_stand_beside_the_answers_of_their_own_seed():
     assert row["n"] == 2 and "r" not in row  # two points make any line
 
 
-def test_placement_along_fine_tuning_begins_with_pretrainings_end():
+def test_what_is_seen_along_fine_tuning_begins_with_pretrainings_end():
     results = made_up({"llava": 0}, seeds=2)
     for seed, norm in ((0, 8.0), (1, 6.0)):
         results["llava", seed, 0]["validation"][0]["placement"]["token_norm"] = norm
     later = copy.deepcopy(results["llava", 1, 6000]["validation"][0])
     later["step"] = 14
     later["placement"]["token_norm"] = 4.5
+    later["accuracy"]["average"] = 0.9
     results["llava", 1, 6000]["validation"].append(later)
-    along = objective_results.placement_along(results)["llava"]
+    along = objective_results.along_finetuning(results)["llava"]
+    assert [round(point["validation"]) for point in along] == [52, 72, 90]
     assert [(point["step"], point["token_norm"], point["n"]) for point in along] == [
         (0, 7, 2),
         (7, 5, 2),
         (14, 4.5, 1),
     ]
+
+
+def test_best_steps_tell_who_may_not_have_come_to_the_end():
+    """Seeds that were best at the last step, of those of a budget; nothing is said right after pre-training."""
+    results = made_up({"llava": 0}, seeds=3)
+    for (_, seed, budget), result in results.items():
+        if budget > 0:
+            result["identity"] = {"finetune.max_steps": 14}
+            result["chosen_step"] = (7, 14, 14)[seed]
+    found = objective_results.best_steps(results)["llava"]
+    assert found == {budget: {"mean": 35 / 3, "most": 14, "last": 2, "n": 3} for budget in (75, 6000)}
+    (row,) = objective_report.best_step_lines({"llava": found})[2:]
+    assert row == "| llava | 12 of 14 (2 of 3) | 12 of 14 (2 of 3) |"
+
+
+def test_longer_fine_tunings_take_all_their_steps_and_are_not_mixed_in(root, in_process, seen, capsys, tmp_path):
+    """Three times as many, and beside results of the protocol's steps they are refused."""
+    options = ["objectives", "--shrunk", "--out", str(root), "--arms", "llava", "--seeds", "0", "--longer", "3"]
+    settings = tmp_path / "tuned.json"
+    objectives.write_settings(settings, root, [100], {"settings": {"llava": SETTINGS}, "scores": {}})
+    options += ["--settings", str(settings)]
+    objectives.main([*options, "--budgets", "8"])
+    file = objective_trial.result_file(root, "confirm", "llava", 0, 8, SETTINGS)
+    result = json.loads(file.read_text())
+    assert [point["step"] for point in result["validation"]] == [3, 6]
+    assert result["identity"]["finetune.max_steps"] == 6
+    assert result["identity"]["pretrain.max_steps"] == SCALE["pretrain_steps"]
+    assert "of 6 (" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--longer goes with --stage confirm"):
+        objectives.main([*options, "--stage", "tune"])
+    result["seed"] = 1
+    result["identity"]["finetune.max_steps"] = 2
+    objective_trial.write_json(file.with_name("seed1_budget8.json"), result)
+    with pytest.raises(ValueError, match="mixes fine-tunings of 2 and 6 steps on 8 scenes"):
+        objective_results.read_results(root)
 
 
 def test_one_seed_says_nothing(tmp_path):

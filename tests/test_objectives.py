@@ -4,12 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import encode, random_image, random_rows
+from conftest import encode, make_tokenizer, random_image, random_rows
 from tiny_vlms import FAMILIES
 from torch.nn import functional as F
 from training_helpers import Interrupt, losses, make_trainer, target_source, weights
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig
 
 from ola_vlm.configuration_ola_vlm import normalize_task, target_shape
+from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.modeling_ola_vlm import PatchPredictor
 from ola_vlm.targets.place_code import append_place_code, place_code
 from ola_vlm.training.arguments import OlaVlmArguments
@@ -65,6 +67,34 @@ def test_layer_0_is_what_the_projector_gives(make_model):
     features = model.get_image_features(inputs["pixel_values"]).pooler_output
     torch.testing.assert_close(predictions, torch.stack(list(features)))
     assert not [name for name in model.state_dict() if name.startswith("predictors")]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(
+            hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4,
+            vocab_size=64, embedding_multiplier=12.0, logits_scaling=1.0,
+        ),
+        GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=64, tie_word_embeddings=False),
+    ],
+    ids=["granite", "gpt2"],
+)  # fmt: skip
+def test_layer_0_is_on_the_words_own_scale(tiny_parts, config):
+    """Granite multiplies what enters it, images and words alike, and GPT-2 adds positions: a projected token that lies
+    on a word has no loss whatever they do."""
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config)
+    model, processor = build_ola_vlm(tiny_parts.vision_tower, llm, make_tokenizer(), tasks=[WORDS])
+    inputs = encode(processor, random_rows(2, [1, 2]))
+    word_ids = {"words": [torch.tensor([[7], [9]])]}
+    output = predict(model.eval(), inputs, word_ids=word_ids, output_hidden_states=True)
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output
+    torch.testing.assert_close(output.predictions["words"][0], torch.stack(list(features)))
+    torch.testing.assert_close(output.word_embeddings["words"][0], model.get_input_embeddings().weight[[7, 9]])
+    # What transformers calls layer 0 is still given as it is.
+    row, columns = image_columns(model, inputs)[0]
+    assert not torch.allclose(output.hidden_states[0][row, columns], features[0])
 
 
 def test_several_tokens_of_a_targets_cell_are_averaged(make_model):

@@ -1,9 +1,12 @@
 """Probes: ridge against a direct solution, the paper's resampler against the reference, which states they read, and
 the command that fits them."""
 
+import itertools
 import json
+import pickle
 import re
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -864,9 +867,35 @@ def test_rows_of_a_data_set_give_images(study, tmp_path):
     found = run.find_images(str(tmp_path / "data"), args)
     assert len(found[np.array([1, 3])]) == 2
     assert np.array_equal(open_image(found[1]), open_image(images[1]))
+    # A loader's workers get a copy where they are started anew.
+    assert list(pickle.loads(pickle.dumps(run.find_images(str(tmp_path / "rows.json"), args)))) == images
     (tmp_path / "words.json").write_text(json.dumps([{"id": "a", "messages": []}]))
     with pytest.raises(ValueError, match="have no images"):
         run.find_images(str(tmp_path / "words.json"), args)
+
+
+def test_images_that_lie_in_rows_are_not_held_all_at_once():
+    """As their hash is taken: a data set's pictures are many gigabytes."""
+    alive = weakref.WeakSet()
+    most = []
+
+    class Picture(dict):
+        __hash__ = object.__hash__
+
+    def read(number) -> Picture:
+        picture = Picture(bytes=bytes([number]))
+        alive.add(picture)
+        most.append(len(alive))
+        return picture
+
+    images = run.Images(read, np.arange(20))
+    options = SimpleNamespace(
+        probe="ridge", images="", test_images="", prompt="", no_square=False, batch_size=1, model_dtype=None
+    )
+    args = SimpleNamespace(seed=0, teachers={})
+    settings = run.make_settings(options, args, [], itertools.chain(images, images))
+    assert max(most) <= 2 and len(most) == 40
+    assert settings["images_hash"] == run.make_settings(options, args, [], [*images, *images])["images_hash"]
 
 
 def test_target_tasks(study, probed, tmp_path, capsys, monkeypatch):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from training_helpers import ListStream, llava_sample, write_llava
 
 from ola_vlm.training import rows as rows_module
-from ola_vlm.training.rows import BadRow, JsonRows, Rows, StreamRows, load_rows, open_source
+from ola_vlm.training.rows import BadRow, JsonRows, Rows, StreamRows, load_rows, open_source, read_row
 
 QUESTION, ANSWER = {"type": "text", "text": "what is this ?"}, {"type": "text", "text": "the cube"}
 IMAGE = {"type": "image"}
@@ -411,6 +411,29 @@ def test_parquet_folder(tmp_path, streaming):
         assert open_source(rows[0]["images"][0]).tobytes() == random_image(1).tobytes()
         with pytest.raises(BadRow):
             open_source(rows[1]["images"][0])
+
+
+def test_a_data_set_of_image_files_on_the_hub(tmp_path, monkeypatch):
+    """Its images are paths in the Hub's cache, or where `datasets` has unpacked an archive; nothing outside of it."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache" / "datasets"))
+    files = ["cache/hub/datasets--me--photos/snapshots/0/0.png", "cache/datasets/extracted/1.png", "elsewhere.png"]
+    for number, name in enumerate(files):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        random_image(number).save(tmp_path / name)
+    images = [{"bytes": None, "path": str(tmp_path / name)} for name in files]
+    messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "a cube"}]
+    found = datasets.Dataset.from_dict({"image": images, "messages": [messages] * 3})
+    found = found.cast_column("image", datasets.Image())
+    monkeypatch.setattr(rows_module, "check_data_name", lambda data: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: found)
+    rows = list(load_rows("me/photos"))
+    for number in (0, 1):
+        assert open_source(rows[number]["images"][0]).tobytes() == random_image(number).tobytes()
+    assert "lies outside image_folder" in str(rows[2]["bad_row"])
+    # Streamed, they are addresses.
+    row = read_row({"image": {"bytes": None, "path": "hf://datasets/me/photos/0.png"}, "messages": messages}, 0, "/x")
+    assert "is a file on the Hub" in str(row["bad_row"]) and "leave out streaming" in str(row["bad_row"])
 
 
 def test_sources_read_the_file_once_and_resolve_few_folders(tmp_path, monkeypatch):

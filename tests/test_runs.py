@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import datasets
 import numpy as np
 import pytest
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
@@ -590,6 +591,8 @@ def test_evaluation_with_answers(fields, tmp_path):
         ({"eval_questions": "questions.json"}, r"no file questions\.json: give eval_questions"),
         ({"eval_data": "not/there.json"}, r"no file not/there\.json: give eval_data"),
         ({"eval_data": "1.5"}, r"eval_data 1\.5: a share"),
+        ({"data": "me/rows", "eval_data": "me/rows"}, "eval_data me/rows is what is trained on: give other rows"),
+        ({"data": "me/a", "eval_data": "me/a", "eval_split": "train"}, "eval_data me/a is what is trained on"),
         ({"eval_data": "0.5", "metric_for_best_model": "bleu"}, r"metric_for_best_model 'bleu' is unknown.*loss/ntp"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor must stay 0\.0"),
         ({"remove_unused_columns": True}, "remove_unused_columns must stay false"),
@@ -641,6 +644,28 @@ def test_what_cannot_work_is_refused_before_anything_is_read(fields, tmp_path, m
             task.setdefault("layers", [1])
     with pytest.raises(ValueError, match=message):
         train(arguments(fields, tmp_path / "out", **changes))
+
+
+def test_a_data_set_is_evaluated_on_the_split_that_is_named(tmp_path):
+    """Its training rows aren't both; of another data set it is the only one that most have."""
+    for folder, splits in (("two", ("train", "validation")), ("other", ("train",))):
+        for split in splits:
+            turns = [[{"from": "human", "value": "what"}, {"from": "gpt", "value": split}]] * 3
+            rows = datasets.Dataset.from_dict(
+                {"id": [f"{folder}-{split}-{i}" for i in range(3)], "conversations": turns}
+            )
+            (tmp_path / folder).mkdir(exist_ok=True)
+            rows.to_parquet(str(tmp_path / folder / f"{split}-00000.parquet"))
+    data = str(tmp_path / "two")
+
+    def ids(**changes) -> list[list[str]]:
+        args = OlaVlmArguments(output_dir=str(tmp_path / "out"), data=data, use_cpu=True, **changes)
+        return [[row["id"] for row in rows] for rows in args.split_eval_rows(args.load_rows())]
+
+    trained = [f"two-train-{i}" for i in range(3)]
+    assert ids(eval_data=data, eval_split="validation") == [trained, [f"two-validation-{i}" for i in range(3)]]
+    assert ids(eval_data=data, data_split="train[:2]", eval_split="train[2:]") == [trained[:2], trained[2:]]
+    assert ids(eval_data=str(tmp_path / "other")) == [trained, [f"other-train-{i}" for i in range(3)]]
 
 
 def test_a_max_length_without_room_for_an_image_is_refused_before_weights_are_read(fields, tmp_path, monkeypatch):

@@ -98,6 +98,38 @@ def test_batches_reach_the_model_whole(folders, monkeypatch):
     assert sizes == [4, 4, 1]
 
 
+def test_a_teacher_sees_what_its_own_preprocessing_makes(folders, tmp_path):
+    """Pixels that stay from 0 to 255, are multiplied by another factor, or are not normalized at all."""
+    images = random_images(2)
+    usual = load(folders, "vision")
+    mean, std = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
+    own = {"image_mean": mean, "image_std": std, "do_normalize": True}
+    in_255 = {"image_mean": [255 * value for value in mean], "image_std": [255 * value for value in std]}
+    folder = tmp_path / "teacher"
+    shutil.copytree(folders["vision"], folder)
+    file = folder / "preprocessor_config.json"
+    before = json.loads(file.read_text())
+
+    def seen(**changes) -> torch.Tensor:
+        file.write_text(json.dumps({**before, **changes}))
+        encoder = type(usual).from_pretrained(folder, grid=GRID)
+        return encoder.pixel_values(images)
+
+    plain = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]) / 255
+    statistics = [torch.tensor(values)[:, None, None] for values in (mean, std)]
+    expected = (plain - statistics[0]) / statistics[1]
+    for changes in (
+        own,
+        {**own, "do_rescale": True, "rescale_factor": 0.00392157},
+        {**in_255, "do_rescale": False},
+        {**in_255, "do_rescale": True, "rescale_factor": 1.0},
+    ):
+        torch.testing.assert_close(seen(**changes), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen(do_normalize=False, image_mean=None, image_std=None), plain, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="turns RGB into BGR"):
+        seen(do_flip_channel_order=True)
+
+
 def test_types_and_devices_by_their_names(folders):
     """As a recipe's JSON gives them."""
     encoder = load(folders, "vision", **json.loads('{"dtype": "bfloat16", "device": "cpu", "batch_size": 2}'))

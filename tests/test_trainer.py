@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import encode, random_rows, tiny_tasks
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
@@ -485,6 +486,17 @@ def test_in_evaluation_each_token_and_each_image_counts_once(make_model, tmp_pat
     for part in PT_PARTS:
         if "contrastive" not in part:  # its columns are a batch's
             assert found[1][f"eval_{part}"] == pytest.approx(found[0][f"eval_{part}"], rel=1e-4), part
+
+
+def test_metrics_of_logits_are_for_one_process(make_model, tmp_path, monkeypatch):
+    """Ranks' logits differ in shape where one lacks rows: it would end at the first evaluation, or hang there."""
+    model, processor = make_model()
+    trainer = make_trainer(model, processor, tmp_path)
+    trainer.compute_metrics = lambda predicted: {"rows": len(predicted.predictions)}
+    assert trainer.evaluate()["eval_rows"] == 8
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    with pytest.raises(ValueError, match="compute_metrics: the logits of 2 processes can't be gathered"):
+        trainer.set_tasks(model.config.tasks)
 
 
 def test_every_evaluation_names_its_own_losses(make_model, tmp_path):

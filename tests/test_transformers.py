@@ -150,6 +150,37 @@ def test_a_generation_config_is_taken_without_a_warning(built, caplog):
     assert not {first, *model.suppressed_token_ids} & set(found.flatten().tolist())
 
 
+def test_what_the_models_own_generation_config_bans_stays_banned(make_model, tmp_path):
+    """Beside what is never emitted anyway; through a save, and when the vocabulary grows."""
+    model, processor = make_model()
+    inputs = inputs_of(processor, CHATS[:1])
+    first = new_tokens(model, inputs)[0, 0].item()
+    model.generation_config.suppress_tokens = [*model.generation_config.suppress_tokens, first]
+    assert first not in model.suppressed_token_ids
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    grown = type(model).from_pretrained(tmp_path).eval()
+    grown.resize_token_embeddings(grown.config.text_config.vocab_size + 8)
+    for banning in (model, loaded, grown):
+        assert first in banning.generation_config.suppress_tokens
+        for options in ({}, {"generation_config": GenerationConfig(**GREEDY)}):
+            found = banning.generate(**inputs, **(options or GREEDY))[:, inputs["input_ids"].shape[1] :]
+            assert not {first, *banning.suppressed_token_ids} & set(found.flatten().tolist())
+
+
+def test_generation_reads_the_tower_as_it_is_asked_to(make_model):
+    """`vision_feature_layer` and the strategy reach the tower in generation as they do in a forward pass."""
+    model, processor = make_model([])
+    inputs = inputs_of(processor, CHATS[:1])
+    wanted = {"output_logits": True, "return_dict_in_generate": True}
+    usual = model.generate(**inputs, **GREEDY, **wanted).logits[0]
+    asked = {"vision_feature_layer": -1}
+    other = model.generate(**inputs, **GREEDY, **wanted, **asked).logits[0]
+    expected = model(**inputs, **asked).logits[:, -1]
+    torch.testing.assert_close(other, expected.float())
+    assert not torch.allclose(other, usual)
+
+
 # Forward
 
 

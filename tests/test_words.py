@@ -25,6 +25,7 @@ from transformers import (
     Trainer,
 )
 from transformers.integrations.neftune import activate_neftune
+from transformers.utils.generic import ModelOutput
 
 from ola_vlm import cli
 from ola_vlm.convert.parts import build_ola_vlm
@@ -235,15 +236,50 @@ def test_which_way_a_depth_model_counts():
     def is_closer(kind: str, **fields) -> bool:
         return _larger_is_closer("a model", SimpleNamespace(model_type=kind, **fields))
 
-    assert is_closer("depth_anything", depth_estimation_type="relative") and is_closer("dpt")
+    assert is_closer("depth_anything", depth_estimation_type="relative")
+    # MiDaS's DPTs predict inverse depth; DINOv2's heads, which have a projection, meters.
+    assert is_closer("dpt", add_projection=False)
+    with pytest.raises(ValueError, match="is a dpt: give its teacher larger_is_closer"):
+        is_closer("dpt", add_projection=True)
     assert not is_closer("depth_anything", depth_estimation_type="metric")
     assert not is_closer("glpn") and not is_closer("zoedepth")
     with pytest.raises(ValueError, match="give its teacher larger_is_closer"):
         is_closer("another")
 
 
-def test_a_byte_holds_256_words():
-    assert [storage_of(["a"] * count) for count in (1, 256, 257)] == ["uint8", "uint8", "int16"]
+def test_a_byte_holds_255_words_and_none():
+    assert [storage_of(["a"] * count) for count in (1, 255, 256)] == ["uint8", "uint8", "int16"]
+
+
+def test_a_class_without_a_word_says_nothing(folders):
+    """Its pixels count as all others do; where most of a patch has it, the patch gets no word of this kind."""
+    words = ["red", None, "blue", "red", None]
+    encoder = ClassWordsEncoder.from_pretrained(folders / "seg", grid=GRID, words=words)
+    assert encoder.words == ["red", "blue"] == ClassWordsEncoder.list_words(folders / "seg", words=words)
+    assert encoder.word_of_class.tolist() == [0, 2, 1, 0, 2]
+    assert encoder.target_shape(folders / "seg", grid=GRID, words=words) == (16, 1)
+    classes = torch.full((SIZE, SIZE), 2)
+    # In the first patch most pixels have one of the two classes without a word, in the second some.
+    classes[:6, :16] = 1
+    classes[6:12, :16] = 4
+    classes[:6, 16:32] = 4
+    numbers = class_map(encoder, classes)
+    assert numbers.tolist() == [2, 1, *[1] * 14]
+    source = WordSource({"class": encoder.words}, {"class": lambda images: numbers[None, :, None]})
+    assert source([])[0, :3, 0].tolist() == [-1, 1, 1]
+
+
+def test_detrs_panoptic_models_are_segmenters():
+    """Its outputs have names of their own, and scores of queries where others have those of pixels."""
+    encoder = ClassWordsEncoder.__new__(ClassWordsEncoder)
+    encoder.segmenter = None
+    logits = torch.tensor([[[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 0, 0, 9]]])  # two classes are seen, and nothing
+    masks = torch.full((1, 3, 2, 2), -9.0)
+    masks[0, 0, 0] = masks[0, 1, 1] = masks[0, 2] = 9
+    output = ModelOutput(logits=logits, pred_boxes=torch.zeros(1, 3, 4), pred_masks=masks)
+    encoder.model = lambda pixels: output
+    scores = encoder._scores(torch.zeros(1, 3, 8, 8))
+    assert scores.shape == (1, 3, 2, 2) and scores[0].argmax(0).tolist() == [[0, 0], [1, 1]]
 
 
 def test_another_depth_model(tmp_path):
@@ -266,6 +302,9 @@ def test_a_teachers_fields_that_do_not_fit_are_refused(folders, tmp_path):
     for path, encoder, options, message in [
         (seg, ClassWordsEncoder, {}, r"its classes have no names \(LABEL_0\): give its teacher words"),
         (seg, ClassWordsEncoder, {"words": ["a"]}, "1 words for 5 classes: give one for each"),
+        (seg, ClassWordsEncoder, {"words": ["a", "b", "", "d", "e"]}, "'LABEL_2' has the word '': give text, or null"),
+        (seg, ClassWordsEncoder, {"words": ["a", 3, "c", "d", "e"]}, "'LABEL_1' has the word 3: give text, or null"),
+        (seg, ClassWordsEncoder, {"words": [None] * 5}, "none of its classes has a word"),
         (seg, ClassWordsEncoder, {"words": {"cat": "pet"}}, r"words for \['cat'\], which are none of its classes"),
         (depth, ClassWordsEncoder, {"words": {}}, "no names|depth_anything, no segmentation model"),
         (seg, DepthWordsEncoder, {}, "is a oneformer, no depth model"),
@@ -369,8 +408,8 @@ def test_another_list_of_words_is_refused(fields):
     changed = {"words": {**fields["teachers"]["words"], "class": other}}
     with pytest.raises(ValueError, match=r"lacks targets of 6 of 6 images \(6 of words\.class\): compute them by"):
         run(fields, teachers=changed, target_fill=False, output_dir=fields["output_dir"] + "2")
-    source = WordSource({"class": ["red"]}, {"class": lambda images: torch.ones(1, 4, 1)})
-    with pytest.raises(ValueError, match="a teacher of 'class' words gives the number 1, but has 1 words"):
+    source = WordSource({"class": ["red"]}, {"class": lambda images: torch.full((1, 4, 1), 2)})
+    with pytest.raises(ValueError, match="a teacher of 'class' words gives the number 2, but has 1 words"):
         source([random_image(0)])
 
 
@@ -393,6 +432,23 @@ def test_a_word_that_the_tokenizer_does_not_know_is_refused_before_anything_slow
     changed = {"words": {**fields["teachers"]["words"], "depth": depth}}
     with pytest.raises(ValueError, match="the tokenizer can't say the word 'distant': give another one"):
         run(fields, teachers=changed)
+
+
+def test_words_that_do_not_fit_are_refused_before_anything_slow(fields, monkeypatch):
+    """Known from the configurations: a word of `alone` that nobody says, motion of words."""
+    monkeypatch.setattr("ola_vlm.train.load_model", None)
+    with pytest.raises(ValueError, match=r"alone are \['sky'\], which are none of the words: choose from"):
+        run(fields, tasks=[{**TASK, "alone": ["sky"]}])
+    seg = {**fields["teachers"]["words"]["class"], "motion": True}
+    with pytest.raises(ValueError, match=r"teachers\.words\.class: words have no motion"):
+        run(fields, teachers={"words": {**fields["teachers"]["words"], "class": seg}})
+
+
+def test_another_number_of_tokens_is_refused_before_targets_are_computed(fields, monkeypatch):
+    monkeypatch.setattr("ola_vlm.train.target_sources", None)
+    told = r"an image has 16 tokens, its targets 64 positions: .* set target_length to 16"
+    with pytest.raises(ValueError, match=told):
+        run(fields, tasks=[{**TASK, "target_length": 64}])
 
 
 def test_shuffled_words_are_another_images(fields, tmp_path):

@@ -185,6 +185,8 @@ def test_world_on_disk_is_llava_data(tmp_path):
     stamp = (tmp_path / "images" / "train_00000.png").stat().st_mtime_ns
     assert dataset.write_world(tmp_path, sizes, questions) == checks
     assert (tmp_path / "images" / "train_00000.png").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="a world of another size or of other questions"):
+        dataset.write_world(tmp_path, {"train": 20, "test": 320}, questions)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])

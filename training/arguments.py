@@ -178,6 +178,9 @@ class OlaVlmArguments(RunFields, ModelFields, DataFields, TeacherFields, Adapter
             raise ValueError(f"eval_data {self.eval_data}: a share is more than 0 and less than 1")
         if share is not None and self.streaming:
             raise ValueError("eval_data: no share can be split off a stream; give a file of rows")
+        if self.eval_data and self.eval_data == self.data and self.eval_split in (None, self.data_split):
+            remedy = "give other rows, a share such as 0.02, or of a data set another eval_split"
+            raise ValueError(f"eval_data {self.eval_data} is what is trained on: {remedy}")
         if (
             self.load_best_model_at_end
             and not self.eval_data
@@ -243,8 +246,12 @@ class OlaVlmArguments(RunFields, ModelFields, DataFields, TeacherFields, Adapter
             # No share of a stream: `_set_evaluation`.
             assert isinstance(rows, Rows)
             return rows.split_by_image(self.eval_share, self.seed)
-        # Other rows, whose image paths begin in the run's `image_folder`, too, if one is given.
-        return rows, load_rows(self.eval_data, self.image_folder)
+        # Other rows, whose image paths begin in the run's `image_folder`, too, if one is given. A configuration is one
+        # of its data set.
+        config = None
+        if self.eval_data == self.data:
+            config = self.data_config
+        return rows, load_rows(self.eval_data, self.image_folder, config, self.eval_split or "train")
 
     def load_rows(self) -> Rows | StreamRows:
         """The rows of `data`; a stream's are shuffled unless `train_sampling_strategy` is "sequential"."""

@@ -27,6 +27,7 @@ from ..modeling_ola_vlm import (
     OlaVlmCausalLMOutputWithPast,
     OlaVlmForConditionalGeneration,
     Parameters,
+    inputs_kept,
     make_predictor,
 )
 from ..processing_ola_vlm import added_ids
@@ -95,7 +96,7 @@ class AttachedPredictors(Mixed):
         frozen = self.task_tokens_frozen and self.training
         if self.config.task_token_ids and (self.task_tokens_from_queries or frozen):
             hook = self.get_input_embeddings().register_forward_hook(self._task_tokens_hook())
-        with hook:
+        with hook, inputs_kept(self, output_predictions) as entered:
             outputs = super().forward(*args, **kwargs)
 
         # The loss of the next tokens, over logits (B, T, vocabulary).
@@ -121,7 +122,7 @@ class AttachedPredictors(Mixed):
         return OlaVlmCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            **self.distill(outputs.hidden_states, layout, word_ids),
+            **self.distill((*entered, *outputs.hidden_states[len(entered) :]), layout, word_ids),
         )
 
     def _task_tokens_hook(self):

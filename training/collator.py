@@ -147,6 +147,13 @@ class OlaVlmCollator:
         probe_ids = tokenizer(probe_text, add_special_tokens=False)["input_ids"]
         self.reserved_per_image = np.isin(probe_ids, self.reserved_ids).sum()
 
+    def __getstate__(self) -> dict:
+        """What a loader's worker gets where it is started anew: with `targets_later` no teachers, which stay here."""
+        state = self.__dict__.copy()
+        if self.targets_later:
+            state["target_sources"] = {}
+        return state
+
     def __call__(self, rows: Sequence[dict] | Sequence[list[dict]]) -> dict:
         samples = []
         dropped = DroppedRows()
@@ -282,6 +289,19 @@ class OlaVlmCollator:
         # Whatever the processor writes: LLaVA's tokens, ours with task tokens, another number with further encoders.
         expansion = self.processor.replace_image_token({"pixel_values": pixel_values}, 0)
         return np.array(self.processor.tokenizer(expansion, add_special_tokens=False)["input_ids"])
+
+    def tokens_of_image(self) -> int | None:
+        """How many of its tokens are the image itself; None where images differ in it."""
+        return int((self.image_ids == self.processor.image_token_id).sum())
+
+    def check_tokens(self, tasks: Sequence[dict]) -> None:
+        """ValueError if an image's tokens, which are to be the targets themselves, are not as many."""
+        tokens = self.tokens_of_image()
+        for task in tasks:
+            length = task["target_length"]
+            if task["predictor"] == "none" and tokens not in (None, length):
+                sizes = f"an image has {tokens} tokens, its targets {length} positions"
+                raise ValueError(f"task {task['name']!r}: {sizes}: without a predictor set target_length to {tokens}")
 
     def _render(self, messages: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
         return self.chat_template.render(messages, **options)
@@ -461,6 +481,15 @@ class AttachedCollator(OlaVlmCollator):
     def _image_token_ids(self) -> np.ndarray:
         """The template's mark, which is one token until the processor expands it."""
         return np.array([self.processor.image_token_id])
+
+    def tokens_of_image(self) -> int | None:
+        # Without a side, an image has as many as its own size makes.
+        if not self.square or self.side is None:
+            return None
+        text, _ = self._render(PROBE[:1])
+        batch = self.inputs(text, [BLANK])
+        is_image = (batch["image_owner"] == 0) & (batch["input_ids"] == self.processor.image_token_id)
+        return int(is_image.sum())
 
     def _shortest_question(self) -> int:
         text, _ = self._render(PROBE[:1])

@@ -45,6 +45,11 @@ class EmbeddingLosses(WholeCheckpoints):
 
     def set_tasks(self, tasks: list[dict]) -> None:
         """Those whose losses train, after the trainer's own set-up. ValueError for words without a source of words."""
+        ranks = self.accelerator.num_processes
+        if self.compute_metrics is not None and ranks > 1:
+            # A rank whose last batch lacks rows, or has bad ones, has logits of another shape.
+            remedy = "evaluate on one process, or give eval_questions"
+            raise ValueError(f"compute_metrics: the logits of {ranks} processes can't be gathered: {remedy}")
         self.tasks = tasks
         self.word_ids = word_ids_of(tasks, self.data_collator.target_sources, self.processing_class)
         # Of the losses since the last log: their sums, each times what it counts, and the sums of what they count: a

@@ -163,6 +163,9 @@ class DataFields:
     image_folder: str | None = described(None, "where image paths begin; the data's own folder by default")
     data_config: str | None = described(None, "the dataset's configuration, if `datasets` loads it")
     data_split: str = described("train", "the dataset's split, if `datasets` loads it")
+    eval_split: str | None = described(
+        None, "the split of eval_data, if `datasets` loads it; train by default, of the same dataset as data none"
+    )
     streaming: bool = described(False, "read a dataset as it comes; needs max_steps")
     max_length: int | None = described(
         None, "tokens of a row, image tokens included; of a sequence, if rows are packed"

@@ -1,6 +1,7 @@
 """What a run's arguments and its parts' configuration files tell before rows, images and weights are read: mistakes
 that cost nothing to see are seen first."""
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from .attach import VIEW
 from .collator import check_square
 from .packing import check_keeps_rows_apart
 from .stages import find_stage
-from .words import encode_words
+from .words import check_alone, encode_words
 
 OWN_TYPES = (OlaVlmConfig.model_type, MultiEncoderLlavaConfig.model_type)
 FUSIONS = ("feature", "token")
@@ -115,7 +116,7 @@ def check_run(args: OlaVlmArguments) -> list[dict]:
         teachers = make_teachers(trained, args.teachers)
         for teacher in teachers.values():
             teacher.check(args.target_cache)
-        _check_words(args, teachers)
+        _check_words(args, trained, teachers)
     _check_evaluation(args, trained)
     if args.packing:
         _check_packing(args)
@@ -177,14 +178,21 @@ def _check_optimizer(args: OlaVlmArguments) -> None:
             raise ValueError(f"optim {name}{given} doesn't work: {one_line(error)}") from error
 
 
-def _check_words(args: OlaVlmArguments, teachers: dict[str, Teacher]) -> None:
-    """ValueError for a teacher's word that the language model's tokenizer can't say."""
-    words = []
-    for teacher in teachers.values():
-        if teacher.gives_words:
-            words += teacher.words(args.target_cache)
+def _check_words(args: OlaVlmArguments, tasks: Sequence[dict], teachers: dict[str, Teacher]) -> None:
+    """ValueError for a teacher's word that the language model's tokenizer can't say, for a word of `alone` that no
+    teacher says, and for motion of words, which can't be subtracted."""
+    words = {name: teacher.words(args.target_cache) for name, teacher in teachers.items() if teacher.gives_words}
     if not words:
         return
+    for task in tasks:
+        if task["target"] != "words":
+            continue
+        # A teacher for each kind.
+        kinds = (args.teachers or {})[task["name"]]
+        for kind in task["words"]:
+            if kinds[kind].get("motion"):
+                raise ValueError(f"teachers.{task['name']}.{kind}: words have no motion: leave it out")
+        check_alone({kind: words[f"{task['name']}.{kind}"] for kind in task["words"]}, task["alone"])
     # Where the run will find its tokenizer; `check_run` has seen to it that there is one.
     path = args.tokenizer or args.checkpoint or args.language_model
     assert path is not None
@@ -192,7 +200,7 @@ def _check_words(args: OlaVlmArguments, teachers: dict[str, Teacher]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=bool(args.checkpoint and args.trust_remote_code)
         )
-    encode_words(tokenizer, words)
+    encode_words(tokenizer, [*itertools.chain.from_iterable(words.values())])
 
 
 def tasks_of_teachers(tasks: Sequence[dict]) -> list[dict]:

@@ -403,9 +403,24 @@ def load_rows(
             found = found.cast_column(name, as_bytes)
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
             found = found.cast_column(name, datasets.List(as_bytes))
+    if image_folder is None:
+        image_folder = data if os.path.isdir(data) else _cache_of_files()
     if not streaming:
-        return Rows(cast(Sequence[dict], found), image_folder or data)
-    return StreamRows(found, image_folder or data, shuffle_seed)
+        return Rows(cast(Sequence[dict], found), image_folder)
+    return StreamRows(found, image_folder, shuffle_seed)
+
+
+def _cache_of_files() -> str:
+    """The folder in which the Hub's files lie, those that `datasets` has unpacked, too: a data set of image files has
+    their paths there."""
+    from datasets import config
+
+    caches = [os.path.abspath(constants.HF_HUB_CACHE), os.path.abspath(config.HF_DATASETS_CACHE)]
+    together = os.path.commonpath(caches)
+    # Caches far from each other have nothing but the whole machine in common.
+    if together == os.path.dirname(together):
+        return caches[0]
+    return together
 
 
 def check_data_name(data: str) -> None:
@@ -492,6 +507,8 @@ def _source(image, folder: str) -> str | dict | Image.Image:
             raise BadRow(
                 "malformed", f"an image is inline, as text ({image:.30}...): save it as a file, give its path"
             )
+        if image.startswith("hf://"):
+            raise BadRow("malformed", f"an image is a file on the Hub, {image}: leave out streaming, which fetches it")
         if URL.match(image):
             raise BadRow("malformed", f"an image is a URL, {image}: nothing is downloaded, give the path of a file")
         # Links are resolved: one may lead out of the folder, to any file of the machine.

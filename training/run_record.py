@@ -82,6 +82,7 @@ FREE = {
     "trust_remote_code",
     "max_bad_rows",
     "eval_data",
+    "eval_split",
     "eval_questions",
 }
 _inherited = {field.name for field in fields(TrainingArguments)}

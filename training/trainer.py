@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
 
+from ..configuration_ola_vlm import OlaVlmConfig
 from ..files.writing import write_whole
 from .arguments import OlaVlmArguments
 from .attach import AttachedPredictors
@@ -85,6 +86,13 @@ class OlaVlmTrainer(EmbeddingLosses, Trainer):
             # Resumed within an epoch on several ranks, nobody else tells the sampler which epoch it is.
             self._grouped.set_epoch(int(self.state.epoch))
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        if ignore_keys is None:
+            # The configuration of an attached model doesn't know what its predictors give.
+            known = getattr(self.base_model.config, "keys_to_ignore_at_inference", [])
+            ignore_keys = [*known, *OlaVlmConfig.keys_to_ignore_at_inference]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def compute_loss(self, model, inputs: dict, return_outputs=False, num_items_in_batch: torch.Tensor | None = None):
         # What the model is asked for.

@@ -17,7 +17,7 @@ class WordSource:
     for none.
 
     Args:
-        words: kind -> its words, by number.
+        words: kind -> its words, by number; the number behind the last one says none.
         sources: kind -> function from images to its words' numbers (N, Q, 1).
         alone: words beside which those of other kinds don't count: sky has no depth worth saying.
 
@@ -27,12 +27,7 @@ class WordSource:
     def __init__(self, words: Mapping[str, list[str]], sources: Mapping[str, Callable], alone: Sequence[str] = ()):
         self.words = words
         self.sources = sources
-        known = set()
-        for of_kind in words.values():
-            known.update(of_kind)
-        unknown = sorted(set(alone) - known)
-        if unknown:
-            raise ValueError(f"alone are {unknown}, which are none of the words: choose from {sorted(known)}")
+        check_alone(words, alone)
         # For each kind, in the order of the last axis, the numbers of those words.
         self.alone = []
         for of_kind in words.values():
@@ -40,21 +35,23 @@ class WordSource:
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
         """ValueError for a number that stands for no word."""
-        numbers = {kind: source(images) for kind, source in self.sources.items()}
-        for kind, numbers_NQ1 in numbers.items():
-            # An empty batch has no largest number.
-            largest = 0
-            if len(numbers_NQ1) > 0:
-                largest = int(numbers_NQ1.max())
-            count = len(self.words[kind])
-            if largest >= count:
-                raise ValueError(f"a teacher of {kind!r} words gives the number {largest}, but has {count} words")
         # Integers: DeepSpeed's trainer casts a batch's floats to 16 bits, which would round numbers above 256. Signed,
         # as -1 stands for no word; of 32 bits, as neither NCCL nor gloo gathers 16.
-        numbers_NQW = torch.cat(list(numbers.values()), dim=-1).to(torch.int32)
+        numbers = [self._numbers(kind, source(images)) for kind, source in self.sources.items()]
+        numbers_NQW = torch.cat(numbers, dim=-1)
         if any(self.alone):
             numbers_NQW = self._without_others(numbers_NQW)
         return numbers_NQW
+
+    def _numbers(self, kind: str, numbers_NQ1: Tensor) -> Tensor:
+        """With -1 for none."""
+        count = len(self.words[kind])
+        # An empty batch has no largest number.
+        if len(numbers_NQ1) > 0 and int(numbers_NQ1.max()) > count:
+            largest = int(numbers_NQ1.max())
+            raise ValueError(f"a teacher of {kind!r} words gives the number {largest}, but has {count} words")
+        signed_NQ1 = numbers_NQ1.to(torch.int32)
+        return signed_NQ1.masked_fill(signed_NQ1 == count, -1)
 
     def _without_others(self, numbers_NQW: Tensor) -> Tensor:
         """-1 for the words of other kinds beside one that is alone."""
@@ -65,6 +62,16 @@ class WordSource:
                 if other != kind:
                     kept_NQW[..., other].masked_fill_(is_alone_NQ, -1)
         return kept_NQW
+
+
+def check_alone(words: Mapping[str, list[str]], alone: Sequence[str]) -> None:
+    """ValueError for a word of `alone` that no kind has."""
+    known = set()
+    for of_kind in words.values():
+        known.update(of_kind)
+    unknown = sorted(set(alone) - known)
+    if unknown:
+        raise ValueError(f"alone are {unknown}, which are none of the words: choose from {sorted(known)}")
 
 
 def encode_word(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:

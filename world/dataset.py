@@ -62,12 +62,17 @@ def write_world(folder: Path, sizes: dict[str, int] = SIZES, questions: dict[str
 
     images/<split>_<i>.png; <split>.safetensors (depth fp16 meters, mask uint8, scene.*); pretrain.json and
     finetune.json (LLaVA's format); <split>_questions.json (``id, image, question, choices, answer, task``);
-    contact_sheet.png. Nothing is done again if world.json is there with the same sizes and differences.
+    contact_sheet.png. Nothing is done again if world.json is there with the same sizes and differences; ValueError if
+    it has others.
     """
     asked = describe(sizes, questions)
     done = folder / "world.json"
     checks = read_finished(done)
-    if checks is not None and checks.get("asked") == asked:
+    # One without it is damaged, and made again.
+    if checks is not None and "asked" in checks:
+        # The images of two worlds have the same names: one would overwrite the other's.
+        if checks["asked"] != asked:
+            raise ValueError(f"{folder} has a world of another size or of other questions: choose another --out")
         return checks
     (folder / "images").mkdir(parents=True, exist_ok=True)
     scenes = {}
@@ -249,11 +254,6 @@ def main(args: Namespace) -> None:
     sizes = SHRUNK_SIZES if args.shrunk else SIZES
     questions = SHRUNK_QUESTIONS if args.shrunk else QUESTIONS
     folder = args.out / "data"
-    done = folder / "world.json"
-    # The images of two worlds have the same names: one would overwrite the other's.
-    world = read_finished(done)
-    if world is not None and world.get("asked") != describe(sizes, questions):
-        raise ValueError(f"{folder} has a world of another size or of other questions: choose another --out")
     checks = write_world(folder, sizes, questions)
     for split, count in sizes.items():
         print(f"{split:<12} {count:>6} images")

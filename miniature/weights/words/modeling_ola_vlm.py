@@ -7,7 +7,8 @@ Q queries of a task (= its target's length), R rows of its query table, H LLM wi
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -445,22 +446,38 @@ class OlaVlmModel(LlavaModel):
         super().__init__(config)
         self.multi_modal_projector.register_forward_pre_hook(as_tokens)
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> Any:
-        # A list names layers of the LLM, not of the tower.
-        if isinstance(kwargs.get("output_hidden_states"), list):
-            del kwargs["output_hidden_states"]
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         # Where the packed rows of the LLM begin: flash attention in the tower would take them for the images'.
-        kwargs = {name: value for name, value in kwargs.items() if name not in FlashAttentionKwargs.__annotations__}
+        options: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name not in FlashAttentionKwargs.__annotations__:
+                options[name] = value
+        # A list names layers of the LLM, not of the tower.
+        if isinstance(options.get("output_hidden_states"), list):
+            del options["output_hidden_states"]
+        # In the signature by their names: `generate` hands on what it finds there.
+        options["vision_feature_layer"] = vision_feature_layer
+        options["vision_feature_select_strategy"] = vision_feature_select_strategy
         # timm's towers take none of the LLM's arguments.
         if self.config.vision_config.model_type == "timm_wrapper":
             own = ("vision_feature_layer", "vision_feature_select_strategy", "return_dict")
-            kwargs = {name: value for name, value in kwargs.items() if name in own}
+            options = {name: value for name, value in options.items() if name in own}
+        # Not every tower takes sizes.
+        elif image_sizes is not None:
+            options["image_sizes"] = image_sizes
         if pixel_values.shape[0] > 0:
-            return super().get_image_features(pixel_values=pixel_values, **kwargs)
+            return super().get_image_features(pixel_values=pixel_values, **options)
         # No image in the batch: a blank one, of which nothing is taken. Every rank of a training run gathers the same
         # sharded weights, whatever its rows hold, and has gradients, of zeros, for the same parameters.
         blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        features = super().get_image_features(pixel_values=blank, **kwargs).pooler_output[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalSubscript] (an output, no tuple)
+        features = super().get_image_features(pixel_values=blank, **options).pooler_output[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalSubscript] (an output, no tuple)
         return BaseModelOutputWithPooling(pooler_output=[features[:0]])  # pyright: ignore[reportArgumentType] (a list, as LLaVA's own)
 
     @can_return_tuple
@@ -505,6 +522,28 @@ class OlaVlmModel(LlavaModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BTH, image_features=features)
             embeds_BTH = embeds_BTH.masked_scatter(mask, features)
         return super().forward(inputs_embeds=embeds_BTH, **kwargs)
+
+
+@contextmanager
+def inputs_kept(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """A list that gets, if some task reads layer 0, what enters the language model in this block: (B, T, H), words as
+    they are looked up and images as they are projected. `hidden_states[0]` is what it makes of them before its first
+    block, which is something else in some families: Granite's multiplies, GPT-2's adds positions."""
+    entered: list[Tensor] = []
+
+    def keep(module, args, kwargs):
+        # The first pass is the one that predictions are made of.
+        if not entered and kwargs.get("inputs_embeds") is not None:
+            entered.append(kwargs["inputs_embeds"])
+
+    if not wanted or not any(0 in task["layers"] for task in model.config.tasks):
+        yield entered
+        return
+    hook = model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield entered
+    finally:
+        hook.remove()
 
 
 # GenerationMixin by name: transformers wraps a class of remote code that lacks it, and a wrapped one can't be pickled.
@@ -556,8 +595,18 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         """Ids that are inputs only, and the vocabulary's padding rows, which stand for no token."""
         rows = self.config.text_config.vocab_size
         padding = range(rows - self.config.vocab_padding, rows)
+        # What somebody else bans stays; of ours, rows that were padding may have become tokens.
+        former = getattr(self, "suppressed_token_ids", [])
+        banned = [i for i in self.generation_config.suppress_tokens or [] if i not in former and i < rows]
         self.suppressed_token_ids = [self.config.image_token_id, *self.config.task_token_ids, *padding]
-        self.generation_config.suppress_tokens = self.suppressed_token_ids
+        self.generation_config.suppress_tokens = [*self.suppressed_token_ids, *banned]
+
+    def _suppressed_with(self, generation_config: GenerationConfig) -> list[int]:
+        """`suppressed_token_ids`, and those that the generation config, or else the model's own, bans beside them."""
+        banned = generation_config.suppress_tokens
+        if banned is None:
+            banned = self.generation_config.suppress_tokens or []
+        return sorted({*banned, *self.suppressed_token_ids})
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -609,12 +658,11 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     ):
         """LLaVA's, never emitting `suppressed_token_ids`, even with a generation config that came without ours."""
         if generation_config is None:
-            kwargs.setdefault("suppress_tokens", self.suppressed_token_ids)
+            kwargs.setdefault("suppress_tokens", self._suppressed_with(self.generation_config))
         elif "suppress_tokens" not in kwargs:
             # Into the config: transformers warns of arguments beside one.
             generation_config = copy.deepcopy(generation_config)
-            suppressed = {*(generation_config.suppress_tokens or []), *self.suppressed_token_ids}
-            generation_config.suppress_tokens = sorted(suppressed)
+            generation_config.suppress_tokens = self._suppressed_with(generation_config)
         return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (GenerationMixin's, by another base)
 
     def task_token_embeddings(self, tables: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -637,6 +685,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
         """For each task tables (words, H), fp32, of what the lookup gives for words: the means of their tokens.
         `word_ids[task]`: for each kind of word ids (words, tokens), -1 behind a word with fewer tokens."""
         lookup = self.get_input_embeddings()
+        device = cast(Tensor, lookup.weight).device
         # NEFTune's hook adds noise to what is looked up in training: for inputs, while targets are the words' own.
         is_training = lookup.training
         lookup.eval()
@@ -645,6 +694,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             for name, kinds in word_ids.items():
                 found[name] = []
                 for ids_WT in kinds:
+                    ids_WT = ids_WT.to(device)
                     is_token_WT1 = (ids_WT >= 0)[..., None]
                     # -1 can't be looked up: it takes token 0, which the sum then leaves out.
                     embeds_WTH = lookup(ids_WT.clamp(min=0)).float()
@@ -681,7 +731,8 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
     def predict_embeddings(
         self, hidden_states: Mapping[int, Tensor] | tuple, layout: ImageLayout
     ) -> dict[str, dict[int, Tensor]]:
-        """predictions[task][layer] (N, Q, E) from `hidden_states[layer]` (B, T, H), 1-based, 0 the embeddings."""
+        """predictions[task][layer] (N, Q, E) from `hidden_states[layer]` (B, T, H), 1-based, 0 the language model's
+        inputs (`inputs_kept`)."""
         tables = self.queries()
         predictions = {}
         for task in self.config.tasks:
@@ -746,21 +797,22 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             kwargs.setdefault("use_cache", False)
 
         # LLaVA's own pass, without labels: its loss takes tokens that are never emitted for candidates.
-        outputs = super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            logits_to_keep=logits_to_keep,
-            image_sizes=image_sizes,
-            mm_encoder_outputs=mm_encoder_outputs,
-            return_dict=True,  # pyright: ignore[reportCallIssue] (its decorator takes it)
-            **self._task_token_inputs(),
-            **kwargs,
-        )
+        with inputs_kept(self, output_predictions) as entered:
+            outputs = super().forward(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                logits_to_keep=logits_to_keep,
+                image_sizes=image_sizes,
+                mm_encoder_outputs=mm_encoder_outputs,
+                return_dict=True,  # pyright: ignore[reportCallIssue] (its decorator takes it)
+                **self._task_token_inputs(),
+                **kwargs,
+            )
         # Those that only predictors and head read are no output.
         states = outputs.hidden_states
         if not wanted:
@@ -784,7 +836,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             assert input_ids is not None
             packed_BT = packed_rows(attention_mask, position_ids)
             layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config, packed_BT)
-            distilled = self.distill(states, layout, word_ids)
+            distilled = self.distill((*entered, *states[len(entered) :]), layout, word_ids)
         return OlaVlmCausalLMOutputWithPast(**outputs, **distilled)
 
     def _hidden_states_to_keep(
