@@ -368,5 +368,6 @@ def test_a_world_of_other_questions_is_another_one(tmp_path, monkeypatch):
     monkeypatch.setattr(language, "ASKED", replace(language.ASKED, relation=(0.08, 0.3)))
     with pytest.raises(SystemExit, match="of other questions: choose another --out"):
         cli.main(["data", "miniature", "--shrunk"])
-    dataset.write_world(tmp_path / "runs/miniature/data", dataset.SHRUNK_SIZES, dataset.SHRUNK_QUESTIONS)
-    assert (tmp_path / "runs/miniature/data/test_questions.json").read_bytes() != before
+    assert (tmp_path / "runs/miniature/data/test_questions.json").read_bytes() == before
+    dataset.write_world(tmp_path / "other", dataset.SHRUNK_SIZES, dataset.SHRUNK_QUESTIONS)
+    assert (tmp_path / "other/test_questions.json").read_bytes() != before
