@@ -10,7 +10,7 @@ import json
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -234,8 +234,7 @@ def prepare(options: Namespace, args: OlaVlmArguments) -> ProbeRun:
     split(len(images), args.seed, has_test)
 
     # Does it fit to what OUT has?
-    # One after the other: of a data set each is read from its row, and all would not fit into memory.
-    settings = make_settings(options, args, tasks, itertools.chain(images, test_images or []))
+    settings = make_settings(options, args, tasks, images, test_images or ())
     models = find_models(options)
     for model in models:
         check_weights(options.out, model)
@@ -296,10 +295,13 @@ def teachers_of(tasks: list[dict], args: OlaVlmArguments) -> dict[str, dict]:
     return {task["name"]: given[task["name"]] for task in tasks}
 
 
-def make_settings(options: Namespace, args: OlaVlmArguments, tasks: list[dict], images: Iterable) -> dict:
-    # Of files their names: gigabytes of pictures would be read for it.
+def make_settings(
+    options: Namespace, args: OlaVlmArguments, tasks: list[dict], images: Sequence, test_images: Sequence
+) -> dict:
+    # Of files their names: gigabytes of pictures would be read for it. One after the other: of a data set each is read
+    # from its row, and all would not fit into memory.
     digest = hashlib.blake2b(digest_size=8)
-    for image in images:
+    for image in itertools.chain(images, test_images):
         if isinstance(image, str):
             digest.update(image.encode())
         else:

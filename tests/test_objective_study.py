@@ -943,6 +943,10 @@ def test_longer_fine_tunings_take_all_their_steps_and_are_not_mixed_in(root, in_
     assert result["identity"]["finetune.max_steps"] == 6
     assert result["identity"]["pretrain.max_steps"] == SCALE["pretrain_steps"]
     assert "of 6 (" in capsys.readouterr().out
+    # With as many evaluations, none of which can be the last one that is waited for.
+    scale = objectives.longer(objectives.FULL, 3)["scale"]
+    assert scale["finetune_steps"] == {"75": 180, "300": 360, "1000": 600, "6000": 1350}
+    assert scale["patience"] == scale["evaluations"] == objectives.FULL["scale"]["evaluations"]
     with pytest.raises(SystemExit, match="--longer goes with --stage confirm"):
         objectives.main([*options, "--stage", "tune"])
     result["seed"] = 1

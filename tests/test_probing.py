@@ -1,7 +1,6 @@
 """Probes: ridge against a direct solution, the paper's resampler against the reference, which states they read, and
 the command that fits them."""
 
-import itertools
 import json
 import pickle
 import re
@@ -893,9 +892,9 @@ def test_images_that_lie_in_rows_are_not_held_all_at_once():
         probe="ridge", images="", test_images="", prompt="", no_square=False, batch_size=1, model_dtype=None
     )
     args = SimpleNamespace(seed=0, teachers={})
-    settings = run.make_settings(options, args, [], itertools.chain(images, images))
+    settings = run.make_settings(options, args, [], images, images)
     assert max(most) <= 2 and len(most) == 40
-    assert settings["images_hash"] == run.make_settings(options, args, [], [*images, *images])["images_hash"]
+    assert settings["images_hash"] == run.make_settings(options, args, [], [*images, *images], [])["images_hash"]
 
 
 def test_target_tasks(study, probed, tmp_path, capsys, monkeypatch):
