@@ -169,7 +169,8 @@ def run_stage(
     # The rows that can be trained on; a stream's are checked as they come.
     lengths = {"max_length": args.max_length, "truncate": args.on_long_rows == "truncate"}
     # Before targets are computed, which takes longest.
-    make_collator(processor, **lengths).check_tokens(tasks)
+    if tasks:
+        make_collator(processor, **lengths).check_tokens(tasks, model.config.image_token_id)
     # Filling the cache opens all images anyway.
     decode = args.check_images and not (tasks and args.target_cache)
     parts = [part for part in (rows, eval_rows) if part is not None]

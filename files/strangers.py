@@ -111,6 +111,13 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
+def _are_words(value: object) -> bool:
+    """A word for each class, or changes by a class's name; none is a class of which nothing is said."""
+    if isinstance(value, Mapping):
+        return _are_texts(list(value)) and _are_words(list(value.values()))
+    return isinstance(value, list) and _are_texts([word for word in value if word is not None])
+
+
 # Field of a teacher -> whether a value is one that a stranger's file may give.
 TEACHER_FIELDS = {
     "encoder": _is_text,
@@ -134,7 +141,7 @@ TEACHER_FIELDS = {
     "revision": _is_plain_path,
     "subfolder": _is_plain_path,
     "config": _is_view,
-    "words": lambda value: _are_texts(value) or (isinstance(value, Mapping) and _are_texts([*value, *value.values()])),
+    "words": lambda value: _are_words(value),
     "bins": _are_bins,
     "larger_is_closer": lambda value: isinstance(value, bool),
 }

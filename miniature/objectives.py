@@ -224,6 +224,18 @@ def plays_a_part(setting: str, budget: int) -> bool:
     return any(setting in design.relevant_settings(design.DEFAULT_SETTINGS, arm, budget) for arm in design.ARMS)
 
 
+def check_steps(root: Path, scale: dict) -> None:
+    """ValueError for results of fine-tunings with other steps, which can't be reported with those to come."""
+    for file in sorted(root.glob("results/confirm/*/*.json")):
+        result = read_object(file)
+        steps = scale["finetune_steps"].get(str(result.get("budget")))
+        found = result.get("identity", {}).get("finetune.max_steps")
+        if steps is not None and found not in (None, steps):
+            raise ValueError(
+                f"{file} is of a fine-tuning of {found} steps, not {steps} (--longer): choose another --out"
+            )
+
+
 def run_stage(args, root: Path, size: dict, report: Callable[[], str]) -> None:
     """Tunes, or confirms. ValueError as of its parts."""
     root.mkdir(parents=True, exist_ok=True)
@@ -238,6 +250,7 @@ def run_stage(args, root: Path, size: dict, report: Callable[[], str]) -> None:
             write_settings(args.settings, root, args.seeds, study.tune(tuned, args.seeds, rounds))
             return
         settings = read_settings(args.settings, root, args.arms)
+        check_steps(root, size["scale"])
         # Seed by seed: interrupted, all arms have come equally far.
         trials = [(arm, seed, settings[arm]) for seed, arm in product(args.seeds, args.arms)]
         study.run("confirm", trials, args.budgets, report)

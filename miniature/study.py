@@ -255,10 +255,11 @@ def prepare(root: Path, size: dict, settings: dict) -> tuple[Timer, dict]:
         names = [name for name in former.keys() | settings if former.get(name) != settings.get(name)]
         differences = ", ".join(f"{name} {former.get(name)}" for name in names)
         raise ValueError(f"{root} was begun with {differences}: choose another --out, or the same options")
-    write_whole(begun, json.dumps(settings))
     logging.set_verbosity_error()
     timer = Timer(root / "seconds.json")
+    # It refuses a world of another size: the settings are written only when it is there.
     checks = dataset.write_world(root / "data", size["sizes"], size["questions"])
+    write_whole(begun, json.dumps(settings))
     # Its settings are no checks.
     del checks["asked"]
     shutil.copy2(root / "data" / "contact_sheet.png", root / "world.png")

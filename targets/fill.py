@@ -127,7 +127,7 @@ class Teacher:
         # Of a teacher that isn't here nothing else can be known.
         if known is not None and (files is None or (known.get("files") == files and self._counts_all(known))):
             return known
-        known = {"teacher": self.entry, "files": files, "fingerprint": self.encoder.fingerprint}
+        known = {"teacher": self.entry, "files": files, "fingerprint": self.encoder.fingerprint, "rescaling": True}
         if isinstance(self.encoder, WordsEncoder):
             known["words"] = self.encoder.words
         if isinstance(self.encoder, ClassWordsEncoder):
@@ -137,8 +137,10 @@ class Teacher:
         return known
 
     def _counts_all(self, known: dict) -> bool:
-        """Whether a note's fingerprint has all that it depends on. Notes without a class teacher's `task_inputs` are
-        from before its fingerprint had them."""
+        """Whether a note's fingerprint has all that it depends on. Notes without `rescaling`, or a class teacher's
+        without its `task_inputs`, are from before fingerprints had them."""
+        if not known.get("rescaling"):
+            return False
         return self.entry["encoder"] != ClassWordsEncoder.name or "task_inputs" in known
 
     def words(self, folder: str | Path | None = None) -> list[str]:

@@ -954,6 +954,11 @@ def test_longer_fine_tunings_take_all_their_steps_and_are_not_mixed_in(root, in_
     objective_trial.write_json(file.with_name("seed1_budget8.json"), result)
     with pytest.raises(ValueError, match="mixes fine-tunings of 2 and 6 steps on 8 scenes"):
         objective_results.read_results(root)
+    # Before anything is trained that could not be reported.
+    seen.clear()
+    with pytest.raises(SystemExit, match=r"is of a fine-tuning of 2 steps, not 6 \(--longer\): choose another --out"):
+        objectives.main([*options, "--seeds", "2", "--budgets", "8"])
+    assert not seen
 
 
 def test_one_seed_says_nothing(tmp_path):

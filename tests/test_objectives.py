@@ -15,7 +15,7 @@ from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.modeling_ola_vlm import PatchPredictor
 from ola_vlm.targets.place_code import append_place_code, place_code
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.attach import attach_predictors
+from ola_vlm.training.attach import attach_predictors, image_layout
 from ola_vlm.training.collator import AttachedCollator
 from ola_vlm.training.stages import apply_stage, part_of
 from ola_vlm.training.trainer import OlaVlmTrainer
@@ -395,6 +395,22 @@ def test_an_attached_models_tiles_make_no_grid():
         ValueError, match="task 'patch': an image has 5 tiles, which make no grid: set its processor's"
     ):
         model(**inputs, output_predictions=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_how_many_tokens_an_image_becomes_is_known_before_training(family):
+    """Of one size: as many as the model itself finds, whatever the processor calls an image's token."""
+    model, processor, _ = attach(family, [RESAMPLER | {"num_task_tokens": 0}], **ONE_SIZE.get(family, {}))
+    collator = AttachedCollator(processor, side=64)
+    batch = AttachedCollator(processor, {}, [], side=64)(random_rows(1, [1]))
+    layout = image_layout(batch["image_owner"], batch["input_ids"], batch["attention_mask"], model.config)
+    tokens = collator.tokens_of_image(model.config.image_token_id)
+    assert tokens == int(layout.pixels_NT.sum()) > 1
+    collator.check_tokens([WORDS | {"target_length": tokens}], model.config.image_token_id)
+    with pytest.raises(ValueError, match=f"an image has {tokens} tokens, its targets {tokens + 1} positions"):
+        collator.check_tokens([WORDS | {"target_length": tokens + 1}], model.config.image_token_id)
+    # Without a side images differ in it.
+    assert AttachedCollator(processor).tokens_of_image(model.config.image_token_id) is None
 
 
 def test_an_attached_models_images_of_any_size_have_the_targets_grid():

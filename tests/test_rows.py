@@ -415,22 +415,23 @@ def test_parquet_folder(tmp_path, streaming):
 
 def test_a_data_set_of_image_files_on_the_hub(tmp_path, monkeypatch):
     """Its images are paths in the Hub's cache, or where `datasets` has unpacked an archive; nothing outside of it."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache" / "datasets"))
-    files = ["cache/hub/datasets--me--photos/snapshots/0/0.png", "cache/datasets/extracted/1.png", "elsewhere.png"]
-    for number, name in enumerate(files):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        random_image(number).save(tmp_path / name)
-    images = [{"bytes": None, "path": str(tmp_path / name)} for name in files]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "elsewhere" / "datasets"))
     messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "a cube"}]
-    found = datasets.Dataset.from_dict({"image": images, "messages": [messages] * 3})
-    found = found.cast_column("image", datasets.Image())
     monkeypatch.setattr(rows_module, "check_data_name", lambda data: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: found)
-    rows = list(load_rows("me/photos"))
-    for number in (0, 1):
-        assert open_source(rows[number]["images"][0]).tobytes() == random_image(number).tobytes()
-    assert "lies outside image_folder" in str(rows[2]["bad_row"])
+    for folder in ("hub/datasets--me--photos/snapshots/0", "elsewhere/datasets/extracted"):
+        files = [f"{folder}/{number}.png" for number in range(2)]
+        for number, name in enumerate([*files, "0.png"]):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            random_image(number).save(tmp_path / name)
+        images = [{"bytes": None, "path": str(tmp_path / name)} for name in [*files, "0.png"]]
+        found = datasets.Dataset.from_dict({"image": images, "messages": [messages] * 3})
+        found = found.cast_column("image", datasets.Image())
+        monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, found=found, **options: found)
+        rows = list(load_rows("me/photos"))
+        for number in (0, 1):
+            assert open_source(rows[number]["images"][0]).tobytes() == random_image(number).tobytes()
+        assert "lies outside image_folder" in str(rows[2]["bad_row"])
     # Streamed, they are addresses.
     row = read_row({"image": {"bytes": None, "path": "hf://datasets/me/photos/0.png"}, "messages": messages}, 0, "/x")
     assert "is a file on the Hub" in str(row["bad_row"]) and "leave out streaming" in str(row["bad_row"])

@@ -145,6 +145,14 @@ def test_the_words_teachers_of_our_own_runs_may_be_named(tmp_path):
     bins = WORD_TEACHERS | {"depth": WORD_TEACHERS["depth"] | {"bins": ["/etc/passwd"]}}
     with pytest.raises(ValueError, match="'bins', which a file may not set"):
         teachers_of_file({"words": bins}, "run.json")
+    # A class of which nothing is said has no word; a class always has a name.
+    for words in (["red", None], {"background": None}):
+        named = {"words": {"class": {**WORD_TEACHERS["class"], "words": words}}}
+        assert teachers_of_file(named, "run.json") == named
+    for words in ([["red"]], {"background": 3}, "red"):
+        named = {"words": {"class": {**WORD_TEACHERS["class"], "words": words}}}
+        with pytest.raises(ValueError, match="'words', which a file may not set"):
+            teachers_of_file(named, "run.json")
 
 
 def test_a_shipped_checkpoints_teachers_are_found_from_any_folder(tmp_path, monkeypatch):

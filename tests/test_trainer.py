@@ -488,15 +488,21 @@ def test_in_evaluation_each_token_and_each_image_counts_once(make_model, tmp_pat
             assert found[1][f"eval_{part}"] == pytest.approx(found[0][f"eval_{part}"], rel=1e-4), part
 
 
-def test_metrics_of_logits_are_for_one_process(make_model, tmp_path, monkeypatch):
+def test_metrics_of_logits_need_whole_batches_of_all_processes(make_model, tmp_path, monkeypatch):
     """Ranks' logits differ in shape where one lacks rows: it would end at the first evaluation, or hang there."""
     model, processor = make_model()
-    trainer = make_trainer(model, processor, tmp_path)
+    trainer = make_trainer(model, processor, tmp_path, per_device_eval_batch_size=4)
     trainer.compute_metrics = lambda predicted: {"rows": len(predicted.predictions)}
     assert trainer.evaluate()["eval_rows"] == 8
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(ValueError, match="compute_metrics: the logits of 2 processes can't be gathered"):
+    # Two batches of 4, one a rank.
+    trainer.set_tasks(model.config.tasks)
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 3))
+    told = "compute_metrics on 3 processes needs whole batches of all of them: evaluate on a multiple of 12 rows"
+    with pytest.raises(ValueError, match=told):
         trainer.set_tasks(model.config.tasks)
+    with pytest.raises(ValueError, match=told):
+        trainer.get_eval_dataloader(random_rows(4))
 
 
 def test_every_evaluation_names_its_own_losses(make_model, tmp_path):

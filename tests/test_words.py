@@ -122,6 +122,18 @@ def test_oneformers_words_are_those_of_its_own_class_map():
     assert encoder.encode([]).shape == (0, 64, 1)
 
 
+def test_a_note_from_before_preprocessing_counted_is_not_believed(folders, tmp_path):
+    """Its fingerprint may be that of another view of the picture: the teacher is asked again, once."""
+    teacher = make_teachers([TASK], entries(folders))["words.class"]
+    fingerprint = teacher.fingerprint(tmp_path)
+    note = teacher._note(tmp_path)
+    known = json.loads(note.read_text())
+    assert known.pop("rescaling") is True
+    note.write_text(json.dumps({**known, "fingerprint": "of before"}))
+    assert teacher.fingerprint(tmp_path) == fingerprint
+    assert json.loads(note.read_text())["fingerprint"] == fingerprint
+
+
 def test_oneformers_task_counts_for_its_class_words(tmp_path):
     """Other ids give other classes, so another cache; also where an older note says the old fingerprint. The usual ids
     are in no fingerprint, as they never were."""
@@ -442,6 +454,10 @@ def test_words_that_do_not_fit_are_refused_before_anything_slow(fields, monkeypa
     seg = {**fields["teachers"]["words"]["class"], "motion": True}
     with pytest.raises(ValueError, match=r"teachers\.words\.class: words have no motion"):
         run(fields, teachers={"words": {**fields["teachers"]["words"], "class": seg}})
+    # Beside another kind of words a class may have none; alone its patches would have no target.
+    seg = {**fields["teachers"]["words"]["class"], "words": ["red", None, "blue", "red", "near"]}
+    with pytest.raises(ValueError, match=r"teachers\.words: a patch may get no word at all: give a word in place"):
+        run(fields, tasks=[{**TASK, "words": ["class"]}], teachers={"words": {"class": seg}})
 
 
 def test_another_number_of_tokens_is_refused_before_targets_are_computed(fields, monkeypatch):

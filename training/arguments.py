@@ -17,7 +17,7 @@ from .fields import (
     check_bounds,
     parse_json_field,
 )
-from .rows import Rows, StreamRows, load_rows
+from .rows import Rows, StreamRows, has_one_split, load_rows
 from .stages import find_stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -178,9 +178,14 @@ class OlaVlmArguments(RunFields, ModelFields, DataFields, TeacherFields, Adapter
             raise ValueError(f"eval_data {self.eval_data}: a share is more than 0 and less than 1")
         if share is not None and self.streaming:
             raise ValueError("eval_data: no share can be split off a stream; give a file of rows")
+        has_splits = bool(self.eval_data) and share is None and not has_one_split(self.eval_data)
+        if self.eval_split and not has_splits:
+            raise ValueError(f"eval_split is for data sets, which have splits: eval_data is {self.eval_data}")
         if self.eval_data and self.eval_data == self.data and self.eval_split in (None, self.data_split):
-            remedy = "give other rows, a share such as 0.02, or of a data set another eval_split"
-            raise ValueError(f"eval_data {self.eval_data} is what is trained on: {remedy}")
+            remedy = "give other rows, or a share such as 0.02"
+            if has_splits:
+                remedy = "name another split of it (eval_split), or give a share such as 0.02"
+            raise ValueError(f"eval_data {self.eval_data} is the data of the run itself: {remedy}")
         if (
             self.load_best_model_at_end
             and not self.eval_data

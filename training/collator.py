@@ -290,13 +290,14 @@ class OlaVlmCollator:
         expansion = self.processor.replace_image_token({"pixel_values": pixel_values}, 0)
         return np.array(self.processor.tokenizer(expansion, add_special_tokens=False)["input_ids"])
 
-    def tokens_of_image(self) -> int | None:
-        """How many of its tokens are the image itself; None where images differ in it."""
-        return int((self.image_ids == self.processor.image_token_id).sum())
+    def tokens_of_image(self, image_token_id: int) -> int | None:
+        """How many of its tokens are the image itself; None where images differ in it. The model's id counts: Gemma
+        3's processor calls the mark in front of them its image token."""
+        return int((self.image_ids == image_token_id).sum())
 
-    def check_tokens(self, tasks: Sequence[dict]) -> None:
+    def check_tokens(self, tasks: Sequence[dict], image_token_id: int) -> None:
         """ValueError if an image's tokens, which are to be the targets themselves, are not as many."""
-        tokens = self.tokens_of_image()
+        tokens = self.tokens_of_image(image_token_id)
         for task in tasks:
             length = task["target_length"]
             if task["predictor"] == "none" and tokens not in (None, length):
@@ -482,13 +483,13 @@ class AttachedCollator(OlaVlmCollator):
         """The template's mark, which is one token until the processor expands it."""
         return np.array([self.processor.image_token_id])
 
-    def tokens_of_image(self) -> int | None:
+    def tokens_of_image(self, image_token_id: int) -> int | None:
         # Without a side, an image has as many as its own size makes.
         if not self.square or self.side is None:
             return None
         text, _ = self._render(PROBE[:1])
         batch = self.inputs(text, [BLANK])
-        is_image = (batch["image_owner"] == 0) & (batch["input_ids"] == self.processor.image_token_id)
+        is_image = (batch["image_owner"] == 0) & (batch["input_ids"] == image_token_id)
         return int(is_image.sum())
 
     def _shortest_question(self) -> int:

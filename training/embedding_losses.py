@@ -45,11 +45,8 @@ class EmbeddingLosses(WholeCheckpoints):
 
     def set_tasks(self, tasks: list[dict]) -> None:
         """Those whose losses train, after the trainer's own set-up. ValueError for words without a source of words."""
-        ranks = self.accelerator.num_processes
-        if self.compute_metrics is not None and ranks > 1:
-            # A rank whose last batch lacks rows, or has bad ones, has logits of another shape.
-            remedy = "evaluate on one process, or give eval_questions"
-            raise ValueError(f"compute_metrics: the logits of {ranks} processes can't be gathered: {remedy}")
+        # Before the first step, not at the first evaluation.
+        self._check_metrics(self.eval_dataset)
         self.tasks = tasks
         self.word_ids = word_ids_of(tasks, self.data_collator.target_sources, self.processing_class)
         # Of the losses since the last log: their sums, each times what it counts, and the sums of what they count: a
@@ -267,7 +264,21 @@ class EmbeddingLosses(WholeCheckpoints):
         metrics[f"{metric_key_prefix}_loss"] = loss
         return output
 
+    def _check_metrics(self, rows: Any) -> None:
+        """ValueError for `compute_metrics` where a rank's last batch has fewer rows: its logits have another shape
+        than the others', and can't be gathered."""
+        ranks = self.accelerator.num_processes
+        if self.compute_metrics is None or ranks == 1 or rows is None:
+            return
+        rows_at_once = self.args.eval_batch_size * ranks
+        for part in rows.values() if isinstance(rows, dict) else [rows]:
+            if not isinstance(part, Sized) or len(part) % rows_at_once:
+                remedy = f"evaluate on a multiple of {rows_at_once} rows, or on one process"
+                raise ValueError(f"compute_metrics on {ranks} processes needs whole batches of all of them: {remedy}")
+
     def _get_dataloader(self, dataset, description, batch_size, **kwargs):
+        if description == "Evaluation":
+            self._check_metrics(dataset)
         if description == "Evaluation" and isinstance(dataset, Sized):
             # Where a rank lacks rows, the library would take the first ones once more.
             dataset = InWholeBatches(dataset, batch_size * self.accelerator.num_processes)

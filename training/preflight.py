@@ -192,6 +192,9 @@ def _check_words(args: OlaVlmArguments, tasks: Sequence[dict], teachers: dict[st
         for kind in task["words"]:
             if kinds[kind].get("motion"):
                 raise ValueError(f"teachers.{task['name']}.{kind}: words have no motion: leave it out")
+        # A position without any word has no target.
+        if all(_leaves_out(kinds[kind].get("words")) for kind in task["words"]):
+            raise ValueError(f"teachers.{task['name']}: a patch may get no word at all: give a word in place of null")
         check_alone({kind: words[f"{task['name']}.{kind}"] for kind in task["words"]}, task["alone"])
     # Where the run will find its tokenizer; `check_run` has seen to it that there is one.
     path = args.tokenizer or args.checkpoint or args.language_model
@@ -201,6 +204,13 @@ def _check_words(args: OlaVlmArguments, tasks: Sequence[dict], teachers: dict[st
             path, trust_remote_code=bool(args.checkpoint and args.trust_remote_code)
         )
     encode_words(tokenizer, [*itertools.chain.from_iterable(words.values())])
+
+
+def _leaves_out(words: object) -> bool:
+    """Whether a teacher's `words` say nothing of some class."""
+    if isinstance(words, dict):
+        words = list(words.values())
+    return isinstance(words, list) and None in words
 
 
 def tasks_of_teachers(tasks: Sequence[dict]) -> list[dict]:

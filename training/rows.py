@@ -118,6 +118,13 @@ def has_data_files(folder: str | Path) -> bool:
     return any(path.suffix.lower() in DATA_ENDINGS for path in Path(folder).rglob("*"))
 
 
+def has_one_split(data: str) -> bool:
+    """Whether it is a file of rows or a folder of images, which have no splits to choose from."""
+    if data.endswith((".json", ".jsonl")):
+        return True
+    return os.path.isdir(data) and not has_data_files(data)
+
+
 class Rows(Dataset):
     """The rows of a sequence of dicts in one of two forms (`read_row`).
 
@@ -404,23 +411,29 @@ def load_rows(
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
             found = found.cast_column(name, datasets.List(as_bytes))
     if image_folder is None:
-        image_folder = data if os.path.isdir(data) else _cache_of_files()
+        image_folder = data
+        if not os.path.isdir(data):
+            image_folder = _cache_of_files(None if streaming else found)
     if not streaming:
         return Rows(cast(Sequence[dict], found), image_folder)
     return StreamRows(found, image_folder, shuffle_seed)
 
 
-def _cache_of_files() -> str:
-    """The folder in which the Hub's files lie, those that `datasets` has unpacked, too: a data set of image files has
-    their paths there."""
+def _cache_of_files(found: Any) -> str:
+    """The cache in which the image files of a data set on the Hub lie: the Hub's own, or that of `datasets` where it
+    has unpacked an archive. The first row tells."""
     from datasets import config
 
     caches = [os.path.abspath(constants.HF_HUB_CACHE), os.path.abspath(config.HF_DATASETS_CACHE)]
-    together = os.path.commonpath(caches)
-    # Caches far from each other have nothing but the whole machine in common.
-    if together == os.path.dirname(together):
-        return caches[0]
-    return together
+    if found is not None and len(found) > 0:
+        images = found[0].get("images") or found[0].get("image") or []
+        if not isinstance(images, list):
+            images = [images]
+        paths = [image["path"] for image in images if isinstance(image, dict) and image.get("path")]
+        for cache in caches:
+            if any(_lies_in(os.path.dirname(path), cache) for path in paths):
+                return cache
+    return caches[0]
 
 
 def check_data_name(data: str) -> None:
