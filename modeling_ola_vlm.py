@@ -546,6 +546,13 @@ def inputs_kept(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+def from_inputs_on(entered: list[Tensor], states: tuple) -> tuple:
+    """Hidden states of all layers, those of layer 0 being what `inputs_kept` kept, if it kept anything."""
+    if not entered:
+        return states
+    return entered[0], *states[1:]
+
+
 # GenerationMixin by name: transformers wraps a class of remote code that lacks it, and a wrapped one can't be pickled.
 class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMixin):
     """
@@ -836,7 +843,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             assert input_ids is not None
             packed_BT = packed_rows(attention_mask, position_ids)
             layout = ImageLayout.find(input_ids, attention_mask, num_images, self.config, packed_BT)
-            distilled = self.distill((*entered, *states[len(entered) :]), layout, word_ids)
+            distilled = self.distill(from_inputs_on(entered, states), layout, word_ids)
         return OlaVlmCausalLMOutputWithPast(**outputs, **distilled)
 
     def _hidden_states_to_keep(

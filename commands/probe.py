@@ -27,6 +27,7 @@ def parser() -> FieldParser:
         "--probe", type=one_of(["ridge", "resampler"], "probe"), default="ridge", help="ridge (default) or resampler"
     )
     parser.add_argument("--test_images", help="held-out images of their own; by default a fifth of --images")
+    parser.add_argument("--test_split", help="their split, if `datasets` loads them; data_split by default")
     parser.add_argument("--max_images", type=count, help="of --images, drawn by the seed; all by default")
     parser.add_argument("--batch_size", type=count, default=16, help="images a forward pass")
     parser.add_argument("--epochs", type=count, default=2, help="of a resampler")

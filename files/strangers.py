@@ -141,7 +141,7 @@ TEACHER_FIELDS = {
     "revision": _is_plain_path,
     "subfolder": _is_plain_path,
     "config": _is_view,
-    "words": lambda value: _are_words(value),
+    "words": _are_words,
     "bins": _are_bins,
     "larger_is_closer": lambda value: isinstance(value, bool),
 }

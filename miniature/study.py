@@ -53,15 +53,13 @@ SHRUNK = {
         "probe_splits": {"train": 16, "validation": 8, "test": 8},
     },
 }
+# What `prepare` writes; data and targets are also left by `ola-vlm data miniature` and `ola-vlm targets`.
+PREPARED = ("data", "targets", "settings.json", "seconds.json", "world.png")
 # Methods that are compared, the second with the first.
 PAIRS = [("llava", "ola_vlm"), ("llava", recipe.CONTROL), (recipe.CONTROL, "ola_vlm")]
 PAIRS += [("llava", "words"), ("ola_vlm", "words")]
 for _fusion in recipe.FUSIONS:
     PAIRS += [("llava", _fusion), (_fusion, "ola_vlm")]
-
-
-# What `prepare` writes; data and targets are also left by `ola-vlm data miniature` and `ola-vlm targets`.
-PREPARED = ("data", "targets", "settings.json", "seconds.json", "world.png")
 
 
 def fill_targets(root: Path, probe_splits: dict[str, int]) -> None:

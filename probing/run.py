@@ -80,9 +80,10 @@ class ImagesOfRows:
         return self.images(int(row))[number]
 
 
-def find_images(name: str, args: OlaVlmArguments) -> Images:
+def find_images(name: str, args: OlaVlmArguments, split: str | None = None) -> Images:
     """The image files of a folder and those below it, else what the rows of a data set hold (`training.rows`), with
-    words or without; each file once. ValueError if there are none."""
+    words or without; each file once. `split`: of a data set, that of `args` by default. ValueError if there are
+    none."""
     if Path(name).is_dir():
         # A folder without image files may still be a data set, of parquet files say: it is tried below.
         files = image_files(name)
@@ -92,7 +93,7 @@ def find_images(name: str, args: OlaVlmArguments) -> Images:
         # Not even of the form owner/name: a mistyped folder is not looked up on the Hub.
         raise ValueError(f"{name} is no folder, no .json or .jsonl file and no name of a data set")
     try:
-        rows = load_rows(name, args.image_folder, args.data_config, args.data_split)
+        rows = load_rows(name, args.image_folder, args.data_config, split or args.data_split)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"{name} has no images ({', '.join(sorted(IMAGE_ENDINGS))}) and no rows: {error}") from error
 
@@ -227,7 +228,7 @@ def prepare(options: Namespace, args: OlaVlmArguments) -> ProbeRun:
         images = images[np.sort(chosen)]
     test_images = None
     if options.test_images:
-        test_images = find_images(options.test_images, args)
+        test_images = find_images(options.test_images, args, options.test_split)
         check_held_out(test_images, images)
     has_test = test_images is not None
     # Fails if they are too few.
@@ -282,12 +283,22 @@ def find_models(options: Namespace) -> list[str]:
 
 
 def check_held_out(test_images: Images, images: Images) -> None:
-    # Pictures inside rows have no names to be compared by. A file has several: of a folder's as it was typed, of rows'
-    # from the root on, or through a link.
-    fitted = {os.path.realpath(image) for image in images if isinstance(image, str)}
-    both = [image for image in test_images if isinstance(image, str) and os.path.realpath(image) in fitted]
+    fitted = set(map(_known_by, images))
+    both = [place for place, image in enumerate(test_images) if _known_by(image) in fitted]
     if both:
-        raise ValueError(f"{len(both)} of --test_images are among --images ({both[0]}): held out means others")
+        first = test_images[both[0]]
+        if not isinstance(first, str):
+            first = f"the one in place {both[0] + 1}"
+        remedy = "held out means others (of a data set another --test_split)"
+        raise ValueError(f"{len(both)} of --test_images are among --images ({first}): {remedy}")
+
+
+def _known_by(image: str | dict) -> str:
+    """What is the same of the same picture: a picture inside a row is known by its bytes. A file has several names, of
+    a folder's as it was typed, of rows' from the root on, or through a link."""
+    if isinstance(image, str):
+        return os.path.realpath(image)
+    return hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
 
 
 def teachers_of(tasks: list[dict], args: OlaVlmArguments) -> dict[str, dict]:

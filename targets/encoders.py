@@ -14,7 +14,7 @@ import json
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,15 @@ def read_preprocessing(path, **where) -> tuple[int, list[float], list[float]]:
     if missing:
         raise ValueError(f"{path}: the image processor's configuration lacks {missing}: add them there")
     # What mean and deviation are in units of: 255 where pixels stay from 0 to 255.
-    unit = 255 * _rescale_factor(values)
+    unit = 255 * rescale_factor(values)
     if unit != 1:
         for name in ("image_mean", "image_std"):
             found[name] = [value / unit for value in found[name]]
     return tuple(found.values())
 
 
-def _rescale_factor(values: dict) -> float:
-    """What a pixel, 0 to 255, is multiplied by before the mean is subtracted."""
+def rescale_factor(values: Mapping) -> float:
+    """What a pixel, 0 to 255, is multiplied by before the mean is subtracted, by an image processor's fields."""
     if values.get("do_rescale") is False:
         return 1.0
     factor = values.get("rescale_factor")

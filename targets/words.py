@@ -40,7 +40,7 @@ UNNAMED = re.compile(r"LABEL_\d+")
 
 
 def storage_of(words: Sequence[str]) -> str:
-    """The numeric type in the cache that holds the words' numbers, and the one behind the last word's: none."""
+    """The numeric type in the cache that holds the words' numbers, and one more that stands for no word."""
     if len(words) < 256:
         return "uint8"
     return "int16"

@@ -217,6 +217,10 @@ def test_it_never_emits_an_image_token(make, fusion):
     assert image_id not in answer(**options)
     assert image_id not in answer(generation_config=GenerationConfig(**options))
     assert image_id in made.model.generation_config.suppress_tokens  # which goes with the checkpoint
+    # Nor what the model's own configuration bans beside it.
+    made.model.generation_config.suppress_tokens = [image_id, expected[0]]
+    for more in (options, {"generation_config": GenerationConfig(**options)}):
+        assert not {image_id, expected[0]} & set(answer(**more))
     # Nor rows that stand for no token.
     rows, padding = made.model.config.text_config.vocab_size, made.llava.config.vocab_padding
     assert padding > 0

@@ -413,6 +413,17 @@ def test_how_many_tokens_an_image_becomes_is_known_before_training(family):
     assert AttachedCollator(processor).tokens_of_image(model.config.image_token_id) is None
 
 
+def test_padding_has_the_processors_own_mean_color():
+    """Whose mean may be in a picture's own units, 0 to 255."""
+    _, processor = FAMILIES["qwen2_5_vl"]()
+    image_processor = processor.image_processor
+    for mean, rescaling in (([0.2, 0.4, 0.6], True), ([51.0, 102.0, 153.0], False)):
+        image_processor.image_mean = mean
+        image_processor.do_rescale = rescaling
+        padded = AttachedCollator(processor)._view(random_image(0, (20, 40)))
+        assert padded.size == (40, 40) and padded.getpixel((0, 0)) == (51, 102, 153)
+
+
 def test_an_attached_models_images_of_any_size_have_the_targets_grid():
     """Qwen's have as many tokens as they have pixels."""
     model, _, collator = attach("qwen2_5_vl", [{**PATCH, "target_length": 4}])

@@ -873,6 +873,26 @@ def test_rows_of_a_data_set_give_images(study, tmp_path):
         run.find_images(str(tmp_path / "words.json"), args)
 
 
+def test_held_out_pictures_that_lie_in_rows_are_others(tmp_path):
+    """They have no names: the same picture is known by its bytes, and another split can be named."""
+    for split, seeds in (("train", range(4)), ("test", range(4, 6))):
+        pictures = []
+        for seed in seeds:
+            random_image(seed).save(tmp_path / f"{seed}.png")
+            pictures.append({"bytes": (tmp_path / f"{seed}.png").read_bytes(), "path": None})
+        data = Dataset.from_dict({"image": pictures}).cast_column("image", HfImage())
+        data.to_parquet(str(tmp_path / "data" / f"{split}-0.parquet"))
+    args = OlaVlmArguments(output_dir=str(tmp_path), use_cpu=True)
+    fitted = run.find_images(str(tmp_path / "data"), args)
+    with pytest.raises(
+        ValueError, match=r"4 of --test_images are among --images \(the one in place 1\).*--test_split"
+    ):
+        run.check_held_out(run.find_images(str(tmp_path / "data"), args), fitted)
+    held_out = run.find_images(str(tmp_path / "data"), args, split="test")
+    assert len(held_out) == 2 and np.array_equal(open_image(held_out[0]), open_image(str(tmp_path / "4.png")))
+    run.check_held_out(held_out, fitted)
+
+
 def test_images_that_lie_in_rows_are_not_held_all_at_once():
     """As their hash is taken: a data set's pictures are many gigabytes."""
     alive = weakref.WeakSet()

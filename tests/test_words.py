@@ -277,8 +277,12 @@ def test_a_class_without_a_word_says_nothing(folders):
     classes[:6, 16:32] = 4
     numbers = class_map(encoder, classes)
     assert numbers.tolist() == [2, 1, *[1] * 14]
-    source = WordSource({"class": encoder.words}, {"class": lambda images: numbers[None, :, None]})
-    assert source([])[0, :3, 0].tolist() == [-1, 1, 1]
+    sources = {"class": lambda images: numbers[None, :, None], "depth": lambda images: torch.ones(1, 16, 1)}
+    source = WordSource({"class": encoder.words, "depth": ["near", "far"]}, sources)
+    assert source([])[0, :3].tolist() == [[-1, 1], [1, 1], [1, 1]]
+    # Alone it would have the zero vector as its target.
+    with pytest.raises(ValueError, match="a patch has no word of any kind, and so no target: give its class a word"):
+        WordSource({"class": encoder.words}, {"class": sources["class"]})([])
 
 
 def test_detrs_panoptic_models_are_segmenters():

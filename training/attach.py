@@ -27,6 +27,7 @@ from ..modeling_ola_vlm import (
     OlaVlmCausalLMOutputWithPast,
     OlaVlmForConditionalGeneration,
     Parameters,
+    from_inputs_on,
     inputs_kept,
     make_predictor,
 )
@@ -122,7 +123,7 @@ class AttachedPredictors(Mixed):
         return OlaVlmCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            **self.distill((*entered, *outputs.hidden_states[len(entered) :]), layout, word_ids),
+            **self.distill(from_inputs_on(entered, outputs.hidden_states), layout, word_ids),
         )
 
     def _task_tokens_hook(self):

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from ..configuration_ola_vlm import target_shape, task_token_strings
-from ..targets.encoders import Motion
+from ..targets.encoders import Motion, rescale_factor
 from .chat_template import PROBE, fit_chat_template, special_tokens_around
 from .rows import BadRow, open_source
 
@@ -640,13 +640,17 @@ class AttachedCollator(OlaVlmCollator):
 
     def _mean_color(self) -> tuple[int, ...]:
         """Gray, if the processor has none."""
-        mean = self.processor.image_processor.image_mean
+        image_processor = self.processor.image_processor
+        mean = image_processor.image_mean
         if mean is None:
-            mean = 0.5
+            return (128, 128, 128)
         # One number may stand for all three.
         if isinstance(mean, (int, float)):
             mean = [mean] * 3
-        return tuple(round(255 * value) for value in mean)
+        # In units of a picture's own 0 to 255: a mean may be in these already.
+        names = ("do_rescale", "rescale_factor")
+        unit = 255 * rescale_factor({name: getattr(image_processor, name, None) for name in names})
+        return tuple(round(255 * value / unit) for value in mean)
 
 
 def check_square(square: bool, tasks: Sequence[dict]) -> None:

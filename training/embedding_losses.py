@@ -271,7 +271,11 @@ class EmbeddingLosses(WholeCheckpoints):
         if self.compute_metrics is None or ranks == 1 or rows is None:
             return
         rows_at_once = self.args.eval_batch_size * ranks
-        for part in rows.values() if isinstance(rows, dict) else [rows]:
+        # Several sets by their names, as `evaluate` takes them.
+        parts = [rows]
+        if isinstance(rows, dict):
+            parts = list(rows.values())
+        for part in parts:
             if not isinstance(part, Sized) or len(part) % rows_at_once:
                 remedy = f"evaluate on a multiple of {rows_at_once} rows, or on one process"
                 raise ValueError(f"compute_metrics on {ranks} processes needs whole batches of all of them: {remedy}")

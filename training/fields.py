@@ -164,7 +164,8 @@ class DataFields:
     data_config: str | None = described(None, "the dataset's configuration, if `datasets` loads it")
     data_split: str = described("train", "the dataset's split, if `datasets` loads it")
     eval_split: str | None = described(
-        None, "the split of eval_data, if `datasets` loads it; train by default, of the same dataset as data none"
+        None,
+        "the split of eval_data, if `datasets` loads it; train by default, to be given where it is data's dataset",
     )
     streaming: bool = described(False, "read a dataset as it comes; needs max_steps")
     max_length: int | None = described(

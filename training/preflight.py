@@ -203,7 +203,7 @@ def _check_words(args: OlaVlmArguments, tasks: Sequence[dict], teachers: dict[st
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=bool(args.checkpoint and args.trust_remote_code)
         )
-    encode_words(tokenizer, [*itertools.chain.from_iterable(words.values())])
+    encode_words(tokenizer, list(itertools.chain.from_iterable(words.values())))
 
 
 def _leaves_out(words: object) -> bool:

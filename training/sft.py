@@ -17,7 +17,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ..modeling_ola_vlm import inputs_kept
+from ..modeling_ola_vlm import from_inputs_on, inputs_kept
 from .attach import AttachedPredictors, image_layout
 from .embedding_losses import EmbeddingLosses, check_collator, report_bad_rows
 from .rows import Rows, read_row
@@ -144,7 +144,7 @@ class AttachedSFTTrainer(EmbeddingLosses, SFTTrainer):
                 return output
             # A hook of the outermost module runs beside its autocast.
             with self.accelerator.autocast():
-                predicted.update(base.distill((*entered, *states[0][len(entered) :]), layout, self.word_ids))
+                predicted.update(base.distill(from_inputs_on(entered, states[0]), layout, self.word_ids))
             # DDP looks in the output for what has been at work.
             return _with_predictions(type(output))(**output, distilled=predicted)
 

@@ -34,13 +34,16 @@ class WordSource:
             self.alone.append([number for number, word in enumerate(of_kind) if word in alone])
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
-        """ValueError for a number that stands for no word."""
+        """ValueError for a number that stands for no word, and for a patch without any word."""
         # Integers: DeepSpeed's trainer casts a batch's floats to 16 bits, which would round numbers above 256. Signed,
         # as -1 stands for no word; of 32 bits, as neither NCCL nor gloo gathers 16.
         numbers = [self._numbers(kind, source(images)) for kind, source in self.sources.items()]
         numbers_NQW = torch.cat(numbers, dim=-1)
         if any(self.alone):
             numbers_NQW = self._without_others(numbers_NQW)
+        # Its target would be the zero vector, which says something.
+        if bool((numbers_NQW < 0).all(dim=-1).any()):
+            raise ValueError("a patch has no word of any kind, and so no target: give its class a word")
         return numbers_NQW
 
     def _numbers(self, kind: str, numbers_NQ1: Tensor) -> Tensor:
