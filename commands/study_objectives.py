@@ -9,7 +9,7 @@ trial is a process of one thread; what is done is not done again: a stopped stud
 import os
 from pathlib import Path
 
-from ..recipes.study import ARMS, BUDGETS, CONFIRMING_SEEDS, DEFAULT_ARMS, ON_REQUEST, TUNING_SEEDS
+from ..recipes.study import ARMS, BUDGETS, CONFIRMING_SEEDS, ON_REQUEST, TUNING_SEEDS
 from .parsing import Parser, count, one_of, results_folder
 
 # What this repository's own tuning chose.
@@ -30,7 +30,6 @@ def parser() -> Parser:
         "--arms",
         nargs="+",
         type=one_of(ARMS, "arm"),
-        default=list(DEFAULT_ARMS),
         metavar="ARM",
         help=f"some of {', '.join(ARMS)}; default: all but {' and '.join(ON_REQUEST)}",
     )
@@ -57,7 +56,11 @@ def parser() -> Parser:
         help="where tuning writes what it chose, and confirming reads it; default: docs/study/settings.json",
     )
     # What else a run can be for.
-    parser.add_argument("--report", action="store_true", help="only report the stage's results that are in --out")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="only report the results in --out (of confirming runs: of the arms, seeds and budgets given)",
+    )
     parser.add_argument("--pack", type=Path, metavar="DIR", help="also put the results there, a small file an arm")
     parser.add_argument(
         "--longer",

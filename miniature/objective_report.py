@@ -43,7 +43,8 @@ def write_report(folder: Path, numbers: dict) -> str:
     draw(folder / FIGURE, {"mean of the tasks": numbers["accuracy"]}, columns=1)
     draw(folder / TASKS_FIGURE, numbers["by_task"], columns=2)
     draw_along(folder / ALONG_FIGURE, numbers["along"])
-    if numbers["probes"]:
+    # Longer fine-tunings have no probes after pre-training.
+    if any(row["probed_at"] == 0 for row in numbers["probes"]):
         draw_probes(folder / PROBES_FIGURE, numbers["probes"])
     text = report_text(numbers)
     write_whole(folder / "report.md", text)
@@ -51,7 +52,19 @@ def write_report(folder: Path, numbers: dict) -> str:
 
 
 def numbers_text(numbers: dict) -> str:
-    return json.dumps(numbers, indent=1)
+    """As JSON, which has no infinity and no NaN: null stands for both, in `labels` for more than were tried."""
+    return json.dumps(finite(numbers), indent=1, allow_nan=False)
+
+
+def finite(value):
+    """The same with None for numbers that are infinite or NaN."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def report_text(numbers: dict) -> str:
@@ -69,19 +82,24 @@ def report_lines(numbers: dict) -> list[str]:
         lines += ["", f"## {family}: difference in points over paired seeds", "", *comparison_lines(rows)]
     if numbers["labels"]:
         lines += ["", "## Scenes with questions that LLaVA needs for the same accuracy", ""]
-        lines += labels_lines(numbers["labels"])
+        lines += labels_lines(numbers["labels"], numbers["labels_ranges"], numbers["labels_tried"])
+        lines += ["", "In brackets: 95% of 1,000 resamples of the seeds, an arm's together with LLaVA's."]
     lines += ["", "## Where projected tokens lie (norm, largest cosine to a word's embedding)", ""]
     lines += placement_lines(numbers["placement"])
     lines += ["", f"![answers, and where projected tokens lie, along fine-tuning]({ALONG_FIGURE})"]
     lines += ["", "## When the best step of a fine-tuning came (mean of the most steps; seeds with the last one)", ""]
     lines += best_step_lines(numbers["best_steps"])
     lines += ["", "## What validation answers lose when something is taken away (points, 95% interval)", ""]
-    lines += changes_lines(numbers["changes"])
+    lines += [*changes_lines(numbers["changes"]), "", chosen_sentence(numbers["chosen_minus_test"])]
     if numbers["probes"]:
-        lines += ["", "## Probes after pre-training and answers: Pearson's r over the arms' means", ""]
+        lines += ["", "## Ridge probes after pre-training (0) and after the most labels", ""]
+        lines += ["Mean-centered cosine on test images, mean of the layers; 95% interval over seeds.", ""]
+        lines += probe_score_lines(numbers["probe_scores"])
+        lines += ["", "## Do better probes go with better answers? Pearson's r", ""]
         lines += probe_lines(numbers["probes"])
-        lines += ["", f"![probes against answers]({PROBES_FIGURE})"]
-    lines += ["", "## Costs (means over seeds; processor seconds of one thread)", "", *cost_lines(numbers["costs"])]
+        if any(row["probed_at"] == 0 for row in numbers["probes"]):
+            lines += ["", f"![probes against answers]({PROBES_FIGURE})"]
+    lines += ["", "## Costs (medians over seeds; processor seconds of one thread)", "", *cost_lines(numbers["costs"])]
     for task, by_arm in numbers["by_task"].items():
         lines += ["", f"## Accuracy: {task}", "", *accuracy_lines(by_arm)]
     lines += ["", f"![accuracy by task]({TASKS_FIGURE})"]
@@ -127,25 +145,29 @@ def interval_text(mean: float, low: float, high: float) -> str:
 
 
 def comparison_lines(rows: list[dict]) -> list[str]:
-    header = ["arm - other", "labels", "difference", "95% interval", "p", "p (Holm)", "seeds", "verdict"]
+    intervals = ["95% interval", "90% interval"]
+    header = ["arm - other", "labels", "difference", *intervals, "p", "p (Holm)", "seeds", "verdict"]
     lines = []
     for row in rows:
-        low, high = row["ci95"]
-        # One seed has no interval.
-        interval = "-"
-        if not math.isnan(low):
-            interval = f"[{low:+.1f}, {high:+.1f}]"
         lines.append([
             f"{row['arm']} - {row['other']}",
             str(row["budget"]),
             f"{row['difference']:+.1f}",
-            interval,
+            bounds_text(*row["ci95"]),
+            bounds_text(*row["ci90"]),
             p_text(row["p"]),
             p_text(row["p_holm"]),
             f"{row['positive']} of {row['n']} above 0",
             verdict(row),
         ])  # fmt: skip
     return table(header, lines)
+
+
+def bounds_text(low: float, high: float) -> str:
+    # One seed has no interval.
+    if math.isnan(low):
+        return "-"
+    return f"[{low:+.1f}, {high:+.1f}]"
 
 
 def p_text(p: float) -> str:
@@ -159,27 +181,39 @@ def p_text(p: float) -> str:
 def verdict(row: dict) -> str:
     """What is shown, at 5% for the whole family; else what two one-sided tests at 5% exclude."""
     if math.isnan(row["p"]):
-        return "one seed says nothing"
+        # Each hypothesis of the family must have them, not only this one.
+        return f"not tested (seeds: {row['n']} of {len(design.CONFIRMING_SEEDS)})"
     if row["p_holm"] <= ALPHA:
         if row["difference"] > 0:
             return "better"
         return "worse"
     # Two one-sided tests at 5% are an interval of 90%.
     low, high = row["ci90"]
-    return f"not shown; excluded: above {high:+.1f}, below {low:+.1f}"
+    excluded = f"excluded: above {high:+.1f}, below {low:+.1f}"
+    # Without the correction no effect would be excluded, too: both are said.
+    if not low <= 0 <= high:
+        return f"not shown with Holm's correction (p = {p_text(row['p'])} alone); {excluded}"
+    return f"not shown; {excluded}"
 
 
-def labels_lines(needed: Mapping[str, Mapping[int, float]]) -> list[str]:
+def labels_lines(
+    needed: Mapping[str, Mapping[int, float]],
+    ranges: Mapping[str, Mapping[int, list[float]]],
+    tried: list[int],
+) -> list[str]:
+    """`tried`: the baseline's own budgets above 0, between the least and the largest of which its curve goes."""
     budgets = budgets_in(needed)
-    # The baseline's own curve goes from the least budget with labels to the largest.
-    least = next((budget for budget in budgets if budget > 0), 0)
-    most = budgets[-1]
     rows = []
     for arm, cells in needed.items():
         row = [arm]
         for budget in budgets:
-            value = cells.get(budget)
-            row.append(labels_text(value, least, most))
+            text = labels_text(cells.get(budget), tried[0], tried[-1])
+            least, most = (
+                labels_text(end, tried[0], tried[-1]) for end in ranges.get(arm, {}).get(budget, (None, None))
+            )
+            if least != most:
+                text += f" ({least} to {most})"
+            row.append(text)
         rows.append(row)
     return table(["arm at its own labels", *map(str, budgets)], rows)
 
@@ -247,26 +281,62 @@ def changes_lines(rows: list[dict]) -> list[str]:
     return table(["arm", "labels", *(name.replace("_", " ") for name in names)], lines)
 
 
+def chosen_sentence(differences: Mapping[int, float]) -> str:
+    """How far validation answers may be too good at the step that they chose."""
+    parts = [f"{difference:+.1f} with {budget}" for budget, difference in differences.items()]
+    return (
+        "Steps were chosen by these answers, so part of a loss may be the choice's: over all arms and seeds they lie "
+        f"above the test answers by {', '.join(parts)} labels (points)."
+    )
+
+
+def probe_score_lines(by_arm: Mapping[str, Mapping[str, dict]]) -> list[str]:
+    columns = list(dict.fromkeys(column for cells in by_arm.values() for column in cells))
+    rows = []
+    for arm, cells in by_arm.items():
+        row = [arm]
+        for column in columns:
+            text = "-"
+            if column in cells:
+                # Cosines, as hundredths of 1.
+                text = f"{cells[column]['mean']:.3f} ± {half_width(cells[column]['ci95']):.3f}"
+            row.append(text)
+        rows.append(row)
+    return table(["arm", *columns], rows)
+
+
 def probe_lines(rows: list[dict]) -> list[str]:
     cells = []
     for row in rows:
-        r = "-"
-        if "r" in row:
-            r = f"{row['r']:+.2f}"
-        cells.append([row["target"], str(row["budget"]), r, str(row["n"])])
-    return table(["probe's target", "labels of the answers", "r", "arms"], cells)
+        cells.append([
+            f"{row['target']}, {row['probed_at']}",
+            str(row["budget"]),
+            r_text(row.get("r")),
+            " to ".join(r_text(r) for r in row.get("without_two", [None])),
+            str(row["n"]),
+            r_text(row.get("r_within")),
+            str(row.get("n_within", "-")),
+        ])  # fmt: skip
+    over_arms = ["r over the arms' means", "without any two of them", "arms"]
+    return table(["probe", "labels of the answers", *over_arms, "r of seeds within arms", "results"], cells)
 
 
-def cost_lines(costs: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    names = list(next(iter(costs.values())))
+def r_text(r: float | None) -> str:
+    if r is None or math.isnan(r):
+        return "-"
+    return f"{r:+.2f}"
+
+
+def cost_lines(costs: Mapping[str, Mapping[str, float]]) -> list[str]:
+    names = list(dict.fromkeys(name for cells in costs.values() for name in cells))
     rows = []
     for arm, cells in costs.items():
         row = [arm]
         for name in names:
-            value = cells[name]
             text = "-"
-            if value is not None:
-                text = f"{value:.0f}"
+            if name in cells:
+                # Of seconds and megabytes three digits; 0 stays 0.
+                text = f"{cells[name]:.3g}"
             row.append(text)
         rows.append(row)
     return table(["arm", *names], rows)
@@ -382,6 +452,7 @@ def draw_along(path: Path, along: Mapping[str, list[dict]]) -> None:
 def draw_probes(path: Path, rows: list[dict]) -> None:
     """Answers against probes after pre-training: a column a target, a row for answers right after pre-training and one
     for those with the most labels; small points are seeds, large ones an arm's mean."""
+    rows = [row for row in rows if row["probed_at"] == 0]
     budgets = sorted({row["budget"] for row in rows})
     # One row if there are results of one budget only.
     shown = list(dict.fromkeys((budgets[0], budgets[-1])))

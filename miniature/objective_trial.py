@@ -7,7 +7,6 @@ small JSON file, which is not made again.
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -34,9 +33,9 @@ from ..train import train
 from ..training.arguments import OlaVlmArguments
 from ..training.trainer import OlaVlmTrainer
 from .asking import PLACED_IMAGES, Questions, changes_of, token_placement
-from .objective_results import layers_mean
+from .objective_numbers import layers_mean
 from .stored_vision import StoredCollator, StoredVision, TrainOnFeatures
-from .trial import PROBE_BATCH, fit_ridge, probe_paths, read_json
+from .trial import PROBE_BATCH, fit_ridge, peak_memory_mb, probe_paths, read_json
 
 # Counts changes of what a trial does: a result of another version is refused.
 VERSION = 1
@@ -341,7 +340,8 @@ class Trial:
             result["correct"] = "".join(str(int(right)) for right in correct)
             result["questions"] = test.per_task
             seconds["test"] = time.process_time() - start
-            # What answers depend on is asked of the validation images: no choice is made by it.
+            # What answers depend on is asked of the validation images, which chose the step: the report says how far
+            # that makes the unchanged answers too good.
             start = time.process_time()
             changed = {change: validation.correct(model, change) for change in changes_of(model)}
             result["changes"] = {name: rounded(accuracy(validation, right)) for name, right in changed.items()}
@@ -352,7 +352,7 @@ class Trial:
                 result["probes"] = self.probe(model, processor)
                 seconds["probes"] = time.process_time() - start
         result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-        result["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        result["peak_memory_mb"] = round(peak_memory_mb())
         write_json(self.result_file(budget), {**head, **result, "identity": self.identity(budget)}, indent=None)
 
     def probe(self, model, processor) -> dict:

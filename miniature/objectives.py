@@ -13,23 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from ..commands.running import command
+from ..commands.study_objectives import SETTINGS_FILE
 from ..files.strangers import read_object
 from ..files.writing import only_one, write_json, write_whole
 from ..recipes import miniature as recipe
 from ..recipes import study as design
 from ..targets.fill import fill, make_teachers, open_caches
 from ..world import dataset
+from .objective_numbers import chosen_point, collect, tuning_table
 from .objective_report import write_report
-from .objective_results import (
-    chosen_point,
-    collect,
-    pack,
-    pack_tuning,
-    read_results,
-    read_tuning,
-    tuning_table,
-    unpack,
-)
+from .objective_results import Key, pack, pack_tuning, read_results, read_tuning, unpack
 from .objective_trial import WORLD_FILE, Trial, identity, read_result, result_file, trial_folder
 from .processes import Job, run_jobs
 from .report import table
@@ -170,15 +163,21 @@ class Study:
         return {"settings": chosen, "scores": scores}
 
 
+def former_settings(file: Path, root: Path) -> dict:
+    """What the settings file holds; nothing if there is none. ValueError for one that was tuned with other data or
+    components: these settings hold there, and new ones would take their place."""
+    if not file.exists():
+        return {}
+    former = read_object(file)
+    if former.get("world") != read_json(root / WORLD_FILE):
+        raise ValueError(f"{file} was tuned with other data or components: give --settings another file")
+    return former
+
+
 def write_settings(file: Path, root: Path, seeds: Sequence[int], found: dict) -> None:
-    """The settings file: what was tuned before and with the same data and components stays, other arms join."""
+    """The settings file: what was tuned before stays, other arms join. ValueError as of `former_settings`."""
     world = read_json(root / WORLD_FILE)
-    former = {}
-    if file.exists():
-        former = read_object(file)
-    # What was tuned in another world holds there only.
-    if former.get("world") != world:
-        former = {}
+    former = former_settings(file, root)
     content = {"world": world, "seeds": list(seeds), "settings": {}, "scores": {}}
     for part in ("settings", "scores"):
         content[part] = {**former.get(part, {}), **found[part]}
@@ -245,6 +244,8 @@ def run_stage(args, root: Path, size: dict, report: Callable[[], str]) -> None:
         prepare(root, size)
         study = Study(root, size["scale"], args.processes)
         if args.stage == "tune":
+            # Before hours of tuning, whose outcome could not be written there.
+            former_settings(args.settings, root)
             rounds = asked_rounds(args.budgets)
             tuned = [arm for arm in args.arms if arm not in design.SETTINGS_OF]
             write_settings(args.settings, root, args.seeds, study.tune(tuned, args.seeds, rounds))
@@ -266,14 +267,28 @@ def longer(size: dict, times: int) -> dict:
 
 
 def complete(args: Namespace, size: dict) -> None:
-    """Fills in the stage's own seeds and budgets. ValueError for budgets that there aren't, for seeds of tuning that
-    should confirm, and for tuning with more steps than the confirming runs have."""
+    """Fills in the stage's own arms, seeds and budgets. ValueError for budgets that there aren't, for seeds of tuning
+    that should confirm, for tuning with more steps than the confirming runs have, and for shrunken tuning that would
+    write to the settings of the full one."""
     if args.longer > 1 and args.stage == "tune":
         raise ValueError("--longer goes with --stage confirm: settings are those of the protocol's steps")
+    if args.stage == "tune" and args.shrunk and not args.report and args.settings == SETTINGS_FILE:
+        raise ValueError(
+            f"--shrunk tunes nothing that means something: give --settings a file other than {SETTINGS_FILE}"
+        )
+    # Named twice, a trial would be run once, and a budget asked twice.
+    for name in ("arms", "seeds", "budgets"):
+        given = getattr(args, name)
+        if given is not None:
+            setattr(args, name, list(dict.fromkeys(given)))
     # 0 is the model right after pre-training.
     possible = [0, *map(int, size["scale"]["finetune_steps"])]
     if args.budgets is not None and not set(args.budgets) <= set(possible):
         raise ValueError(f"--budgets {args.budgets}: choose from {possible}")
+    # A report is of what is there, or of what was asked for.
+    if args.report:
+        return
+    args.arms = args.arms or list(design.DEFAULT_ARMS)
     if args.stage == "confirm":
         args.budgets = args.budgets or possible
         args.seeds = args.seeds or design.CONFIRMING_SEEDS
@@ -288,6 +303,19 @@ def complete(args: Namespace, size: dict) -> None:
         args.budgets = possible[:2]
 
 
+def asked_results(results: dict[Key, dict], args: Namespace) -> dict[Key, dict]:
+    """Those of the arms, seeds and budgets that a report was asked for. ValueError if there is none."""
+    # None stands for all of them.
+    asked = (args.arms, args.seeds, args.budgets)
+    found = {}
+    for key, result in results.items():
+        if all(names is None or part in names for part, names in zip(key, asked, strict=True)):
+            found[key] = result
+    if not found:
+        raise ValueError(f"{args.out} has no results of those arms, seeds and budgets")
+    return found
+
+
 @command("study")
 def main(args: Namespace) -> None:
     size = FULL
@@ -299,7 +327,11 @@ def main(args: Namespace) -> None:
     complete(args, size)
 
     def report() -> str:
-        return write_report(root, collect(read_results(root)))
+        results = read_results(root)
+        # After a stage the report is of all that the folder has.
+        if args.report:
+            results = asked_results(results, args)
+        return write_report(root, collect(results))
 
     if not args.report:
         run_stage(args, root, size, report)

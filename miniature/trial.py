@@ -6,6 +6,7 @@ The study starts it; it leaves result.json in its folder. Run again, it goes on 
 """
 
 import json
+import re
 import resource
 import sys
 import time
@@ -45,6 +46,17 @@ def read_if_there(path: Path) -> dict:
     if not path.exists():
         return {}
     return read_json(path)
+
+
+def peak_memory_mb() -> float:
+    """Of this process since it began."""
+    status = Path("/proc/self/status")
+    # getrusage also counts what the parent had come to when it started this process; /proc, which Linux has, does not.
+    if status.exists():
+        (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        return int(peak) / 1024
+    # On macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def probe_paths(root: Path, splits: dict[str, int]) -> dict[str, list[Path]]:
@@ -189,8 +201,7 @@ class Trial(TrainerCallback):
             "losses": losses,
             "seconds": self.timer.seconds,
             "processor_seconds": self.timer.processor_seconds,
-            # On Linux in kilobytes.
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_memory_mb": peak_memory_mb(),
         }
         write_whole(self.folder / "result.json", json.dumps(result))
 

@@ -97,6 +97,8 @@ SETTINGS_OF = {
 # Two objectives together -> the one that the other is added to: compared, they show what the other one adds.
 ON_TOP = {"words_ola_vlm": "words", "moments_ola_vlm": "moments"}
 NO_CONTENT = "moments"
+# What is compared with it: one arm of each kind of content.
+CONTENT = ("ola_vlm", "patch", "words")
 BASELINE = "llava"
 EQUAL_TIME = "llava_longer"
 

@@ -4,6 +4,8 @@ process, one after the other."""
 import copy
 import json
 import math
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ola_vlm.eval.multiple_choice import is_correct
 from ola_vlm.eval.statistics import holm_adjusted, labels_needed, paired_t, t_interval
 from ola_vlm.inference.generate import generate_answers
-from ola_vlm.miniature import asking, objective_report, objective_results, objective_trial, objectives, placement
+from ola_vlm.miniature import (
+    asking,
+    objective_numbers,
+    objective_report,
+    objective_results,
+    objective_trial,
+    objectives,
+    placement,
+)
 from ola_vlm.miniature.asking import Questions, permuted, token_placement
 from ola_vlm.miniature.objective_trial import Evaluations, Trial, labelled_scenes
 from ola_vlm.miniature.stored_vision import StoredCollator, StoredVision, features_as_pixels, weights_hash
@@ -265,6 +275,10 @@ def test_settings_of_other_components_are_refused(world, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="tuned with another depth: run --stage tune"):
         objectives.read_settings(file, world, ["llava"])
+    # Nor do new ones take their place.
+    with pytest.raises(ValueError, match="was tuned with other data or components: give --settings another file"):
+        objectives.write_settings(file, world, [100], found)
+    assert json.loads(file.read_text()) == content
 
 
 # -------------------------------------------------------------------------------------------------------- pairing
@@ -706,7 +720,7 @@ def test_labels_needed_by_hand():
     assert labels_needed([100, 400, 1600], [50, 49, 70], 60) == pytest.approx(800)
 
 
-def made_up(gains: dict[str, float], seeds=4, budgets=(0, 75, 6000)) -> dict:
+def made_up(gains: dict[str, float], seeds=8, budgets=(0, 75, 6000)) -> dict:
     """Results of arms that answer better than 50, 60 and 70% by so many points, with the same noise for a seed."""
     found = {}
     for arm, gain in gains.items():
@@ -730,8 +744,8 @@ def made_up(gains: dict[str, float], seeds=4, budgets=(0, 75, 6000)) -> dict:
 
 
 def test_report_says_what_is_shown_and_what_is_excluded(tmp_path):
-    numbers = objective_results.collect(made_up({"llava": 0, "ola_vlm": 5, "ola_vlm_shuffled": 0.1}))
-    assert numbers["accuracy"]["ola_vlm"][0]["mean"] == pytest.approx(56.5, abs=0.3)
+    numbers = objective_numbers.collect(made_up({"llava": 0, "ola_vlm": 5, "ola_vlm_shuffled": 0.1}))
+    assert numbers["accuracy"]["ola_vlm"][0]["mean"] == pytest.approx(58.5, abs=0.3)
     family = {(row["arm"], row["budget"]): row for row in numbers["comparisons"]["against LLaVA"]}
     assert set(family) == {("ola_vlm", budget) for budget in (0, 75, 6000)}
     row = family["ola_vlm", 75]
@@ -753,17 +767,18 @@ def test_report_says_what_is_shown_and_what_is_excluded(tmp_path):
 
 def test_labels_of_an_arm_that_is_worse():
     """With none, it is behind LLaVA without labels; with 75, between LLaVA's with none and with 75."""
-    numbers = objective_results.collect(made_up({"llava": 0, "patch": -5}))
+    numbers = objective_numbers.collect(made_up({"llava": 0, "patch": -5}))
     needed = numbers["labels"]["patch"]
     assert needed[0] == 0 and needed[75] == 75 and 75 < needed[6000] < 6000
-    (row,) = [line for line in objective_report.labels_lines(numbers["labels"]) if line.startswith("| patch")]
+    lines = objective_report.labels_lines(numbers["labels"], {}, numbers["labels_tried"])
+    (row,) = [line for line in lines if line.startswith("| patch")]
     assert row.startswith("| patch | 0 | at most 75 | ")
 
 
 def test_only_whole_seeds_are_shown_while_a_study_runs():
-    results = made_up({"llava": 0, "words": 5, "patch": 1})
+    results = made_up({"llava": 0, "words": 5, "patch": 1}, seeds=4)
     del results["words", 2, 75]
-    whole = objective_results.of_whole_seeds(results, arms=("llava", "words"), budgets=(0, 75, 6000))
+    whole = objective_numbers.of_whole_seeds(results, arms=("llava", "words"), budgets=(0, 75, 6000))
     assert {seed for _, seed, _ in whole} == {0, 1, 3} and {arm for arm, _, _ in whole} == {"llava", "words"}
     assert len(whole) == 2 * 3 * 3
 
@@ -780,21 +795,21 @@ def test_the_axis_ends_where_accuracies_do(monkeypatch, tmp_path):
 
 def test_seeds_are_paired_by_their_number():
     """Though one arm lacks the first one; what a seed is harder by (a point a seed) falls out."""
-    results = made_up({"llava": 0, "ola_vlm": 5})
+    results = made_up({"llava": 0, "ola_vlm": 5}, seeds=4)
     del results["ola_vlm", 0, 75]
-    differences = objective_results.paired(results, "ola_vlm", "llava", 75)
+    differences = objective_numbers.paired(results, "ola_vlm", "llava", 75)
     assert len(differences) == 3 and differences == pytest.approx([5, 5, 5], abs=0.9)
 
 
 def test_an_arm_stands_before_what_it_is_compared_with():
     """A difference above 0 says that content, or what was added, helps."""
-    asked = objective_results.families(list(arms.ARMS))
+    asked = objective_numbers.families(list(arms.ARMS))
     assert ("ola_vlm", "llava") in asked["against LLaVA"]
     assert ("ola_vlm_shuffled", "llava") in asked["controls against LLaVA"]
     assert ("ola_vlm", "ola_vlm_shuffled") in asked["against its control"]
     assert ("words", "moments") in asked["against no content"]
     assert ("words_ola_vlm", "words") in asked["on top of another"]
-    numbers = objective_results.collect(made_up({"llava": 0, "ola_vlm": 5, "ola_vlm_shuffled": 0.1}))
+    numbers = objective_numbers.collect(made_up({"llava": 0, "ola_vlm": 5, "ola_vlm_shuffled": 0.1}))
     assert all(row["difference"] > 4 for row in numbers["comparisons"]["against its control"])
 
 
@@ -802,7 +817,7 @@ def test_each_task_has_its_own_accuracies():
     results = made_up({"llava": 0})
     for result in results.values():
         result["accuracy"] = {**result["accuracy"], "count": 0.9}
-    by_task = objective_results.collect(results)["by_task"]
+    by_task = objective_numbers.collect(results)["by_task"]
     assert by_task["count"]["llava"][75]["mean"] == pytest.approx(90)
     assert by_task["depth"]["llava"][75]["mean"] < 70
 
@@ -819,27 +834,188 @@ def with_a_later_point(result: dict) -> dict:
 
 def test_what_is_told_of_a_result_is_of_its_chosen_step(tmp_path):
     result = with_a_later_point(made_up({"llava": 0}, seeds=1)["llava", 0, 75])
-    assert objective_results.placement(result)["token_norm"] == 5
-    assert objective_results.placement(result)["validation"] > 50
+    assert objective_numbers.placement(result)["token_norm"] == 5
+    assert objective_numbers.placement(result)["validation"] > 50
     file = objective_trial.result_file(tmp_path, "tune", "llava", 100, 75, SETTINGS)
     objective_trial.write_json(file, result)
     study = objectives.Study(tmp_path, SCALE, processes=1)
     assert study.validated("llava", 100, 75, SETTINGS) == result["validation"][0]["accuracy"]["average"]
 
 
-def test_costs_are_of_pre_training_and_of_the_largest_fine_tuning():
-    results = made_up({"llava": 0}, seeds=2)
-    for (_, _, budget), result in results.items():
-        result["seconds"] = {"pretrain": 80.0} if budget == 0 else {"finetune": float(budget)}
-        result["peak_memory_mb"] += budget
-    costs = objective_results.cost_table(results)["llava"]
-    assert (costs["pretrain seconds"], costs["finetune seconds"], costs["peak memory MB"]) == (80, 6000, 900)
+def test_costs_are_medians_beside_llavas_of_the_same_seed():
+    """One seed's machine was busy: it lengthens neither the median nor the ratio of a seed that ran beside it. A step
+    of IFT is of the steps that were made, though patience ended some early."""
+    results = made_up({"llava": 0, "ola_vlm": 0}, seeds=3)
+    for (arm, seed, budget), result in results.items():
+        times = {"llava": 1.0, "ola_vlm": 1.5}[arm] * (4 if seed == 2 else 1)
+        result["validation"] = [{**result["validation"][0], "step": 7 * (seed + 1)}]
+        result["seconds"] = {"pretrain": 80.0 * times}
+        if budget > 0:
+            result["seconds"] = {"finetune": times * budget * (seed + 1)}
+    costs = objective_numbers.cost_table(results)
+    assert costs["llava"]["PT (s)"] == 80 and costs["ola_vlm"]["PT (s)"] == 120
+    assert costs["ola_vlm"]["PT / LLaVA's"] == pytest.approx(1.5)
+    assert costs["llava"]["a step of IFT (s)"] == pytest.approx(6000 / 7)
+    assert costs["ola_vlm"]["a step of IFT / LLaVA's"] == pytest.approx(1.5)
+    assert costs["ola_vlm"]["targets (MB)"] == 5
+    assert "| ola_vlm | 120 | 1.5 | 1.29e+03 | 1.5 | 5 |" in objective_report.cost_lines(costs)
+
+
+def test_peak_memory_is_this_process_own():
+    """Of a process that a larger one started; getrusage would tell its parent's."""
+    held = np.ones(80_000_000)  # 640 MB
+    code = "from ola_vlm.miniature.trial import peak_memory_mb; print(peak_memory_mb())"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    alone = float(printed)
+    assert held.all() and 100 < alone < objective_trial.peak_memory_mb() - 300
 
 
 def test_what_is_excluded_lies_outside_of_the_90_percent_interval():
     row = {"p": 0.4, "p_holm": 1.0, "difference": 0.6, "ci90": [-1.0, 2.2], "ci95": [-1.4, 2.6]}
     assert objective_report.verdict(row) == "not shown; excluded: above +2.2, below -1.0"
     assert objective_report.verdict({**row, "p_holm": 0.04, "difference": -0.6}) == "worse"
+    # No effect is excluded too, by a hypothesis that stood alone.
+    row = {**row, "p": 0.013, "p_holm": 0.2, "ci90": [0.4, 2.2]}
+    shown = "not shown with Holm's correction (p = 0.013 alone); excluded: above +2.2, below +0.4"
+    assert objective_report.verdict(row) == shown
+
+
+def test_nothing_is_tested_before_all_seeds_are_there():
+    """Of a whole family: its correction counts what will be asked."""
+    results = made_up({"llava": 0, "words": 5, "patch": 1})
+    rows = objective_numbers.collect(results)["comparisons"]["against LLaVA"]
+    assert all(0 <= row["p"] <= row["p_holm"] <= 1 for row in rows)
+    del results["patch", 7, 75]
+    rows = objective_numbers.collect(results)["comparisons"]["against LLaVA"]
+    assert len(rows) == 6 and all(math.isnan(row["p"]) and math.isnan(row["p_holm"]) for row in rows)
+    lines = objective_report.comparison_lines(rows)
+    assert all(" | - | - | " in line and "not tested (seeds: " in line for line in lines[2:])
+    assert not any("better" in line or "excluded" in line for line in lines)
+
+
+def test_families_are_those_of_the_protocol():
+    """docs/STUDY.md, "What is tested": how many hypotheses each has, which Holm's correction counts."""
+    asked = objective_numbers.families(arms.DEFAULT_ARMS)
+    assert {name: len(pairs) for name, pairs in asked.items()} == {
+        "against LLaVA": 7,
+        "controls against LLaVA": 4,
+        "against its control": 3,
+        "against no content": 3,
+        "on top of another": 2,
+    }
+    assert set(asked["against no content"]) == {(arm, "moments") for arm in ("words", "ola_vlm", "patch")}
+    assert set(asked["on top of another"]) == {("words_ola_vlm", "words"), ("moments_ola_vlm", "moments")}
+
+
+def test_the_range_of_saved_labels_resamples_seeds_in_pairs():
+    """What makes a seed easy moves both arms: the range is narrow. Where LLaVA's seeds differ alone, it is wide."""
+    results = made_up({"llava": 0, "words": 5})
+    numbers = objective_numbers.collect(results)
+    low, high = numbers["labels_ranges"]["words"][75]
+    assert low <= numbers["labels"]["words"][75] <= high < 2 * low
+    assert numbers["labels_ranges"]["words"][6000] == [math.inf, math.inf]
+    for seed in range(4):
+        results["llava", seed, 6000]["accuracy"] = {"average": 0.64}
+    low, high = objective_numbers.labels_ranges(results)["words"][75]
+    assert low < 1000 and high == math.inf
+    lines = objective_report.labels_lines({"words": {75: 700.0}}, {"words": {75: [low, high]}}, [75, 6000])
+    assert lines[-1] == f"| words | 700 ({low:.0f} to more than 6000) |"
+    assert objective_numbers.labels_ranges(made_up({"llava": 0, "words": 5}, seeds=1)) == {}
+
+
+def test_what_chose_a_step_is_told_to_be_too_good():
+    """`made_up`: a point above the test answers."""
+    differences = objective_numbers.chosen_minus_test(made_up({"llava": 0, "words": 5}))
+    assert differences == pytest.approx(dict.fromkeys((0, 75, 6000), 1.0))
+    assert "by +1.0 with 0, +1.0 with 75, +1.0 with 6000 labels" in objective_report.chosen_sentence(differences)
+
+
+def test_correlations_over_arms_and_within_them():
+    """Between three arms the better probes go with the worse answers; within each with the better ones."""
+    points = {}
+    for arm, (probe, answer) in {"a": (0.1, 90), "b": (0.2, 80), "c": (0.3, 70)}.items():
+        points[arm] = [(probe - 0.01, answer - 1), (probe, answer), (probe + 0.01, answer + 1)]
+    found = objective_numbers.correlations(points)
+    assert found["r"] == pytest.approx(-1) and found["r_within"] == pytest.approx(1)
+    assert found["n_within"] == 9 and "without_two" not in found
+    more = {**points, **{name: [(probe, 50.0)] for name, probe in (("d", 0.1), ("e", 0.2), ("f", 0.4))}}
+    low, high = objective_numbers.correlations(more)["without_two"]
+    assert low == pytest.approx(-1) or low < objective_numbers.correlations(more)["r"] < high
+
+
+def test_probes_of_both_stages_are_told():
+    results = made_up({"llava": 0, "words": 5})
+    found = objective_numbers.probe_table(results)
+    assert set(found["words"]) == {"depth, 0", "depth, 75", "depth, 6000"}
+    after = [result["accuracy"]["average"] - 0.15 for key, result in results.items() if key[0::2] == ("words", 6000)]
+    assert found["words"]["depth, 6000"]["mean"] == pytest.approx(np.mean(after))
+    (row,) = [line for line in objective_report.probe_score_lines(found) if line.startswith("| words")]
+    assert f"{np.mean(after):.3f} ± " in row
+
+
+def test_a_report_without_results_right_after_pretraining(tmp_path):
+    """As longer fine-tunings leave them: one budget, with probes."""
+    results = made_up({"llava": 0, "ola_vlm": 5, "words": 7}, seeds=3)
+    results = {key: result for key, result in results.items() if key[2] == 6000}
+    text = objective_report.write_report(tmp_path, objective_numbers.collect(results))
+    assert "| depth, 6000 | 6000 | " in text and "depth, 0" not in text
+    assert not (tmp_path / "probes_and_answers.png").exists() and "probes_and_answers.png" not in text
+
+
+def test_reports_numbers_are_json_of_the_standard(tmp_path):
+    """Which knows no infinity (labels that LLaVA never reaches) and no NaN (one seed's interval)."""
+    numbers = objective_numbers.collect(made_up({"llava": 0, "words": 5}, seeds=1))
+    assert numbers["labels"]["words"][6000] == math.inf
+    read = json.loads(objective_report.numbers_text(numbers), parse_constant=pytest.fail)
+    assert read["labels"]["words"]["6000"] is None and read["accuracy"]["words"]["0"]["ci95"] == [None, None]
+
+
+def test_results_of_other_settings_are_not_averaged(tmp_path):
+    """One arm and budget with two learning rates; seeds alone may differ."""
+    results = made_up({"llava": 0, "words": 1}, seeds=2)
+    for (_, seed, _), result in results.items():
+        result["identity"] = {"seed": seed, "pretrain.seed": seed, "pretrain.learning_rate": 1e-3}
+    objective_results.pack(results, tmp_path)
+    objective_results.read_results(tmp_path)
+    results["words", 1, 75]["identity"]["pretrain.learning_rate"] = 3e-4
+    objective_results.pack(results, tmp_path)
+    mixed = r"mixes results of words on 75 scenes with different pretrain.learning_rate \(0.001 and 0.0003\)"
+    with pytest.raises(ValueError, match=mixed):
+        objective_results.read_results(tmp_path)
+
+
+def test_a_folders_own_result_counts_and_a_cut_off_file_is_named(tmp_path):
+    results = made_up({"llava": 0}, seeds=1)
+    objective_results.pack(results, tmp_path)
+    own = copy.deepcopy(results["llava", 0, 75])
+    own["accuracy"]["average"] = 0.99
+    objective_trial.write_json(tmp_path / "results" / "confirm" / "llava" / "seed0_budget75.json", own)
+    assert objective_results.read_results(tmp_path)["llava", 0, 75] == own
+    file = tmp_path / "llava.jsonl"
+    file.write_text(file.read_text()[:-100])
+    with pytest.raises(ValueError, match=r"llava.jsonl, line 3: no JSON .*; is the file cut off\?"):
+        objective_results.read_results(tmp_path)
+
+
+def test_a_report_is_of_what_is_asked_for(tmp_path, capsys):
+    results = made_up({"llava": 0, "words": 5}, seeds=2)
+    objective_results.pack(results, tmp_path)
+    options = ["objectives", "--report", "--out", str(tmp_path)]
+    objectives.main(options)
+    assert "12 results" in capsys.readouterr().out
+    objectives.main([*options, "--arms", "words", "--budgets", "0", "75", "75"])
+    printed = capsys.readouterr().out
+    assert "4 results" in printed and "llava" not in printed.lower().replace("that llava needs", "")
+    with pytest.raises(SystemExit, match="no results of those arms, seeds and budgets"):
+        objectives.main([*options, "--seeds", "5"])
+
+
+def test_shrunken_tuning_leaves_the_settings_of_the_full_one(tmp_path):
+    """Nor does tuning on other data take the place of what was tuned, and that is said before anything is trained."""
+    before = objectives.SETTINGS_FILE.read_bytes()
+    with pytest.raises(SystemExit, match="--shrunk tunes nothing that means something: give --settings"):
+        objectives.main(["objectives", "--shrunk", "--stage", "tune", "--out", str(tmp_path / "study")])
+    assert objectives.SETTINGS_FILE.read_bytes() == before and not (tmp_path / "study").exists()
 
 
 def test_figures_show_each_arms_own_numbers():
@@ -882,7 +1058,8 @@ def test_the_correlation_is_one_over_the_arms_means():
             # A seed that tells the opposite of the others.
             score = {"llava": 0.4, "ola_vlm": 0.3, "words": 0.2}[arm]
             result["probes"]["test"]["0.1"]["depth"] = {"1": score}
-    rows = objective_results.probes_and_answers(results)
+    rows = [row for row in objective_numbers.probes_and_answers(results) if row["probed_at"] == 0]
+    assert len(rows) == 3
     for row in rows:
         means = np.array([np.mean(points, axis=0) for points in row["points"].values()])
         assert row["r"] == pytest.approx(np.corrcoef(means.T)[0, 1]) and row["r"] > 0
@@ -891,10 +1068,11 @@ def test_the_correlation_is_one_over_the_arms_means():
 
 def test_probes_stand_beside_the_answers_of_their_own_seed():
     """Seed 2 of LLaVA, probed right after pre-training and asked after 6,000 labels."""
-    results = made_up({"llava": 0, "ola_vlm": 5})
-    probed = objective_results.probe_scores(results)["llava", 2, 0]["depth"]
+    results = made_up({"llava": 0, "ola_vlm": 5}, seeds=4)
+    probed = objective_numbers.probe_scores(results)["llava", 2, 0]["depth"]
     answered = 100 * results["llava", 2, 6000]["accuracy"]["average"]
-    (row,) = [row for row in objective_results.probes_and_answers(results) if row["budget"] == 6000]
+    found = objective_numbers.probes_and_answers(results)
+    (row,) = [row for row in found if (row["probed_at"], row["budget"]) == (0, 6000)]
     assert row["points"]["llava"][2] == (probed, answered) and len(row["points"]["ola_vlm"]) == 4
     assert row["n"] == 2 and "r" not in row  # two points make any line
 
@@ -908,7 +1086,7 @@ def test_what_is_seen_along_fine_tuning_begins_with_pretrainings_end():
     later["placement"]["token_norm"] = 4.5
     later["accuracy"]["average"] = 0.9
     results["llava", 1, 6000]["validation"].append(later)
-    along = objective_results.along_finetuning(results)["llava"]
+    along = objective_numbers.along_finetuning(results)["llava"]
     assert [round(point["validation"]) for point in along] == [52, 72, 90]
     assert [(point["step"], point["token_norm"], point["n"]) for point in along] == [
         (0, 7, 2),
@@ -924,7 +1102,7 @@ def test_best_steps_tell_who_may_not_have_come_to_the_end():
         if budget > 0:
             result["identity"] = {"finetune.max_steps": 14}
             result["chosen_step"] = (7, 14, 14)[seed]
-    found = objective_results.best_steps(results)["llava"]
+    found = objective_numbers.best_steps(results)["llava"]
     assert found == {budget: {"mean": 35 / 3, "most": 14, "last": 2, "n": 3} for budget in (75, 6000)}
     (row,) = objective_report.best_step_lines({"llava": found})[2:]
     assert row == "| llava | 12 of 14 (2 of 3) | 12 of 14 (2 of 3) |"
@@ -962,9 +1140,9 @@ def test_longer_fine_tunings_take_all_their_steps_and_are_not_mixed_in(root, in_
 
 
 def test_one_seed_says_nothing(tmp_path):
-    numbers = objective_results.collect(made_up({"llava": 0, "ola_vlm": 5}, seeds=1))
+    numbers = objective_numbers.collect(made_up({"llava": 0, "ola_vlm": 5}, seeds=1))
     text = objective_report.write_report(tmp_path, numbers)
-    assert "one seed says nothing" in text and "nan" not in text
+    assert "not tested (seeds: 1 of 8)" in text and "nan" not in text
 
 
 def test_packed_results_come_back(tmp_path):
@@ -992,6 +1170,6 @@ def test_packed_tuning_comes_back_and_is_not_run_again(tmp_path, capsys, monkeyp
 
 
 def test_probes_take_the_alpha_that_validation_chose_and_no_embeddings():
-    scores = objective_results.probe_scores(made_up({"llava": 0}, seeds=1))
+    scores = objective_numbers.probe_scores(made_up({"llava": 0}, seeds=1))
     share = 0.50 + np.random.default_rng([0, 5]).normal(0, 0.2) / 100
     assert scores["llava", 0, 0]["depth"] == pytest.approx(share - 0.15)

@@ -28,8 +28,9 @@ import ola_vlm
 from ola_vlm.eval.compare import comparison_table
 from ola_vlm.eval.scoring import table
 from ola_vlm.miniature import placement, smollm2_report
+from ola_vlm.miniature.objective_numbers import accuracy_table, collect, of_whole_seeds
 from ola_vlm.miniature.objective_report import accuracy_lines, numbers_text, report_text, write_report
-from ola_vlm.miniature.objective_results import accuracy_table, collect, of_whole_seeds, read_results
+from ola_vlm.miniature.objective_results import read_results
 from ola_vlm.miniature.report import summary_tables
 from ola_vlm.miniature.report import table as markdown_table
 from ola_vlm.probing import figures
@@ -328,7 +329,9 @@ def lines_so_far() -> list[str]:
 
 
 def settings_table() -> list[str]:
-    """Each tuned arm's settings, and the validation accuracy (%) by which the last of its round was chosen."""
+    """Each tuned arm's settings, and the validation accuracy (%) by which the last of its round was chosen. A value at
+    an end of a grid of three or more is marked."""
+    grids = {name: grid for name, grid, _ in design.ROUNDS}
     tuned = json.loads((STUDY / "settings.json").read_text())
     rows = []
     for arm, settings in tuned["settings"].items():
@@ -340,7 +343,10 @@ def settings_table() -> list[str]:
             if scores is None:
                 row.append("")
                 continue
-            row.append(f"{value:g} ({100 * scores[f'{value:g}']:.1f})")
+            # Of two values either is an end.
+            ends = {grids[name][0], grids[name][-1]} if len(grids[name]) > 2 else set()
+            mark = ", edge" if value in ends else ""
+            row.append(f"{value:g} ({100 * scores[f'{value:g}']:.1f}{mark})")
         rows.append(row)
     header = ["arm", "learning rate of PT", "factor on weights", "of IFT, up to 1,000 scenes", "of IFT, 6,000 scenes"]
     return markdown_table(header, rows)
