@@ -197,7 +197,13 @@ def read_checkpoint(
     predictors = None
     if fields.get("tasks"):
         predictors = find_file(checkpoint, PREDICTORS_FILE)
-    if predictors is not None and model_class is AutoModelForImageTextToText:
+    is_attached = model_class is AutoModelForImageTextToText
+    # `task_token_ids` tells tasks of ours from a stranger's field of that name. Without the file all training of them
+    # would be lost without a word.
+    if is_attached and predictors is None and fields.get("tasks") and "task_token_ids" in fields:
+        lacks = f"{checkpoint} has tasks in config.json and no {PREDICTORS_FILE}"
+        raise ValueError(f"{lacks}: fetch that file too, or take `tasks` out of config.json")
+    if is_attached and predictors is not None:
         with fitting(predictors):
             attach_predictors(model, fields["tasks"], processor, predictors.parent)
     return model, processor

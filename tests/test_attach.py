@@ -25,11 +25,13 @@ from transformers import (
     LlavaForConditionalGeneration,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
+from ola_vlm.inference.checkpoints import read_checkpoint
 from ola_vlm.training.arguments import OlaVlmArguments
-from ola_vlm.training.attach import attach_predictors, detach_predictors, image_layout
+from ola_vlm.training.attach import AttachedPredictors, attach_predictors, detach_predictors, image_layout
 from ola_vlm.training.collator import AttachedCollator
 from ola_vlm.training.rows import BadRow
 from ola_vlm.training.stages import apply_stage
@@ -267,13 +269,14 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])  # tables of their own, and tied ones
 def test_task_tokens_stay_frozen_in_fine_tuning(family, tmp_path):
     model, processor = make(family, tokens=True)
-    model.write_task_tokens()
     apply_stage(model, "finetune")
     before = [table.weight.clone() for table in (model.get_input_embeddings(), model.get_output_embeddings())]
     trainer = make_trainer(model, processor, tmp_path, stage="finetune", weight_decay=0.1)
     trainer.train()
     assert [*losses(trainer)[0]] == ["loss", "loss/ntp"]
     ids, word = model.config.task_token_ids, processor.tokenizer.convert_tokens_to_ids("user")
+    # From the start, without any pre-training, they are what the query tables stand for.
+    assert before[0][ids].equal(model.task_token_embeddings().detach())
     assert len(ids) == 8 and max(ids) < len(before[0])
     for table, weight in zip((model.get_input_embeddings(), model.get_output_embeddings()), before, strict=True):
         assert table.weight[ids].equal(weight[ids]) and not table.weight[word].equal(weight[word])
@@ -317,6 +320,66 @@ def test_task_tokens_are_written_where_the_lookup_finds_them(build):
     assert embeddings.weight[:known].equal(before)
     for name, value in model.state_dict().items():
         assert state[name].equal(value), name
+
+
+def test_a_resized_vocabulary_has_its_new_tokens():
+    """Rows that were padding become tokens that can be learned and answered; no task token is lost."""
+    model, processor = idefics3()
+    attach_predictors(model, tasks_of(True), processor)
+    assert model.config.vocab_padding > 1
+    processor.tokenizer.add_tokens(["<obj>"])
+    new = processor.tokenizer.convert_tokens_to_ids("<obj>")
+    assert new in model.generation_config.suppress_tokens
+    model.resize_token_embeddings(len(processor.tokenizer))
+    assert model.config.vocab_padding == 0 and len(model.get_input_embeddings().weight) == len(processor.tokenizer)
+    assert model.generation_config.suppress_tokens == model.config.task_token_ids
+    ids = torch.tensor([[new, 5, new]])
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss < 100
+
+    model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
+    rows = len(model.get_input_embeddings().weight)
+    assert rows % 64 == 0 and model.config.vocab_padding == rows - len(processor.tokenizer)
+    assert model.generation_config.suppress_tokens == [*model.config.task_token_ids, *range(new + 1, rows)]
+    model.resize_token_embeddings(pad_to_multiple_of=128)
+    rows = len(model.get_input_embeddings().weight)
+    assert rows % 128 == 0 and model.config.vocab_padding == rows - len(processor.tokenizer)
+    largest = max(model.config.task_token_ids)
+    with pytest.raises(ValueError, match=f"task tokens have ids up to {largest}: keep at least {largest + 1} rows"):
+        model.resize_token_embeddings(largest)
+
+
+def test_a_checkpoint_without_its_predictors_is_refused(tmp_path):
+    """A download of `model*.safetensors` alone would train, and answer, without a word about its tasks."""
+    model, processor = make("idefics3")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    assert isinstance(read_checkpoint(tmp_path)[0], AttachedPredictors)
+    (tmp_path / "predictors.safetensors").unlink()
+    lacks = r"has tasks in config.json and no predictors.safetensors: fetch that file too, or take `tasks` out"
+    with pytest.raises(ValueError, match=lacks):
+        read_checkpoint(tmp_path)
+    # Another model's field of that name is nobody's business here.
+    detach_predictors(model)
+    model.config.tasks = ["ocr"]
+    model.save_pretrained(tmp_path)
+    assert not isinstance(read_checkpoint(tmp_path)[0], AttachedPredictors)
+
+
+def test_what_is_pushed_as_it_is_saved_has_the_predictors(tmp_path, monkeypatch):
+    """`save_pretrained(push_to_hub=True)` uploads the folder as it is when the model's own weights are written."""
+    model, _ = make("idefics3")
+    uploaded = []
+
+    def upload(self, folder, *args, **options):
+        uploaded.extend(path.name for path in Path(folder).iterdir())
+
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    hub = SimpleNamespace(create_repo=lambda *args, **options: SimpleNamespace(repo_id="me/x"))
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: hub)
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *args, **options: card)
+    model.save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert {"predictors.safetensors", "model.safetensors", "config.json"} <= set(uploaded)
 
 
 def test_a_tokenizer_with_holes():
@@ -403,12 +466,16 @@ def test_task_tokens_are_words_to_rotary_positions():
         assert (steps.diff() == 1).all() and (steps == steps[:1]).all()
 
 
-def test_llava_with_attached_predictors_predicts_as_ola_vlm(make_model):
-    ola, processor = make_model(tasks_of())
+@pytest.mark.parametrize("layers", [[1, 2], [4]], ids=["as_the_towers", "others"])
+def test_llava_with_attached_predictors_predicts_as_ola_vlm(layers, make_model):
+    """Also where predictors read no layer of the language model whose number is that of the tower's: LLaVA hands what
+    it is asked for to its tower."""
+    tasks = [{**task, "layers": layers} for task in tasks_of()]
+    ola, processor = make_model(tasks)
     plain = LlavaForConditionalGeneration(ola.config)
     state, own = ola.state_dict(), ("predictors.", "logit_scales.", "queries.")
     plain.load_state_dict({name: value for name, value in state.items() if not name.startswith(own)})
-    attach_predictors(plain, tasks_of(), processor)
+    attach_predictors(plain, tasks, processor)
     plain.load_state_dict(state)
     rows = make_rows(IMAGES)
     batch = make_collator(plain, processor, square=False)(rows)  # LLaVA's processor pads by itself

@@ -1,5 +1,6 @@
 """Objectives other than the paper's: what patches and the projector's output are compared with, and when."""
 
+import re
 from functools import partial
 
 import pytest
@@ -411,6 +412,27 @@ def test_how_many_tokens_an_image_becomes_is_known_before_training(family):
         collator.check_tokens([WORDS | {"target_length": tokens + 1}], model.config.image_token_id)
     # Without a side images differ in it.
     assert AttachedCollator(processor).tokens_of_image(model.config.image_token_id) is None
+
+
+def test_images_that_cannot_fit_their_targets_are_told_before_targets_are_made(caplog):
+    """Tiles of any image are refused; where it depends on the images' sizes, it is said."""
+    grid = [{"name": "depth", "predictor": "patch", "target_length": 16}]
+    whole = {**PATCH, "name": "gen", "target_length": 1}
+    model, processor, tiles = attach("idefics3", [RESAMPLER | {"num_task_tokens": 0}, whole])
+    with pytest.raises(ValueError, match=r"'depth': an image has .* tiles, which make no grid: set its processor's"):
+        tiles.check_tokens(grid, model.config.image_token_id)
+    # A mean over all tokens has no places, and a resampler reads them in any order.
+    tiles.check_tokens(model.config.tasks, model.config.image_token_id)
+    batch = tiles(random_rows(1, [1]))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_owner")}
+    assert predict(model, inputs).predictions["gen"][2].shape == (1, 1, 6)
+    AttachedCollator(processor, image_options=ONE_SIZE["idefics3"]).check_tokens(grid, model.config.image_token_id)
+    assert not caplog.records
+
+    sizes = {"size": {"shortest_edge": 16 * 16, "longest_edge": 128 * 128}}
+    model, processor, _ = attach("qwen2_5_vl", [RESAMPLER | {"num_task_tokens": 0}], **sizes)
+    AttachedCollator(processor).check_tokens([WORDS | {"target_length": 16}], model.config.image_token_id)
+    assert re.search(r"'words': images of 64 and 1024 pixels have \[16, 64\] tokens.*: give image_side", caplog.text)
 
 
 def test_padding_has_the_processors_own_mean_color():

@@ -394,6 +394,12 @@ def test_streaming_a_parquet_folder(world, tmp_path):
         ({"streaming": True, "max_steps": -1}, "give max_steps"),
         ({"streaming": True, "target_cache": "x"}, "leave out target_cache, or"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
+        ({"tasks": [], "embedding_losses": True}, "embedding_losses given: that is for .* this run trains none"),
+        ({"stage": "finetune", "losses_until": 0.5}, "losses_until given: that is for .*: give tasks"),
+        (
+            {"embedding_losses": False, "losses_until": 0.5, "shuffle_targets": True},
+            "losses_until and shuffle_targets given: that is for",
+        ),
     ],
 )
 def test_wrong_arguments_name_the_field(world, tmp_path, changes, message):

@@ -1,5 +1,6 @@
 """What trains, what stays bit-frozen, and that accumulation, resuming and evaluation change nothing."""
 
+import copy
 import logging
 import math
 
@@ -14,6 +15,7 @@ from transformers import default_data_collator
 
 from ola_vlm.modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ola_vlm.training.arguments import OlaVlmArguments
+from ola_vlm.training.collator import OlaVlmCollator
 from ola_vlm.training.rows import BadRow
 from ola_vlm.training.stages import STAGES, apply_stage, part_of
 from ola_vlm.training.trainer import OlaVlmTrainer
@@ -503,6 +505,29 @@ def test_metrics_of_logits_need_whole_batches_of_all_processes(make_model, tmp_p
         trainer.set_tasks(model.config.tasks)
     with pytest.raises(ValueError, match=told):
         trainer.get_eval_dataloader(random_rows(4))
+
+
+@pytest.mark.parametrize("fault", ["no_tasks", "no_source", "another_shape"])
+def test_a_collator_of_other_tasks_is_refused_by_name(fault, make_model, tmp_path):
+    """Before the first batch, where a worker would end with a KeyError."""
+    model, processor = make_model()
+    tasks = copy.deepcopy(model.config.tasks)
+    sources = {task["name"]: target_source(task) for task in tasks}
+    says = r"was made without it"
+    if fault == "no_tasks":
+        tasks = []
+    elif fault == "no_source":
+        del sources["depth"]
+        says = r"has no target_sources\['depth'\]"
+    else:
+        tasks[1]["target_dim"] += 1
+        says = r"was made for targets \(\d+, \d+\) of it, the model's are \(\d+, \d+\)"
+    apply_stage(model, "pretrain")
+    args = OlaVlmArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
+    collator = OlaVlmCollator(processor, sources, tasks)
+    how = r"give data_collator=OlaVlmCollator\(processor, target_sources, model.config.tasks\)"
+    with pytest.raises(ValueError, match=rf"is trained, and data_collator {says}: {how}"):
+        OlaVlmTrainer(model, args, data_collator=collator, processing_class=processor, train_dataset=random_rows(2))
 
 
 def test_every_evaluation_names_its_own_losses(make_model, tmp_path):

@@ -29,7 +29,9 @@ from ..modeling_ola_vlm import (
     Parameters,
     from_inputs_on,
     inputs_kept,
+    layers_of,
     make_predictor,
+    states_kept,
 )
 from ..processing_ola_vlm import added_ids
 from ..targets.loading import read_safetensors
@@ -80,14 +82,12 @@ class AttachedPredictors(Mixed):
         that a token belongs to, counted through the batch, -1 for none (`training.collator.AttachedCollator`).
         """
         # Predictors read the hidden states of their layers: these alone are kept.
+        reading = nullcontext()
         if output_predictions:
             if image_owner is None or not kwargs.keys() >= {"input_ids", "attention_mask"}:
                 needs = "input_ids, attention_mask and image_owner by name, as AttachedCollator gives them"
                 raise ValueError(f"output_predictions=True needs {needs}")
-            layers = set()
-            for task in self.config.tasks:
-                layers.update(task["layers"])
-            kwargs["output_hidden_states"] = sorted(layers)
+            reading = states_kept(self, layers_of(self.config.tasks))
         if self.training:
             # A cache would hold keys and values of all layers, which no training reads.
             kwargs.setdefault("use_cache", False)
@@ -97,7 +97,7 @@ class AttachedPredictors(Mixed):
         frozen = self.task_tokens_frozen and self.training
         if self.config.task_token_ids and (self.task_tokens_from_queries or frozen):
             hook = self.get_input_embeddings().register_forward_hook(self._task_tokens_hook())
-        with hook, inputs_kept(self, output_predictions) as entered:
+        with hook, reading as states, inputs_kept(self, output_predictions) as entered:
             outputs = super().forward(*args, **kwargs)
 
         # The loss of the next tokens, over logits (B, T, vocabulary).
@@ -105,8 +105,7 @@ class AttachedPredictors(Mixed):
             candidates = outputs.logits
             if self.config.task_token_ids:
                 # Task tokens are inputs only: their rows in the head neither learn nor disturb.
-                rows = candidates.shape[-1]
-                padding = range(rows - self.config.vocab_padding, rows)
+                padding = padding_rows(self.config, candidates.shape[-1])
                 never = torch.tensor([*self.config.task_token_ids, *padding], device=candidates.device)
                 candidates = candidates.index_fill(-1, never, torch.finfo(candidates.dtype).min)
             count = {"vocab_size": candidates.shape[-1], "num_items_in_batch": num_items_in_batch}
@@ -115,7 +114,7 @@ class AttachedPredictors(Mixed):
             return outputs
 
         # What is predicted of each image's embeddings.
-        assert image_owner is not None
+        assert image_owner is not None and states
         layout = image_layout(image_owner, kwargs["input_ids"], kwargs["attention_mask"], self.config)
         loss = None
         if labels is not None:
@@ -123,7 +122,7 @@ class AttachedPredictors(Mixed):
         return OlaVlmCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            **self.distill(from_inputs_on(entered, outputs.hidden_states), layout, word_ids),
+            **self.distill(from_inputs_on(entered, states[0]), layout, word_ids),
         )
 
     def _task_tokens_hook(self):
@@ -153,9 +152,34 @@ class AttachedPredictors(Mixed):
         # Apart, so that the model's own file loads without a word about unexpected weights.
         own = predictors_of(state_dict)
         plain = {name: value for name, value in state_dict.items() if name not in own}
-        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
+        # First, as `push_to_hub=True` uploads the folder as it is when the model's own weights have been written.
         if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_predictors(own, self.config, save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The model's own: all `new_num_tokens` rows are tokens, those that `pad_to_multiple_of` adds are padding.
+        ValueError if a task token's row would be lost."""
+        largest_id = max(self.config.task_token_ids, default=-1)
+        if new_num_tokens is not None and new_num_tokens <= largest_id:
+            needs = f"task tokens have ids up to {largest_id}: keep at least {largest_id + 1} rows"
+            raise ValueError(f"new_num_tokens is {new_num_tokens}, but {needs}")
+        former = padding_rows(self.config, cast(nn.Embedding, self.get_input_embeddings()).num_embeddings)
+        tokens = new_num_tokens
+        if tokens is None:
+            tokens = former.start
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        # Without task tokens there is no padding of ours.
+        if self.config.task_token_ids:
+            rows = cast(nn.Embedding, embeddings).num_embeddings
+            self.config.vocab_padding = rows - tokens
+            # Rows that were padding may have become tokens, and may be answered then.
+            banned = {*(self.generation_config.suppress_tokens or [])} - {*former}
+            self.generation_config.suppress_tokens = sorted({*banned, *padding_rows(self.config, rows)})
+        return embeddings
 
     def load_checkpoint(self, folder: str | Path):
         """All weights from a folder that `save_pretrained` wrote. Its files are mapped into memory: no second model is
@@ -196,6 +220,11 @@ class AttachedPredictors(Mixed):
             for name in names:
                 weights.setdefault(name, saved[0])
         return weights
+
+
+def padding_rows(config: PreTrainedConfig, rows: int) -> range:
+    """The last of a vocabulary's rows, which stand for no token."""
+    return range(rows - config.vocab_padding, rows)
 
 
 def load_predictors(model: PreTrainedModel, folder: str | Path) -> None:
@@ -286,7 +315,11 @@ def attach_predictors(
             queries[task["name"]] = nn.Parameter(torch.randn(rows, text.hidden_size))
     if checkpoint is not None:
         own.load_state_dict(read_safetensors(Path(checkpoint) / PREDICTORS_FILE))
-    return _mix_in(model, own, tasks, token_ids)
+    attached = _mix_in(model, own, tasks, token_ids)
+    # Their rows begin as what the query tables stand for, also in a stage that keeps them as they are.
+    if checkpoint is None and token_ids:
+        cast(AttachedPredictors, attached).write_task_tokens()
+    return attached
 
 
 def without_predictors(model: PreTrainedModel) -> PreTrainedModel:
@@ -375,8 +408,7 @@ def _add_task_tokens(model: PreTrainedModel, processor: Any, tokens: list[str]) 
         model.config.vocab_padding = rows - num_tokens
 
     # And never into an answer.
-    padding = range(rows - model.config.vocab_padding, rows)
-    never = {*(model.generation_config.suppress_tokens or []), *ids, *padding}
+    never = {*(model.generation_config.suppress_tokens or []), *ids, *padding_rows(model.config, rows)}
     model.generation_config.suppress_tokens = sorted(never)
     return ids
 

@@ -15,15 +15,20 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
+from transformers.utils import logging
 
 from ..configuration_ola_vlm import target_shape, task_token_strings
 from ..targets.encoders import Motion, rescale_factor
 from .chat_template import PROBE, fit_chat_template, special_tokens_around
 from .rows import BadRow, open_source
 
+logger = logging.get_logger(__name__)
+
 IGNORE_INDEX = -100
 # To see what the processor makes of an image, and in place of one where a batch has none.
 BLANK = Image.new("RGB", (64, 64))
+# Of another size, of which a processor may make more tokens, or tiles.
+LARGE_BLANK = Image.new("RGB", (1024, 1024))
 # Types of targets that stay as they are; others become float32. 16 bits: half the memory, and half of what ranks
 # exchange, and the loss makes float32 of them. Integers: numbers of words.
 KEPT_DTYPES = (torch.bfloat16, torch.float16, torch.int32)
@@ -487,10 +492,32 @@ class AttachedCollator(OlaVlmCollator):
         # Without a side, an image has as many as its own size makes.
         if not self.square or self.side is None:
             return None
+        return int(self._is_image(BLANK, image_token_id).sum())
+
+    def _is_image(self, image: Image.Image, image_token_id: int) -> torch.Tensor:
+        """Which tokens (T,) of a question about that image are the image itself."""
         text, _ = self._render(PROBE[:1])
-        batch = self.inputs(text, [BLANK])
-        is_image = (batch["image_owner"] == 0) & (batch["input_ids"] == image_token_id)
-        return int(is_image.sum())
+        batch = self.inputs(text, [image])
+        return ((batch["image_owner"] == 0) & (batch["input_ids"] == image_token_id))[0]
+
+    def check_tokens(self, tasks: Sequence[dict], image_token_id: int) -> None:
+        """ValueError also if images of any size become tiles where their tokens are to make the targets' grid; a
+        warning if it depends on their size whether they fit."""
+        super().check_tokens(tasks, image_token_id)
+        of_sizes = [self._is_image(blank, image_token_id) for blank in (BLANK, LARGE_BLANK)]
+        counts = [int(is_image.sum()) for is_image in of_sizes]
+        # A piece begins where the token before is none of the image's.
+        pieces = [int((is_image[1:] & ~is_image[:-1]).sum() + is_image[0]) for is_image in of_sizes]
+        for task in tasks:
+            if task["predictor"] == "resampler" or task["target_length"] == 1:
+                continue
+            if min(pieces) > 1:
+                what = f"an image has {max(pieces)} tiles, which make no grid"
+                raise ValueError(f"task {task['name']!r}: {what}: set its processor's splitting of images to false")
+            if max(pieces) > 1 or (task["predictor"] == "none" and len(set(counts)) > 1):
+                differ = f"images of {BLANK.width} and {LARGE_BLANK.width} pixels have {counts} tokens, {pieces} tiles"
+                need = "one tile of as many tokens as targets" if task["predictor"] == "none" else "one tile"
+                logger.warning(f"task {task['name']!r}: {differ}, and it needs {need}: give image_side unless all fit")
 
     def _shortest_question(self) -> int:
         text, _ = self._render(PROBE[:1])

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from ..configuration_ola_vlm import target_shape
 from .attach import AttachedPredictors
 from .collator import PADDING_ROW, AttachedCollator, OlaVlmCollator
 from .losses import StepTargets, task_loss
@@ -44,9 +45,12 @@ class EmbeddingLosses(WholeCheckpoints):
     losses_until: float | None = None
 
     def set_tasks(self, tasks: list[dict]) -> None:
-        """Those whose losses train, after the trainer's own set-up. ValueError for words without a source of words."""
+        """Those whose losses train, after the trainer's own set-up. ValueError for words without a source of words,
+        and for a collator that was made for other tasks."""
         # Before the first step, not at the first evaluation.
         self._check_metrics(self.eval_dataset)
+        if isinstance(self.data_collator, OlaVlmCollator):
+            check_targets(self.data_collator, tasks)
         self.tasks = tasks
         self.word_ids = word_ids_of(tasks, self.data_collator.target_sources, self.processing_class)
         # Of the losses since the last log: their sums, each times what it counts, and the sums of what they count: a
@@ -336,6 +340,22 @@ def check_collator(model: PreTrainedModel, collator: object) -> None:
         raise ValueError(
             f"this model trains on the batches of a {needed.__name__}, and data_collator is {given}: give {how}"
         )
+
+
+def check_targets(collator: OlaVlmCollator, tasks: list[dict]) -> None:
+    """ValueError for a task of which the collator gives no targets, or targets of another shape."""
+    for task in tasks:
+        name = task["name"]
+        shape = collator.target_shapes.get(name)
+        if name in collator.target_sources and shape == target_shape(task):
+            continue
+        lack = f"has no target_sources[{name!r}]"
+        if name in collator.target_sources:
+            lack = f"was made for targets {shape} of it, the model's are {target_shape(task)}"
+            if shape is None:
+                lack = "was made without it"
+        how = f"data_collator={type(collator).__name__}(processor, target_sources, model.config.tasks)"
+        raise ValueError(f"task {name!r} is trained, and data_collator {lack}: give {how}")
 
 
 def _target_dtype(batches: list[dict], name: str) -> int:

@@ -106,6 +106,7 @@ def check_run(args: OlaVlmArguments) -> list[dict]:
     trained = []
     if stage.embedding_losses:
         trained = tasks
+    _check_losses(args, trained)
     if is_attached(args):
         check_square(view_of_images(args).get("square", True), trained)
     for task in trained:
@@ -121,6 +122,23 @@ def check_run(args: OlaVlmArguments) -> list[dict]:
     if args.packing:
         _check_packing(args)
     return trained
+
+
+def _check_losses(args: OlaVlmArguments, trained: list[dict]) -> None:
+    """ValueError for what a run asks of embedding losses that it doesn't have: it would train next tokens alone, and a
+    control would be its arm."""
+    if trained:
+        return
+    asked = []
+    if args.embedding_losses:
+        asked.append("embedding_losses")
+    if args.losses_until is not None:
+        asked.append("losses_until")
+    if args.shuffle_targets:
+        asked.append("shuffle_targets")
+    if asked:
+        what = f"{' and '.join(asked)} given: that is for embedding losses, and this run trains none"
+        raise ValueError(f"{what}: give tasks (or a checkpoint with some) and a stage or embedding_losses for them")
 
 
 def _check_trainer_fields(args: OlaVlmArguments) -> None:

@@ -17,7 +17,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ..modeling_ola_vlm import from_inputs_on, inputs_kept
+from ..modeling_ola_vlm import from_inputs_on, inputs_kept, layers_of, states_kept
 from .attach import AttachedPredictors, image_layout
 from .embedding_losses import EmbeddingLosses, check_collator, report_bad_rows
 from .rows import Rows, read_row
@@ -125,19 +125,10 @@ class AttachedSFTTrainer(EmbeddingLosses, SFTTrainer):
 
     @contextmanager
     def _predictions(self, inputs: dict, owner: torch.Tensor) -> Iterator[dict]:
-        """A dict that gets what the model predicts (`distill`) in the first pass through it, which is the loss's.
-        `inputs` get the layers whose states are asked for."""
+        """A dict that gets what the model predicts (`distill`) in the first pass through it, which is the loss's."""
         base = cast(Any, self.base_model)
-        layers = set()
-        for task in self.tasks:
-            layers.update(task["layers"])
-        inputs["output_hidden_states"] = sorted(layers)
         layout = image_layout(owner, inputs["input_ids"], inputs["attention_mask"], base.config)
-        states = []
         predicted: dict = {}
-
-        def keep_states(module, args, output):
-            states.append(output.hidden_states)
 
         def predict(module, args, output):
             if predicted:
@@ -148,17 +139,13 @@ class AttachedSFTTrainer(EmbeddingLosses, SFTTrainer):
             # DDP looks in the output for what has been at work.
             return _with_predictions(type(output))(**output, distilled=predicted)
 
-        hooks = [
-            base.base_model.register_forward_hook(keep_states),
-            # Before FSDP2's own, which lets gathered weights go.
-            base.register_forward_hook(predict, prepend=True),
-        ]
+        # Before FSDP2's own, which lets gathered weights go.
+        hook = base.register_forward_hook(predict, prepend=True)
         try:
-            with inputs_kept(base) as entered:
+            with inputs_kept(base) as entered, states_kept(base, layers_of(self.tasks)) as states:
                 yield predicted
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
 
 
 @cache

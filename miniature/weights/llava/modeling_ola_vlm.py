@@ -305,10 +305,13 @@ class ImageLayout:
             return predicted_VE.view(len(counts), length, predicted_VE.shape[1])
         if task["predictor"] == "none":
             sizes = f"images have {sorted(set(counts))} tokens, targets {length} positions"
-            raise ValueError(
-                f"task {task['name']!r}: {sizes}: without a predictor set target_length to an image's tokens"
-            )
-        self._check_in_one_piece(task["name"])
+            remedy = "set target_length to an image's tokens"
+            if len(set(counts)) > 1:
+                remedy = "give images one size (image_side), and set target_length to their tokens"
+            raise ValueError(f"task {task['name']!r}: {sizes}: without a predictor {remedy}")
+        # A mean over all tokens needs no grid.
+        if length > 1:
+            self._check_in_one_piece(task["name"])
         grids = [resize_grid(cells_VE, length, task["name"]) for cells_VE in predicted_VE.split(counts)]
         return torch.stack(grids)
 
@@ -459,8 +462,8 @@ class OlaVlmModel(LlavaModel):
         for name, value in kwargs.items():
             if name not in FlashAttentionKwargs.__annotations__:
                 options[name] = value
-        # A list names layers of the LLM, not of the tower.
-        if isinstance(options.get("output_hidden_states"), list):
+        # A list or a number names layers of the LLM, not of the tower.
+        if not isinstance(options.get("output_hidden_states", True), bool):
             del options["output_hidden_states"]
         # In the signature by their names: `generate` hands on what it finds there.
         options["vision_feature_layer"] = vision_feature_layer
@@ -544,6 +547,42 @@ def inputs_kept(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
         yield entered
     finally:
         hook.remove()
+
+
+@contextmanager
+def states_kept(model: Any, layers: list[int]) -> Iterator[list[tuple]]:
+    """A list that gets the hidden states of these layers, of the first pass through the language model in this block.
+    It alone is asked for them: asked of the whole model, towers would keep their own layers of these numbers."""
+    kept: list[tuple] = []
+
+    def ask(module, args, kwargs):
+        # Somebody who wants all layers gets them: ours are among them.
+        if kwargs.get("output_hidden_states") is True:
+            return args, kwargs
+        return args, {**kwargs, "output_hidden_states": layers}
+
+    def keep(module, args, output):
+        if not kept:
+            kept.append(output.hidden_states)
+
+    language_model = model.get_decoder()
+    hooks = [
+        language_model.register_forward_pre_hook(ask, with_kwargs=True),
+        language_model.register_forward_hook(keep),
+    ]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def layers_of(tasks: list[dict]) -> list[int]:
+    """Those that some task's predictors read, each once, rising."""
+    layers = set()
+    for task in tasks:
+        layers.update(task["layers"])
+    return sorted(layers)
 
 
 def from_inputs_on(entered: list[Tensor], states: tuple) -> tuple:
@@ -855,13 +894,12 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration, GenerationMi
             if output_predictions or supervised_logits_only:
                 return True
             return wanted
-        layers = set()
+        layers = []
         if output_predictions:
-            for task in self.config.tasks:
-                layers.update(task["layers"])
+            layers = layers_of(self.config.tasks)
         if supervised_logits_only:
-            layers.add(self.config.text_config.num_hidden_layers)
-        return sorted(layers)
+            layers = sorted({*layers, self.config.text_config.num_hidden_layers})
+        return layers
 
     def _task_token_inputs(self) -> dict:
         """What the backbone needs to know of task tokens that aren't ordinary rows."""
