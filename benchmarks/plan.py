@@ -313,7 +313,7 @@ def rows_a_gpu(batch: int, gpus: int) -> int:
 
 def print_pretraining(args: argparse.Namespace) -> None:
     # FLOP/s of all GPUs together.
-    speed = args.gpus * args.peak_tflops * 1e12 * args.utilisation
+    speed = args.gpus * args.peak_tflops * 1e12 * args.utilization
     rows = rows_a_gpu(args.batch, args.gpus)
     print(f"\npre-training step by DDP, {rows} rows a GPU")
     print(f"{'':<34}PFLOPs seconds  hours; GB a GPU:{'kept':>7}{'columns':>11}{'states':>11}{'whole':>11}")
@@ -387,7 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=16)
     parser.add_argument("--peak_tflops", type=float, default=989, help="of a GPU in bf16: 989 is an H100's")
-    parser.add_argument("--utilisation", type=float, default=0.35, help="share of it that is reached")
+    parser.add_argument("--utilization", type=float, default=0.35, help="share of it that is reached")
     parser.add_argument("--images", type=int, default=558_128)
     parser.add_argument("--words", type=int, default=90, help="tokens a row that are no image's: prompt and caption")
     parser.add_argument("--supervised", type=int, default=30, help="of these, the caption's")
@@ -400,8 +400,8 @@ def main() -> None:
         rows_a_gpu(args.batch, args.gpus)
     except ValueError as error:
         parser.error(str(error))
-    speed = args.gpus * args.peak_tflops * 1e12 * args.utilisation
-    print(f"{args.gpus} GPUs of {args.peak_tflops:g} TFLOP/s at {args.utilisation:.0%}, {args.images:,} images")
+    speed = args.gpus * args.peak_tflops * 1e12 * args.utilization
+    print(f"{args.gpus} GPUs of {args.peak_tflops:g} TFLOP/s at {args.utilization:.0%}, {args.images:,} images")
 
     print("\nteachers, one pass over the images      TFLOPs an image   hours")
     for name, flops in count_teachers().items():

@@ -20,5 +20,5 @@ def parser() -> Parser:
         action="store_true",
         help="answers of two variants, prompts or truths, too; table and page say in what they differ",
     )
-    parser.add_argument("--limit", type=int, default=48, help="questions on the page at most (about 10 kB each)")
+    parser.add_argument("--limit", type=int, default=48, help="questions on the page at most (2.5 to 10 kB each)")
     return parser

@@ -1,8 +1,8 @@
 """Make data to begin with: `ola-vlm data miniature` renders the miniature's world, without training.
 
 About a minute of one core. OUT/data gets images, pretrain.json and finetune.json (LLaVA's rows), questions for tests,
-exact depth and masks, and contact_sheet.png. The recipes miniature_... read it from runs/miniature; `ola-vlm miniature
---resume` goes on with it.
+exact depth and masks, and contact_sheet.png. The recipes miniature_... read it from runs/miniature, and
+`ola-vlm miniature` goes on with it.
 """
 
 from .parsing import Parser, one_of, results_folder

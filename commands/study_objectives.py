@@ -53,7 +53,8 @@ def parser() -> Parser:
         "--settings",
         type=Path,
         default=SETTINGS_FILE,
-        help="where tuning writes what it chose, and confirming reads it; default: docs/study/settings.json",
+        help="where tuning writes what it chose, and confirming reads it; default: docs/study/settings.json of a "
+        "clone (an installed package has none: give one)",
     )
     # What else a run can be for.
     parser.add_argument(

@@ -200,7 +200,8 @@ def test_chosen_settings_are_shown_with_the_score_that_chose_them(tmp_path, monk
     }
     tuned = {"settings": {"llava": llava}, "scores": {"llava": tried}}
     (tmp_path / "settings.json").write_text(json.dumps(tuned))
-    assert write_pages.settings_table()[-1] == "| `llava` | 0.0003 (50.0) |  | 0.001 (62.5) | 0.001 (75.0) |"
+    # An end of the grid is marked, but where the grid has no other values.
+    assert write_pages.settings_table()[-1] == "| `llava` | 0.0003 (50.0, edge) |  | 0.001 (62.5) | 0.001 (75.0) |"
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def test_hours_and_memory_of_pretraining(monkeypatch, capsys):
         return {"flops": 1e15, "kept": 1e9, "columns": 2e9, "sizes": ONE_BILLION}
 
     monkeypatch.setattr(plan, "count_step", count_step)
-    args = Namespace(gpus=4, peak_tflops=100, utilisation=0.5, images=3200, words=9, supervised=3, batch=32)
+    args = Namespace(gpus=4, peak_tflops=100, utilization=0.5, images=3200, words=9, supervised=3, batch=32)
     plan.print_pretraining(args)
     assert set(asked) == {(8, 9, 3, 32)} and len(asked) == 6
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("  LLaVA", "  OLA-VLM"))]
