@@ -25,6 +25,38 @@ OF_A_NOUN = re.compile(
 )
 NONE_OF = re.compile(r"\bnone\s+of\b[^.,;!?\n]*", re.IGNORECASE)
 ABOUT_IT = any_of("is was are were has looks seems appears")
+# Number words that count. "One" is a pronoun as well ("the one on the left"), and counts only behind what leads to a
+# count, or alone: "There is one chair", "The answer is one.", "One chair is visible".
+NUMBER = any_of(NUMBERS.replace("one ", ""))
+LEADS_TO_ONE = (
+    r"there\s(?:is|was)|there's|i\s(?:can\s)?(?:only\s)?(?:see|count)"
+    r"|(?:image|picture|photo|scene)\s(?:has|shows|contains)"
+)
+ONE = (
+    r"(?:(?<=\bis\s)|(?<=\bit's\s)|(?<=:\s)|\A\W*)one\b(?=\W*(?:[.,;!\n]|\Z))|\A\W*one(?=\s(?!another\b)[\w-]+\W*\Z)"
+    r"|\bone(?=\s[\w-]+(?:\s[\w-]+)?\s(?:is|was)\s(?:visible|present|shown|seen|there|in)\b)"
+)
+COUNTED = re.compile(
+    rf"(?P<lead>\b(?:{LEADS_TO_ONE})\s(?:(?:only|just|exactly)\s)?|(?<!\bthe\s)\b(?:only|just|exactly)\s)"
+    r"one\b(?!-|\sof\b)"
+    rf"|(?P<one>{ONE})|(?P<number>{NUMBER})",
+    re.IGNORECASE,
+)
+# Numbers that are no count: "twenty two", "two hundred", "two thirds", "at least two", "option two".
+NO_COUNT = re.compile(
+    rf"\b(?:{any_of('twenty thirty forty fifty sixty seventy eighty ninety hundred thousand point another other')}"
+    r"|additional|option|choice|at\s+(?:least|most)|(?:more|less|fewer|other)\s+than|up\s+to|over|under)"
+    rf"\s+(?:and\s+)?(?:one\b|{NUMBER})"
+    rf"|(?:\bone\b|{NUMBER})(?=\s+(?:and\s+a\s+half"
+    rf"|{any_of('hundred thousand million dozen half halves thirds? quarters? fifths? tenths? point more others?')}))",
+    re.IGNORECASE,
+)
+# "Two on the left and one on the right".
+ONE_MORE = re.compile(
+    r"(?:\b(?:and|plus)|[,;+&])\s+(?:\w+ly\s+)?(?:another|one|some|several)\b(?!\s+of\b)|\A\W*one\s+(?:is|on|in|at)\b",
+    re.IGNORECASE,
+)
+SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]?")
 
 
 def same_as(text: str, choices: Sequence[str]) -> int | None:
@@ -40,9 +72,16 @@ def same_as(text: str, choices: Sequence[str]) -> int | None:
     return same[0]
 
 
+def names_an_option(text: str, choices: Sequence[str]) -> bool:
+    """Whether any option's words occur in the text."""
+    words = f" {plain_words(text)} "
+    return any(plain_words(choice) and f" {plain_words(choice)} " in words for choice in choices)
+
+
 def without_own_words(text: str, choices: Sequence[str]) -> str:
     """The text without an option's words right behind its letter, which may sound like a verdict: "(C) None is
-    right", "B. No". "D. The sofa is closest" becomes "(D): closest"."""
+    right", "B. No". "D. The sofa is closest" becomes "(D): closest", and "The nearest is (D) the sofa" ends
+    with "option (D)"."""
     for letter, choice in zip(ascii_uppercase, choices, strict=False):
         words = words_pattern(choice)
         if words:
@@ -51,6 +90,8 @@ def without_own_words(text: str, choices: Sequence[str]) -> str:
             own = rf"(?:{label})\s*(?i:{words})(?![\w'])"
             # A line that begins with an option goes on about it; "(D) is closest" would only mention D.
             text = re.sub(rf"(?m:^)([^\w\n]*?){own}\s+{ABOUT_IT}(?=\s+\w)", rf"\1({letter}):", text)
+            # A clause that ends with both tells which one its subject is.
+            text = re.sub(rf"(?<=\bis\s){own}(?=\s*(?:[.,;!\n]|$))", f"option ({letter})", text)
             text = re.sub(own, f"({letter})", text)
     return text
 
@@ -120,6 +161,9 @@ def only_option(text: str, choices: Sequence[str], whole: bool = False) -> int |
     else:
         options = [option.strip() if WITHOUT_SPACES.fullmatch(option.strip()) else option for option in options]
         named = [i for i, option in enumerate(options) if option.strip() and option in words]
+        # "The one on the left" doesn't name the option "one".
+        if not named or [options[i] for i in named] == [" one "]:
+            named = _named_in_digits(text, choices)
     # "left" is inside "far left": an option that another named option contains does not count.
     longest = []
     for i in named:
@@ -129,6 +173,40 @@ def only_option(text: str, choices: Sequence[str], whole: bool = False) -> int |
     if len(longest) != 1:
         return None
     return longest[0]
+
+
+def _named_in_digits(text: str, choices: Sequence[str]) -> list[int]:
+    """The options that a text names with other signs for their numbers: "There are three chairs" for the option "3" or
+    "3 chairs", "2 chairs" for the option "two"."""
+    words = f" {plain_words(_with_digits(text))} "
+    options = [plain_words(_with_digits(choice)) for choice in choices]
+    # "Two on the left, three on the right": only a number that is told alone is the count.
+    numbers = {word for word in words.split() if word.isdecimal()}
+    return [
+        i
+        for i, option in enumerate(options)
+        if option and f" {option} " in words and (not option.isdecimal() or len(numbers) == 1)
+    ]
+
+
+def _with_digits(text: str) -> str:
+    """The text with digits for the number words that count something; but not in a sentence whose numbers are parts of
+    a sum: "two on the left and another one"."""
+
+    def digits(count: re.Match) -> str:
+        if count["number"]:
+            return _in_digits(count[0].lower())
+        return f"{count['lead'] or ''}1"
+
+    def counted(sentence: re.Match) -> str:
+        counts = NO_COUNT.sub("some", sentence[0])
+        numbers = [(count["number"] or "one").lower() for count in COUNTED.finditer(counts)]
+        # "Two on the left and two on the right".
+        if len(numbers) > len(set(numbers)) or ONE_MORE.search(counts):
+            return sentence[0]
+        return COUNTED.sub(digits, counts)
+
+    return SENTENCE.sub(counted, text.strip())
 
 
 def _in_digits(words: str) -> str:

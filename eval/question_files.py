@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,8 @@ from ..targets.images import IMAGE_ENDINGS
 IMAGE_COLUMNS = ("image", "image_path", "filename", "file_name", "images")
 # Characters in base64; a shorter cell of a TSV is a path, or the index of the row that has the image.
 SHORTER_THAN_AN_IMAGE = 64
+# What `csv` takes everywhere: its limit is a C long, which has 32 bits on Windows.
+LONGEST_CELL = 2**31 - 1
 
 
 class Row:
@@ -234,7 +235,7 @@ def image_source(image):
 def _text_rows(file: Path) -> list[Row]:
     if file.suffix in (".csv", ".tsv"):
         # Images in base64 may be longer than the 131,072 characters that Python allows a field.
-        csv.field_size_limit(sys.maxsize)
+        csv.field_size_limit(LONGEST_CELL)
         text = _text(file)
         header = text.split("\n", 1)[0]
         delimiter = ","
@@ -258,6 +259,8 @@ def _text_rows(file: Path) -> list[Row]:
                 rows.append(Row(values, file, number))
         except csv.Error as error:
             what = f"{error}: put quotation marks around the whole cell, and double those within it"
+            if "field limit" in str(error):
+                what = f"a cell has more than {LONGEST_CELL:,} characters: close its quotation mark, or split the file"
             raise ValueError(f"{file}, row {len(rows) + 1}: {what}") from error
         return rows
     text = _text(file)

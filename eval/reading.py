@@ -11,6 +11,7 @@ from string import ascii_uppercase
 from .cleaning import final_answer, with_verdicts, without_markup
 from .labels import IS_A_WORD, LABEL, LABEL_ONLY, LABELS_VERB, any_of, labels_in, letter_of
 from .own_words import (
+    names_an_option,
     only_option,
     plain_words,
     same_as,
@@ -90,7 +91,9 @@ EXCLUDES = re.compile(
 )
 # A case that is only thought of: "if the answer is A".
 SUPPOSED = re.compile(
-    r"\b(?:if|whether|unless|(?<!\bi\s)(?:suppose|assume)|supposing|assuming|imagine|provided|let(?=\s(?:the|it)\b))\s",
+    r"\b(?:if|whether|unless|(?<!\bi\s)(?:suppose|assume)|supposing|assuming|imagine|let(?=\s(?:the|it)\b)"
+    # "The options provided" are given.
+    r"|(?<!\bthe\s)(?<!those\s)(?<!options\s)(?<!choices\s)(?<!image\s)provided)\s",
     re.IGNORECASE,
 )
 # "A would be right if ...": neither side of the "if" is stated.
@@ -107,12 +110,16 @@ MENTION = (
     r"\s+(?:(?:option|choice)\s+)?[(\[]?(?-i:[A-Z])\b[)\]]?[^\S\n]+"
     r"(?!(?:so|because|since|as|with|for|due|based|given)\b)\w"
 )
+# "The answer to option A is unclear".
+TO_AN_OPTION = r"\s+(?:to|of|for|in)\s+(?:the\s+)?(?:option|choice)\b"
 # "The answer is most likely option (B)": a word for the answer, then fillers only, then the letter.
 ANSWER = (
     any_of(
         # "Option A" alone is a mention, and "answer B" where words follow; but not "I answer B with ...".
-        rf"answers?(?!{MENTION}) (?:i|we|i'd|i'll|would|will)_answer ans "
+        rf"answers?(?!{MENTION}|{TO_AN_OPTION}) (?:i|we|i'd|i'll|would|will)_answer ans "
         r"(?:option|choice|letter|decision|conclusion|verdict|selection)(?=\s*(?:is|was|would|should|must|seems|[:=]))"
+        # "The right one" may be the one on the right.
+        r" (?:correct|best)_(?:one|response|match|fit|statement|description)(?=\s*(?:is|would|should|must|seems|[:=]))"
         " choose chose pick picked select selected go_with going_with opt_for "
         r"vote respuesta réponse antwort risposta resposta ответ svaret? jawaban\w* cevap odpowied\w+ đáp_án"
     )
@@ -129,6 +136,44 @@ FILLER = (
     + r"|'s\b"
     + r"|是|为|為|は|은|는|应|該|该|[\s:=>→\-\u2013\u2014',(]"
 )
+# "The correct answer from the options above is B": between the word for the answer and its verb stand words about
+# where it is from or what it is for. "The option on the left is B" has only a place, and says nothing of an answer.
+GOOD = (
+    r"(?:(?:correct|best|right|proper|final)|(?:most|more)\s+"
+    r"(?:likely|plausible|probable|appropriate|suitable|accurate|fitting))"
+)
+QUALIFIED = (
+    rf"(?:\banswer|\b{GOOD}\s+(?:choice|option|response|match|selection)"
+    r"|\b(?:correct|best)\s+(?:letter|one|fit|statement|description)"
+    r"|\b(?:choice|option)(?=\s+(?:that|which)\s+(?:best|most|better)\b))\b"
+)
+DESCRIBES = any_of("fits matches describes answers reflects represents suits corresponds agrees aligns applies")
+CHOSEN = any_of("give choose pick select see find get make think believe")
+BEGINS = (
+    # "The answer of a child".
+    r"(?!(?:of|from)\s+(?:an?|my)\b)"
+    + any_of("from among amongst out of for in to within given based according considering judging shown as per")
+    + rf"|(?:that|which)\s+(?:(?:best|most|better|\w+ly)\s+)*{DESCRIBES}"
+    + rf"|(?:(?:that|which)\s+)?(?:(?:i|we)\s+)?(?:(?:can|would|will)\s+)?{CHOSEN}"
+)
+# With one of these the words are about another answer or another case, or have a verb of their own.
+OF_ANOTHER = any_of(
+    r"is was are were be been isn't what(?!\s+(?:i|we|can|see)\b) who\w* whether if or nor not no neither than "
+    "because while he she they you your their his her it people someone somebody everyone others? another some many "
+    "previous earlier first second third last next examples? models? authors? users? left right says said claims "
+    "depends requires lies remains"
+)
+# Another letter than the speaker's "I" is an option's.
+QUALIFIER = rf"(?={BEGINS})(?:(?!{OF_ANOTHER}|(?-i:[A-HJ-Z])\b)[\w'-]+\s+){{0,11}}?(?!{OF_ANOTHER})[\w'-]*[^\W\d_]"
+QUALIFIED_ANSWER = (
+    rf"{QUALIFIED}(?:,?\s+)(?:{QUALIFIER})(?:\s*[:=]|,?\s+(?:is|(?:would|should|must|has\s+to|seems\s+to)\s+be)\b)"
+)
+IS_QUALIFIED = re.compile(QUALIFIED_ANSWER, re.IGNORECASE)
+# The words of one that is for something: another thing may have another answer.
+FOR = re.compile(
+    rf"{QUALIFIED},?\s+((?:for|of|to|in)\s[^.:;!?\n]*?)\s*(?:[:=,]|\b(?:is|would|should|must|has|seems)\b)",
+    re.IGNORECASE,
+)
 CLEARLY = any_of("the a my clearly definitely most_likely therefore thus actually really in_fact")
 # "It's B", but not "if it is B".
 IT_IS = (
@@ -137,8 +182,9 @@ IT_IS = (
 )
 # The second line is for small letters, only at a sentence's end: "the answer is b.", not "the answer is a ball".
 STATED_BEFORE = re.compile(
-    rf"(?i:(?:{ANSWER})(?:{FILLER}){{0,30}}?|{IT_IS})(?<!question\s){LABEL}"
-    rf"|(?i:(?:{ANSWER})(?:{FILLER}){{0,30}}?|{IT_IS}|\b(?:think|guess)\s)(?P<small>(?<!\w)[a-z])(?=\W*(?:[.!\n]|$))"
+    rf"(?i:(?:{QUALIFIED_ANSWER}|{ANSWER})(?:{FILLER}){{0,30}}?|{IT_IS})(?<!question\s){LABEL}"
+    rf"|(?i:(?:{QUALIFIED_ANSWER}|{ANSWER})(?:{FILLER}){{0,30}}?|{IT_IS}|\b(?:think|guess)\s)"
+    r"(?P<small>(?<!\w)[a-z])(?=\W*(?:[.!\n]|$))"
 )
 # "B is the correct answer"; "B is right of C" is none.
 IS = any_of("is was must_be would_be should_be seems looks appears_to_be")
@@ -182,12 +228,45 @@ AND_ANOTHER = re.compile(
     rf"(?:option|choice|possibly|maybe|perhaps|even)?\s*{LABEL}"
     r"|[)\]]?\s*[(\[]\s*(?P<next>[A-Za-z])\s*[)\]]|[.;]?\s+(?P<last>[A-Z])(?:\s+[A-Z])*\s*\.?\s*$"
 )
+# Behind "the answer for the car is A": "and for the bus it is B".
+AND_FOR_ANOTHER = re.compile(
+    r"[^.!?\n]{0,200}?(?:\b(?:and|while|whereas|but)|[,;])\s+(?:(?:the|that)\s+(?:\w+\s+){0,2}|it\s+)?"
+    rf"(?:for|of|to|in|from)\b[^.!?\n]{{0,200}}?{LABEL}"
+)
 # "A or" before "B is correct"; but not "Of A and B, B is correct".
 ANOTHER_AND = re.compile(
     rf"(?:(?<!\band\s)(?<!\bor\s){LABEL_ONLY}\s*,|{LABEL_ONLY}\s*(?:[/&+]|{any_of('or and oder und ou et o y')}))\s*$"
 )
 SENTENCE_ENDS = re.compile(r"[.!?\n。]")
 SENTENCE = re.compile(r"[^.!?\n。]+")
+# What a text is drawn to: "Therefore, the closer car is option B".
+CONCLUDES = re.compile(rf"\W*{any_of('so therefore thus hence consequently overall in_conclusion')}", re.IGNORECASE)
+# "This corresponds to (B)"; of a subject with words of its own, "the closer car matches option B", "option" is needed.
+CLOSELY = any_of("best most_closely closely clearly directly exactly therefore thus then")
+CORRESPONDS = (
+    rf"(?:{CLOSELY}\s+){{0,3}}(?:correspond(?:s|ing)\s+to|match(?:es|ing)(?:\s+with)?|(?:aligns|agrees)\s+with)"
+    rf"(?:\s+{CLOSELY}){{0,3}}"
+)
+IS_CLEARLY = rf"is(?:\s+{CLOSELY}){{0,3}}"
+OPTION = r"\s+(?:the\s+)?(?:option|choice|answer)\s*"
+POINTED_AT = re.compile(
+    rf"(?i:\W*(?:{any_of('and then clearly i think believe')}\W+){{0,4}}"
+    rf"(?:(?:(?:this|that|it|which)\s+)?{CORRESPONDS}(?:{OPTION}|\s+)|(?:this|that|it|which)\s+{IS_CLEARLY}{OPTION}))"
+    rf"{LABEL}\W*"
+)
+# Its only group without a name is the subject.
+DESCRIBED = re.compile(rf"(?i:([^:]*\w)\s+(?:{CORRESPONDS}|{IS_CLEARLY}){OPTION}){LABEL}\W*")
+# A subject that is nothing, not the one that was asked for, or another's words.
+NOT_THE_ASKED = re.compile(
+    any_of(
+        "no none nothing nobody hardly barely partly partially scarcely what whatever who how first second third last "
+        "others? another one_of options? choices? example question label letter title text said says claims asks "
+        "would could might may"
+    )
+    # "The point that matches option A is far"; "Which one is option A".
+    + r"|\b(?:that|which)$|^\W*which\b",
+    re.IGNORECASE,
+)
 UNDER_A_CONDITION = re.compile(any_of("if when whenever otherwise else unless depends depending"), re.IGNORECASE)
 
 
@@ -238,6 +317,7 @@ def _stated(text: str, choices: Sequence[str]) -> str | None:
     labels = IS_A_WORD.sub(" ", kept)
     statements = [*STATED_BEFORE.finditer(labels), *STATED_BEHIND.finditer(labels)]
     stated = [match for match in sorted(statements, key=re.Match.end) if letter_of(match) in offered]
+    stated = [match for match in stated if not names_an_option(_what_for(match, labels), choices)]
     if stated:
         last = stated[-1]
         # "A or B" chooses none.
@@ -245,13 +325,15 @@ def _stated(text: str, choices: Sequence[str]) -> str | None:
         if others and letter_of(others) in offered:
             return None
         is_second = last.re is STATED_BEHIND and ANOTHER_AND.search(labels, 0, last.start())
-        if is_second or _is_one_of_several(text, stated):
+        is_one_case = IS_QUALIFIED.match(text, last.start()) and AND_FOR_ANOTHER.match(text, last.end())
+        if is_second or is_one_case or _is_one_of_several(text, stated):
             return None
         return f"({letter_of(last)})"
 
     # The only letter on a line of its own, or that is said alone.
     on_a_line = {letter_of(match) for match in ALONE.finditer(labels)} & set(offered)
-    letters = on_a_line or _said_alone(_without_conditions(labels, text, offered), choices)
+    clear = _without_conditions(labels, text, offered)
+    letters = on_a_line or _said_alone(clear, choices) or _corresponding(clear, choices)
     if len(letters) > 1:
         return None
     if letters:
@@ -279,6 +361,10 @@ def _is_one_of_several(text: str, stated: list[re.Match]) -> bool:
     if not earlier:
         return False
     between = text[earlier[-1].end() : last.start()]
+    # "The answer for the cat is A. The answer for the dog is B."
+    cases = {_what_for(match, text) for match in (earlier[-1], last)}
+    if len(cases) > 1 and "" not in cases and not TURN.search(between):
+        return True
     both_behind = last.re is STATED_BEHIND and earlier[-1].re is STATED_BEHIND
     if not TURN.search(between) and (both_behind or not SENTENCE_ENDS.search(between)):
         return True
@@ -297,7 +383,7 @@ def _with_sentences_apart(text: str, choices: Sequence[str]) -> str:
             continue
         words = words_pattern(choices[offered.index(letter_of(statement))])
         end = _label_end(statement)
-        about_it = re.compile(rf"([)\]]?\.\s+)(?i:{words})(?=\s+\w)").match(text, end)
+        about_it = re.compile(rf"([)\]]?\.\s+)(?i:{words})(?=\s+\w)(?!\s+{LABEL_ONLY})").match(text, end)
         if words and about_it:
             text = f"{text[:end]}{about_it[1]}It{text[about_it.end() :]}"
     return text
@@ -408,6 +494,40 @@ def _said_alone(text: str, choices: Sequence[str]) -> set[str]:
         if match and labels_in(line, len(choices)) == {letter_of(match)}:
             letters.add(letter_of(match))
     return letters
+
+
+def _corresponding(text: str, choices: Sequence[str]) -> set[str]:
+    """The letters that a text is drawn to without a word for the answer: "This corresponds to (B)", "Therefore, the
+    closer car is option B". Without "therefore" the latter may be one of several, and must be the only letter."""
+    pointed_at = set()
+    described = set()
+    for sentence in SENTENCE.finditer(text):
+        concludes = CONCLUDES.match(sentence[0])
+        for clause in CLAUSE.finditer(sentence[0]):
+            for part in TURN.split(clause[0]):
+                if not labels_in(part, len(choices)):
+                    continue
+                match = POINTED_AT.fullmatch(part)
+                # At a sentence's beginning "which" asks.
+                if match and (clause.start() > 0 or not part.lower().strip().startswith("which")):
+                    pointed_at.add(letter_of(match))
+                    continue
+                match = DESCRIBED.fullmatch(part)
+                if not match or NOT_THE_ASKED.search(match[1]) or re.search(LABEL, match[1]):
+                    continue
+                if concludes:
+                    pointed_at.add(letter_of(match))
+                else:
+                    described.add(letter_of(match))
+    if not pointed_at and labels_in(text, len(choices)) == described:
+        return described
+    return pointed_at
+
+
+def _what_for(statement: re.Match, text: str) -> str:
+    """What the answer of a statement is for: "for the car" of "The answer for the car is B"; "" if it isn't said."""
+    words = FOR.match(text, statement.start())
+    return words[1].lower() if words else ""
 
 
 def _label_end(match: re.Match) -> int:

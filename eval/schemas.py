@@ -122,8 +122,8 @@ def blink(row: Row) -> dict | None:
 
 
 def three_dsr(row: Row) -> dict:
-    # Two options or four: the columns of the others are empty.
-    letters = [letter for letter in "ABCD" if row.get(letter) is not None]
+    # Two options or four: the columns of the others are empty, or hold the text "nan" in lmms-eval's copy.
+    letters = [letter for letter in "ABCD" if row.get(letter) is not None and str(row[letter]).lower() != "nan"]
     choices = [str(row[letter]) for letter in letters]
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
     category = str(row["category"])

@@ -1,6 +1,7 @@
 """The benchmarks: files in their own schema -> questions -> answers (batched, resumed, shared) -> scores -> pages."""
 
 import base64
+import csv
 import io
 import json
 import os
@@ -34,7 +35,7 @@ from transformers import (
 )
 
 from ola_vlm.convert import model_card
-from ola_vlm.eval import compare, run, scoring, target_tasks
+from ola_vlm.eval import compare, question_files, run, scoring, target_tasks
 from ola_vlm.eval.benchmarks import BENCHMARKS, evenly, load_questions, locate
 from ola_vlm.eval.compare import compare_records
 from ola_vlm.eval.dense import (
@@ -478,12 +479,42 @@ def test_files_of_questions_that_are_none(tmp_path, name, content, match):
         load_questions(str(tmp_path / name), tmp_path)
 
 
+def test_long_cells_of_tables(tmp_path, monkeypatch):
+    """Longer than Python's own limit of 131,072 characters; with the longest one that Windows takes, too."""
+    file = tmp_path / "mine.csv"
+    file.write_text(f"question,answer\nhow ?,a\n{'?' * 200_000},a\n")
+    limits = []
+    limit = csv.field_size_limit
+
+    def set_limit(size: int) -> int:
+        limits.append(size)
+        return limit(size)
+
+    monkeypatch.setattr(csv, "field_size_limit", set_limit)
+    rows, _ = question_files.read_rows(tmp_path, [file])
+    assert [len(row["question"]) for row in rows] == [5, 200_000]
+    assert limits == [2**31 - 1]
+    monkeypatch.setattr(question_files, "LONGEST_CELL", 1_000)
+    with pytest.raises(ValueError, match=r"mine.csv, row 2: a cell has more than 1,000 characters"):
+        question_files.read_rows(tmp_path, [file])
+    limit(2**31 - 1)
+
+
 @pytest.mark.parametrize("answers", [["a", 3], [], [None], {"a": 1}, 5])
 def test_peoples_answers_are_texts(answers):
     """Found at once: to score them would fail once all questions are answered."""
     row = {"question_id": 1, "question": "?", "answers": answers, "question_type": "x"}
     with pytest.raises(ValueError, match="column 'answers' "):
         BENCHMARKS["okvqa"].read(Row(row, Path("okvqa"), 1))
+
+
+@pytest.mark.parametrize("missing", ["", None, float("nan"), "nan", "NaN"])
+def test_3dsrbench_has_two_options_or_four(missing):
+    row = {"index": 0, "qid": "Q0", "question": "?", "category": "height_higher", "answer": "B"}
+    row |= {"A": "near", "B": "far", "C": missing, "D": missing}
+    question = BENCHMARKS["3dsrbench"].read(Row(row, Path("3dsr.tsv"), 1))
+    assert question["choices"] == ["near", "far"]
+    assert question["question"] == "?\nA. near\nB. far"
 
 
 @pytest.mark.parametrize("changes", [{"prompt": ["?"]}, {"source": ["x"]}, {"task": {"a": 1}}])

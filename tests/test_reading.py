@@ -459,6 +459,75 @@ OF_OTHER_KINDS = [
     (["0", "1", "2", "3"], "(C)", ["two", "Two.", "**Two**"]),
     (["zero", "one", "two"], "(C)", ["2"]),
     (["0", "1", "2", "3"], None, ["one of the boxes", "no one"]),
+    # Number words within a sentence.
+    (
+        ["2", "3", "1", "0"],
+        "(B)",
+        [
+            "There are three chairs in the image.",
+            "I see three chairs.",
+            "Three chairs are visible.",
+            "The number of chairs is three.",
+            "There are three chairs. The one on the left is red.",
+            "I see three chairs: a red one, a green one, and a blue one.",
+            "One can see three chairs.",
+            "Two on the left and one on the right. So three.",
+        ],
+    ),
+    (
+        ["2", "3", "1", "0"],
+        "(C)",
+        ["There is one chair.", "I see one chair.", "Only one.", "The answer is one.", "One chair is visible."],
+    ),
+    (["2", "3", "1", "0"], "(D)", ["There are zero chairs."]),
+    (["2 chairs", "3 chairs"], "(B)", ["There are three chairs."]),
+    (["zero", "one", "two"], "(C)", ["There are 2 chairs."]),
+    (["zero", "one", "two"], "(B)", ["There is one.", "I see one chair."]),
+    (["zero", "one", "two"], None, ["the one on the left", "one or two"]),
+    # "One" that counts nothing.
+    (
+        ["2", "3", "1", "0"],
+        None,
+        [
+            "The one on the left.",
+            "This one is red.",
+            "That one",
+            "No one is there.",
+            "There is no one in the image.",
+            "One of the chairs is red.",
+            "I see one of the boxes.",
+            "It is the only one.",
+            "The left one is closest.",
+            "Each one is red.",
+            "One thing is clear.",
+            "One should look closer.",
+            "On the one hand, it is dark.",
+            "one another",
+        ],
+    ),
+    # Other words that aren't the count.
+    (
+        ["2", "3", "1", "0"],
+        None,
+        [
+            "two or three chairs",
+            "There are not three chairs.",
+            "At least two chairs.",
+            "There are more than two chairs.",
+            "Two on the left and one on the right.",
+            "One is on the left, two are on the right.",
+            "Two on the left and another on the right.",
+            "Two chairs on the left and two chairs on the right.",
+            "There is one chair on the left and two on the right.",
+            "There are two on the left. There are three on the right.",
+            "There are two on the left. There are four on the right.",
+            "twenty two chairs",
+            "There are two hundred chairs.",
+            "Two thirds of it.",
+            "A three-legged chair.",
+            "Option two",
+        ],
+    ),
 ]
 
 
@@ -545,6 +614,140 @@ def test_what_only_names_letters(output):
     assert parse_choice(output, BOXES) is None
 
 
+CARS = ["the red car", "the blue car"]
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        # Words between the word for the answer and its verb.
+        "The correct answer from the options above is B.",
+        "The correct answer from the options above is: B",
+        "The correct answer from the options above: B",
+        "The correct answer from the options above is (B)",
+        "The correct answer from the options above is **B. the blue car**",
+        "The correct answer from the options above is b.",
+        "The correct choice among the given options is (B).",
+        "The best answer among the provided options is B.",
+        "The best option among those provided is option B.",
+        "The correct option for this image is B.",
+        "The correct answer based on the image is B.",
+        "The correct answer, based on the image, is B.",
+        "The correct answer based on what I see is B.",
+        "The answer based on the visual evidence is (B).",
+        "The correct answer according to the depth of the objects in the picture is B.",
+        "The most appropriate choice given the scene is (B) the blue car.",
+        "The right choice for this question is clearly B.",
+        "The answer to the question about depth should be B.",
+        "The option that best describes the image is B.",
+        "The best answer I can give is B.",
+        "The correct one is B.",
+        "The best match for the description is B.",
+        "**Answer for this image:** (B)",
+        "<think>The correct answer from the options is A.</think>The correct answer from the options above is B.",
+        # Other options are excluded or mentioned.
+        "The correct answer for this image is B, not A.",
+        "The correct answer for this image is not A but B.",
+        "The correct answer from the options above isn't A, it's B.",
+        "The correct answer from the options above is B because A is far.",
+        "The correct answer from the options above is A. However, the correct answer from the options above is B.",
+        "Option A is what most people choose, but the correct answer for this image is B.",
+        # What the text is drawn to.
+        "This corresponds to option (B).",
+        "This corresponds to (B).",
+        "This matches option B.",
+        "The blue car is closer, which corresponds to option B.",
+        "The blue car is closer, corresponding to option (B).",
+        "The blue car is in front, which is option B.",
+        "Option A is the red car. The blue car is closer. This corresponds to option B.",
+        "<think>This corresponds to option A.</think>This corresponds to option B.",
+        "Therefore, the closest object is option B.",
+        "The description clearly matches option B.",
+        # A letter with its own words behind "is".
+        "Therefore, the object closer to the camera is (B) the blue car.",
+        "Thus, the closer object is B. the blue car",
+        "The object that is closer is (B) the blue car, which is in front.",
+        "The object on the left is (A) the red car. Therefore, the closer one is (B) the blue car.",
+    ],
+)
+def test_an_answer_in_a_longer_sentence(output):
+    assert parse_choice(output, CARS) == "(B)"
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        # Excluded, asked, supposed, or several.
+        "The correct answer is not B.",
+        "The correct answer from the options above is not B.",
+        "The correct option for this image cannot be B.",
+        "I am not sure the correct option for this image is B",
+        "It is not clear whether the answer among these options is A or B",
+        "The correct answer from the options above is A or B.",
+        "The correct answer from the options above is neither A nor B.",
+        "The correct answer among the options might be B.",
+        "Is the correct answer from the options above B?",
+        "If the correct answer from the options is A, the red car would be near.",
+        "The correct answer from the options above would be A if the red car were nearer.",
+        "If it is day, the correct answer for this image is A. If it is night, the correct answer for it is B.",
+        "Maybe the correct option for this image is A, maybe the correct option for this image is B.",
+        "<think>The correct answer from the options above is B.",
+        # Other people's answers, or those to other questions.
+        "The answer that is B is wrong",
+        "The answer from option A's author is unclear",
+        "The answer to option A is unclear.",
+        "The answer that most people choose is A.",
+        "The answer given by many is A.",
+        "The answer of a child would be A.",
+        "The answer to the previous question is A.",
+        "The answer in the example is A.",
+        "The wrong answer among the options is A.",
+        "The correct answer depends on what is B.",
+        "The answer for the blue car is A.",
+        "The answer for the red car is A and for the blue car is B.",
+        "The answer for the cat is A and for the dog is B.",
+        "The answer for the cat is A, while for the dog it is B.",
+        "The answer for the cat is A. The answer for the dog is B.",
+        # A place, or a letter in the picture.
+        "The option on the left is A.",
+        "The letter on the car is A.",
+        "The right one is A.",
+        "The correct answer for this image is A car.",
+        # The options again.
+        "A. the red car B. the blue car",
+        "The options are (A) the red car and (B) the blue car.",
+        "Select the correct answer from the options above: A. the red car B. the blue car",
+        "Select the best answer for this image:\nA. the red car\nB. the blue car",
+        "Between (A) and (B), it is hard to say.",
+        "Neither (A) the red car nor (B) the blue car",
+        # What an option is, not that it is chosen.
+        "The red car is (A) and the blue car is (B).",
+        "The red object is (A) the red car and the other is (B) the blue car.",
+        "The object on the left is (A) the red car. The object on the right is (B) the blue car.",
+        "The closer object is not (B) the blue car.",
+        "The closer object is either (A) the red car or (B) the blue car.",
+        "Whether the closer object is (B) the blue car is unclear.",
+        "If the closer object is (B) the blue car, it is day.",
+        "The red car corresponds to option A. The blue car corresponds to option B.",
+        "Option A corresponds to the red car.",
+        # What matches an option, if anything does.
+        "This does not correspond to option A.",
+        "This corresponds to option A or B.",
+        "This partially matches option A.",
+        "Nothing corresponds to option A.",
+        "No object matches option A.",
+        "The point that corresponds to option A is far.",
+        "Let me see what corresponds to option A.",
+        "Which is option A?",
+        "If this matches option A, it is near.",
+        "Some would say this corresponds to option A.",
+        "The label on the car is option A.",
+    ],
+)
+def test_longer_sentences_that_choose_none(output):
+    assert parse_choice(output, CARS) is None
+
+
 def test_free_answers_are_read_behind_the_reasoning():
     assert final_answer("<think>two? no</think> <answer>three</answer>") == "three"
     assert final_answer("<think>no end") == ""
@@ -567,6 +770,10 @@ def test_long_outputs_are_read_in_passing():
         "[ ] " * 5_000,
         "</" * 10_000,
         "\u2705" * 20_000,
+        "The answer for x is A " + "and for " * 5_000,
+        "the correct answer from the " * 2_000,
+        "is option " * 5_000,
+        "clearly " * 8_000 + "A",
     ):
         begin = time.process_time()
         assert parse_choice(text, BOXES) in (None, "(A)")

@@ -165,7 +165,7 @@ class DataFields:
     data_split: str = described("train", "the dataset's split, if `datasets` loads it")
     eval_split: str | None = described(
         None,
-        "the split of eval_data, if `datasets` loads it (train by default); it must be given where eval_data and data are "
+        "the split of eval_data, if `datasets` loads it (train by default); to be given where eval_data and data are "
         "the same dataset",
     )
     streaming: bool = described(False, "read a dataset as it comes; needs max_steps")
