@@ -10,7 +10,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,6 +28,7 @@ from ..modeling_ola_vlm import OlaVlmForConditionalGeneration
 from ..probing.probes import Probes
 from ..probing.states import PROMPT
 from ..processing_ola_vlm import OlaVlmProcessor, added_ids
+from ..recipes.paper import CHAT_TEMPLATES
 from ..targets.encoders import load_vision_config
 from ..targets.loading import (
     SETTINGS,
@@ -40,6 +41,7 @@ from ..targets.loading import (
     read_safetensors,
     weight_files,
 )
+from ..training.chat_template import find_chat_template, stop_at_end_of_turn
 from ..training.run_record import check_holds_no_model
 from .parts import build_config, build_processor, measure_tower, resize_embedding
 
@@ -47,6 +49,10 @@ from .parts import build_config, build_processor, measure_tower, resize_embeddin
 QUERIES = re.compile(r"model\.special_(gen|depth|seg)_tokens")
 # model_type of the reference -> of transformers; "llava_..." is its baseline without tasks.
 LANGUAGE_MODELS = {"ola_llama": "llama", "llava_llama": "llama", "ola_phi3": "phi3", "llava_phi3": "phi3"}
+# Of transformers -> the conversation that the reference trains it with, and the token that ends a turn there.
+CONVERSATIONS = {"llama": ("llama3", "<|eot_id|>"), "phi3": ("phi3", "<|end|>")}
+# image_aspect_ratio of the reference -> `build_processor`'s resize_mode. Where nothing is said, it crops.
+RESIZE_MODES = {"pad": "pad", "square": "reference", None: "reference"}
 
 # Our names of the checkpoint's parameters. A head of a task is renamed to its predictor before.
 PREDICTOR = r"(predictors\.\w+\.\d+\.)"
@@ -286,7 +292,8 @@ def convert_reference(reference: str | Path, vision_tower: str | None = None, to
         vision_tower: folder or repository with the tower's config, by default the one that the checkpoint names (a
             name, or a folder beside `reference`); of a ConvNeXt, which it names without one, a folder of
             `ola-vlm convert-tower`.
-        tokenizer: folder or repository of the LLM's, by default the checkpoint's own, if it has one.
+        tokenizer: folder or repository of the LLM's, by default the checkpoint's own, if it has one. The processor
+            asks by the reference's prompt, and makes pictures square in its way.
     Raises ValueError for an architecture that doesn't fit, for files that can't be read, and for weights that are
     missing, unknown or of another shape.
     """
@@ -344,8 +351,28 @@ class Vocabulary:
     num_tokens: int
 
 
+def conversation_template(kind: str, vocabulary: Mapping[str, int]) -> str | None:
+    """The chat template by which the reference asks this kind of language model; None if the tokenizer lacks its
+    marks: then its own holds."""
+    name, end_of_turn = CONVERSATIONS[kind]
+    # Of a Llama before version 3, say.
+    if end_of_turn not in vocabulary:
+        return None
+    return CHAT_TEMPLATES[name]
+
+
+def read_resize_mode(fields: dict) -> str:
+    """How the reference makes a picture square, by our name. ValueError for a way that we don't have."""
+    ratio = fields.get("image_aspect_ratio")
+    # As a list, since a damaged file's may be an object, which no dictionary takes.
+    if ratio not in list(RESIZE_MODES):
+        remedy = "set it to one of these"
+        raise ValueError(f"its config.json has the image_aspect_ratio {ratio!r}: ours are pad and square, {remedy}")
+    return RESIZE_MODES[ratio]
+
+
 def read_vocabulary(
-    folder: Path, tokenizer: str | None, text_config: PreTrainedConfig, tower: Tower, tasks: list[dict]
+    folder: Path, tokenizer: str | None, fields: dict, text_config: PreTrainedConfig, tower: Tower, tasks: list[dict]
 ) -> Vocabulary:
     """The checkpoint's tokenizer, or another one, with our tokens. Without any they come after the LLM's."""
     if tokenizer is None and (folder / "tokenizer_config.json").is_file():
@@ -361,7 +388,16 @@ def read_vocabulary(
         loaded = AutoTokenizer.from_pretrained(tokenizer, config=text_config, trust_remote_code=False)
     # Before `build_processor` adds our tokens to it.
     vocabulary = loaded.get_vocab()
-    processor = build_processor(loaded, tower.config, tasks, strategy=tower.strategy, class_tokens=tower.class_tokens)
+    # It is asked as it was trained: by the reference's prompt, about a picture that was made square in its way.
+    processor = build_processor(
+        loaded,
+        tower.config,
+        tasks,
+        chat_template=conversation_template(text_config.model_type, vocabulary),
+        class_tokens=tower.class_tokens,
+        strategy=tower.strategy,
+        resize_mode=read_resize_mode(fields),
+    )
     return Vocabulary(
         processor=processor,
         ids=[processor.image_token_id, *processor.task_token_ids],
@@ -402,7 +438,7 @@ def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: st
             converted[f"logit_scales.{task['name']}"] = torch.full((1,), 2.0)
 
     # The configuration, and tables with rows for our tokens.
-    vocabulary = read_vocabulary(folder, tokenizer, text_config, tower, tasks)
+    vocabulary = read_vocabulary(folder, tokenizer, fields, text_config, tower, tasks)
     # A ConvNeXt's last map is taken, whatever layer the reference's configuration says.
     feature_layer = -1
     if tower.class_tokens:
@@ -446,7 +482,7 @@ def _convert(folder: Path, fields: dict, vision_tower: str | None, tokenizer: st
         with torch.no_grad():
             task_rows = model.task_token_embeddings(tables)
             cast(Tensor, model.get_input_embeddings().weight)[config.task_token_ids] = task_rows.to(dtype)
-    set_end_tokens(model, fields, vocabulary.processor)
+    set_end_tokens(model, folder, fields, vocabulary.processor)
     return model.eval(), vocabulary.processor, conversion_report(state_dict, layers, has_predictors)
 
 
@@ -490,23 +526,47 @@ def take_tables(place: str | Path, converted: dict[str, Tensor], tasks: list[dic
     return {task["name"]: converted.pop(f"queries.{task['name']}") for task in tasks}
 
 
-def set_end_tokens(model: OlaVlmForConditionalGeneration, fields: dict, processor: OlaVlmProcessor | None) -> None:
-    # The reference keeps them in config.json; transformers generates by the generation config.
-    for field in ["bos_token_id", "eos_token_id", "pad_token_id"]:
-        setattr(model.generation_config, field, fields.get(field))
-    if processor is None or processor.tokenizer.eos_token_id is None:
-        return
-    # config.json's token ends a text, the tokenizer's a turn of a chat: two tokens in Llama-3. Both end an answer.
+def read_end_tokens(file: Path, fields: dict) -> set[int]:
+    """Those that a configuration names: one, several or none. ValueError for what is no token."""
     ends = fields.get("eos_token_id")
+    if ends is None:
+        return set()
     if not isinstance(ends, list):
         ends = [ends]
-    ends = {end for end in ends if end is not None}
-    ends.add(processor.tokenizer.eos_token_id)
+    if not all(isinstance(end, int) for end in ends):
+        what = f"{file} has the eos_token_id {fields['eos_token_id']!r}"
+        raise ValueError(f"{what}: it must be a number or a list of numbers")
+    return set(ends)
+
+
+def set_end_tokens(
+    model: OlaVlmForConditionalGeneration, folder: Path, fields: dict, processor: OlaVlmProcessor | None
+) -> None:
+    """Where answers stop: at each token by which any of the checkpoint's files ends a text or a turn."""
+    generation = model.generation_config
+    # The reference keeps them in config.json; transformers generates by the generation config.
+    for field in ["bos_token_id", "pad_token_id"]:
+        setattr(generation, field, fields.get(field))
+    # config.json's token ends a text, the tokenizer's in Llama-3 a turn of a chat. In Phi-3 both end a text, and the
+    # end of a turn is named in generation_config.json alone.
+    ends = read_end_tokens(folder / "config.json", fields)
+    file = folder / "generation_config.json"
+    if file.is_file():
+        ends |= read_end_tokens(file, read_json_object(file))
+    if processor is not None and processor.tokenizer.eos_token_id is not None:
+        ends.add(processor.tokenizer.eos_token_id)
+    generation.eos_token_id = sorted(ends)
+    # That file may be lacking; but what ends an answer in the chat template is what the model has learned to write.
+    if processor is not None:
+        # There may be no template, or one that doesn't tell: then the files' own must do.
+        with suppress(ValueError):
+            stop_at_end_of_turn(model, find_chat_template(processor))
+    stops = sorted(generation.eos_token_id)
     # A list is for several; a single one is a number, as most models have it.
-    if len(ends) == 1:
-        model.generation_config.eos_token_id = ends.pop()
+    if len(stops) > 1:
+        generation.eos_token_id = stops
     else:
-        model.generation_config.eos_token_id = sorted(ends)
+        generation.eos_token_id = next(iter(stops), None)
 
 
 def empty_probes(fields: dict, folder: Path) -> Probes:

@@ -236,9 +236,13 @@ def publish(
                 shutil.copytree(statistics, target / "target_statistics", dirs_exist_ok=True)
         if is_shipped:
             write_shipped_record(root, own, shipped)
+            results = root / "shipped" / method
+            # Of weights that were shipped before: `ola-vlm eval` refuses to go on with another model's answers.
+            if results.exists():
+                shutil.rmtree(results)
             # In half precision, as it is shipped: these are the numbers that its card tells.
-            evaluate.main([str(shipped), "--benchmark", "miniature", "--out", str(root / "shipped" / method)])
-            write_shipped_card(method, root / "shipped" / method)
+            evaluate.main([str(shipped), "--benchmark", "miniature", "--out", str(results)])
+            write_shipped_card(method, results)
 
 
 def prepare(root: Path, size: dict, settings: dict) -> tuple[Timer, dict]:

@@ -82,7 +82,7 @@ class ImagesOfRows:
 
 def find_images(name: str, args: OlaVlmArguments, split: str | None = None) -> Images:
     """The image files of a folder and those below it, else what the rows of a data set hold (`training.rows`), with
-    words or without; each file once. `split`: of a data set, that of `args` by default. ValueError if there are
+    words or without; each picture once. `split`: of a data set, that of `args` by default. ValueError if there are
     none."""
     if Path(name).is_dir():
         # A folder without image files may still be a data set, of parquet files say: it is tried below.
@@ -99,12 +99,12 @@ def find_images(name: str, args: OlaVlmArguments, split: str | None = None) -> I
 
     assert isinstance(rows, Rows)  # no stream
     of_rows = ImagesOfRows(rows)
-    # A file, or an image that lies in a row -> (row, number of the image in it).
+    # What a picture is known by -> (row, number of the image in it). A data set that has a row a question repeats the
+    # picture in each: its copies would be split into those that are fitted and those that are held out.
     indices = {}
     for row in range(len(rows.source)):
         for number, image in enumerate(of_rows.images(row)):
-            key = image if isinstance(image, str) else (row, number)
-            indices[key] = (row, number)
+            indices[_known_by(image)] = (row, number)
     if not indices:
         raise ValueError(f"the rows of {name} have no images")
     # Row and number are kept, not the picture: it is read from its row when its batch comes.

@@ -129,6 +129,8 @@ def chat_column(chats: dict[str, Chat], examples: Sequence[dict]) -> ChatParts:
                 buttons=["share"] if get_space() else [],
                 elem_classes="chat",
             )
+            # Else the copies that it has made of the cards' pictures would be deleted as uploads are.
+            chatbot.keep_in_cache.update(chatbot.temp_files)
             chatbots.append(chatbot)
     box = gr.MultimodalTextbox(
         placeholder="Add an image and ask about it",

@@ -267,13 +267,14 @@ class TargetCache:
                 exactness = f"rounded for storage: 1 - cosine to the teacher's own is {error:.1e} (mean of a batch)"
             logger.info(f"{self.folder.name}: targets are stored {exactness}")
         for row, key in enumerate(keys):
-            if decoded[row].isfinite().all():
-                self._pending.append((key, {name: part[row] for name, part in stored.items()}))
-                self._new.add(key)
-            elif targets[row].isfinite().all():
+            # First: as an integer, what isn't finite is some number.
+            if not targets[row].isfinite().all():
+                failed[key] = "its target is not finite"
+            elif not decoded[row].isfinite().all():
                 failed[key] = f"its target overflows {self.dtype}"
             else:
-                failed[key] = "its target is not finite"
+                self._pending.append((key, {name: part[row] for name, part in stored.items()}))
+                self._new.add(key)
         while len(self._pending) >= self.shard_size:
             self._write(self._pending[: self.shard_size])
             del self._pending[: self.shard_size]

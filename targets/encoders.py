@@ -52,30 +52,48 @@ def _without_volatile(fields: dict) -> dict:
     return {name: value for name, value in fields.items() if name not in _VOLATILE_FIELDS}
 
 
-def read_preprocessing(path, **where) -> tuple[int, list[float], list[float]]:
+# Beginnings of the names of image processors that have no mean: pixels stay from 0 to 1 unless their fields say else.
+WITHOUT_MEAN = ("GLPN",)
+
+
+def read_preprocessing(path, size: int | None = None, **where) -> tuple[int, list[float], list[float]]:
     """Side in pixels of what the model sees, mean and standard deviation of values from 0 to 1, from its
-    preprocessor_config.json. ValueError if that lacks them, or asks for what `LlavaImageProcessor` can't do."""
+    preprocessor_config.json. `size`: a side to take in place of its own, which it may lack then.
+
+    ValueError if it lacks them, or asks for what `LlavaImageProcessor` can't do."""
     with loading_from(path, weights=False):
         values, _ = ImageProcessingMixin.get_image_processor_dict(path, **where)
     if values.get("do_flip_channel_order"):
         raise ValueError(f"{path}: its image processor turns RGB into BGR, which isn't done here: take another model")
-    # What the model sees is the crop, if there is one; `size` is then the shorter side before it.
-    size = (values.get("do_center_crop") and values.get("crop_size")) or values.get("size")
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or size.get("height")
+    # What the model sees is the crop, if there is one; its size is then the shorter side before it.
+    own_size = (values.get("do_center_crop") and values.get("crop_size")) or values.get("size")
+    if isinstance(own_size, dict):
+        own_size = own_size.get("shortest_edge") or own_size.get("height")
     mean, std = values.get("image_mean"), values.get("image_std")
-    if values.get("do_normalize") is False:
+    if _stays_unnormalized(values):
         mean, std = [0.0] * 3, [1.0] * 3
-    found = {"size": size, "image_mean": mean, "image_std": std}
+    found = {"size": size or own_size, "image_mean": mean, "image_std": std}
     missing = [name for name, value in found.items() if not value]
     if missing:
-        raise ValueError(f"{path}: the image processor's configuration lacks {missing}: add them there")
+        remedy = "add them there"
+        if missing == ["size"]:
+            remedy = "add it there, or to its teacher, if that takes a size"
+        raise ValueError(f"{path}: the image processor's configuration lacks {missing}: {remedy}")
     # What mean and deviation are in units of: 255 where pixels stay from 0 to 255.
     unit = 255 * rescale_factor(values)
     if unit != 1:
         for name in ("image_mean", "image_std"):
             found[name] = [value / unit for value in found[name]]
     return tuple(found.values())
+
+
+def _stays_unnormalized(values: Mapping) -> bool:
+    """Whether no mean is subtracted from a pixel, by an image processor's fields."""
+    if values.get("do_normalize") is not None or values.get("image_mean") is not None:
+        return values.get("do_normalize") is False
+    # Other classes have a mean of their own, which isn't known here where the fields lack it.
+    name = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
+    return name.startswith(WITHOUT_MEAN)
 
 
 def rescale_factor(values: Mapping) -> float:
@@ -93,11 +111,14 @@ def rescale_factor(values: Mapping) -> float:
 OF_VISION_TOWER = {r"^(model\.)?vision_tower\.": ""}
 
 
-def vision_preprocessing(path, config: PreTrainedConfig, **where) -> tuple[int, list[float], list[float]]:
+def vision_preprocessing(
+    path, config: PreTrainedConfig, size: int | None = None, **where
+) -> tuple[int, list[float], list[float]]:
     """`read_preprocessing`, also of timm's models, whose configuration says it."""
     if config.model_type != "timm_wrapper":
-        return read_preprocessing(path, **where)
-    return config.pretrained_cfg["input_size"][-1], config.pretrained_cfg["mean"], config.pretrained_cfg["std"]
+        return read_preprocessing(path, size=size, **where)
+    own = config.pretrained_cfg
+    return size or own["input_size"][-1], own["mean"], own["std"]
 
 
 def has_preprocessing(path, config: PreTrainedConfig) -> bool:
@@ -254,11 +275,15 @@ class TargetEncoder(ABC):
         # So that the result has its shape even without images.
         parts = [torch.empty(0, self.target_length, self.target_dim)]
         for start in range(0, len(images), self.batch_size):
-            parts.append(self._features(self.pixel_values(images[start : start + self.batch_size])).float().cpu())
+            parts.append(self._features_of(images[start : start + self.batch_size]).float().cpu())
         return torch.cat(parts)
 
     # On the fly: the same function of the images as a TargetCache.
     __call__ = encode
+
+    def _features_of(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, Q, E) of a batch; a place for what a teacher has to know of a picture beside its square."""
+        return self._features(self.pixel_values(images))
 
     @abstractmethod
     def _features(self, pixels: Tensor) -> Tensor:
@@ -472,7 +497,7 @@ class VisionEncoder(TargetEncoder):
         model's configuration to change."""
         own = load_vision_config(path, revision=revision)
         own.update(config or {})
-        own_size, mean, std = vision_preprocessing(path, own, revision=revision)
+        size, mean, std = vision_preprocessing(path, own, size=size, revision=revision)
         options = {"revision": revision, "config": own, "trust_remote_code": False}
         options["key_mapping"] = OF_VISION_TOWER
         # A pooler gives one vector, which no grid is made of.
@@ -482,7 +507,7 @@ class VisionEncoder(TargetEncoder):
         # The recipe's own words come last, and win.
         options.update(loading)
         model = load_teacher(AutoModel, path, **options)
-        return cls(model, size or own_size, grid, mean, std, resize_mode=resize_mode, batch_size=batch_size)
+        return cls(model, size, grid, mean, std, resize_mode=resize_mode, batch_size=batch_size)
 
     def _features(self, pixels):
         output = self.model(pixels, **self.arguments)

@@ -30,7 +30,7 @@ from .cache import OncePerBatch, TargetCache, image_key, is_key
 from .encoders import ENCODERS, FEATURES_VERSION, TargetEncoder, current_names
 from .images import ImageError, open_image, source_name
 from .loading import loading_from
-from .words import WORDS_ENCODERS, ClassWordsEncoder, WordsEncoder, storage_of
+from .words import WORDS_ENCODERS, ClassWordsEncoder, DepthWordsEncoder, WordsEncoder, storage_of
 
 logger = logging.get_logger(__name__)
 
@@ -125,23 +125,31 @@ class Teacher:
         files = self._files()
         known = _read_note(note)
         # Of a teacher that isn't here nothing else can be known.
-        if known is not None and (files is None or (known.get("files") == files and self._counts_all(known))):
+        if known is not None and (files is None or (known.get("files") == files and self._counts(known))):
             return known
         known = {"teacher": self.entry, "files": files, "fingerprint": self.encoder.fingerprint, "rescaling": True}
         if isinstance(self.encoder, WordsEncoder):
             known["words"] = self.encoder.words
         if isinstance(self.encoder, ClassWordsEncoder):
             known["task_inputs"] = self.encoder.task_inputs
+        if isinstance(self.encoder, DepthWordsEncoder):
+            known["alone"] = self.encoder.is_alone
         with as_hint():
             write_json(note, known)
         return known
 
-    def _counts_all(self, known: dict) -> bool:
-        """Whether a note's fingerprint has all that it depends on. Notes without `rescaling`, or a class teacher's
-        without its `task_inputs`, are from before fingerprints had them."""
+    def _counts(self, known: dict) -> bool:
+        """Whether a note's fingerprint has all that it depends on, as it is today. Notes without `rescaling`, a class
+        teacher's without its `task_inputs`, or a depth teacher's without `alone` are from before fingerprints had
+        these (the last had no mark of how depths are ranked, either)."""
         if not known.get("rescaling"):
             return False
-        return self.entry["encoder"] != ClassWordsEncoder.name or "task_inputs" in known
+        of_encoder = {ClassWordsEncoder.name: "task_inputs", DepthWordsEncoder.name: "alone"}
+        field_of_encoder = of_encoder.get(self.entry["encoder"])
+        if field_of_encoder is not None and field_of_encoder not in known:
+            return False
+        # Which words an entry gives may change with this package: those of a class are made of its name.
+        return not self.gives_words or known.get("words") == self.words()
 
     def words(self, folder: str | Path | None = None) -> list[str]:
         """What the numbers say that it gives as targets. ValueError if the teacher isn't there, and no cache in

@@ -3,10 +3,11 @@
 import io
 import os
 import re
+import struct
 from contextlib import nullcontext
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -14,6 +15,19 @@ IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Times its shorter side: cropped by that one it would become a bomb.
 LONGEST_STRIP = 500
+# How a picture is turned upright, by what its EXIF block says of the camera; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Where Pillow looks for that, in a picture's `info`.
+TELL_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
 class ImageError(ValueError):
@@ -56,8 +70,7 @@ def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
     try:
         with _opened(source) as image:
             _check(image, name)
-            # Phones store a picture as the sensor saw it; a tag says how to turn it.
-            upright = ImageOps.exif_transpose(image)
+            upright = turn_upright(image)
             if upright.has_transparency_data:
                 white = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(white, upright.convert("RGBA"))
@@ -77,6 +90,27 @@ def open_image(source: Image.Image | str | Path | dict) -> Image.Image:
         # Of bytes Pillow names a place in memory, another one each time.
         what = re.sub(r" <_io\.BytesIO object at \w+>", "", f"{type(error).__name__}: {error}")
         raise DamagedImage(name, f"{what}: give a whole file of {formats}") from error
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """The decoded picture: phones store it as the sensor saw it, and a tag says how to turn it."""
+    # Not within what is forgiven below: damaged pixels are an error.
+    image.load()
+    # That one tag alone, while `ImageOps.exif_transpose` writes the whole block anew, which it can't with some that it
+    # can read. What Pillow raises of a block: of another header SyntaxError, of one that is cut off struct.error, of
+    # no hexadecimal digits ValueError, of a text in its place TypeError. Other viewers show the picture all the same.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, struct.error, ValueError, TypeError):
+        return image
+    turn = TURNS.get(orientation)
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    # Who opens it again, as teachers do with what the student got, must not turn it once more.
+    for name in TELL_ORIENTATION:
+        upright.info.pop(name, None)
+    return upright
 
 
 def _opened(source: Image.Image | str | Path | dict):

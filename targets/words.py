@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .encoders import OneFormerEncoder, TargetEncoder, load_teacher, read_preprocessing
+from .images import open_image
 from .loading import loading_from
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ CLIP_TASK_IDS = (49406, 518, 10549, 533, 29119, 1550, 49407)
 SUFFIXES = ("merged", "other", "stuff")
 # What transformers calls a class that has no name.
 UNNAMED = re.compile(r"LABEL_\d+")
+# DPT's weights that checkpoints may lack: nothing comes before the first fusion layer, so it calls no such module.
+UNUSED_OF_DPT = ("neck.fusion_stage.layers.0.residual_layer1.",)
+# Depth models by their type that see whole patches only: not what is left behind the last one.
+PATCHED = ("depth_anything", "dpt", "zoedepth")
 
 
 def storage_of(words: Sequence[str]) -> str:
@@ -49,7 +54,8 @@ def storage_of(words: Sequence[str]) -> str:
 def speakable(label: str) -> str:
     """A class's name as one would say it: of synonyms the first, "tree-merged" is a tree."""
     name = re.split("[,;(]", label)[0]
-    words = re.split(r"[\s_-]+", name.strip())
+    # Marks at its begin and end leave empty parts.
+    words = [word for word in re.split(r"[\s_-]+", name) if word]
     # A class that is called "other" and no more keeps its name.
     while len(words) > 1 and words[-1] in SUFFIXES:
         words.pop()
@@ -62,14 +68,22 @@ def class_words(
     """A word for each class: `given`, a list, or changes by a class's name; by default the names as they are said.
     None for a class of which nothing is to be said, such as a background. ValueError for what can't be said."""
     names = cast(dict[int, str], config.id2label)
-    labels = [names[i] for i in range(len(names))]
-    words = _given_class_words(path, labels, given)
+    # Numbers may have gaps, as where 255 is void: the model has as many classes as there are names.
+    labels = [names.get(i, f"LABEL_{i}") for i in range(len(names))]
+    words = list(map(_stripped, _given_class_words(path, labels, given)))
     for label, word in zip(labels, words, strict=True):
-        if word is not None and not (isinstance(word, str) and word.strip()):
+        if word is not None and not (isinstance(word, str) and word):
             raise ValueError(f"{path}: class {label!r} has the word {word!r}: give text, or null to say nothing of it")
     if not any(words):
         raise ValueError(f"{path}: none of its classes has a word: give its teacher some")
     return words
+
+
+def _stripped(word):
+    """Blanks around a word are none of it; what is no text stays, and is refused later."""
+    if isinstance(word, str):
+        return word.strip()
+    return word
 
 
 def _given_class_words(
@@ -168,9 +182,8 @@ class ClassWordsEncoder(WordsEncoder):
     ):
         config = read_config(path, revision, loading.get("trust_remote_code", False))
         words = class_words(path, config, words)
-        own_size, mean, std = read_preprocessing(path, revision=revision)
+        size, mean, std = read_preprocessing(path, size=size, revision=revision)
         options = {"resize_mode": resize_mode, "batch_size": batch_size}
-        size = size or own_size
         if config.model_type == "oneformer":
             # Its classes depend on a task in words, whose token ids this encoder finds.
             segmenter = OneFormerEncoder._open(path, grid, task_inputs, revision=revision, **options, **loading)
@@ -197,8 +210,15 @@ class ClassWordsEncoder(WordsEncoder):
 
     def _features(self, pixels):
         # An image at a time: the scores of all classes at the picture's size are large.
-        numbers = [self._words_of_patches(scores_CHW) for scores_CHW in self._scores(pixels)]
-        return torch.stack(numbers)[..., None].float()
+        numbers = [self._words_or_nan(scores_CHW) for scores_CHW in self._scores(pixels)]
+        return torch.stack(numbers)[..., None]
+
+    def _words_or_nan(self, scores_CHW: Tensor) -> Tensor:
+        """(Q,): `_words_of_patches` as floats; NaN, all of them, for scores that aren't finite."""
+        # NaN would be the largest score, and its class would be a word like any other.
+        if not bool(scores_CHW.isfinite().all()):
+            return torch.full((self.target_length,), math.nan, device=scores_CHW.device)
+        return self._words_of_patches(scores_CHW).float()
 
     def _words_of_patches(self, scores_CHW: Tensor) -> Tensor:
         """(Q,): for each patch the number of its most frequent word, of equally frequent ones the least."""
@@ -230,9 +250,10 @@ class DepthWordsEncoder(WordsEncoder):
 
     Args:
         words: from near to far; `DEPTH_WORDS` by default.
-        bins: "quantiles", which give each word the same share of an image's patches; or [value of the nearest, value
-            of the farthest], what the model predicts there, between which words are as wide as each other on a log
-            scale (for a model whose predictions mean the same in all images).
+        bins: "quantiles", which give each word the same share of a picture's patches (those whose center lies in it;
+            the padding's get the words of what is as far); or [value of the nearest, value of the farthest], what the
+            model predicts there, between which words are as wide as each other on a log scale (for a model whose
+            predictions mean the same in all images).
         larger_is_closer: what the model predicts, as inverse depth; for quantiles, and known of `LARGER_IS_CLOSER`.
         size: pixels a side that the model sees; its preprocessing's by default.
     """
@@ -245,13 +266,21 @@ class DepthWordsEncoder(WordsEncoder):
         self.bins = bins
         self.larger_is_closer = larger_is_closer
         self.view.update(bins=bins, larger_is_closer=larger_is_closer, of_patch="median")
+        # Each of the two is in no fingerprint but those of the teachers that it changed: others' caches stay good.
+        if bins == "quantiles":
+            self.view["ranks"] = "of the picture, equal ones together"
+        # ZoeDepth chooses one of its heads for a whole batch: an image's depth must not depend on the others.
+        self.is_alone = len(getattr(model.config, "bin_configurations", None) or ()) > 1
+        if self.is_alone:
+            self.view["alone"] = True
 
     @classmethod
     def list_words(cls, path, words=None, revision="main", **options) -> list[str]:
-        words = list(DEPTH_WORDS if words is None else words)
-        if len(words) < 2 or len(set(words)) < len(words):
+        words = list(map(_stripped, DEPTH_WORDS if words is None else words))
+        are_text = all(isinstance(word, str) and word for word in words)
+        if not are_text or len(words) < 2 or len(set(words)) < len(words):
             raise ValueError(f"{path}: depth words {words}: give two or more different ones, from near to far")
-        return words  # pyright: ignore[reportReturnType] (text, as the recipe gives it)
+        return words
 
     @classmethod
     def _open(
@@ -279,19 +308,51 @@ class DepthWordsEncoder(WordsEncoder):
         # A range tells by its order which end is near.
         if larger_is_closer is None and bins == "quantiles":
             larger_is_closer = _larger_is_closer(path, config)
-        own_size, mean, std = read_preprocessing(path, revision=revision)
+        if size is not None:
+            _check_size(path, size, config)
+        size, mean, std = read_preprocessing(path, size=size, revision=revision)
+        if config.model_type == "dpt":
+            loading = {"unused": UNUSED_OF_DPT, **loading}
         model_class = MODEL_FOR_DEPTH_ESTIMATION_MAPPING[type(config)]
         model = load_teacher(model_class, path, config=config, revision=revision, **loading)
         options = {"resize_mode": resize_mode, "batch_size": batch_size}
-        return cls(model, size or own_size, grid, mean, std, words, bins, larger_is_closer, **options)
+        return cls(model, size, grid, mean, std, words, bins, larger_is_closer, **options)
 
-    def _features(self, pixels):
-        value_NQ = self._median_of_patches(self.model(pixels).predicted_depth.float())
+    def _features_of(self, images):
+        # Upright, as their sizes count.
+        images = list(map(open_image, images))
+        is_picture_NQ = torch.stack([self._is_picture(image.size) for image in images])
+        return self._features(self.pixel_values(images), is_picture_NQ)
+
+    def _features(self, pixels, is_picture_NQ=None):
+        """`is_picture_NQ`: the patches whose center lies in the picture; all by default."""
+        depth_NHW = self._depth(pixels)
+        value_NQ = self._median_of_patches(depth_NHW)
+        if is_picture_NQ is None:
+            is_picture_NQ = torch.ones_like(value_NQ, dtype=torch.bool)
         if self.bins == "quantiles":
-            number_NQ = self._by_rank(value_NQ)
+            number_NQ = self._by_rank(value_NQ, is_picture_NQ.to(value_NQ.device))
         else:
             number_NQ = self._by_value(value_NQ)
-        return number_NQ[..., None].float()
+        # NaN has no place among depths. Infinity has one, but no model of transformers means it: none divides by what
+        # may be 0, so a type of 16 bits has overflowed, and what is around is spoiled, too.
+        is_finite_N = depth_NHW.isfinite().flatten(1).all(dim=1)
+        return number_NQ.float().masked_fill(~is_finite_N[:, None], math.nan)[..., None]
+
+    def _depth(self, pixels: Tensor) -> Tensor:
+        """(N, h, w), fp32, as the model predicts it."""
+        batches = [pixels]
+        if self.is_alone:
+            batches = pixels.split(1)
+        return torch.cat([self.model(batch).predicted_depth.float() for batch in batches])
+
+    def _is_picture(self, size: tuple[int, int]) -> Tensor:
+        """(Q,): whether a patch's center lies in a picture of that width and height, not in the padding around it."""
+        # Stretched, it is all of the square.
+        if self.view["square"] != "pad":
+            return torch.ones(self.target_length, dtype=torch.bool)
+        is_column_G, is_row_G = (_cells_within(length, side=max(size), grid=self.grid) for length in size)
+        return (is_row_G[:, None] & is_column_G).flatten()
 
     def _median_of_patches(self, depth_NHW: Tensor) -> Tensor:
         """(N, Q): where a patch shows the edge of an object, that of what covers more of it; a mean is of neither."""
@@ -301,13 +362,21 @@ class DepthWordsEncoder(WordsEncoder):
         # (N, 1, S, S) -> (N, side * side, Q) -> (N, Q).
         return F.unfold(depth_N1SS, kernel_size=side, stride=side).median(dim=1).values
 
-    def _by_rank(self, value_NQ: Tensor) -> Tensor:
-        # The order's own order is each patch's rank, from the nearest on. Stable: equal depths, as of a flat sky, get
-        # the same ranks each time.
-        order_NQ = value_NQ.argsort(dim=1, descending=self.larger_is_closer, stable=True)
-        rank_NQ = order_NQ.argsort(dim=1)
-        # Ranks 0 to Q - 1 in as many equal parts as there are words.
-        return rank_NQ * len(self.words) // value_NQ.shape[1]
+    def _by_rank(self, value_NQ: Tensor, is_picture_NQ: Tensor) -> Tensor:
+        """(N, Q): ranks of the picture's patches, 0 to their number - 1, in as many equal parts as there are words;
+        the padding's patches go where they would lie among these."""
+        # From the nearest on.
+        far_NQ = -value_NQ if self.larger_is_closer else value_NQ
+        numbers = []
+        for far_Q, is_picture_Q in zip(far_NQ, is_picture_NQ, strict=True):
+            of_picture = far_Q[is_picture_Q].sort().values
+            before_Q = torch.searchsorted(of_picture, far_Q)
+            up_to_Q = torch.searchsorted(of_picture, far_Q, right=True)
+            # Equal depths, as of a flat sky, have their mean rank, and so one word. Twice it, which is whole; that of
+            # a patch nearer than the whole picture is -1.
+            twice_rank_Q = (before_Q + up_to_Q - 1).clamp(min=0)
+            numbers.append(twice_rank_Q * len(self.words) // (2 * len(of_picture)))
+        return torch.stack(numbers)
 
     def _by_value(self, value_NQ: Tensor) -> Tensor:
         # 0 at the nearest, 1 at the farthest; what lies beyond gets the first or the last word.
@@ -315,6 +384,35 @@ class DepthWordsEncoder(WordsEncoder):
         tiny = torch.finfo(value_NQ.dtype).tiny
         share_NQ = (value_NQ.clamp(min=tiny).log() - nearest) / (farthest - nearest)
         return (share_NQ * len(self.words)).floor().clamp(0, len(self.words) - 1)
+
+
+def _cells_within(length: int, side: int, grid: int) -> Tensor:
+    """(grid,): which cells of a square's side have their center in the `length` pixels in its middle, where
+    `LlavaImageProcessor` puts the picture."""
+    begin = (side - length) // 2
+    end = begin + length
+    cell_G = torch.arange(grid)
+    # In units of which a pixel has 2 * grid, so that all are whole.
+    center_G = (2 * cell_G + 1) * side
+    is_within_G = (center_G >= 2 * grid * begin) & (center_G < 2 * grid * end)
+    if not bool(is_within_G.any()):
+        # A strip between two cells' centers: those that it touches.
+        is_within_G = ((cell_G + 1) * side > grid * begin) & (cell_G * side < grid * end)
+    return is_within_G
+
+
+def _check_size(path, size: int, config: PreTrainedConfig) -> None:
+    """ValueError for pixels a side that aren't whole patches: words would lie beside what they are of."""
+    # A backbone of its own has the patches.
+    config_of_patches = getattr(config, "backbone_config", None) or config
+    patch = getattr(config_of_patches, "patch_size", None)
+    if config.model_type not in PATCHED or not isinstance(patch, int) or size % patch == 0:
+        return
+    lower = size // patch * patch
+    fitting = str(patch)
+    if lower > 0:
+        fitting = f"{lower} or {lower + patch}"
+    raise ValueError(f"{path}: size {size} is no multiple of its patches' {patch} pixels: give {fitting}")
 
 
 def _larger_is_closer(path, config: PreTrainedConfig) -> bool:

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -209,6 +210,17 @@ def test_refused_targets_are_named_and_the_others_stored(paths, folder):
         assert len(TargetCache(folder, "fake", storage).missing([key for key in report.keys if key])) == 1 + len(
             overflow
         )
+
+
+@pytest.mark.parametrize("storage", ["uint8", "int16"])
+def test_numbers_that_are_not_finite_are_refused(folder, storage):
+    """As an integer NaN would be some word's number."""
+    cache = TargetCache(folder, "fake", storage)
+    numbers = torch.tensor([1.0, math.nan, 3.0])[:, None, None].expand(3, 4, 1)
+    cache.store(["a", "b", "c"], numbers)
+    cache.flush()
+    assert cache.failed == {"b": "its target is not finite"} and len(cache) == 2
+    assert cache.read(["a", "c"]).equal(numbers[[0, 2]])
 
 
 def cache_keys(cache) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import encode, make_tokenizer, random_rows, tiny_tasks
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_helpers import llava_sample, write_llava
 from transformers import (
@@ -243,6 +244,8 @@ def test_convert_with_tokenizer(tmp_path):
     model, processor = OlaVlmForConditionalGeneration.from_pretrained(out), OlaVlmProcessor.from_pretrained(out)
     assert processor.task_token_ids == model.config.task_token_ids == list(range(35, 59))  # free rows of the table
     assert model.config.text_config.vocab_size == 512
+    # It has no marks of Llama-3's conversations.
+    assert processor.chat_template == make_tokenizer().chat_template
     batch = encode(processor, random_rows(1))
     with torch.no_grad():
         output = model(**batch, output_predictions=True)
@@ -422,6 +425,84 @@ def test_convert_phi3(tmp_path):
     ids = torch.arange(4, 84)[None]
     with torch.no_grad():
         assert model(input_ids=ids).logits[..., :512].equal(llm(input_ids=ids).logits)
+
+
+# Marks of the reference's conversations.
+MARKS = {
+    "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+}
+
+
+def copy_reference_of(language_model: str, folder: Path) -> tuple[str, dict[str, int]]:
+    """The reference checkpoint with a Llama-3 or a Phi-3, and its tokenizer's ids, by which a turn ends otherwise than
+    a text."""
+    if language_model == "phi3":
+        source = copy_reference(folder, phi3_weights(), model_type="ola_phi3", **PHI3_SIZES)
+    else:
+        source = copy_reference(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(MARKS[language_model], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return source, tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("language_model", list(MARKS))
+def test_a_converted_checkpoint_is_asked_by_the_prompt_that_it_was_trained_with(tmp_path, language_model):
+    source, _ = copy_reference_of(language_model, tmp_path)
+    convert([source, str(tmp_path / "out"), "--vision-tower", TOWER])
+    processor = OlaVlmProcessor.from_pretrained(tmp_path / "out")
+    golden = json.loads((GOLDEN / "h_prompts.json").read_text())[f"{language_model}.caption"]["prompt"]
+    question = {"type": "text", "text": "Render a clear and concise summary of the photo."}
+    messages = [{"role": "user", "content": [{"type": "image"}, question]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    expected, _, _ = golden.partition("select luxury furniture")
+    # Llama-3's first token, which the reference leaves to the tokenizer.
+    assert prompt.removeprefix("<s>") == expected
+
+
+@pytest.mark.parametrize("language_model", list(MARKS))
+def test_a_converted_checkpoint_stops_at_the_end_of_its_turn(tmp_path, language_model):
+    source, ids = copy_reference_of(language_model, tmp_path)
+    end = ids[MARKS[language_model][-1]]
+    # config.json and the tokenizer name the end of a text alone.
+    model, *_ = convert_reference(source, TOWER)
+    assert model.generation_config.eos_token_id == [2, end]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9, end]}))
+    convert([source, str(tmp_path / "out"), "--vision-tower", TOWER])
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [2, 9, end]
+
+
+def test_convert_reads_the_ends_of_the_generation_config(tmp_path):
+    source = copy_reference(tmp_path)
+    for ends, expected in ((7, [2, 7]), (2, 2), (None, 2), ([7, 2], [2, 7])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        model, *_ = convert_reference(source, TOWER)
+        assert model.generation_config.eos_token_id == expected
+        assert (model.generation_config.bos_token_id, model.generation_config.pad_token_id) == (1, 0)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ["</s>"]}))
+    with pytest.raises(ValueError, match=r"generation_config\.json has the eos_token_id \['</s>'\]: it must be"):
+        convert_reference(source, TOWER)
+
+
+@pytest.mark.parametrize(("ratio", "has_sides"), [("pad", True), ("square", False), (None, False)])
+def test_convert_makes_pictures_square_as_the_reference_did(tmp_path, ratio, has_sides):
+    make_tokenizer().save_pretrained(tmp_path)
+    _, processor, _ = convert_reference(copy_reference(tmp_path, image_aspect_ratio=ratio), TOWER)
+    picture = Image.new("RGB", (60, 20), "red")
+    picture.paste("blue", (20, 0, 40, 20))
+    # (3, 336, 336)
+    (pixels,) = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    side = pixels[:, 168, 40]
+    middle = pixels[:, 168, 168]
+    assert side.allclose(middle) != has_sides
+
+
+def test_convert_refuses_another_way_of_making_pictures_square(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="image_aspect_ratio 'anyres': ours are pad and square, set it to one"):
+        convert_reference(copy_reference(tmp_path, image_aspect_ratio="anyres"), TOWER)
 
 
 # Its released kinds

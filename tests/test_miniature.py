@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ola_vlm.commands.miniature import parser
-from ola_vlm.inference.checkpoints import load_checkpoint
+from ola_vlm.inference.checkpoints import load_checkpoint, weights_state
 from ola_vlm.miniature import ablations, components, processes, study, trial
 from ola_vlm.probing.fit import batches
 from ola_vlm.probing.probes import load_probes, score
@@ -103,6 +103,38 @@ def test_a_record_that_is_shipped_has_no_path_of_this_machine(run, tmp_path):
     assert pretrain["language_model"] == "miniature/weights/language_model"
     assert pretrain["teachers"]["seg"]["path"] == "miniature/weights/seg"
     assert str(out) not in json.dumps(record) and str(recipe.WEIGHTS) not in json.dumps(record)
+
+
+def test_what_is_shipped_again_is_asked_anew(make_model, tmp_path, monkeypatch):
+    """Answers of the weights that were shipped before are gone: `ola-vlm eval` would refuse to go on with them."""
+    method = recipe.METHODS[0]
+    root = tmp_path / "study"
+    finetuned = recipe.run_folder(method, 0, root) / "finetune"
+    for part in make_model():
+        part.save_pretrained(finetuned)
+    monkeypatch.setattr(recipe, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(study, "fit_probes", lambda *what: SimpleNamespace(save=lambda folder: None))
+    monkeypatch.setattr(study, "write_shipped_record", lambda *what: None)
+    monkeypatch.setattr(study, "write_shipped_card", lambda *what: None)
+    asked = []
+
+    def answer(argv):
+        """As `ola-vlm eval`: it goes on in a folder with answers of the same weights only."""
+        shipped, _, _, _, out = argv
+        asked.append(weights_state(shipped))
+        Path(out).mkdir(parents=True, exist_ok=True)
+        answers = Path(out) / "answers.txt"
+        assert not answers.exists() or answers.read_text() == asked[-1], "another run's answers"
+        answers.write_text(asked[-1])
+
+    monkeypatch.setattr(study.evaluate, "main", answer)
+    other = root / "shipped" / "other" / "answers.txt"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    for _ in range(2):
+        study.publish(root, [method], {}, {}, ship=True)
+    first, second = asked
+    assert first != second and other.exists()
 
 
 @pytest.mark.parametrize("method", recipe.METHODS)

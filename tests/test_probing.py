@@ -873,6 +873,18 @@ def test_rows_of_a_data_set_give_images(study, tmp_path):
         run.find_images(str(tmp_path / "words.json"), args)
 
 
+def test_a_picture_that_several_rows_hold_is_one(tmp_path):
+    """As in a data set that has a row a question: a copy would be fitted, and the other held out."""
+    pictures = []
+    for seed in (0, 1, 0, 2, 1, 0):
+        random_image(seed).save(tmp_path / f"{seed}.png")
+        pictures.append({"bytes": (tmp_path / f"{seed}.png").read_bytes(), "path": f"question-{len(pictures)}.png"})
+    data = Dataset.from_dict({"image": pictures}).cast_column("image", HfImage())
+    data.to_parquet(str(tmp_path / "data" / "a.parquet"))
+    found = run.find_images(str(tmp_path / "data"), OlaVlmArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert [image["bytes"] for image in found] == [(tmp_path / f"{seed}.png").read_bytes() for seed in range(3)]
+
+
 def test_held_out_pictures_that_lie_in_rows_are_others(tmp_path):
     """They have no names: the same picture is known by its bytes, and another split can be named."""
     for split, seeds in (("train", range(4)), ("test", range(4, 6))):

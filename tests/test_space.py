@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import random_image
+from gradio.route_utils import delete_files_created_by_app
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
@@ -405,6 +406,21 @@ def test_a_page_with_one_model_and_one_task(chats, scene, tmp_path, monkeypatch)
     # Of one task with one other model, too.
     handlers = Handlers({}, [], FakeViewer(tasks=("depth",)), {"second": FakeViewer()})
     assert handlers.layers_of_others([], [])["value"] == handlers.others_emptied()["value"] == []
+
+
+def test_the_cards_pictures_stay_while_uploads_are_deleted(chats, scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    page = build(chats, [{"text": QUESTION, "files": [str(ROOT / "docs" / "scene.png")]}])
+    (chatbot, *_) = (block for block in page.blocks.values() if isinstance(block, gr.Chatbot))
+    (card,) = chatbot.examples
+    copies = [file["path"] for file in card["files"]]
+    assert copies and all(Path(path).is_relative_to(tmp_path) for path in copies)
+    uploaded = tmp_path / "uploaded.png"
+    uploaded.write_bytes(scene)
+    chatbot.temp_files.add(str(uploaded))
+    # What Gradio does every 10 minutes, with files of any age.
+    delete_files_created_by_app(page, 0)
+    assert all(Path(path).exists() for path in copies) and not uploaded.exists()
 
 
 def test_the_first_example_is_answered_rightly_and_the_truth_is_shown(chats, tmp_path):

@@ -15,8 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import random_image
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 from tiny_teachers import GRID, save_depth_anything
 from training_helpers import llava_sample, write_llava
@@ -329,23 +331,16 @@ def damaged(kind: str, folder: Path) -> bytes:
         return b"no picture"
     if kind == "empty":
         return b""
-    exif = Image.Exif()
-    exif[0x010E] = "a description"
-    exif[0x0112] = 6
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    picture.save(path, exif=exif.tobytes())
-    content = bytearray(path.read_bytes())
     if kind == "cut":
-        return bytes(content[: len(content) // 2])
-    if kind == "exif":  # the description is a number, says its type
-        content[content.index(b"Exif") + 17] = 7
-        return bytes(content)
+        random_image(0, (64, 64)).save(path)
+        content = path.read_bytes()
+        return content[: len(content) // 2]
     header = bytearray((folder / "small.png").read_bytes())
     header[16:24] = (100_000).to_bytes(4, "big") * 2
     return bytes(header)
 
 
-@pytest.mark.parametrize("kind", ["eps", "text", "empty", "cut", "exif", "bomb"])
+@pytest.mark.parametrize("kind", ["eps", "text", "empty", "cut", "bomb"])
 @pytest.mark.parametrize("as_bytes", [False, True])
 def test_one_error_for_every_picture_that_is_none(tmp_path, kind, as_bytes, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)  # it would be called
@@ -357,6 +352,71 @@ def test_one_error_for_every_picture_that_is_none(tmp_path, kind, as_bytes, monk
         open_image(source)
     assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
     assert "0x" not in str(caught.value)
+
+
+def exif_block(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tif"])
+def test_a_picture_is_turned_upright(tmp_path, name, orientation):
+    random_image(0, (6, 4)).save(tmp_path / name, exif=exif_block(orientation))
+    with Image.open(tmp_path / name) as stored:
+        expected = ImageOps.exif_transpose(stored).convert("RGB")
+    upright = open_image(tmp_path / name)
+    assert upright.tobytes() == expected.tobytes()
+    assert (expected.size == (4, 6)) == (orientation >= 5)
+    # Teachers open again what the student was given.
+    assert open_image(upright).size == expected.size and open_image(upright).tobytes() == expected.tobytes()
+
+
+def test_a_picture_is_turned_whatever_else_its_exif_block_says(tmp_path):
+    """Pillow reads a description that is a number, says its type, and can't write it back."""
+    random_image(0, (6, 4)).save(tmp_path / "x.jpg", exif=exif_block(6))
+    with Image.open(tmp_path / "x.jpg") as stored:
+        expected = stored.transpose(Image.Transpose.ROTATE_270)
+    content = bytearray((tmp_path / "x.jpg").read_bytes())
+    content[content.index(b"Exif") + 17] = 7
+    (tmp_path / "x.jpg").write_bytes(content)
+    for source in (tmp_path / "x.jpg", {"bytes": bytes(content)}):
+        assert open_image(source).tobytes() == expected.tobytes()
+
+
+def odd_exif(kind: str) -> dict:
+    """How a picture is saved with a block that isn't one, by what Pillow raises of it."""
+    texts = PngInfo()
+    if kind == "SyntaxError":
+        return {"exif": b"no block"}
+    if kind == "struct.error":
+        return {"exif": exif_block(6)[:12]}
+    if kind == "ValueError":
+        texts.add_text("Raw profile type exif", "\nexif\n2\nno digits\n")
+    if kind == "TypeError":
+        texts.add_text("xmp", "a text")
+    return {"pnginfo": texts}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("x.png", "SyntaxError"),
+        ("x.webp", "SyntaxError"),
+        ("x.png", "struct.error"),
+        ("x.webp", "struct.error"),
+        ("x.png", "ValueError"),
+        ("x.png", "TypeError"),
+    ],
+)
+def test_a_picture_with_an_odd_exif_block_is_whole(tmp_path, name, kind):
+    random_image(0).save(tmp_path / name, lossless=True, **odd_exif(kind))
+    assert open_image(tmp_path / name).tobytes() == random_image(0).tobytes()
+    content = (tmp_path / name).read_bytes()
+    with pytest.raises(ImageError, match="give a whole file"):
+        open_image({"bytes": content[:1000]})
 
 
 def test_a_pipe_is_no_picture(tmp_path):

@@ -2,20 +2,27 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import WORDS, make_tokenizer, random_image, random_rows
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_teachers import SIZE, random_images, save_depth_anything, save_oneformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training_helpers import TEST_WORDS, llava_sample, losses, make_trainer, random_words, write_llava
 from transformers import (
+    BeitConfig,
     DPTConfig,
     DPTForDepthEstimation,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GLPNConfig,
+    GLPNForDepthEstimation,
+    GLPNImageProcessor,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     PreTrainedTokenizerFast,
@@ -23,6 +30,8 @@ from transformers import (
     SegformerForSemanticSegmentation,
     SwinConfig,
     Trainer,
+    ZoeDepthConfig,
+    ZoeDepthForDepthEstimation,
 )
 from transformers.integrations.neftune import activate_neftune
 from transformers.utils.generic import ModelOutput
@@ -37,6 +46,7 @@ from ola_vlm.targets.words import (
     ClassWordsEncoder,
     DepthWordsEncoder,
     _larger_is_closer,
+    class_words,
     speakable,
     storage_of,
 )
@@ -81,6 +91,17 @@ class OneMap:
         return self.scores.expand(len(pixels), *self.scores.shape)
 
 
+class DepthOf:
+    """A depth model that predicts `depth` (1 or N, h, w), whatever it sees."""
+
+    def __init__(self, model, depth_NHW: torch.Tensor):
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.depth = depth_NHW
+
+    def __call__(self, pixels):
+        return SimpleNamespace(predicted_depth=self.depth.expand(len(pixels), -1, -1))
+
+
 def class_map(encoder: ClassWordsEncoder, classes_SS: torch.Tensor) -> torch.Tensor:
     """The numbers of words for a map of classes (size, size)."""
     scores = torch.nn.functional.one_hot(classes_SS, len(encoder.word_of_class)).permute(2, 0, 1).float()
@@ -122,6 +143,19 @@ def test_oneformers_words_are_those_of_its_own_class_map():
     assert encoder.encode([]).shape == (0, 64, 1)
 
 
+def test_scores_that_are_not_finite_are_no_word(folders, monkeypatch):
+    """NaN counts as the largest score: it was its class's word."""
+    encoder = ClassWordsEncoder.from_pretrained(folders / "seg", grid=GRID, words=COLORS)
+    images = random_images(3)
+    scores = encoder._scores(encoder.pixel_values(images))
+    expected = encoder.encode(images)
+    scores[1, 0, 5, 5] = math.nan
+    scores[2, 3, 0, 0] = math.inf
+    monkeypatch.setattr(encoder, "_scores", lambda pixels: scores)
+    numbers = encoder.encode(images)
+    assert numbers[0].equal(expected[0]) and numbers[1:].isnan().all()
+
+
 def test_a_note_from_before_preprocessing_counted_is_not_believed(folders, tmp_path):
     """Its fingerprint may be that of another view of the picture: the teacher is asked again, once."""
     teacher = make_teachers([TASK], entries(folders))["words.class"]
@@ -134,6 +168,32 @@ def test_a_note_from_before_preprocessing_counted_is_not_believed(folders, tmp_p
     note.write_text(json.dumps({**known, "fingerprint": former}))
     assert teacher.fingerprint(tmp_path) == fingerprint
     assert json.loads(note.read_text())["fingerprint"] == fingerprint
+
+
+def test_a_note_with_other_words_is_not_believed(folders, tmp_path):
+    """Which words a teacher gives may change with this package: the numbers in its old cache are of others."""
+    for kind in ("class", "depth"):
+        teacher = make_teachers([TASK], entries(folders))[f"words.{kind}"]
+        fingerprint = teacher.fingerprint(tmp_path)
+        note = teacher._note(tmp_path)
+        known = json.loads(note.read_text())
+        for former in (known["words"][::-1], None):
+            note.write_text(json.dumps({**known, "words": former, "fingerprint": "former"}))
+            assert teacher.fingerprint(tmp_path) == fingerprint
+            assert json.loads(note.read_text()) == known
+        # With today's words it is, without a look at the weights.
+        note.write_text(json.dumps({**known, "fingerprint": "told"}))
+        assert teacher.fingerprint(tmp_path) == "told"
+
+
+def test_a_depth_teachers_note_from_before_ranks_counted_is_not_believed(folders, tmp_path):
+    teacher = make_teachers([TASK], entries(folders))["words.depth"]
+    fingerprint = teacher.fingerprint(tmp_path)
+    note = teacher._note(tmp_path)
+    known = json.loads(note.read_text())
+    assert known.pop("alone") is False
+    note.write_text(json.dumps({**known, "fingerprint": "former"}))
+    assert teacher.fingerprint(tmp_path) == fingerprint
 
 
 def test_oneformers_task_counts_for_its_class_words(tmp_path):
@@ -212,8 +272,34 @@ def test_classes_as_one_says_them():
         "streetlight, street lamp": "streetlight",
         "floor-wood": "floor wood",
         "other": "other",
+        "kite_(toy)": "kite",
+        "__background__": "background",
+        "wall-": "wall",
     }
     assert {label: speakable(label) for label in said} == said
+
+
+def test_blanks_around_given_words_are_none_of_them(folders):
+    encoder = ClassWordsEncoder.from_pretrained(
+        folders / "seg", grid=GRID, words=[" red", "green", "red ", None, "\tblue\n"]
+    )
+    assert encoder.words == ["red", "green", "blue"] and encoder.word_of_class.tolist() == [0, 1, 0, 3, 2]
+    assert DepthWordsEncoder.list_words(folders / "depth", words=["near ", " very far"]) == ["near", "very far"]
+    with pytest.raises(ValueError, match="'LABEL_0' has the word '': give text, or null"):
+        ClassWordsEncoder.list_words(folders / "seg", words=["  ", "a", "b", "c", "d"])
+    for words in (["near", "near "], ["near", " "], ["near", 3], ["near", None]):
+        with pytest.raises(ValueError, match="give two or more different ones"):
+            DepthWordsEncoder.list_words(folders / "depth", words=words)
+
+
+def test_classes_whose_numbers_have_gaps(folders):
+    """Such as 255 for void: there are as many classes as names, and the last ones have none."""
+    config = SegformerConfig(id2label={0: "road", 1: "sky", 255: "void"}, label2id={"road": 0, "sky": 1, "void": 255})
+    assert config.num_labels == 3
+    with pytest.raises(ValueError, match=r"a model: its classes have no names \(LABEL_2\): give its teacher words"):
+        class_words("a model", config, None)
+    assert class_words("a model", config, {"LABEL_2": None}) == ["road", "sky", None]
+    assert class_words("a model", config, ["road", "sky", "nothing"]) == ["road", "sky", "nothing"]
 
 
 def test_depth_words_by_value(folders):
@@ -229,19 +315,151 @@ def test_depth_words_by_value(folders):
 def test_depth_words_by_quantiles(folders):
     encoder = DepthWordsEncoder.from_pretrained(folders / "depth", grid=2, words=["near", "far"])
     assert encoder.larger_is_closer
-    assert encoder._by_rank(torch.tensor([[0.1, 5.0, 4.0, 0.2], [1.0, 1.0, 1.0, 1.0]])).tolist() == [
-        [1, 0, 0, 1],
-        [0, 0, 1, 1],
-    ]
+    everywhere = torch.ones(1, 4, dtype=torch.bool)
+    assert encoder._by_rank(torch.tensor([[0.1, 5.0, 4.0, 0.2]]), everywhere).tolist() == [[1, 0, 0, 1]]
     metric = DepthWordsEncoder.from_pretrained(
         folders / "depth", grid=2, words=["near", "far"], larger_is_closer=False
     )
-    assert metric._by_rank(torch.tensor([[0.1, 5.0, 4.0, 0.2]])).tolist() == [[0, 1, 1, 0]]
+    assert metric._by_rank(torch.tensor([[0.1, 5.0, 4.0, 0.2]]), everywhere).tolist() == [[0, 1, 1, 0]]
     numbers = encoder.encode(random_images(2))
     depth = encoder.model(encoder.pixel_values(random_images(2))).predicted_depth
     closest = torch.nn.functional.adaptive_avg_pool2d(depth[:, None], 2).flatten(1).argmax(1)
     assert (numbers[torch.arange(2), closest] == 0).all() and (numbers.sum((1, 2)) == 2).all()
     assert DepthWordsEncoder.list_words(folders / "depth") == list(DEPTH_WORDS)
+
+
+def test_equal_depths_have_one_word(folders):
+    """As of a flat sky: the word of their mean rank, whichever rows they lie in."""
+    encoder = DepthWordsEncoder.from_pretrained(folders / "depth", grid=2, words=["near", "far"])
+    everywhere = torch.ones(3, 4, dtype=torch.bool)
+    flat = torch.tensor([[1.0, 1, 1, 1], [0, 0, 7, 0], [9, 0, 0, 8]])
+    assert encoder._by_rank(flat, everywhere).tolist() == [[0, 0, 0, 0], [1, 1, 0, 1], [0, 1, 1, 0]]
+    # Without equal ones words are as frequent as each other, the ranks' own.
+    encoder.words = ["a", "b", "c", "d", "e"]
+    depth = torch.randn(4, 23, generator=torch.Generator().manual_seed(0))
+    ranks = depth.argsort(dim=1, descending=True).argsort(dim=1)
+    assert encoder._by_rank(depth, torch.ones(4, 23, dtype=torch.bool)).equal(ranks * 5 // 23)
+
+
+def test_padding_takes_no_share_of_the_depth_words(folders, monkeypatch):
+    """The picture's own patches have each word as often; the padding's get the words of what is as far."""
+    encoder = DepthWordsEncoder.from_pretrained(folders / "depth", grid=GRID, words=["near", "far"])
+    # Rows 1 and 2 are the picture, the second one farther; rows 0 and 3 are padding, which is nearer than both.
+    depth = torch.tensor([9.0, 5.0, 1.0, 9.0])[:, None].expand(4, 4)[None]
+    monkeypatch.setattr(encoder, "model", DepthOf(encoder.model, depth))
+    wide, square = random_images(1, size=(64, 32))[0], random_images(1)[0]
+    turned = Image.new("RGB", (32, 64))
+    turned.getexif()[274] = 6  # a telephone's, whose pixels lie on their side
+    assert encoder.encode([wide, turned])[..., 0].view(2, 4, 4)[:, :, 0].tolist() == [[0, 0, 1, 0]] * 2
+    # In a square each row counts: half of the patches are as near as the outer rows.
+    assert encoder.encode([square])[0, :, 0].view(4, 4)[:, 0].tolist() == [0, 1, 1, 0]
+    monkeypatch.setattr(encoder, "model", DepthOf(encoder.model, depth.mT))
+    tall = wide.transpose(Image.Transpose.ROTATE_90)
+    assert encoder.encode([tall])[0, :, 0].view(4, 4)[0].tolist() == [0, 0, 1, 0]
+    # A picture that was stretched has no padding.
+    encoder.view["square"] = "reference"
+    assert encoder._is_picture((64, 32)).all()
+
+
+def test_patches_of_a_picture_that_is_not_square(folders):
+    encoder = DepthWordsEncoder.from_pretrained(folders / "depth", grid=GRID)
+    rows = torch.tensor([[False], [True], [True], [False]]).expand(4, 4)
+    assert encoder._is_picture((64, 32)).view(4, 4).equal(rows)
+    assert encoder._is_picture((32, 64)).view(4, 4).equal(rows.T)
+    assert encoder._is_picture((64, 64)).all() and encoder._is_picture((1, 1)).all()
+    # 24 of 32 rows of a cell's 8, from row 20 to 44 of 64: the centers are in rows 8, 24, 40 and 56.
+    assert encoder._is_picture((64, 24)).view(4, 4).equal(rows)
+    # So narrow that no center is in it: the patches that it touches.
+    assert encoder._is_picture((500, 1)).view(4, 4).equal(torch.tensor([[0], [1], [0], [0]]).bool().expand(4, 4))
+    assert encoder._is_picture((500, 2)).view(4, 4).equal(rows)
+
+
+def test_depth_that_is_not_finite_is_no_word(folders, monkeypatch):
+    images = random_images(3)
+    for bins in ("quantiles", [8.0, 0.5]):
+        encoder = DepthWordsEncoder.from_pretrained(folders / "depth", grid=GRID, words=["near", "far"], bins=bins)
+        expected = encoder.encode(images)
+        depth = encoder.model(encoder.pixel_values(images)).predicted_depth
+        depth[1, 5, 5] = math.nan
+        depth[2, 0, 0] = math.inf
+        monkeypatch.setattr(encoder, "model", DepthOf(encoder.model, depth))
+        numbers = encoder.encode(images)
+        assert numbers[0].equal(expected[0]) and numbers[1:].isnan().all()
+
+
+def test_fixed_bins_are_in_the_view_as_they_always_were(folders):
+    """Stored targets of such a teacher stay good."""
+    common = {"square", "size", "grid", "mean", "std", "resample", "words", "bins", "larger_is_closer", "of_patch"}
+    fixed = DepthWordsEncoder.from_pretrained(folders / "depth", grid=GRID, bins=[8.0, 0.5])
+    assert set(fixed.view) == common
+    assert set(DepthWordsEncoder.from_pretrained(folders / "depth", grid=GRID).view) == common | {"ranks"}
+
+
+def test_an_images_depth_words_do_not_depend_on_its_batch(tmp_path):
+    """A ZoeDepth of several heads chooses one for a whole batch."""
+    torch.manual_seed(0)
+    backbone = BeitConfig(
+        image_size=SIZE, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=48, out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False,
+        use_relative_position_bias=True,
+    )  # fmt: skip
+    heads = [
+        {"name": "nyu", "n_bins": 8, "min_depth": 1e-3, "max_depth": 10.0},
+        {"name": "kitti", "n_bins": 8, "min_depth": 1e-3, "max_depth": 80.0},
+    ]
+    config = ZoeDepthConfig(
+        backbone_config=backbone, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16, bottleneck_features=16,
+        num_relative_features=8, num_attractors=[4, 2, 2, 1], bin_embedding_dim=16, bin_configurations=heads,
+        num_patch_transformer_layers=4, patch_transformer_hidden_size=128, patch_transformer_intermediate_size=32,
+        patch_transformer_num_attention_heads=2,
+    )  # fmt: skip
+    model = ZoeDepthForDepthEstimation(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path)
+    save_preprocessing(tmp_path)
+    encoder = DepthWordsEncoder.from_pretrained(tmp_path, grid=GRID, bins=[0.1, 10.0])
+    assert encoder.view["alone"] is True and "ranks" not in encoder.view
+    images = random_images(2)
+    pixels = encoder.pixel_values(images)
+    # So that each image has a head of its own.
+    with torch.no_grad():
+        logits = encoder.model(pixels).domain_logits
+        encoder.model.metric_head.mlp_classifier.linear2.bias -= logits.mean(0)
+        single = torch.cat([encoder.model(one).predicted_depth for one in pixels.split(1)])
+        assert not torch.allclose(encoder.model(pixels).predicted_depth, single, atol=0.001)
+        torch.testing.assert_close(encoder._depth(pixels), single)
+    # As wide as what is predicted, so that words tell the heads apart.
+    encoder.bins = [single.min().item(), single.max().item()]
+    assert encoder.encode(images).equal(torch.cat([encoder.encode([image]) for image in images]))
+
+
+def test_glpn_whose_image_processor_says_no_size_nor_mean(tmp_path):
+    torch.manual_seed(0)
+    config = GLPNConfig(
+        num_encoder_blocks=4, depths=[1] * 4, sr_ratios=[2, 1, 1, 1], hidden_sizes=[8, 8, 16, 16],
+        num_attention_heads=[1, 1, 2, 2], mlp_ratios=[2] * 4, decoder_hidden_size=8,
+    )  # fmt: skip
+    GLPNForDepthEstimation(config).eval().save_pretrained(tmp_path)
+    GLPNImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks \['size'\]: add it there, or to its teacher, if that takes a size"):
+        DepthWordsEncoder.from_pretrained(tmp_path, grid=GRID)
+    encoder = DepthWordsEncoder.from_pretrained(tmp_path, grid=GRID, size=SIZE)
+    assert not encoder.larger_is_closer and encoder.size == SIZE
+    images = random_images(2)
+    seen = GLPNImageProcessor()(images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(encoder.pixel_values(images), seen)
+    assert len(encoder.encode(images).unique()) == len(DEPTH_WORDS)
+    # As its older files call it.
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"feature_extractor_type": "GLPNFeatureExtractor", "size_divisor": 32}))
+    older = DepthWordsEncoder.from_pretrained(tmp_path, grid=GRID, size=SIZE)
+    assert older.pixel_values(images).equal(encoder.pixel_values(images))
+    # Others have a mean, which isn't guessed.
+    file.write_text(json.dumps({"image_processor_type": "DPTImageProcessor"}))
+    with pytest.raises(ValueError, match=r"lacks \['image_mean', 'image_std'\]: add them there"):
+        DepthWordsEncoder.from_pretrained(tmp_path, grid=GRID, size=SIZE)
 
 
 def test_which_way_a_depth_model_counts():
@@ -313,6 +531,16 @@ def test_another_depth_model(tmp_path):
     assert encoder.larger_is_closer
     numbers = encoder.encode(random_images(2)).long()
     assert [sorted(one.bincount().tolist()) for one in numbers[..., 0]] == [[3, 3, 3, 3, 4]] * 2
+    # Published ones lack weights of a layer that is never called.
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "fusion_stage.layers.0.residual_layer1." not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert DepthWordsEncoder.from_pretrained(tmp_path, grid=GRID).encode(random_images(2)).equal(numbers.float())
+    kept.pop("neck.fusion_stage.layers.0.residual_layer2.convolution1.weight")
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for .*layers\.0\.residual_layer2\.convolution1\.weight"):
+        DepthWordsEncoder.from_pretrained(tmp_path, grid=GRID)
 
 
 def test_a_teachers_fields_that_do_not_fit_are_refused(folders, tmp_path):
@@ -329,6 +557,8 @@ def test_a_teachers_fields_that_do_not_fit_are_refused(folders, tmp_path):
         (depth, DepthWordsEncoder, {"words": ["near"]}, "give two or more different ones"),
         (depth, DepthWordsEncoder, {"bins": [1.0, 0.0]}, 'give "quantiles", or'),
         (depth, DepthWordsEncoder, {"bins": "log"}, 'give "quantiles", or'),
+        (depth, DepthWordsEncoder, {"size": 60}, "size 60 is no multiple of its patches' 8 pixels: give 56 or 64"),
+        (depth, DepthWordsEncoder, {"size": 5}, "size 5 is no multiple of its patches' 8 pixels: give 8$"),
     ]:
         with pytest.raises(ValueError, match=message):
             encoder.from_pretrained(path, grid=GRID, **options)
@@ -418,6 +648,31 @@ def test_a_patch_has_the_depth_of_what_covers_most_of_it():
     encoder.grid = 2
     depth = torch.tensor([[[1.0, 1, 5, 5], [1, 9, 5, 5], [2, 2, 3, 3], [2, 2, 3, 7]]])
     assert encoder._median_of_patches(depth).tolist() == [[1.0, 5.0, 2.0, 3.0]]
+
+
+def test_words_of_a_teacher_that_fails_name_their_row_only(make_model, tmp_path):
+    """As features that aren't finite do, and bad rows are dropped."""
+    model, processor = make_model([TASK])
+    rows = random_rows(16)
+    poisoned = rows[5]["images"][0].tobytes()
+
+    def depth(images):
+        numbers = random_words("depth", images)
+        numbers[[image.tobytes() == poisoned for image in images]] = math.nan
+        return numbers
+
+    source = WordSource(TEST_WORDS, {"class": lambda images: random_words("class", images), "depth": depth})
+    trainer = make_trainer(model, processor, tmp_path, rows=rows, sources={"words": source})
+    with pytest.raises(FloatingPointError, match=r"task 'words'.* rows \['row-5'\] are not finite"):
+        trainer.data_collator(rows[4:8])
+    lenient = make_trainer(
+        model, processor, tmp_path, rows=rows, sources={"words": source}, drop_bad_rows=True
+    ).data_collator
+    batch = lenient(rows[4:8])
+    assert batch["row_ids"] == ["row-4", "row-6", "row-7"]
+    assert batch["bad_rows"] == ["row row-5: task 'words': its teacher's targets are not finite"]
+    assert batch["targets"]["words"].dtype == torch.int32
+    assert batch["targets"]["words"].equal(lenient([rows[4], *rows[6:8]])["targets"]["words"])
 
 
 def test_another_list_of_words_is_refused(fields):

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 class WordSource:
     """A task's source that joins one teacher a kind of word: images -> the words' numbers (N, Q, W), int32, -1
-    for none.
+    for none. If a teacher's aren't finite, as of an image that it can't see, all are floats, as they are: the collator
+    names its row, or drops it and asks anew.
 
     Args:
         words: kind -> its words, by number; the number behind the last one says none.
@@ -35,9 +36,12 @@ class WordSource:
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
         """ValueError for a number that stands for no word, and for a patch without any word."""
+        given = {kind: source(images) for kind, source in self.sources.items()}
+        if not all(bool(numbers.isfinite().all()) for numbers in given.values()):
+            return torch.cat([numbers.float() for numbers in given.values()], dim=-1)
         # Integers: DeepSpeed's trainer casts a batch's floats to 16 bits, which would round numbers above 256. Signed,
         # as -1 stands for no word; of 32 bits, as neither NCCL nor gloo gathers 16.
-        numbers = [self._numbers(kind, source(images)) for kind, source in self.sources.items()]
+        numbers = [self._numbers(kind, numbers_NQ1) for kind, numbers_NQ1 in given.items()]
         numbers_NQW = torch.cat(numbers, dim=-1)
         if any(self.alone):
             numbers_NQW = self._without_others(numbers_NQW)
