@@ -9,7 +9,7 @@ trial is a process of one thread; what is done is not done again: a stopped stud
 import os
 from pathlib import Path
 
-from ..recipes.study import ARMS, BUDGETS, CONFIRMING_SEEDS, ON_REQUEST, TUNING_SEEDS
+from ..recipes.study import ARMS, BUDGETS, CONFIRMING_SEEDS, DEFAULT_ARMS, ON_REQUEST, TUNING_SEEDS
 from .parsing import Parser, count, one_of, results_folder
 
 # What this repository's own tuning chose.
@@ -30,6 +30,7 @@ def parser() -> Parser:
         "--arms",
         nargs="+",
         type=one_of(ARMS, "arm"),
+        default=list(DEFAULT_ARMS),
         metavar="ARM",
         help=f"some of {', '.join(ARMS)}; default: all but {' and '.join(ON_REQUEST)}",
     )

@@ -34,8 +34,9 @@ from ..training.arguments import OlaVlmArguments
 from ..training.trainer import OlaVlmTrainer
 from .asking import PLACED_IMAGES, Questions, changes_of, token_placement
 from .objective_numbers import layers_mean
+from .processes import peak_memory_mb
 from .stored_vision import StoredCollator, StoredVision, TrainOnFeatures
-from .trial import PROBE_BATCH, fit_ridge, peak_memory_mb, probe_paths, read_json
+from .trial import PROBE_BATCH, fit_ridge, probe_paths, read_json
 
 # Counts changes of what a trial does: a result of another version is refused.
 VERSION = 1

@@ -288,7 +288,6 @@ def complete(args: Namespace, size: dict) -> None:
     # A report is of what is there, or of what was asked for.
     if args.report:
         return
-    args.arms = args.arms or list(design.DEFAULT_ARMS)
     if args.stage == "confirm":
         args.budgets = args.budgets or possible
         args.seeds = args.seeds or design.CONFIRMING_SEEDS
@@ -305,8 +304,11 @@ def complete(args: Namespace, size: dict) -> None:
 
 def asked_results(results: dict[Key, dict], args: Namespace) -> dict[Key, dict]:
     """Those of the arms, seeds and budgets that a report was asked for. ValueError if there is none."""
-    # None stands for all of them.
-    asked = (args.arms, args.seeds, args.budgets)
+    # None stands for all of them, as do the arms that are run by default: others may have been run on request.
+    arms = args.arms
+    if arms == list(design.DEFAULT_ARMS):
+        arms = None
+    asked = (arms, args.seeds, args.budgets)
     found = {}
     for key, result in results.items():
         if all(names is None or part in names for part, names in zip(key, asked, strict=True)):

@@ -1,6 +1,8 @@
 """Parallel processes of one thread each, with one bar for all of them."""
 
 import os
+import re
+import resource
 import subprocess
 import sys
 import time
@@ -61,3 +63,14 @@ def run_jobs(
             process.terminate()
         for process in running.values():
             process.wait()
+
+
+def peak_memory_mb() -> float:
+    """Of this process since it began."""
+    status = Path("/proc/self/status")
+    # getrusage also counts what the parent had come to when it started this process; /proc, which Linux has, does not.
+    if status.exists():
+        (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        return int(peak) / 1024
+    # On macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -6,8 +6,6 @@ The study starts it; it leaves result.json in its folder. Run again, it goes on 
 """
 
 import json
-import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ from ..recipes import miniature as recipe
 from ..targets.fill import make_teachers, open_caches
 from ..train import load_model, train
 from ..training.arguments import OlaVlmArguments
+from .processes import peak_memory_mb
 
 STAGES = {"pretrain": recipe.pretrain, "finetune": recipe.finetune}
 # Images that probes are fitted on, that choose alpha, and that give the scores.
@@ -46,17 +45,6 @@ def read_if_there(path: Path) -> dict:
     if not path.exists():
         return {}
     return read_json(path)
-
-
-def peak_memory_mb() -> float:
-    """Of this process since it began."""
-    status = Path("/proc/self/status")
-    # getrusage also counts what the parent had come to when it started this process; /proc, which Linux has, does not.
-    if status.exists():
-        (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
-        return int(peak) / 1024
-    # On macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def probe_paths(root: Path, splits: dict[str, int]) -> dict[str, list[Path]]:

@@ -29,6 +29,7 @@ from ola_vlm.miniature import (
     objective_trial,
     objectives,
     placement,
+    processes,
 )
 from ola_vlm.miniature.asking import Questions, permuted, token_placement
 from ola_vlm.miniature.objective_trial import Evaluations, Trial, labelled_scenes
@@ -431,7 +432,9 @@ def test_settings_that_do_not_matter_change_no_identity(world):
     assert weights[0]["pretrain.tasks"] != weights[1]["pretrain.tasks"]
 
 
-@pytest.mark.parametrize("arm", ["words_shuffled", "patch_half", "moments_ola_vlm"])
+@pytest.mark.parametrize(
+    "arm", ["words_shuffled", "patch_half", pytest.param("moments_ola_vlm", marks=pytest.mark.slow)]
+)
 def test_arms_train_what_they_say(root, arm):
     """The losses that their runs log, and whose targets lie on disk."""
     trial(root, arm, budgets=[0, 8]).run()
@@ -864,10 +867,10 @@ def test_costs_are_medians_beside_llavas_of_the_same_seed():
 def test_peak_memory_is_this_process_own():
     """Of a process that a larger one started; getrusage would tell its parent's."""
     held = np.ones(80_000_000)  # 640 MB
-    code = "from ola_vlm.miniature.trial import peak_memory_mb; print(peak_memory_mb())"
+    code = "from ola_vlm.miniature.processes import peak_memory_mb; print(peak_memory_mb())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     alone = float(printed)
-    assert held.all() and 100 < alone < objective_trial.peak_memory_mb() - 300
+    assert held.all() and 1 < alone < processes.peak_memory_mb() - 300
 
 
 def test_what_is_excluded_lies_outside_of_the_90_percent_interval():

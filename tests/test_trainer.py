@@ -211,7 +211,7 @@ def test_accumulated_micro_batches_equal_one_batch(make_model, tmp_path):
             torch.testing.assert_close(value, runs[16][1][name], rtol=1e-5, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_equals_uninterrupted(make_model, tmp_path, stage):
     options = {
         "stage": stage,
@@ -590,7 +590,7 @@ def test_methods_see_the_same_rows_in_the_same_order(make_model, tmp_path):
     assert orders[0] == orders[1] and len(IMAGES) == 16
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_mixed_precision_keeps_what_trains_in_float32_and_the_rest_as_loaded(make_model, tmp_path, stage):
     """Weights loaded in bf16: half the memory of what is frozen, updates that aren't rounded away, and at the end a
     checkpoint in bf16 again."""
