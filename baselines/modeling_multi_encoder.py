@@ -184,10 +184,29 @@ class MultiEncoderLlavaForConditionalGeneration(LlavaForConditionalGeneration, G
         LlavaPreTrainedModel.__init__(self, config)
         self.model = MultiEncoderLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        rows = config.text_config.vocab_size
-        self.suppressed_token_ids = [config.image_token_id, *range(rows - config.vocab_padding, rows)]
-        self.generation_config.suppress_tokens = list(self.suppressed_token_ids)
+        self._suppress_token_ids()
         self.post_init()
+
+    def _suppress_token_ids(self):
+        """The image's, and the vocabulary's padding rows, which stand for no token."""
+        rows = self.config.text_config.vocab_size
+        # What somebody else bans stays; of ours, rows that were padding may have become tokens.
+        former = getattr(self, "suppressed_token_ids", [])
+        banned = [i for i in self.generation_config.suppress_tokens or [] if i not in former and i < rows]
+        self.suppressed_token_ids = [self.config.image_token_id, *range(rows - self.config.vocab_padding, rows)]
+        self.generation_config.suppress_tokens = [*self.suppressed_token_ids, *banned]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """LLaVA's: all `new_num_tokens` rows are tokens, those that `pad_to_multiple_of` adds are padding."""
+        tokens = new_num_tokens
+        if tokens is None:
+            tokens = self.config.text_config.vocab_size - self.config.vocab_padding
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.vocab_padding = self.config.text_config.vocab_size - tokens
+        self._suppress_token_ids()
+        return embeddings
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
         """Also takes the names that `save_pretrained` writes: `Trainer` resumes from its files through this method."""

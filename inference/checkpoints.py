@@ -188,25 +188,29 @@ def read_checkpoint(
     if base is not None:
         model = read_adapter(checkpoint, base, trust_remote_code, llava_as_ours, **loading)
         return model, processor
-    code = {}
-    if model_class is AutoModelForImageTextToText:
-        code["trust_remote_code"] = trust_remote_code
-    model = load_whole(model_class, checkpoint, **code, **loading)
-
-    # Our own models' predictors are among their weights; attached ones lie in a file beside them.
-    predictors = None
-    if fields.get("tasks"):
-        predictors = find_file(checkpoint, PREDICTORS_FILE)
-    is_attached = model_class is AutoModelForImageTextToText
-    # `task_token_ids` tells tasks of ours from a stranger's field of that name. Without the file all training of them
-    # would be lost without a word.
-    if is_attached and predictors is None and fields.get("tasks") and "task_token_ids" in fields:
-        lacks = f"{checkpoint} has tasks in config.json and no {PREDICTORS_FILE}"
-        raise ValueError(f"{lacks}: fetch that file too, or take `tasks` out of config.json")
-    if is_attached and predictors is not None:
+    # Our own models' predictors are among their weights.
+    if model_class is not AutoModelForImageTextToText:
+        return load_whole(model_class, checkpoint, **loading), processor
+    # Attached ones lie in a file beside them.
+    predictors = find_predictors(checkpoint, fields)
+    model = load_whole(model_class, checkpoint, trust_remote_code=trust_remote_code, **loading)
+    if predictors is not None:
         with fitting(predictors):
             attach_predictors(model, fields["tasks"], processor, predictors.parent)
     return model, processor
+
+
+def find_predictors(checkpoint: str, fields: dict) -> Path | None:
+    """The file of a checkpoint's attached predictors; None if it has no tasks of ours. ValueError if it has some, and
+    no such file: all that was trained for them would be lost without a word."""
+    if not fields.get("tasks"):
+        return None
+    file = find_file(checkpoint, PREDICTORS_FILE)
+    # `task_token_ids` tells tasks of ours from a stranger's field of that name.
+    if file is None and "task_token_ids" in fields:
+        lacks = f"{checkpoint} has tasks in config.json and no {PREDICTORS_FILE}"
+        raise ValueError(f"{lacks}: fetch that file too, or take `tasks` out of config.json")
+    return file
 
 
 @contextmanager

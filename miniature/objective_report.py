@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -114,19 +114,26 @@ def budgets_in(by_arm: Mapping[str, Mapping[int, object]]) -> list[int]:
     return sorted(found)
 
 
+def row_of(arm: str, cells: Mapping, columns: Sequence, text: Callable) -> list[str]:
+    """A table's row: each of the arm's cells by `text`, "-" where it has none: it joined later, or is on its way."""
+    row = [arm]
+    for column in columns:
+        cell = "-"
+        if column in cells:
+            cell = text(cells[column])
+        row.append(cell)
+    return row
+
+
 def accuracy_lines(by_arm: Mapping[str, Mapping[int, dict]]) -> list[str]:
+    def text(cell: dict) -> str:
+        return interval_text(cell["mean"], *cell["ci95"])
+
     budgets = budgets_in(by_arm)
     rows = []
     for arm, cells in by_arm.items():
-        row = [arm, seeds_text(cells)]
-        for budget in budgets:
-            # An arm that joined later, or is on its way, lacks some budgets.
-            text = "-"
-            if budget in cells:
-                cell = cells[budget]
-                text = interval_text(cell["mean"], *cell["ci95"])
-            row.append(text)
-        rows.append(row)
+        arm, *texts = row_of(arm, cells, budgets, text)
+        rows.append([arm, seeds_text(cells), *texts])
     return table(["arm", "seeds", *map(str, budgets)], rows)
 
 
@@ -202,25 +209,27 @@ def labels_lines(
     tried: list[int],
 ) -> list[str]:
     """`tried`: the baseline's own budgets above 0, between the least and the largest of which its curve goes."""
+
+    def text(scenes: float) -> str:
+        return labels_text(scenes, least=tried[0], most=tried[-1])
+
     budgets = budgets_in(needed)
     rows = []
     for arm, cells in needed.items():
+        arm, *texts = row_of(arm, cells, budgets, text)
         row = [arm]
-        for budget in budgets:
-            text = labels_text(cells.get(budget), tried[0], tried[-1])
-            least, most = (
-                labels_text(end, tried[0], tried[-1]) for end in ranges.get(arm, {}).get(budget, (None, None))
-            )
-            if least != most:
-                text += f" ({least} to {most})"
-            row.append(text)
+        for budget, shown in zip(budgets, texts, strict=True):
+            # One seed has no range.
+            ends = [text(end) for end in ranges.get(arm, {}).get(budget, ())]
+            # Both are the value itself where no resample says otherwise.
+            if len(set(ends)) > 1:
+                shown += f" ({ends[0]} to {ends[1]})"
+            row.append(shown)
         rows.append(row)
     return table(["arm at its own labels", *map(str, budgets)], rows)
 
 
-def labels_text(value: float | None, least: int, most: int) -> str:
-    if value is None:
-        return "-"
+def labels_text(value: float, least: int, most: int) -> str:
     # The baseline is as good without labels.
     if value == 0:
         return "0"
@@ -234,50 +243,38 @@ def labels_text(value: float | None, least: int, most: int) -> str:
 
 
 def placement_lines(placed: Mapping[str, Mapping[int, dict]]) -> list[str]:
+    def text(cell: dict) -> str:
+        return f"{cell['token_norm']:.1f}, {cell['largest_cosine']:.2f}"
+
     budgets = budgets_in(placed)
     rows = []
     for arm, cells in placed.items():
-        row = [arm]
-        for budget in budgets:
-            cell = cells.get(budget)
-            text = "-"
-            if cell:
-                text = f"{cell['token_norm']:.1f}, {cell['largest_cosine']:.2f}"
-            row.append(text)
         # The language model's own embeddings hardly move: one figure stands for all.
         any_cell = next(iter(cells.values()))
-        rows.append([*row, f"{any_cell['embedding_norm']:.2f}"])
+        rows.append([*row_of(arm, cells, budgets, text), f"{any_cell['embedding_norm']:.2f}"])
     return table(["arm", *map(str, budgets), "norm of an embedding"], rows)
 
 
 def best_step_lines(found: Mapping[str, Mapping[int, dict]]) -> list[str]:
+    def text(cell: dict) -> str:
+        return f"{cell['mean']:.0f} of {cell['most']} ({cell['last']} of {cell['n']})"
+
     budgets = budgets_in(found)
-    rows = []
-    for arm, cells in found.items():
-        row = [arm]
-        for budget in budgets:
-            text = "-"
-            if budget in cells:
-                cell = cells[budget]
-                text = f"{cell['mean']:.0f} of {cell['most']} ({cell['last']} of {cell['n']})"
-            row.append(text)
-        rows.append(row)
+    rows = [row_of(arm, cells, budgets, text) for arm, cells in found.items()]
     return table(["arm", *map(str, budgets)], rows)
 
 
 def changes_lines(rows: list[dict]) -> list[str]:
+    def text(interval: Sequence[float]) -> str:
+        return interval_text(*interval)
+
     # Those that some arm has: without task tokens there are none to be changed.
     known = set().union(*rows)
     names = [name for name in CHANGES if name in known]
     lines = []
     for row in rows:
-        line = [row["arm"], str(row["budget"])]
-        for name in names:
-            text = "-"
-            if name in row:
-                text = interval_text(*row[name])
-            line.append(text)
-        lines.append(line)
+        arm, *texts = row_of(row["arm"], row, names, text)
+        lines.append([arm, str(row["budget"]), *texts])
     return table(["arm", "labels", *(name.replace("_", " ") for name in names)], lines)
 
 
@@ -285,24 +282,28 @@ def chosen_sentence(differences: Mapping[int, float]) -> str:
     """How far validation answers may be too good at the step that they chose."""
     parts = [f"{difference:+.1f} with {budget}" for budget, difference in differences.items()]
     return (
-        "Steps were chosen by these answers, so part of a loss may be the choice's: over all arms and seeds they lie "
-        f"above the test answers by {', '.join(parts)} labels (points)."
+        "Steps were chosen by these answers, so part of a loss may be the choice's. Points by which they lie above "
+        f"the test answers, by labels, over all arms and seeds: {', '.join(parts)}."
     )
 
 
 def probe_score_lines(by_arm: Mapping[str, Mapping[str, dict]]) -> list[str]:
-    columns = list(dict.fromkeys(column for cells in by_arm.values() for column in cells))
-    rows = []
-    for arm, cells in by_arm.items():
-        row = [arm]
-        for column in columns:
-            text = "-"
-            if column in cells:
-                # Cosines, as hundredths of 1.
-                text = f"{cells[column]['mean']:.3f} ± {half_width(cells[column]['ci95']):.3f}"
-            row.append(text)
-        rows.append(row)
+    def text(cell: dict) -> str:
+        # Cosines: hundredths of them differ.
+        return f"{cell['mean']:.3f} ± {half_width(cell['ci95']):.3f}"
+
+    columns = columns_in(by_arm)
+    rows = [row_of(arm, cells, columns, text) for arm, cells in by_arm.items()]
     return table(["arm", *columns], rows)
+
+
+def columns_in(by_arm: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Those that some arm has, in their order."""
+    # A dict, whose keys keep their order.
+    found = {}
+    for cells in by_arm.values():
+        found.update(dict.fromkeys(cells))
+    return list(found)
 
 
 def probe_lines(rows: list[dict]) -> list[str]:
@@ -328,18 +329,13 @@ def r_text(r: float | None) -> str:
 
 
 def cost_lines(costs: Mapping[str, Mapping[str, float]]) -> list[str]:
-    names = list(dict.fromkeys(name for cells in costs.values() for name in cells))
-    rows = []
-    for arm, cells in costs.items():
-        row = [arm]
-        for name in names:
-            text = "-"
-            if name in cells:
-                # Of seconds and megabytes three digits; 0 stays 0.
-                text = f"{cells[name]:.3g}"
-            row.append(text)
-        rows.append(row)
-    return table(["arm", *names], rows)
+    def text(value: float) -> str:
+        # Of seconds and megabytes three digits; 0 stays 0.
+        return f"{value:.3g}"
+
+    columns = columns_in(costs)
+    rows = [row_of(arm, cells, columns, text) for arm, cells in costs.items()]
+    return table(["arm", *columns], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- figures

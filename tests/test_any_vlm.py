@@ -135,7 +135,7 @@ def test_adapters_and_predictors_train_together(place, tmp_path, family):
     assert not any("embed_tokens" in name or ("norm.weight" in name and "layers" in name) for name in changed), changed
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["all", "lora"])
+@pytest.mark.parametrize("adapters", [pytest.param(False, marks=pytest.mark.slow), True], ids=["all", "lora"])
 def test_interrupted_and_resumed(place, tmp_path, adapters):
     options = {"save_strategy": "steps", "save_steps": 1}
     if adapters:
@@ -325,7 +325,7 @@ def test_every_recipe_trains_a_tiny_model_of_its_family(place, tmp_path, family,
     assert changed and all(any(f".{part}." in name for part in projector) for name in changed), changed
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("idefics3", marks=pytest.mark.slow)])
 def test_every_command_takes_what_was_trained(place, tmp_path, family, monkeypatch, capsys):
     """Chat, eval, export, probes, pictures of probes and of its own predictors, the card, the Space."""
     monkeypatch.chdir(tmp_path)

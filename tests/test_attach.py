@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ola_vlm.inference import checkpoints
 from ola_vlm.inference.checkpoints import read_checkpoint
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.attach import AttachedPredictors, attach_predictors, detach_predictors, image_layout
@@ -348,7 +349,7 @@ def test_a_resized_vocabulary_has_its_new_tokens():
         model.resize_token_embeddings(largest)
 
 
-def test_a_checkpoint_without_its_predictors_is_refused(tmp_path):
+def test_a_checkpoint_without_its_predictors_is_refused(tmp_path, monkeypatch):
     """A download of `model*.safetensors` alone would train, and answer, without a word about its tasks."""
     model, processor = make("idefics3")
     for part in (model, processor):
@@ -356,7 +357,9 @@ def test_a_checkpoint_without_its_predictors_is_refused(tmp_path):
     assert isinstance(read_checkpoint(tmp_path)[0], AttachedPredictors)
     (tmp_path / "predictors.safetensors").unlink()
     lacks = r"has tasks in config.json and no predictors.safetensors: fetch that file too, or take `tasks` out"
-    with pytest.raises(ValueError, match=lacks):
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=lacks):
+        # It is said before the weights are read.
+        patched.setattr(checkpoints, "load_whole", pytest.fail)
         read_checkpoint(tmp_path)
     # Another model's field of that name is nobody's business here.
     detach_predictors(model)

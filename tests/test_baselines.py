@@ -230,6 +230,22 @@ def test_it_never_emits_an_image_token(make, fusion):
 
 
 @torch.no_grad()
+def test_a_resized_vocabulary_has_its_new_tokens(make, tmp_path):
+    """They may be answered, here and where the model is loaded again."""
+    made = make(FUSIONS[0])
+    model, processor = made.model, made.processor
+    tokens = len(processor.tokenizer)
+    model.resize_token_embeddings(tokens, pad_to_multiple_of=64)
+    assert model.config.vocab_padding > 1 and tokens in model.generation_config.suppress_tokens
+    model.generation_config.suppress_tokens.append(3)
+    model.resize_token_embeddings(tokens + 1)
+    model.save_pretrained(tmp_path)
+    for resized in (model, MultiEncoderLlavaForConditionalGeneration.from_pretrained(tmp_path)):
+        assert resized.config.vocab_padding == 0 and resized.lm_head.weight.shape[0] == tokens + 1
+        assert resized.suppressed_token_ids == [processor.image_token_id]
+        assert sorted(resized.generation_config.suppress_tokens) == sorted([processor.image_token_id, 3])
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_saved_and_loaded(make, tied_parts, tmp_path, fusion):
     for name, parts in (("untied", {}), ("tied", {"parts": tied_parts})):
@@ -325,7 +341,7 @@ def run(tmp_path_factory, tiny_parts, teachers):
     return fields | {"save_strategy": "steps", "disable_tqdm": True, "use_cpu": True}
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", [FUSIONS[0], pytest.param(FUSIONS[1], marks=pytest.mark.slow)])
 def test_train_resume_finetune_and_check(run, tmp_path, fusion, monkeypatch, capsys):
     def arguments(name: str, **changes) -> OlaVlmArguments:
         return OlaVlmArguments(**(run | {"fusion": fusion, "output_dir": str(tmp_path / name)} | changes))

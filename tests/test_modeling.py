@@ -576,8 +576,10 @@ def test_chosen_layers_of_the_llm_say_nothing_to_the_tower(make_model):
     with torch.no_grad():
         expected = model(**batch, output_hidden_states=True, output_predictions=True)
         found = model(**batch, output_predictions=True)
-        chosen = model(**batch, output_hidden_states=[4])
-    assert found.logits.equal(expected.logits) and chosen.hidden_states[4].equal(expected.hidden_states[4])
+        several = [model(**batch, output_hidden_states=chosen) for chosen in ([4], 4)]
+    assert found.logits.equal(expected.logits)
+    for chosen in several:
+        assert chosen.hidden_states[4].equal(expected.hidden_states[4])
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -432,9 +432,10 @@ def test_settings_that_do_not_matter_change_no_identity(world):
     assert weights[0]["pretrain.tasks"] != weights[1]["pretrain.tasks"]
 
 
-@pytest.mark.parametrize(
-    "arm", ["words_shuffled", "patch_half", pytest.param("moments_ola_vlm", marks=pytest.mark.slow)]
-)
+SLOW_ARMS = [pytest.param(arm, marks=pytest.mark.slow) for arm in ("patch_half", "moments_ola_vlm")]
+
+
+@pytest.mark.parametrize("arm", ["words_shuffled", *SLOW_ARMS])
 def test_arms_train_what_they_say(root, arm):
     """The losses that their runs log, and whose targets lie on disk."""
     trial(root, arm, budgets=[0, 8]).run()
@@ -930,7 +931,7 @@ def test_what_chose_a_step_is_told_to_be_too_good():
     """`made_up`: a point above the test answers."""
     differences = objective_numbers.chosen_minus_test(made_up({"llava": 0, "words": 5}))
     assert differences == pytest.approx(dict.fromkeys((0, 75, 6000), 1.0))
-    assert "by +1.0 with 0, +1.0 with 75, +1.0 with 6000 labels" in objective_report.chosen_sentence(differences)
+    assert "seeds: +1.0 with 0, +1.0 with 75, +1.0 with 6000." in objective_report.chosen_sentence(differences)
 
 
 def test_correlations_over_arms_and_within_them():
@@ -1013,8 +1014,17 @@ def test_a_report_is_of_what_is_asked_for(tmp_path, capsys):
         objectives.main([*options, "--seeds", "5"])
 
 
+def test_tuning_on_other_data_is_refused_before_anything_is_trained(root, in_process, seen, tmp_path):
+    """Its settings would take the place of those in the file."""
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"world": {"data": "another"}, "seeds": [100], "settings": {}, "scores": {}}))
+    options = ["objectives", "--shrunk", "--stage", "tune", "--arms", "llava", "--out", str(root)]
+    with pytest.raises(SystemExit, match="tuned with other data or components: give --settings another file"):
+        objectives.main([*options, "--settings", str(file)])
+    assert not seen
+
+
 def test_shrunken_tuning_leaves_the_settings_of_the_full_one(tmp_path):
-    """Nor does tuning on other data take the place of what was tuned, and that is said before anything is trained."""
     before = objectives.SETTINGS_FILE.read_bytes()
     with pytest.raises(SystemExit, match="--shrunk tunes nothing that means something: give --settings"):
         objectives.main(["objectives", "--shrunk", "--stage", "tune", "--out", str(tmp_path / "study")])

@@ -414,7 +414,7 @@ def test_sequences_of_rows(make_model, tmp_path):
         Plan.make(args, packed)
 
 
-@pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_order_of_sequences_is_resumed_exactly(make_model, tmp_path, step):
     """Within the first epoch, at the beginning of the second and within it; the last batch has one sequence."""
     model, processor = make_model()

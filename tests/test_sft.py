@@ -260,6 +260,7 @@ def sharded(tmp_path_factory) -> Path:
     return launch(launcher, tmp_path_factory.mktemp("sharded"), "--sharded")
 
 
+@pytest.mark.slow
 @with_and_without_adapters
 def test_two_processes_equal_one(two_processes, adapters, tmp_path):
     """Losses of an evaluation, each token and image counted once, though ranks have unequally many; of training; and

@@ -430,7 +430,7 @@ def test_evaluation_drops_and_names_bad_rows(make_model, tmp_path, caplog):
     assert math.isfinite(metrics["eval_loss"]) and sum("dropped row" in r.message for r in caplog.records) == 8
 
 
-@pytest.mark.parametrize("step", [3, 5, 6])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 6])
 def test_grouped_batches_are_resumed_exactly(make_model, tmp_path, step):
     rows = GroupedRows(random_rows(16, IMAGES))
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "save_steps": 1}

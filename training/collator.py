@@ -504,19 +504,26 @@ class AttachedCollator(OlaVlmCollator):
         """ValueError also if images of any size become tiles where their tokens are to make the targets' grid; a
         warning if it depends on their size whether they fit."""
         super().check_tokens(tasks, image_token_id)
+        # A resampler reads an image's tokens wherever they are, and a mean over all of them needs no grid.
+        placed = [task for task in tasks if task["predictor"] != "resampler" and task["target_length"] > 1]
+        if not placed:
+            return
         of_sizes = [self._is_image(blank, image_token_id) for blank in (BLANK, LARGE_BLANK)]
         counts = [int(is_image.sum()) for is_image in of_sizes]
         # A piece begins where the token before is none of the image's.
         pieces = [int((is_image[1:] & ~is_image[:-1]).sum() + is_image[0]) for is_image in of_sizes]
-        for task in tasks:
-            if task["predictor"] == "resampler" or task["target_length"] == 1:
-                continue
+        for task in placed:
             if min(pieces) > 1:
                 what = f"an image has {max(pieces)} tiles, which make no grid"
                 raise ValueError(f"task {task['name']!r}: {what}: set its processor's splitting of images to false")
-            if max(pieces) > 1 or (task["predictor"] == "none" and len(set(counts)) > 1):
+            need = "one tile"
+            is_needed = max(pieces) > 1
+            if task["predictor"] == "none":
+                need = "one tile of as many tokens as targets"
+                is_needed = is_needed or len(set(counts)) > 1
+            # It may be that all of the run's images are of one size.
+            if is_needed:
                 differ = f"images of {BLANK.width} and {LARGE_BLANK.width} pixels have {counts} tokens, {pieces} tiles"
-                need = "one tile of as many tokens as targets" if task["predictor"] == "none" else "one tile"
                 logger.warning(f"task {task['name']!r}: {differ}, and it needs {need}: give image_side unless all fit")
 
     def _shortest_question(self) -> int:

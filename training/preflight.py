@@ -137,8 +137,8 @@ def _check_losses(args: OlaVlmArguments, trained: list[dict]) -> None:
     if args.shuffle_targets:
         asked.append("shuffle_targets")
     if asked:
-        what = f"{' and '.join(asked)} given: that is for embedding losses, and this run trains none"
-        raise ValueError(f"{what}: give tasks (or a checkpoint with some) and a stage or embedding_losses for them")
+        what = f"{', '.join(asked)}: this run trains no embedding losses"
+        raise ValueError(f"{what}; give tasks, or a checkpoint with some, and pre-train or set embedding_losses=true")
 
 
 def _check_trainer_fields(args: OlaVlmArguments) -> None:
