@@ -149,9 +149,16 @@ INTERRUPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 def _end(number: int, _) -> None:
-    # The same signal ended the loader's workers, of which torch complains while their loader is deleted.
+    # The same signal ended the loader's workers, of which torch complains while their loader is deleted...
     sys.unraisablehook = _again
+    # ...and by an error as soon as it hears of it, which would take the interruption's place. Windows tells nobody.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, _no_matter)
     raise INTERRUPTIONS[signal.Signals(number)](128 + number)
+
+
+def _no_matter(number: int, _) -> None:
+    """What a signal does that no longer matters: of a worker's end, where the process ends, too."""
 
 
 def _again(unraisable) -> None:

@@ -786,6 +786,33 @@ def test_an_interruption_while_something_is_deleted_is_not_lost(number):
     assert done.stderr.startswith("ola-vlm train: interrupted; go on by") and done.stderr.count("\n") == 1
 
 
+WORKER_ENDS = """
+import signal, sys
+from ola_vlm.commands.running import as_command
+
+def as_torch_does(number, frame):
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal")
+
+def work(argv):
+    signal.signal(signal.SIGCHLD, as_torch_does)
+    try:
+        signal.raise_signal(int(sys.argv[1]))
+    finally:
+        signal.raise_signal(signal.SIGCHLD)
+
+as_command("train", work, [])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_no_fault_of_the_workers_that_it_ends(number):
+    """Of a worker that ended torch tells by an error, wherever the process is: here while it leaves."""
+    command = [sys.executable, "-c", WORKER_ENDS, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=25, preexec_fn=heed_interrupts)
+    assert done.returncode == 128 + number
+    assert done.stderr.startswith("ola-vlm train: interrupted; go on by") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_by_the_command_that_it_says(tiny_parts, tmp_path, number):
