@@ -24,17 +24,6 @@ def budgets_of(results: Mapping[Key, dict]) -> list[int]:
     return sorted({budget for _, _, budget in results})
 
 
-def of_whole_seeds(
-    results: Mapping[Key, dict],
-    arms: Sequence[str] = design.DEFAULT_ARMS,
-    budgets: Sequence[int] = design.BUDGETS,
-) -> dict[Key, dict]:
-    """Those of the seeds that have every arm and budget: while a study runs, all arms have these in common."""
-    seeds = {seed for _, seed, _ in results}
-    whole = [seed for seed in seeds if all((arm, seed, budget) in results for arm in arms for budget in budgets)]
-    return {key: result for key, result in results.items() if key[0] in arms and key[1] in whole}
-
-
 def per_seed(
     results: Mapping[Key, dict], arm: str, budget: int, read: Callable[[dict], float | None]
 ) -> dict[int, float]:
@@ -114,6 +103,12 @@ def accuracy_table(results: Mapping[Key, dict], task: str = "average") -> dict[s
                 mean, low, high = t_interval(values)
                 table[arm][budget] = {"mean": mean, "ci95": [low, high], "n": len(values)}
     return table
+
+
+def seed_table(results: Mapping[Key, dict]) -> dict[str, dict[int, float]]:
+    """{arm: {seed: accuracy with the most labels}}: a mean may stand for seeds that learned and seeds that did not."""
+    most = max(budgets_of(results))
+    return {arm: dict(sorted(per_seed(results, arm, most, answers).items())) for arm in arms_of(results)}
 
 
 def labels_tried(results: Mapping[Key, dict]) -> list[int]:
@@ -454,6 +449,7 @@ def collect(results: Mapping[Key, dict]) -> dict:
         "trials": len(results),
         "accuracy": table,
         "by_task": {task: accuracy_table(results, task) for task in tasks},
+        "by_seed": seed_table(results),
         "comparisons": {name: compare_family(results, pairs) for name, pairs in families(arms).items()},
         "labels": labels_table(table),
         "labels_ranges": labels_ranges(results),

@@ -33,6 +33,11 @@ COLORS = {
     "moments": "#7a4fb5",
     "moments_ola_vlm": "#c77cff",
 }
+# What the table of all comparisons has in its cells.
+GLANCE = (
+    "Bold: shown, with its p after Holm's correction within the family. Else the 90% interval: what lies outside is "
+    "excluded by two one-sided tests at 5%, each by itself. What was not tested has neither."
+)
 # Where budget 0 stands on a logarithmic axis, which has no 0: at this share of the smallest budget.
 NOTHING_IS_AT = 0.35
 
@@ -77,6 +82,8 @@ def report_lines(numbers: dict) -> list[str]:
     lines += ["", f"![accuracy against labels]({FIGURE})", ""]
     lines += ["## Accuracy on the test questions (%, mean of the tasks; 95% interval over seeds)", ""]
     lines += accuracy_lines(numbers["accuracy"])
+    lines += ["", "## All comparisons at a glance (points over paired seeds)", "", GLANCE, ""]
+    lines += glance_lines(numbers["comparisons"])
     # A section a family: Holm's correction is made within it.
     for family, rows in numbers["comparisons"].items():
         lines += ["", f"## {family}: difference in points over paired seeds", "", *comparison_lines(rows)]
@@ -100,6 +107,7 @@ def report_lines(numbers: dict) -> list[str]:
         if any(row["probed_at"] == 0 for row in numbers["probes"]):
             lines += ["", f"![probes against answers]({PROBES_FIGURE})"]
     lines += ["", "## Costs (medians over seeds; processor seconds of one thread)", "", *cost_lines(numbers["costs"])]
+    lines += ["", "## Accuracy of each seed with the most labels", "", *seed_lines(numbers["by_seed"])]
     for task, by_arm in numbers["by_task"].items():
         lines += ["", f"## Accuracy: {task}", "", *accuracy_lines(by_arm)]
     lines += ["", f"![accuracy by task]({TASKS_FIGURE})"]
@@ -107,11 +115,17 @@ def report_lines(numbers: dict) -> list[str]:
 
 
 def budgets_in(by_arm: Mapping[str, Mapping[int, object]]) -> list[int]:
-    # Arms may have different ones: those that joined later, or are still on their way.
-    found = set()
+    """In rising order."""
+    return sorted(columns_in(by_arm))
+
+
+def columns_in(by_arm: Mapping[str, Mapping]) -> list:
+    """Those that some arm has, in their order: arms that joined later, or are still on their way, have fewer."""
+    # A dict, whose keys keep their order.
+    found = {}
     for cells in by_arm.values():
-        found.update(cells)
-    return sorted(found)
+        found.update(dict.fromkeys(cells))
+    return list(found)
 
 
 def row_of(arm: str, cells: Mapping, columns: Sequence, text: Callable) -> list[str]:
@@ -135,6 +149,15 @@ def accuracy_lines(by_arm: Mapping[str, Mapping[int, dict]]) -> list[str]:
         arm, *texts = row_of(arm, cells, budgets, text)
         rows.append([arm, seeds_text(cells), *texts])
     return table(["arm", "seeds", *map(str, budgets)], rows)
+
+
+def seed_lines(by_arm: Mapping[str, Mapping[int, float]]) -> list[str]:
+    def text(accuracy: float) -> str:
+        return f"{accuracy:.1f}"
+
+    seeds = sorted(columns_in(by_arm))
+    rows = [row_of(arm, cells, seeds, text) for arm, cells in by_arm.items()]
+    return table(["arm", *(f"seed {seed}" for seed in seeds)], rows)
 
 
 def seeds_text(cells: Mapping[int, dict]) -> str:
@@ -170,6 +193,35 @@ def comparison_lines(rows: list[dict]) -> list[str]:
     return table(header, lines)
 
 
+def glance_lines(families: Mapping[str, list[dict]]) -> list[str]:
+    """A row a comparison, a column a budget, `GLANCE` says what is in it; the families' own tables have the rest."""
+    by_pair: dict[str, dict[int, dict]] = {}
+    for rows in families.values():
+        for row in rows:
+            by_pair.setdefault(f"{row['arm']} - {row['other']}", {})[row["budget"]] = row
+    budgets = budgets_in(by_pair)
+    lines = [row_of(pair, cells, budgets, glance_text) for pair, cells in by_pair.items()]
+    return table(["arm - other", *map(str, budgets)], lines)
+
+
+def glance_text(row: dict) -> str:
+    difference = f"{row['difference']:+.1f}"
+    if math.isnan(row["p"]):
+        return difference
+    if not is_shown(row):
+        return f"{difference} {bounds_text(*row['ci90'])}"
+    p = p_text(row["p_holm"])
+    # "< .0001" brings its own sign.
+    if not p.startswith("<"):
+        p = f"= {p}"
+    return f"**{difference}** (p {p})"
+
+
+def is_shown(row: dict) -> bool:
+    """At 5% for the whole family. NaN, of what was not tested, is at most nothing."""
+    return row["p_holm"] <= ALPHA
+
+
 def bounds_text(low: float, high: float) -> str:
     # One seed has no interval.
     if math.isnan(low):
@@ -190,7 +242,7 @@ def verdict(row: dict) -> str:
     if math.isnan(row["p"]):
         # Each hypothesis of the family must have them, not only this one.
         return f"not tested (seeds: {row['n']} of {len(design.CONFIRMING_SEEDS)})"
-    if row["p_holm"] <= ALPHA:
+    if is_shown(row):
         if row["difference"] > 0:
             return "better"
         return "worse"
@@ -295,15 +347,6 @@ def probe_score_lines(by_arm: Mapping[str, Mapping[str, dict]]) -> list[str]:
     columns = columns_in(by_arm)
     rows = [row_of(arm, cells, columns, text) for arm, cells in by_arm.items()]
     return table(["arm", *columns], rows)
-
-
-def columns_in(by_arm: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Those that some arm has, in their order."""
-    # A dict, whose keys keep their order.
-    found = {}
-    for cells in by_arm.values():
-        found.update(dict.fromkeys(cells))
-    return list(found)
 
 
 def probe_lines(rows: list[dict]) -> list[str]:

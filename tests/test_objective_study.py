@@ -779,14 +779,6 @@ def test_labels_of_an_arm_that_is_worse():
     assert row.startswith("| patch | 0 | at most 75 | ")
 
 
-def test_only_whole_seeds_are_shown_while_a_study_runs():
-    results = made_up({"llava": 0, "words": 5, "patch": 1}, seeds=4)
-    del results["words", 2, 75]
-    whole = objective_numbers.of_whole_seeds(results, arms=("llava", "words"), budgets=(0, 75, 6000))
-    assert {seed for _, seed, _ in whole} == {0, 1, 3} and {arm for arm, _, _ in whole} == {"llava", "words"}
-    assert len(whole) == 2 * 3 * 3
-
-
 def test_the_axis_ends_where_accuracies_do(monkeypatch, tmp_path):
     """Intervals over two seeds reach beyond."""
     drawn = []
@@ -795,6 +787,15 @@ def test_the_axis_ends_where_accuracies_do(monkeypatch, tmp_path):
     objective_report.draw(tmp_path / "accuracy.png", {"mean of the tasks": {"llava": cells}}, columns=1)
     low, high = drawn[0].axes[0].get_ylim()
     assert low == 0 and high == 100
+
+
+def test_each_seed_is_shown_with_the_most_labels():
+    results = made_up({"llava": 0, "words": 5}, seeds=2)
+    results["llava", 1, 6000]["accuracy"]["average"] = 0.612
+    del results["words", 0, 6000]
+    lines = objective_report.seed_lines(objective_numbers.collect(results)["by_seed"])
+    assert lines[0] == "| arm | seed 0 | seed 1 |"
+    assert lines[2].endswith(" | 61.2 |") and lines[3].startswith("| words | - | 7")
 
 
 def test_seeds_are_paired_by_their_number():
@@ -882,6 +883,23 @@ def test_what_is_excluded_lies_outside_of_the_90_percent_interval():
     row = {**row, "p": 0.013, "p_holm": 0.2, "ci90": [0.4, 2.2]}
     shown = "not shown with Holm's correction (p = 0.013 alone); excluded: above +2.2, below +0.4"
     assert objective_report.verdict(row) == shown
+
+
+def test_the_table_of_all_comparisons_claims_what_the_tests_do():
+    row = {"arm": "words", "other": "llava", "budget": 75, "difference": 1.3, "p": 0.01, "p_holm": 0.04}
+    row["ci90"] = [0.4, 2.2]
+    rows = [
+        row,
+        {**row, "budget": 300, "p_holm": 0.051, "ci90": [-0.2, 2.8]},
+        {**row, "budget": 1000, "p": math.nan, "p_holm": math.nan},
+        {**row, "arm": "patch", "difference": -9.0, "p": 1e-7, "p_holm": 2e-6},
+    ]
+    lines = objective_report.glance_lines({"against LLaVA": rows[:3], "another": rows[3:]})
+    assert lines[0] == "| arm - other | 75 | 300 | 1000 |"
+    assert lines[2:] == [
+        "| words - llava | **+1.3** (p = 0.04) | +1.3 [-0.2, +2.8] | +1.3 |",
+        "| patch - llava | **-9.0** (p < .0001) | - | - |",
+    ]
 
 
 def test_nothing_is_tested_before_all_seeds_are_there():

@@ -4,8 +4,9 @@
 docs/api.md: the public names of `ola_vlm`, from their docstrings. docs/miniature.md, "What it asks": the miniature's
 kinds of questions, from the world's own language. docs/tutorial.ipynb: docs/tutorial.md as a notebook.
 README.md, docs/evaluation.md, docs/performance.md, docs/smollm2.md, docs/STUDY.md: figures of what docs/results
-holds, which commands wrote (docs/results/README.md); in docs/STUDY.md also the settings that tuning chose.
-docs/study, once results are packed there: their report, its numbers and its figures. (Figures are not compared, as
+holds, which commands wrote (docs/results/README.md); in docs/STUDY.md also the settings that tuning chose, and the
+confirming runs' accuracies and comparisons, some of which README.md shows, too.
+docs/study: the report of the results that are packed there, its numbers and its figures. (Figures are not compared, as
 matplotlib's versions draw a little differently: --check only names those that are missing.)
 """
 
@@ -16,6 +17,7 @@ import json
 import math
 import re
 import sys
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,17 @@ import ola_vlm
 from ola_vlm.eval.compare import comparison_table
 from ola_vlm.eval.scoring import table
 from ola_vlm.miniature import placement, smollm2_report
-from ola_vlm.miniature.objective_numbers import accuracy_table, collect, of_whole_seeds
-from ola_vlm.miniature.objective_report import accuracy_lines, numbers_text, report_text, write_report
+from ola_vlm.miniature.objective_numbers import collect
+from ola_vlm.miniature.objective_report import (
+    GLANCE,
+    accuracy_lines,
+    arm_label,
+    glance_lines,
+    labels_lines,
+    numbers_text,
+    report_text,
+    write_report,
+)
 from ola_vlm.miniature.objective_results import read_results
 from ola_vlm.miniature.report import summary_tables
 from ola_vlm.miniature.report import table as markdown_table
@@ -50,8 +61,11 @@ SMOLLM2 = ROOT / "docs" / "smollm2.md"
 RESULTS = ROOT / "docs" / "results"
 PROTOCOL = ROOT / "docs" / "STUDY.md"
 STUDY = ROOT / "docs" / "study"
-# Results of confirming runs while these are not complete.
-CONFIRMING = STUDY / "confirming"
+# What README shows of the study: the arms and the comparisons that its text speaks of.
+SHOWN_ARMS = ("llava", "ola_vlm", "ola_vlm_shuffled", "words", "words_shuffled", "moments")
+SHOWN_PAIRS = (("ola_vlm", "llava"), ("words", "llava"), ("words", "words_shuffled"))
+# Whose saved labels docs/STUDY.md shows.
+LABELED_ARMS = ("words", "words_shuffled", "moments", "ola_vlm")
 # docs/api.md's headings and the names beneath them: all public names, which `api_page` checks.
 GROUPS = {
     "Model": ["OlaVlmConfig", "OlaVlmForConditionalGeneration", "OlaVlmProcessor"],
@@ -295,7 +309,26 @@ def shipped_sentence() -> str:
 
 def readme() -> str:
     page = replace_part(README.read_text(), "miniature", summary_tables(read_stored("miniature.json")))
-    return replace_part(page, "shipped", shipped_sentence())
+    page = replace_part(page, "shipped", shipped_sentence())
+    return replace_part(page, "study", "\n".join(shown_lines()))
+
+
+def shown_lines() -> list[str]:
+    """README's tables of the study."""
+    numbers = study_numbers(STUDY)
+    accuracy = {arm_label(arm): numbers["accuracy"][arm] for arm in SHOWN_ARMS}
+    families = {}
+    for family, rows in numbers["comparisons"].items():
+        shown = [row for row in rows if (row["arm"], row["other"]) in SHOWN_PAIRS]
+        # By the names of the table above.
+        families[family] = [{**row, "arm": arm_label(row["arm"]), "other": arm_label(row["other"])} for row in shown]
+    return [*accuracy_lines(accuracy), "", GLANCE, "", *glance_lines(families)]
+
+
+@cache
+def study_numbers(folder: Path) -> dict:
+    """What the report is made of: several pages show parts of it."""
+    return collect(read_results(folder))
 
 
 def evaluation_page() -> str:
@@ -309,23 +342,17 @@ def evaluation_page() -> str:
 
 
 def study_page() -> str:
-    """Where LLaVA's tokens lie, as `ola_vlm.miniature.placement` stored it; the settings that tuning chose; while the
-    confirming runs go on, what they have so far."""
+    """Where LLaVA's tokens lie, as `ola_vlm.miniature.placement` stored it; the settings that tuning chose; the
+    confirming runs' accuracies and comparisons."""
     lines = placement.report_lines(read_stored("placement.json"))
     page = replace_part(PROTOCOL.read_text(), "placement", "\n".join(lines))
     page = replace_part(page, "settings", "\n".join(settings_table()))
-    if CONFIRMING.exists():
-        page = replace_part(page, "so far", "\n".join(lines_so_far()))
-    return page
-
-
-def lines_so_far() -> list[str]:
-    """The accuracies over the seeds that have every arm and budget: no test is made before all have."""
-    results = of_whole_seeds(read_results(CONFIRMING))
-    seeds = sorted({seed for _, seed, _ in results})
-    known = f"{len(seeds)} of {len(design.CONFIRMING_SEEDS)} seeds have every arm and budget"
-    head = f"{known}. Accuracy on the test questions (%, mean of the tasks; 95% interval over these seeds):"
-    return [head, "", *accuracy_lines(accuracy_table(results))]
+    numbers = study_numbers(STUDY)
+    page = replace_part(page, "accuracy", "\n".join(accuracy_lines(numbers["accuracy"])))
+    page = replace_part(page, "comparisons", "\n".join([GLANCE, "", *glance_lines(numbers["comparisons"])]))
+    needed = {arm: numbers["labels"][arm] for arm in LABELED_ARMS}
+    lines = labels_lines(needed, numbers["labels_ranges"], numbers["labels_tried"])
+    return replace_part(page, "labels", "\n".join(lines))
 
 
 def settings_table() -> list[str]:
@@ -425,11 +452,6 @@ def performance_page() -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- all
-def has_study() -> bool:
-    """Whether there are packed results of confirming runs; the settings and what was tried for them come before."""
-    return any(STUDY.glob("*.jsonl"))
-
-
 def pages() -> dict[Path, str]:
     """Every page that has generated parts, as it should be."""
     written = {
@@ -442,10 +464,9 @@ def pages() -> dict[Path, str]:
         PERFORMANCE: performance_page(),
         SMOLLM2: smollm2_page(),
     }
-    if has_study():
-        numbers = collect(read_results(STUDY))
-        written[STUDY / "report.md"] = report_text(numbers)
-        written[STUDY / "report.json"] = numbers_text(numbers)
+    numbers = study_numbers(STUDY)
+    written[STUDY / "report.md"] = report_text(numbers)
+    written[STUDY / "report.json"] = numbers_text(numbers)
     return written
 
 
@@ -488,8 +509,8 @@ def main() -> None:
             path.write_text(text)
     if args.check and differing:
         sys.exit(f"{', '.join(differing)}: not what the code and docs/results say; run: make pages")
-    if has_study() and not args.check:
-        write_report(STUDY, collect(read_results(STUDY)))
+    if not args.check:
+        write_report(STUDY, study_numbers(STUDY))
     print(f"new: {', '.join(differing)}" if differing else f"{len(made)} pages are current")
 
 
