@@ -153,12 +153,12 @@ def _end(number: int, _) -> None:
     sys.unraisablehook = _again
     # ...and by an error as soon as it hears of it, which would take the interruption's place. Windows tells nobody.
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, _no_matter)
+        signal.signal(signal.SIGCHLD, _ignore_worker)
     raise INTERRUPTIONS[signal.Signals(number)](128 + number)
 
 
-def _no_matter(number: int, _) -> None:
-    """What a signal does that no longer matters: of a worker's end, where the process ends, too."""
+def _ignore_worker(number: int, _) -> None:
+    """Hears that a worker has ended, and does nothing: this process ends as well."""
 
 
 def _again(unraisable) -> None:

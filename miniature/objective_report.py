@@ -234,7 +234,8 @@ def p_text(p: float) -> str:
         return "-"
     if p < 1e-4:
         return "< .0001"
-    return f"{p:.2g}"
+    # Three digits: of two, 0.0498 would be 0.05.
+    return f"{p:.3g}"
 
 
 def verdict(row: dict) -> str:

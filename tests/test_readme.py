@@ -35,12 +35,30 @@ def test_the_tree_is_the_tree():
 def test_the_numbers_prose_says_what_its_tables_say():
     """Figures with a decimal point; the tables are docs/results' (tests/test_pages.py)."""
     section = README.split("## The miniature's numbers")[1].split("\n## ")[0]
-    generated = "".join(re.findall(r"<!-- begin.*?<!-- end", section, re.S))
+    prose, generated = split_generated(section)
     assert "| LLaVA |" in generated
     machine = json.loads((ROOT / "docs" / "results" / "miniature.json").read_text())["machine"]
-    prose = re.sub(r"<!-- begin.*?<!-- end", "", section, flags=re.S)
     for figure in re.findall(r"\d+\.\d+", prose):
         assert figure in generated or figure in machine, f"{figure} stands in no table"
+
+
+def test_the_studys_prose_says_what_its_report_says():
+    """Figures with a decimal point, as whole numbers: the report, and the tables of its page and of README's."""
+    page = (ROOT / "docs" / "STUDY.md").read_text()
+    prose, _ = split_generated(page.split("\n## Results\n")[1])
+    tables = (ROOT / "docs" / "study" / "report.md").read_text()
+    tables += split_generated(page)[1] + split_generated(README)[1]
+    known = set(re.findall(r"\d+\.\d+", tables))
+    figures = re.findall(r"\d+\.\d+", prose)
+    assert len(figures) > 100
+    for figure in figures:
+        assert figure in known, f"{figure} stands in no table"
+
+
+def split_generated(text: str) -> tuple[str, str]:
+    """What is written by hand, and what docs/dev/write_pages.py writes (tests/test_pages.py)."""
+    mark = r"<!-- begin.*?<!-- end"
+    return re.sub(mark, "", text, flags=re.S), "".join(re.findall(mark, text, re.S))
 
 
 def test_links_lead_somewhere():
