@@ -777,15 +777,6 @@ as_command("train", work, [])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_while_something_is_deleted_is_not_lost(number):
-    """Of exceptions in `__del__` Python only tells."""
-    command = [sys.executable, "-c", DELETING, str(int(number))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=25, preexec_fn=heed_interrupts)
-    assert done.returncode == 128 + number
-    assert done.stderr.startswith("ola-vlm train: interrupted; go on by") and done.stderr.count("\n") == 1
-
-
 WORKER_ENDS = """
 import signal, sys
 from ola_vlm.commands.running import as_command
@@ -805,9 +796,11 @@ as_command("train", work, [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_is_no_fault_of_the_workers_that_it_ends(number):
-    """Of a worker that ended torch tells by an error, wherever the process is: here while it leaves."""
-    command = [sys.executable, "-c", WORKER_ENDS, str(int(number))]
+@pytest.mark.parametrize("script", [DELETING, WORKER_ENDS], ids=["deleting", "worker_ends"])
+def test_an_interruption_is_not_lost(script, number):
+    """Of exceptions in `__del__` Python only tells. When a worker has ended, torch raises an error wherever the
+    process is: here as it leaves."""
+    command = [sys.executable, "-c", script, str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=25, preexec_fn=heed_interrupts)
     assert done.returncode == 128 + number
     assert done.stderr.startswith("ola-vlm train: interrupted; go on by") and done.stderr.count("\n") == 1
