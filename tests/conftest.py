@@ -123,9 +123,13 @@ def encode(processor, rows: list[dict], padding_side: str = "right", **kwargs) -
 
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory):
-    """Nothing asks the Hub, in any process, whatever the environment says; but see `online`. Trackio, which reads it
-    as it is imported, keeps its runs where no user's are."""
+    """Nothing asks the Hub, in any process, whatever the environment says; but see `online`. Code that comes with a
+    checkpoint is kept where no user's is, and so are the runs of Trackio, which reads it as it is imported."""
+    # One folder for all tests of a process: Python looks for a package's modules where it found the package first.
+    modules = str(tmp_path_factory.mktemp("modules"))
     with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_MODULES_CACHE", modules)
+        patched.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
         patched.setenv("HF_HUB_OFFLINE", "1")
         patched.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
         patched.setattr(constants, "HF_HUB_OFFLINE", True)

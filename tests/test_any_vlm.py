@@ -193,9 +193,8 @@ class NewModel(Idefics3ForConditionalGeneration):
 """
 
 
-def test_a_model_whose_code_comes_with_it(place, tmp_path, monkeypatch):
+def test_a_model_whose_code_comes_with_it(place, tmp_path):
     """It is run where the command's own option says so, and only there."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "new"
     shutil.copytree(place / "idefics3", folder)
     (folder / "new_vlm.py").write_text(CODE)

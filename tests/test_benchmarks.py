@@ -895,9 +895,8 @@ def test_vqa_accuracy_leaves_one_out(matches, accuracy):
     assert vqa_accuracy("The dogs.", ["dogs"] * matches + ["cat"] * (10 - matches)) == pytest.approx(accuracy)
 
 
-def test_a_metric_of_evaluate_gives_the_same_scores(folders, checkpoint, tmp_path, monkeypatch):
+def test_a_metric_of_evaluate_gives_the_same_scores(folders, checkpoint, tmp_path):
     evaluate = pytest.importorskip("evaluate")
-    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
     for name in ("mmvp", "okvqa", "3dsrbench"):
         records = ask(checkpoint, name, folders[name], tmp_path / name)
         references = [
@@ -926,9 +925,8 @@ def test_a_metric_of_evaluate_gives_the_same_scores(folders, checkpoint, tmp_pat
         ({"group": "Q1"}, "reference 1 has answers, .*group: give it answers, .*pair"),
     ],
 )
-def test_a_metrics_references_are_looked_at_as_answers_are(changes, match, tmp_path, monkeypatch):
+def test_a_metrics_references_are_looked_at_as_answers_are(changes, match, tmp_path):
     evaluate = pytest.importorskip("evaluate")
-    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
     metric = evaluate.load(str(TESTS.parent / "eval" / "answer_score"), "mmvp", cache_dir=str(tmp_path / "cache"))
     reference = {
         "answers": ["A"],
