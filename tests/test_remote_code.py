@@ -77,7 +77,9 @@ print(json.dumps({"answer": answer[0]["generated_text"]}))
 def environment(home: Path, hub: str | None = None) -> dict[str, str]:
     """A process's: without the Hub, or with the one at `hub`."""
     where = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"} if hub else {"HF_HUB_OFFLINE": "1"}
-    return {**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **where}
+    # Of its own also where code is kept, which all other tests share.
+    kept = {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules")}
+    return {**os.environ, **kept, "OMP_NUM_THREADS": "1", **where}
 
 
 def run_without_the_package(script: str, folder: Path, *arguments: Path | str, hub: str | None = None) -> str:
