@@ -144,6 +144,7 @@ TEACHER_FIELDS = {
     "words": _are_words,
     "bins": _are_bins,
     "larger_is_closer": lambda value: isinstance(value, bool),
+    "threshold": lambda value: isinstance(value, float) and 0 < value < 1,
 }
 
 

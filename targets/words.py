@@ -140,14 +140,30 @@ class ClassWordsEncoder(WordsEncoder):
     transformers; OneFormer decodes with its own features.
 
     `words` (`class_words`): classes with the same word count together; where most pixels have a class without a word,
-    the patch's number is the one behind the last word's. `task_inputs`: OneFormer's.
+    the patch's number is the one behind the last word's. `threshold`: a pixel whose likeliest class is less probable
+    has none, as in a model of instances, which has no class for what lies between them. `task_inputs`: OneFormer's.
     """
 
     name = "class_words"
 
-    def __init__(self, model, size, grid, image_mean, image_std, words, segmenter=None, **options):
+    def __init__(
+        self,
+        model,
+        size,
+        grid,
+        image_mean,
+        image_std,
+        words,
+        segmenter=None,
+        threshold: float | None = None,
+        **options,
+    ):
         super().__init__(model, 1, size, grid, image_mean, image_std, **options)
         self.segmenter = segmenter
+        self.threshold = threshold
+        # In no fingerprint but of the teachers that have one: others' caches stay good.
+        if threshold is not None:
+            self.view["threshold"] = threshold
         # Classes with the same word share its number.
         self._know_words(_different_words(words))
         # (classes,): the number of each class's word, of those without one that behind the last.
@@ -163,9 +179,11 @@ class ClassWordsEncoder(WordsEncoder):
                 self.view["task_inputs"] = self.task_inputs
 
     @classmethod
-    def list_words(cls, path, words=None, revision="main", **options) -> list[str]:
+    def list_words(cls, path, words=None, revision="main", threshold=None, **options) -> list[str]:
         code = options.get("trust_remote_code", False)
-        return _different_words(class_words(path, read_config(path, revision, code), words))
+        words = class_words(path, read_config(path, revision, code), words)
+        _check_threshold(path, threshold, classes=len(words))
+        return _different_words(words)
 
     @classmethod
     def _open(
@@ -175,6 +193,7 @@ class ClassWordsEncoder(WordsEncoder):
         words=None,
         size=None,
         task_inputs=None,
+        threshold: float | None = None,
         resize_mode="pad",
         batch_size=8,
         revision="main",
@@ -182,20 +201,21 @@ class ClassWordsEncoder(WordsEncoder):
     ):
         config = read_config(path, revision, loading.get("trust_remote_code", False))
         words = class_words(path, config, words)
+        _check_threshold(path, threshold, classes=len(words))
         size, mean, std = read_preprocessing(path, size=size, revision=revision)
         options = {"resize_mode": resize_mode, "batch_size": batch_size}
         if config.model_type == "oneformer":
             # Its classes depend on a task in words, whose token ids this encoder finds.
             segmenter = OneFormerEncoder._open(path, grid, task_inputs, revision=revision, **options, **loading)
-            return cls(segmenter.model, size, grid, mean, std, words, segmenter, **options)
+            return cls(segmenter.model, size, grid, mean, std, words, segmenter, threshold, **options)
         for mapping in (MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING):
             if type(config) in mapping:
                 model = load_teacher(mapping[type(config)], path, config=config, revision=revision, **loading)
-                return cls(model, size, grid, mean, std, words, **options)
+                return cls(model, size, grid, mean, std, words, threshold=threshold, **options)
         raise ValueError(f"{path} is a {config.model_type}, no segmentation model: take one as the teacher of words")
 
     def _scores(self, pixels: Tensor) -> Tensor:
-        """(N, classes, h, w)."""
+        """(N, classes, h, w); probabilities where a threshold is asked of them."""
         if self.segmenter is not None:
             stages = list(self.model.model.pixel_level_module.encoder(pixels).feature_maps)
             return self.segmenter.class_scores(stages)
@@ -205,7 +225,9 @@ class ClassWordsEncoder(WordsEncoder):
         if "pred_masks" in output:
             return _scores_of_masks(output.logits, output.pred_masks)
         if "logits" in output:
-            return output.logits
+            if self.threshold is None:
+                return output.logits
+            return _probabilities(output.logits)
         return _scores_of_masks(output.class_queries_logits, output.masks_queries_logits)
 
     def _features(self, pixels):
@@ -224,7 +246,10 @@ class ClassWordsEncoder(WordsEncoder):
         """(Q,): for each patch the number of its most frequent word, of equally frequent ones the least."""
         # (classes, h, w) -> (1, classes, S, S) -> each pixel's word (S, S).
         scores = F.interpolate(scores_CHW[None].float(), size=self.size, mode="bilinear", align_corners=False)
-        words_SS = self.word_of_class.to(scores.device)[scores[0].argmax(0)]
+        likeliest_SS = scores[0].max(dim=0)
+        words_SS = self.word_of_class.to(scores.device)[likeliest_SS.indices]
+        if self.threshold is not None:
+            words_SS = words_SS.masked_fill(likeliest_SS.values < self.threshold, len(self.words))
         # Each pixel's patch; then one number for patch and word together, of which a single histogram is made. No word
         # is one of the numbers.
         cell_S = torch.arange(self.size, device=scores.device) * self.grid // self.size
@@ -236,6 +261,22 @@ class ClassWordsEncoder(WordsEncoder):
 
 def _different_words(words: Sequence[str | None]) -> list[str]:
     return list(dict.fromkeys(word for word in words if word is not None))
+
+
+def _check_threshold(path, threshold: float | None, classes: int) -> None:
+    """ValueError for a threshold that is no probability, or for none where a class has no other beside it."""
+    if threshold is not None and not (isinstance(threshold, float) and 0 < threshold < 1):
+        raise ValueError(f"{path}: threshold {threshold!r}: give a probability between 0 and 1")
+    if threshold is None and classes == 1:
+        raise ValueError(f"{path}: it has a single class, which each pixel would get: give it a threshold, as 0.5")
+
+
+def _probabilities(logits_NCHW: Tensor) -> Tensor:
+    """Of classes that exclude each other; a single class is there or not."""
+    logits_NCHW = logits_NCHW.float()
+    if logits_NCHW.shape[1] == 1:
+        return logits_NCHW.sigmoid()
+    return logits_NCHW.softmax(dim=1)
 
 
 def _scores_of_masks(logits_NQC: Tensor, masks_NQHW: Tensor) -> Tensor:

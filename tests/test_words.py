@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ from ola_vlm.training.words import WordSource, encode_word, encode_words
 GRID = 4
 TASK = {"name": "words", "predictor": "none", "target": "words", "layers": [0], "target_length": 16, "loss": "mse"}
 TASK |= {"contrastive_weight": 0.0}
+# A tiny segmenter that scores pixels.
+SEGFORMER: dict[str, Any] = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "hidden_sizes": [8, 16],
+    "num_attention_heads": [1, 2],
+    "sr_ratios": [2, 1],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "mlp_ratios": [2, 2],
+    "decoder_hidden_size": 16,
+}
 COLORS = ["red", "green", "blue", "red", "near"]  # of five classes, two of them alike
 
 
@@ -233,11 +246,9 @@ def test_any_segmenter_of_transformers(tmp_path):
     torch.manual_seed(0)
     labels = {0: "tree-merged", 1: "sky, heavens", 2: "dining table"}
     options = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-    segformer = SegformerConfig(
-        num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2], sr_ratios=[2, 1],
-        patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, **options,
-    )  # fmt: skip
-    SegformerForSemanticSegmentation(segformer).eval().save_pretrained(tmp_path / "semantic")
+    SegformerForSemanticSegmentation(SegformerConfig(**SEGFORMER, **options)).eval().save_pretrained(
+        tmp_path / "semantic"
+    )
     backbone = SwinConfig(
         image_size=SIZE, patch_size=2, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"], drop_path_rate=0.0,
@@ -518,6 +529,52 @@ def test_detrs_panoptic_models_are_segmenters():
     assert scores.shape == (1, 3, 2, 2) and scores[0].argmax(0).tolist() == [[0, 0], [1, 1]]
 
 
+def test_a_model_of_instances_says_nothing_of_what_lies_between_them(folders):
+    """It has no class for that: each pixel had the likeliest of what it doesn't see there."""
+    encoder = ClassWordsEncoder.from_pretrained(folders / "seg", grid=GRID, words=COLORS, threshold=0.5)
+    scores = torch.full((5, SIZE, SIZE), 0.01)
+    scores[2, :, :32] = 0.9
+    # In half of the columns nothing is likely; in the second row of patches what is, is just not likely enough.
+    scores[1, :, 32:] = 0.02
+    scores[2, 16:32, :32] = 0.49
+    none = len(encoder.words)
+    numbers = encoder._words_of_patches(scores).reshape(GRID, GRID)
+    expected = torch.full((GRID, GRID), none)
+    expected[[0, 2, 3], :2] = encoder.words.index("blue")
+    assert numbers.equal(expected)
+    # Without one all patches have a word.
+    plain = ClassWordsEncoder.from_pretrained(folders / "seg", grid=GRID, words=COLORS)
+    assert plain._words_of_patches(scores).max() < none
+    assert "threshold" not in plain.view
+    other = ClassWordsEncoder.from_pretrained(folders / "seg", grid=GRID, words=COLORS, threshold=0.4)
+    assert len({plain.fingerprint, encoder.fingerprint, other.fingerprint}) == 3
+
+
+def test_scores_of_pixels_are_held_against_a_threshold_as_probabilities(tmp_path):
+    """Logits as they are would all pass 0.5, or none."""
+    torch.manual_seed(0)
+    for labels in (["cat"], ["cat", "dog"]):
+        names = dict(enumerate(labels))
+        config = SegformerConfig(**SEGFORMER, id2label=names, label2id={label: i for i, label in names.items()})
+        folder = tmp_path / str(len(labels))
+        SegformerForSemanticSegmentation(config).eval().save_pretrained(folder)
+        save_preprocessing(folder)
+        encoder = ClassWordsEncoder.from_pretrained(folder, grid=GRID, threshold=0.5)
+        logits = torch.zeros(1, len(labels), GRID, GRID)
+        # Of one class these are the odds of being there; of two, beside the other's, which are even.
+        logits[0, 0, 0] = 2.0
+        logits[0, 0, 1] = -2.0
+        encoder.model = lambda pixels, logits=logits: ModelOutput(logits=logits)
+        numbers = encoder._features(torch.zeros(1, 3, SIZE, SIZE)).reshape(GRID, GRID)
+        below = 1  # no word, or the second class
+        assert numbers[:2, 0].tolist() == [0, below]
+    # A class that has no other beside it would be each pixel's.
+    with pytest.raises(ValueError, match=r"it has a single class, which .* a threshold, as 0\.5"):
+        ClassWordsEncoder.from_pretrained(tmp_path / "1", grid=GRID)
+    with pytest.raises(ValueError, match="it has a single class"):
+        ClassWordsEncoder.list_words(tmp_path / "1")
+
+
 def test_another_depth_model(tmp_path):
     torch.manual_seed(0)
     config = DPTConfig(
@@ -551,6 +608,8 @@ def test_a_teachers_fields_that_do_not_fit_are_refused(folders, tmp_path):
         (seg, ClassWordsEncoder, {"words": ["a", "b", "", "d", "e"]}, "'LABEL_2' has the word '': give text, or null"),
         (seg, ClassWordsEncoder, {"words": ["a", 3, "c", "d", "e"]}, "'LABEL_1' has the word 3: give text, or null"),
         (seg, ClassWordsEncoder, {"words": [None] * 5}, "none of its classes has a word"),
+        (seg, ClassWordsEncoder, {"words": COLORS, "threshold": 50}, "threshold 50: give a probability between 0 and"),
+        (seg, ClassWordsEncoder, {"words": COLORS, "threshold": True}, "threshold True: give a probability"),
         (seg, ClassWordsEncoder, {"words": {"cat": "pet"}}, r"words for \['cat'\], which are none of its classes"),
         (depth, ClassWordsEncoder, {"words": {}}, "no names|depth_anything, no segmentation model"),
         (seg, DepthWordsEncoder, {}, "is a oneformer, no depth model"),
