@@ -113,6 +113,23 @@ def test_what_is_predicted_of_a_row_is_its_logits(tmp_path):
     assert predicted.predictions.shape[:2] == predicted.label_ids.shape and predicted.predictions.shape[0] == 3
 
 
+def test_a_batch_of_text_alone_predicts_no_row_that_is_nobodys(tmp_path):
+    """The blank image's, which shifted all rows behind it."""
+    model, processor = make("qwen2_5_vl")
+    apply_stage(model, "pretrain")
+    trainer = make_trainer(model, processor, tmp_path, per_device_eval_batch_size=2)
+    rows = make_rows([0, 0, 1, 2], seed=1)
+    batched = trainer.predict(rows)
+    assert batched.predictions.shape[0] == batched.label_ids.shape[0] == 4
+    for i, row in enumerate(rows):
+        alone = trainer.predict([row])
+        length = alone.predictions.shape[1]
+        assert np.abs(batched.predictions[i, :length] - alone.predictions[0]).max() < 1e-4
+        assert np.array_equal(batched.label_ids[i, :length], alone.label_ids[0])
+    # An evaluation needs no logits.
+    assert trainer.evaluate(rows)["eval_loss"] > 0
+
+
 @every_family
 @with_task_tokens
 def test_losses_and_where_gradients_go(family, tokens, tmp_path):
