@@ -354,6 +354,24 @@ class DepthAnythingEncoder(TargetEncoder):
         return depth / depth.amax((1, 2), keepdim=True).clamp(min=torch.finfo(depth.dtype).tiny)
 
 
+def scores_of_masks(logits_NQC: Tensor, masks_NQHW: Tensor, of_one_query: bool = False) -> Tensor:
+    """(N, classes, h, w) from a segmenter's queries, as its image processor makes them of class logits (the last is
+    that of the null class) and mask logits: each query's mask times its class, added up over queries. Several queries
+    that see the same make more than 1 of it. `of_one_query`: that of the query which is surest of it, a probability.
+    """
+    classes_NQC = logits_NQC.float().softmax(-1)[..., :-1]
+    masks_NQHW = masks_NQHW.float().sigmoid()
+    if not of_one_query:
+        return torch.einsum("nqc,nqhw->nchw", classes_NQC, masks_NQHW)
+    num_images, num_queries, num_classes = classes_NQC.shape
+    scores_NCHW = masks_NQHW.new_zeros(num_images, num_classes, *masks_NQHW.shape[2:])
+    # One query at a time: all at once would take as many times the memory.
+    for q in range(num_queries):
+        score_NCHW = classes_NQC[:, q, :, None, None] * masks_NQHW[:, q, None]
+        torch.maximum(scores_NCHW, score_NCHW, out=scores_NCHW)
+    return scores_NCHW
+
+
 class _OneFormer(OneFormerForUniversalSegmentation):
     # It serves training only.
     _keys_to_ignore_on_load_unexpected = (r"text_mapper",)  # pyright: ignore[reportAssignmentType] (a list in the base class)
@@ -406,16 +424,12 @@ class OneFormerEncoder(TargetEncoder):
         decoded = model.transformer_module(pixel.multi_scale_features, pixel.mask_features, task_token)
         return decoded.prediction_class, decoded.prediction_masks
 
-    def class_scores(self, stages: list[Tensor]) -> Tensor:
-        """(N, classes, h, w) from the backbone's `stages`, as OneFormer's image processor makes them: without the null
-        class, masks weighted by their queries' classes."""
+    def class_scores(self, stages: list[Tensor], of_one_query: bool = False) -> Tensor:
+        """`scores_of_masks` (N, classes, h, w) from the backbone's `stages`."""
         if self.task_inputs is None:
             raise ValueError("no ids of 'the task is semantic': save a tokenizer with the teacher or pass task_inputs")
         task_inputs = torch.tensor([self.task_inputs]).expand(len(stages[-1]), -1)
-        classes, masks = self.class_and_mask_logits(stages, task_inputs)
-        # The null class is the last one: a query that found nothing.
-        classes = classes.float().softmax(-1)[..., :-1]
-        return torch.einsum("nqc,nqhw->nchw", classes, masks.float().sigmoid())
+        return scores_of_masks(*self.class_and_mask_logits(stages, task_inputs), of_one_query=of_one_query)
 
     @torch.no_grad()
     def decode(self, features: Tensor | None, images: list[Image.Image]) -> Tensor:

@@ -1,5 +1,6 @@
 """Filling the target cache from images: teachers loaded when needed, and an index that spares decoding."""
 
+import inspect
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
 
@@ -79,6 +81,7 @@ class Teacher:
         if folder is not None and self._files() is None and self._note(folder).exists():
             return
         try:
+            self._check_fields(encoder_class)
             with self._naming_options(), loading_from(path, options.get("subfolder", "")):
                 shape = encoder_class.target_shape(path, **options)
         except (NotImplementedError, RuntimeError) as error:
@@ -86,6 +89,22 @@ class Teacher:
             logger.info(f"{path}: its targets' shape is seen when it is loaded ({error})")
             return
         self._compare(*shape)
+
+    def _check_fields(self, encoder_class: type[TargetEncoder]) -> None:
+        """ValueError for a field of other encoders that this one lacks: without weights nothing looks at it."""
+        fields: set[str] = set()
+        for encoder in (*ENCODERS.values(), *WORDS_ENCODERS.values()):
+            fields |= inspect.signature(encoder._open).parameters.keys()
+        # What transformers' loading takes is every encoder's.
+        own = {*inspect.signature(encoder_class._open).parameters, "subfolder"}
+        own |= inspect.signature(PreTrainedModel.from_pretrained).parameters.keys()
+        for name in self.entry:
+            if name in fields - own:
+                raise self._unknown_option(name)
+
+    def _unknown_option(self, name: str) -> ValueError:
+        what = f"teachers[{self.task['name']!r}] has the option {name!r}"
+        return ValueError(f"{what}, which {self.entry['encoder']} doesn't know: leave it out")
 
     @contextmanager
     def _naming_options(self) -> Iterator[None]:
@@ -96,8 +115,7 @@ class Teacher:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or unknown[1] not in self.entry:
                 raise
-            what = f"teachers[{self.task['name']!r}] has the option {unknown[1]!r}"
-            raise ValueError(f"{what}, which {self.entry['encoder']} doesn't know: leave it out") from error
+            raise self._unknown_option(unknown[1]) from error
 
     def _parts(self) -> tuple[type[TargetEncoder], str, dict]:
         # A target's grid is square. An entry may name a device of its own.

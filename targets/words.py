@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
 )
 
-from .encoders import OneFormerEncoder, TargetEncoder, load_teacher, read_preprocessing
+from .encoders import OneFormerEncoder, TargetEncoder, load_teacher, read_preprocessing, scores_of_masks
 from .images import open_image
 from .loading import loading_from
 
@@ -207,7 +207,8 @@ class ClassWordsEncoder(WordsEncoder):
         if config.model_type == "oneformer":
             # Its classes depend on a task in words, whose token ids this encoder finds.
             segmenter = OneFormerEncoder._open(path, grid, task_inputs, revision=revision, **options, **loading)
-            return cls(segmenter.model, size, grid, mean, std, words, segmenter, threshold, **options)
+            model = segmenter.model
+            return cls(model, size, grid, mean, std, words, segmenter=segmenter, threshold=threshold, **options)
         for mapping in (MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING, MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING):
             if type(config) in mapping:
                 model = load_teacher(mapping[type(config)], path, config=config, revision=revision, **loading)
@@ -215,20 +216,22 @@ class ClassWordsEncoder(WordsEncoder):
         raise ValueError(f"{path} is a {config.model_type}, no segmentation model: take one as the teacher of words")
 
     def _scores(self, pixels: Tensor) -> Tensor:
-        """(N, classes, h, w); probabilities where a threshold is asked of them."""
+        """(N, classes, h, w). What is held against a threshold are probabilities."""
+        is_probability = self.threshold is not None
         if self.segmenter is not None:
             stages = list(self.model.model.pixel_level_module.encoder(pixels).feature_maps)
-            return self.segmenter.class_scores(stages)
+            return self.segmenter.class_scores(stages, of_one_query=is_probability)
         output = self.model(pixels)
         # Semantic segmentation gives scores of pixels; universal segmentation those of masks, which DETR, the first of
         # it, calls by names of its own.
         if "pred_masks" in output:
-            return _scores_of_masks(output.logits, output.pred_masks)
+            return scores_of_masks(output.logits, output.pred_masks, of_one_query=is_probability)
         if "logits" in output:
-            if self.threshold is None:
-                return output.logits
-            return _probabilities(output.logits)
-        return _scores_of_masks(output.class_queries_logits, output.masks_queries_logits)
+            if is_probability:
+                return _probabilities(output.logits)
+            return output.logits
+        masks = output.masks_queries_logits
+        return scores_of_masks(output.class_queries_logits, masks, of_one_query=is_probability)
 
     def _features(self, pixels):
         # An image at a time: the scores of all classes at the picture's size are large.
@@ -246,10 +249,10 @@ class ClassWordsEncoder(WordsEncoder):
         """(Q,): for each patch the number of its most frequent word, of equally frequent ones the least."""
         # (classes, h, w) -> (1, classes, S, S) -> each pixel's word (S, S).
         scores = F.interpolate(scores_CHW[None].float(), size=self.size, mode="bilinear", align_corners=False)
-        likeliest_SS = scores[0].max(dim=0)
-        words_SS = self.word_of_class.to(scores.device)[likeliest_SS.indices]
+        score_SS, class_SS = scores[0].max(dim=0)
+        words_SS = self.word_of_class.to(scores.device)[class_SS]
         if self.threshold is not None:
-            words_SS = words_SS.masked_fill(likeliest_SS.values < self.threshold, len(self.words))
+            words_SS = words_SS.masked_fill(score_SS < self.threshold, len(self.words))
         # Each pixel's patch; then one number for patch and word together, of which a single histogram is made. No word
         # is one of the numbers.
         cell_S = torch.arange(self.size, device=scores.device) * self.grid // self.size
@@ -272,18 +275,14 @@ def _check_threshold(path, threshold: float | None, classes: int) -> None:
 
 
 def _probabilities(logits_NCHW: Tensor) -> Tensor:
-    """Of classes that exclude each other; a single class is there or not."""
+    """Of classes that exclude each other; a single class is there or not. NaN for what isn't finite."""
     logits_NCHW = logits_NCHW.float()
     if logits_NCHW.shape[1] == 1:
-        return logits_NCHW.sigmoid()
-    return logits_NCHW.softmax(dim=1)
-
-
-def _scores_of_masks(logits_NQC: Tensor, masks_NQHW: Tensor) -> Tensor:
-    """(N, classes, h, w), as these models' image processors do it: without the null class, the last one, masks
-    weighted by their queries' classes."""
-    classes_NQC = logits_NQC.float().softmax(-1)[..., :-1]
-    return torch.einsum("nqc,nqhw->nchw", classes_NQC, masks_NQHW.float().sigmoid())
+        probabilities = logits_NCHW.sigmoid()
+    else:
+        probabilities = logits_NCHW.softmax(dim=1)
+    # Of infinity a sigmoid makes 1, which would pass.
+    return probabilities.masked_fill(~logits_NCHW.isfinite(), math.nan)
 
 
 class DepthWordsEncoder(WordsEncoder):

@@ -33,7 +33,7 @@ from ola_vlm.inference import checkpoints
 from ola_vlm.inference.checkpoints import read_checkpoint
 from ola_vlm.training.arguments import OlaVlmArguments
 from ola_vlm.training.attach import AttachedPredictors, attach_predictors, detach_predictors, image_layout
-from ola_vlm.training.collator import AttachedCollator
+from ola_vlm.training.collator import IGNORE_INDEX, AttachedCollator
 from ola_vlm.training.rows import BadRow
 from ola_vlm.training.stages import apply_stage
 from ola_vlm.training.trainer import OlaVlmTrainer
@@ -114,11 +114,13 @@ def test_what_is_predicted_of_a_row_is_its_logits(tmp_path):
 
 
 def test_a_batch_of_text_alone_predicts_no_row_that_is_nobodys(tmp_path):
-    """The blank image's, which shifted all rows behind it."""
+    """The blank image's, which shifted all rows behind it; nor are its tokens among those that metrics ask for."""
     model, processor = make("qwen2_5_vl")
     apply_stage(model, "pretrain")
-    trainer = make_trainer(model, processor, tmp_path, per_device_eval_batch_size=2)
+    trainer = make_trainer(model, processor, tmp_path, per_device_eval_batch_size=2, include_for_metrics=["inputs"])
     rows = make_rows([0, 0, 1, 2], seed=1)
+    seen = {}
+    trainer.compute_metrics = lambda asked: seen.update(inputs=asked.inputs) or {}
     batched = trainer.predict(rows)
     assert batched.predictions.shape[0] == batched.label_ids.shape[0] == 4
     for i, row in enumerate(rows):
@@ -126,6 +128,11 @@ def test_a_batch_of_text_alone_predicts_no_row_that_is_nobodys(tmp_path):
         length = alone.predictions.shape[1]
         assert np.abs(batched.predictions[i, :length] - alone.predictions[0]).max() < 1e-4
         assert np.array_equal(batched.label_ids[i, :length], alone.label_ids[0])
+    trainer.predict(rows)
+    # Where a word is to be learned, its token is the label.
+    is_learned = batched.label_ids != IGNORE_INDEX
+    assert seen["inputs"].shape == batched.label_ids.shape
+    assert np.array_equal(seen["inputs"][is_learned], batched.label_ids[is_learned])
     # An evaluation needs no logits.
     assert trainer.evaluate(rows)["eval_loss"] > 0
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -116,6 +117,19 @@ def test_it_learns_what_our_trainer_learns(family, tmp_path):
     assert any(name.startswith("predictors.") for name in moved) and moved <= trained
     metrics = trainer.evaluate()
     assert metrics["eval_loss/depth/1/smooth_l1"] > 0 and metrics["eval_loss"] > metrics["eval_loss/ntp"] > 0
+
+
+# Metrics of logits go with TRL 2.
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_a_batch_of_text_alone_predicts_no_row_that_is_nobodys(tmp_path):
+    """As of our trainer (test_attach)."""
+    trainer = make_trainer("qwen2_5_vl", tmp_path, per_device_eval_batch_size=2)
+    rows = Dataset.from_list(make_rows([0, 0, 1, 2], seed=1))
+    predicted = trainer.predict(rows)
+    assert predicted.predictions.shape[0] == predicted.label_ids.shape[0] == 4
+    last = trainer.predict(rows.select([3]))
+    length = last.label_ids.shape[1]
+    assert np.array_equal(predicted.label_ids[3, :length], last.label_ids[0])
 
 
 def test_with_adapters(tmp_path):

@@ -147,6 +147,12 @@ def test_the_words_teachers_of_our_own_runs_may_be_named(tmp_path):
     bins = WORD_TEACHERS | {"depth": WORD_TEACHERS["depth"] | {"bins": ["/etc/passwd"]}}
     with pytest.raises(ValueError, match="'bins', which a file may not set"):
         teachers_of_file({"words": bins}, "run.json")
+    certain = {"words": {"class": {**WORD_TEACHERS["class"], "threshold": 0.5}}}
+    assert teachers_of_file(certain, "run.json") == certain
+    for threshold in (1, 1.5, float("nan"), "0.5", True):
+        certain["words"]["class"]["threshold"] = threshold
+        with pytest.raises(ValueError, match="'threshold', which a file may not set"):
+            teachers_of_file(certain, "run.json")
     # A class of which nothing is said has no word; a class always has a name.
     for words in (["red", None], {"background": None}):
         named = {"words": {"class": {**WORD_TEACHERS["class"], "words": words}}}

@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -528,6 +529,18 @@ def test_a_collator_of_other_tasks_is_refused_by_name(fault, make_model, tmp_pat
     how = r"give data_collator=OlaVlmCollator\(processor, target_sources, model.config.tasks\)"
     with pytest.raises(ValueError, match=rf"is trained, and data_collator {says}: {how}"):
         OlaVlmTrainer(model, args, data_collator=collator, processing_class=processor, train_dataset=random_rows(2))
+
+
+def test_a_batch_that_lost_all_its_rows_predicts_none(make_model, tmp_path):
+    """The row that stands in for them shifted all rows behind it."""
+    model, processor = make_model()
+    trainer = make_trainer(model, processor, tmp_path, per_device_eval_batch_size=2, drop_bad_rows=True)
+    rows = bad_rows(0, 1)[:4]
+    predicted = trainer.predict(rows)
+    expected = trainer.predict(rows[2:])
+    assert predicted.predictions.shape[0] == 2
+    length = expected.label_ids.shape[1]
+    assert np.array_equal(predicted.label_ids[:, :length], expected.label_ids)
 
 
 def test_every_evaluation_names_its_own_losses(make_model, tmp_path):

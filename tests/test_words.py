@@ -40,7 +40,7 @@ from transformers.utils.generic import ModelOutput
 from ola_vlm import cli
 from ola_vlm.convert.parts import build_ola_vlm
 from ola_vlm.recipes.miniature import WEIGHTS
-from ola_vlm.targets.encoders import OneFormerEncoder
+from ola_vlm.targets.encoders import OneFormerEncoder, scores_of_masks
 from ola_vlm.targets.fill import make_teachers, open_caches
 from ola_vlm.targets.words import (
     DEPTH_WORDS,
@@ -520,6 +520,7 @@ def test_detrs_panoptic_models_are_segmenters():
     """Its outputs have names of their own, and scores of queries where others have those of pixels."""
     encoder = ClassWordsEncoder.__new__(ClassWordsEncoder)
     encoder.segmenter = None
+    encoder.threshold = None
     logits = torch.tensor([[[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 0, 0, 9]]])  # two classes are seen, and nothing
     masks = torch.full((1, 3, 2, 2), -9.0)
     masks[0, 0, 0] = masks[0, 1, 1] = masks[0, 2] = 9
@@ -565,14 +566,46 @@ def test_scores_of_pixels_are_held_against_a_threshold_as_probabilities(tmp_path
         logits[0, 0, 0] = 2.0
         logits[0, 0, 1] = -2.0
         encoder.model = lambda pixels, logits=logits: ModelOutput(logits=logits)
-        numbers = encoder._features(torch.zeros(1, 3, SIZE, SIZE)).reshape(GRID, GRID)
+        pixels = torch.zeros(1, 3, SIZE, SIZE)
+        numbers = encoder._features(pixels).reshape(GRID, GRID)
         below = 1  # no word, or the second class
         assert numbers[:2, 0].tolist() == [0, below]
+        # What has overflowed is no certainty.
+        logits[0, 0, 3, 3] = math.inf
+        assert encoder._features(pixels).isnan().all()
     # A class that has no other beside it would be each pixel's.
     with pytest.raises(ValueError, match=r"it has a single class, which .* a threshold, as 0\.5"):
         ClassWordsEncoder.from_pretrained(tmp_path / "1", grid=GRID)
     with pytest.raises(ValueError, match="it has a single class"):
         ClassWordsEncoder.list_words(tmp_path / "1")
+
+
+def test_a_threshold_is_held_against_the_surest_query():
+    """Scores of queries add up: many that are unsure of the same thing passed together."""
+    unsure = math.log(0.3 / 0.7)
+    # Four queries over two columns of pixels; of two classes the last logit is that of nothing.
+    logits = torch.tensor([[[unsure, -99.0, 0.0]] * 3 + [[-99.0, 9.0, 0.0]]])
+    masks = torch.full((1, 4, 2, 2), 99.0)
+    masks[0, :3, :, 1] = -99  # the three unsure ones see the left column, the sure one the right
+    masks[0, 3, :, 0] = -99
+    summed = scores_of_masks(logits, masks)
+    assert summed[0, 0, 0, 0] == pytest.approx(0.9) and summed[0, 1, 0, 1] > 0.99
+    surest = scores_of_masks(logits, masks, of_one_query=True)
+    assert surest[0, 0, 0, 0] == pytest.approx(0.3) and surest[0, 1, 0, 1] > 0.99
+    assert surest.max() <= 1 and surest[0, 0, 0, 1] < 1e-6
+
+    # In the miniature's OneFormer, and in a model of queries by transformers' names.
+    words = ["sky", "floor", "red", "blue", "green", "yellow", "purple", "cyan"]
+    options = {"grid": 8, "task_inputs": [1, 1, 1, 1], "words": words}
+    encoder = ClassWordsEncoder.from_pretrained(WEIGHTS / "seg", threshold=0.999999, **options)
+    assert (encoder.encode(random_images(2)) == len(words)).any()
+    assert encoder._scores(encoder.pixel_values(random_images(2))).max() <= 1
+    encoder = ClassWordsEncoder.__new__(ClassWordsEncoder)
+    encoder.segmenter = None
+    encoder.threshold = 0.5
+    output = ModelOutput(class_queries_logits=logits, masks_queries_logits=masks)
+    encoder.model = lambda pixels: output
+    assert encoder._scores(torch.zeros(1, 3, 8, 8)).equal(surest)
 
 
 def test_another_depth_model(tmp_path):
@@ -621,6 +654,10 @@ def test_a_teachers_fields_that_do_not_fit_are_refused(folders, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             encoder.from_pretrained(path, grid=GRID, **options)
+    # Before weights are read.
+    foreign = {"words": {**entries(folders)["words"], "depth": entries(folders, threshold=0.5)["words"]["depth"]}}
+    with pytest.raises(ValueError, match="has the option 'threshold', which depth_words doesn't know: leave it out"):
+        make_teachers([TASK], foreign)["words.depth"].check()
     with pytest.raises(ValueError, match=r"teachers\['words'\] has none for \['depth'\]: give entries for the kinds"):
         make_teachers([TASK], {"words": {"class": entries(folders)["words"]["class"]}})
     wrong = {"class": {"encoder": "oneformer", "path": str(seg)}, "depth": entries(folders)["words"]["depth"]}

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import nested_truncate
 from transformers.utils import logging
 
 from ..configuration_ola_vlm import target_shape
@@ -74,6 +75,20 @@ class EmbeddingLosses(WholeCheckpoints):
         if "samples" not in batch:
             return batch
         return self.data_collator.add_targets(batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        """The trainer's, of the rows alone: a collator adds one that is nobody's to a batch without images or rows,
+        and what is predicted of it would shift all that follows. Dropped rows, which are logged, have no
+        predictions."""
+        batch = self._prepare_inputs(inputs)
+        loss, logits, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
+        # Sequences of packed rows are none of these.
+        if logits is None or "row_ids" not in batch or "position_ids" in batch:
+            return loss, logits, labels
+        num_rows = len(batch["row_ids"])
+        # Metrics may ask for the rows' tokens, too, which transformers takes from what it gave.
+        inputs["input_ids"] = batch["input_ids"][:num_rows]
+        return loss, nested_truncate(logits, num_rows), nested_truncate(labels, num_rows)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # All micro-batches of one optimizer step, with their targets.

@@ -92,19 +92,7 @@ class OlaVlmTrainer(EmbeddingLosses, Trainer):
             # The configuration of an attached model doesn't know what its predictors give.
             known = getattr(self.base_model.config, "keys_to_ignore_at_inference", [])
             ignore_keys = [*known, *OlaVlmConfig.keys_to_ignore_at_inference]
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        # What is predicted of a row that is nobody's would shift all that follows. Where the loss alone is asked for,
-        # there is nothing of it.
-        if logits is not None and labels is not None and self._has_blank_row(inputs):
-            logits = logits[:-1]
-            labels = labels[:-1]
-        return loss, logits, labels
-
-    def _has_blank_row(self, batch: dict) -> bool:
-        """Whether the last row is nobody's: `AttachedCollator` adds one to a batch without images."""
-        if not isinstance(self.base_model, AttachedPredictors) or "image_owner" not in batch:
-            return False
-        return bool((batch["image_owner"] < 0).all())
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def compute_loss(self, model, inputs: dict, return_outputs=False, num_items_in_batch: torch.Tensor | None = None):
         # What the model is asked for.
