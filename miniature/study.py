@@ -146,7 +146,8 @@ def collect(root: Path, methods: list[str], seeds: int, seconds: dict, checks: d
 
 def processor_minutes(timer: Timer, results: dict) -> float:
     """Of this process and all trials: what a study takes by the clock, on two quiet cores, is half of it and more."""
-    seconds = sum(timer.processor_seconds.values())
+    # Trials are processes that this one has waited for, but in other sessions, too: each has its own record.
+    seconds = sum(value for name, value in timer.processor_seconds.items() if name != "trials")
     for method in results["methods"].values():
         seconds += sum(sum(seed["processor_seconds"].values()) for seed in method["seeds"])
     return seconds / 60

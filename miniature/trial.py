@@ -6,6 +6,7 @@ The study starts it; it leaves result.json in its folder. Run again, it goes on 
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -53,9 +54,15 @@ def probe_paths(root: Path, splits: dict[str, int]) -> dict[str, list[Path]]:
     return {split: sorted(images.glob(f"{split}_*.png"))[:count] for split, count in splits.items()}
 
 
+def processor_time() -> float:
+    """Seconds of this process on all cores, with those of the processes that it has waited for, such as a pool's."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 class Timer:
-    """Seconds by name, kept on disk so that an interrupted run adds up: of the wall, and of this process on all cores
-    (`processor_seconds`), which other work on the machine lengthens little."""
+    """Seconds by name, kept on disk so that an interrupted run adds up: of the wall, and of processors
+    (`processor_time`), which other work on the machine lengthens little."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -63,11 +70,11 @@ class Timer:
         self.seconds = read_if_there(path)
         self.processor_seconds = read_if_there(self.processor_path)
         self.last = time.time()
-        self.processor_last = time.process_time()
+        self.processor_last = processor_time()
 
     def lap(self, name: str) -> None:
         now = time.time()
-        processor_now = time.process_time()
+        processor_now = processor_time()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.processor_seconds[name] = self.processor_seconds.get(name, 0.0) + processor_now - self.processor_last
         self.last = now

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -513,3 +515,11 @@ def test_a_component_is_fitted_by_the_schedule_and_goes_on_where_it_was_interrup
     assert torch.equal(fresh.weight, expected.weight) and torch.equal(fresh.bias, expected.bias)
     with pytest.raises(ValueError, match="was begun with"):
         components.fit(fresh, partial(quadratic_loss, fresh), steps, 2 * rate, tmp_path, "part")
+
+
+def test_processor_time_has_that_of_a_pools_processes(tmp_path):
+    """The world is rendered in some: a run's report left them out."""
+    timer = trial.Timer(tmp_path / "seconds.json")
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    timer.lap("world")
+    assert timer.processor_seconds["world"] > 0.25

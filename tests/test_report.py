@@ -149,7 +149,7 @@ def test_tables_and_checks(results):
     assert accuracies["llava"]["count"] == "70.5 ± 0.7"  # mean and standard deviation over seeds
     costs = {row["method"]: [float(cell) for cell in list(row.values())[1:]] for row in rows if "average" not in row}
     assert costs["ola_vlm"] == [10, 30, 31, 700]  # means over seeds, and the largest memory
-    timer = SimpleNamespace(processor_seconds={"world": 50.0, "targets": 10.0})
+    timer = SimpleNamespace(processor_seconds={"world": 50.0, "targets": 10.0, "trials": 900.0})
     assert study.processor_minutes(timer, results) == pytest.approx((60 + 6 * 26 + 10) / 60)  # of every trial
     assert gains_of(line_of(text, "- 0:")) == {0: 10, 100: 10, 200: 10}
     assert gains_of(line_of(text, "- depth after PT:")) == {0: 0.1, 1: 0.1, 2: 0.1}
