@@ -23,6 +23,7 @@ from ola_vlm.eval.statistics import holm_adjusted, labels_needed, paired_t, t_in
 from ola_vlm.inference.generate import generate_answers
 from ola_vlm.miniature import (
     asking,
+    explorations,
     objective_numbers,
     objective_report,
     objective_results,
@@ -982,6 +983,67 @@ def test_a_report_without_results_right_after_pretraining(tmp_path):
     text = objective_report.write_report(tmp_path, objective_numbers.collect(results))
     assert "| depth, 6000 | 6000 | " in text and "depth, 0" not in text
     assert not (tmp_path / "probes_and_answers.png").exists() and "probes_and_answers.png" not in text
+
+
+def with_rates(results: dict, pretrain: float, finetune: float, steps: int = 450) -> dict:
+    """The same, as trained with these learning rates and so many steps of IFT."""
+    results = copy.deepcopy(results)
+    for (_, _, budget), result in results.items():
+        result["identity"] = {"pretrain.learning_rate": pretrain}
+        # Right after pre-training there was none.
+        if budget > 0:
+            result["identity"] |= {"finetune.learning_rate": finetune, "finetune.max_steps": steps}
+    return results
+
+
+def test_longer_fine_tunings_are_shown_beside_the_same_seeds_of_the_study():
+    confirmed = with_rates(made_up({"llava": 0, "words": 5}, seeds=8), 3e-4, 3e-4)
+    longer = with_rates(made_up({"llava": 2, "words": 5}, seeds=2), 3e-4, 1e-3, steps=1350)
+    longer = {key: result for key, result in longer.items() if key[2] == 6000}
+    longer["llava", 1, 6000]["chosen_step"] = 1350
+    longer["words", 1, 6000]["accuracy"]["average"] += 0.04
+    words = {key: result for key, result in confirmed.items() if key[0] == "words"}
+    header, _, short, long, *others = explorations.longer_lines(longer, [confirmed, words])
+    assert header == "| arm | steps | learning rate of IFT | seed 0 | seed 1 | mean | minus LLaVA | best steps |"
+    first, second = (objective_numbers.answers(confirmed["llava", seed, 6000]) for seed in (0, 1))
+    assert short == f"| llava | 450 | 0.0003 | {first:.1f} | {second:.1f} | {(first + second) / 2:.1f} |  | 7; 7 |"
+    assert long.startswith(f"| llava | 1,350 | 0.001 | {first + 2:.1f} |") and long.endswith("| 7; 1,350 |")
+    # Each beside LLaVA with as many steps: the same noise but for its arm's.
+    assert [line.split(" | ")[1] for line in others] == ["450", "450", "1,350"]
+    gains = [
+        objective_numbers.answers(longer["words", seed, 6000]) - objective_numbers.answers(longer["llava", seed, 6000])
+        for seed in (0, 1)
+    ]
+    assert gains[1] > 6
+    assert f"| {np.mean(gains):+.1f} ({min(gains):+.1f} to {max(gains):+.1f}) |" in others[2]
+
+
+def test_swapped_learning_rates_are_compared_where_they_are_equal():
+    llava, words = (made_up({arm: gain}, seeds=3) for arm, gain in (("llava", 0), ("words", 8)))
+    confirmed = with_rates(llava, 3e-4, 1e-3) | with_rates(words, 3e-3, 3e-4)
+    slower = made_up({"words": 4}, seeds=2)
+    swapped = with_rates(made_up({"llava": 1}, seeds=2), 3e-3, 3e-4) | with_rates(slower, 3e-4, 1e-3)
+    lines = explorations.swapped_lines(swapped, confirmed, "words")
+    assert lines[0] == "| arm | learning rate of PT | of IFT | 0 | 75 | 6000 |"
+    rows = [line.strip("| ").split(" | ") for line in lines[2:]]
+    assert [row[:3] for row in rows] == [
+        ["llava", "0.0003", "0.001"],
+        ["words", "0.0003", "0.001"],
+        ["llava", "0.003", "0.0003"],
+        ["words", "0.003", "0.0003"],
+        ["words - llava", "0.0003", "0.001"],
+        ["words - llava", "0.003", "0.0003"],
+    ]
+    # Two seeds of the study's, too.
+    mean = np.mean([objective_numbers.answers(confirmed["words", seed, 75]) for seed in (0, 1)])
+    assert rows[3][4] == f"{mean:.1f}"
+    for row, (arm, other) in ((rows[4], (swapped, confirmed)), (rows[5], (confirmed, swapped))):
+        differences = [
+            objective_numbers.answers(arm["words", seed, 0]) - objective_numbers.answers(other["llava", seed, 0])
+            for seed in (0, 1)
+        ]
+        expected = f"{np.mean(differences):+.1f} ({min(differences):+.1f} to {max(differences):+.1f})"
+        assert row[3] == expected
 
 
 def test_reports_numbers_are_json_of_the_standard(tmp_path):

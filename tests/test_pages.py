@@ -142,6 +142,8 @@ make install
 def test_the_studys_report_is_made_of_its_packed_results(tmp_path, monkeypatch):
     monkeypatch.setattr(write_pages, "STUDY", tmp_path)
     (tmp_path / "settings.json").write_text(json.dumps({"settings": {}, "scores": {}}))
+    # Nothing was run beside these.
+    monkeypatch.setattr(write_pages, "exploration_tables", dict)
     shown = dict.fromkeys(write_pages.SHOWN_ARMS, 0)
     objective_results.pack(made_up({**shown, "words": 5}, seeds=2), tmp_path)
     report = tmp_path / "report.md"
@@ -181,6 +183,22 @@ def test_the_studys_report_is_made_of_its_packed_results(tmp_path, monkeypatch):
             write_pages.main()
         assert contents() == before
         (tmp_path / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("folder", "changed"),
+    [
+        ("longer", {"finetune.max_steps", "finetune.learning_rate", "patience"}),
+        ("faster", {"finetune.learning_rate"}),
+        ("swapped", {"pretrain.learning_rate", "finetune.learning_rate"}),
+    ],
+)
+def test_what_was_run_beside_the_study_differs_in_what_its_page_says(folder, changed):
+    confirmed = objective_results.read_results(write_pages.STUDY)
+    for key, result in objective_results.read_results(write_pages.STUDY / folder).items():
+        own, other = result["identity"], confirmed[key]["identity"]
+        differing = {name for name in own.keys() | other.keys() if own.get(name) != other.get(name)}
+        assert differing and differing <= changed, key
 
 
 def test_numbers_that_another_processor_rounds_otherwise_are_the_same():

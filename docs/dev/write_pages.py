@@ -4,8 +4,8 @@
 docs/api.md: the public names of `ola_vlm`, from their docstrings. docs/miniature.md, "What it asks": the miniature's
 kinds of questions, from the world's own language. docs/tutorial.ipynb: docs/tutorial.md as a notebook.
 README.md, docs/evaluation.md, docs/performance.md, docs/smollm2.md, docs/STUDY.md: figures of what docs/results
-holds, which commands wrote (docs/results/README.md); in docs/STUDY.md also the settings that tuning chose, and the
-confirming runs' accuracies and comparisons, some of which README.md shows, too.
+holds, which commands wrote (docs/results/README.md); in docs/STUDY.md also the settings that tuning chose, the
+confirming runs' accuracies and comparisons, some of which README.md shows, too, and what was run beside them.
 docs/study: the report of the results that are packed there, its numbers and its figures. (Figures are not compared, as
 matplotlib's versions draw a little differently: --check only names those that are missing.)
 """
@@ -30,6 +30,7 @@ import ola_vlm
 from ola_vlm.eval.compare import comparison_table
 from ola_vlm.eval.scoring import table
 from ola_vlm.miniature import placement, smollm2_report
+from ola_vlm.miniature.explorations import longer_lines, swapped_lines
 from ola_vlm.miniature.objective_numbers import collect
 from ola_vlm.miniature.objective_report import (
     GLANCE,
@@ -352,7 +353,19 @@ def study_page() -> str:
     page = replace_part(page, "comparisons", "\n".join([GLANCE, "", *glance_lines(numbers["comparisons"])]))
     needed = {arm: numbers["labels"][arm] for arm in LABELED_ARMS}
     lines = labels_lines(needed, numbers["labels_ranges"], numbers["labels_tried"])
-    return replace_part(page, "labels", "\n".join(lines))
+    page = replace_part(page, "labels", "\n".join(lines))
+    for name, lines in exploration_tables().items():
+        page = replace_part(page, name, "\n".join(lines))
+    return page
+
+
+def exploration_tables() -> dict[str, list[str]]:
+    """What was run beside the study, next to the study's own results of the same seeds."""
+    confirmed = read_results(STUDY)
+    return {
+        "longer": longer_lines(read_results(STUDY / "longer"), [confirmed, read_results(STUDY / "faster")]),
+        "swapped": swapped_lines(read_results(STUDY / "swapped"), confirmed, "words"),
+    }
 
 
 def settings_table() -> list[str]:
