@@ -48,8 +48,8 @@ SHRUNK = {
     },
 }
 
-PACKED = """Results of `ola-vlm study objectives` (docs/STUDY.md), a file an arm and a line a trial and budget. A folder
-tuning has those that settings.json was chosen from.
+PACKED = """Results of `ola-vlm study objectives` (docs/STUDY.md), a file an arm and a line a trial and budget. A
+folder tuning has those that settings.json was chosen from.
 
 `ola-vlm study objectives --report --out FOLDER` makes tables and figures of a copy of this folder.
 """
