@@ -7,7 +7,7 @@ README.md, docs/evaluation.md, docs/performance.md, docs/smollm2.md, docs/STUDY.
 holds, which commands wrote (docs/results/README.md); in docs/STUDY.md also the settings that tuning chose, the
 confirming runs' accuracies and comparisons, some of which README.md shows, too, and what was run beside them.
 docs/study: the report of the results that are packed there, its numbers and its figures. (Figures are not compared, as
-matplotlib's versions draw a little differently: --check only names those that are missing.)
+matplotlib's versions draw a little differently: they are drawn anew with a report that differs, or if one is missing.)
 """
 
 import argparse
@@ -514,17 +514,17 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare the texts, and write none")
     args = parser.parse_args()
     made = pages()
-    differing = []
-    for path, text in made.items():
-        if not is_current(path, text):
-            differing.append(str(path.relative_to(ROOT)))
-        if not args.check:
-            path.write_text(text)
+    differing = [path for path, text in made.items() if not is_current(path, text)]
+    names = ", ".join(str(path.relative_to(ROOT)) for path in differing)
     if args.check and differing:
-        sys.exit(f"{', '.join(differing)}: not what the code and docs/results say; run: make pages")
-    if not args.check:
+        sys.exit(f"{names}: not what the code and docs/results say; run: make pages")
+    # Those that are current stay as they are, last digits of numbers included.
+    for path in differing:
+        path.write_text(made[path])
+    # With its figures.
+    if any(path.parent == STUDY for path in differing):
         write_report(STUDY, study_numbers(STUDY))
-    print(f"new: {', '.join(differing)}" if differing else f"{len(made)} pages are current")
+    print(f"new: {names}" if differing else f"{len(made)} pages are current")
 
 
 if __name__ == "__main__":
