@@ -269,6 +269,9 @@ def test_any_segmenter_of_transformers(tmp_path):
         assert numbers.shape == (3, 16, 1) and numbers.max() < 3
         with torch.no_grad():
             output = encoder.model(encoder.pixel_values(images))
+        # An untrained model is sure of nothing.
+        sure = ClassWordsEncoder.from_pretrained(tmp_path / kind, grid=GRID, threshold=0.99)
+        assert (sure.encode(images) == 3).all() and sure.words == encoder.words
         if kind == "semantic":
             maps = torch.nn.functional.interpolate(output.logits, size=SIZE, mode="bilinear").argmax(1)
             assert numbers[..., 0].equal(torch.stack([class_map(encoder, one) for one in maps]).float())
